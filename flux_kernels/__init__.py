@@ -1,0 +1,1 @@
+"""flux_kernels: GGUF-quantized Flux at full speed inside diffusers."""

@@ -1,0 +1,43 @@
+"""The plain (unquantized) ggml types a GGUF file may hold, beside the block formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PlainType:
+    """Name a plain ggml type: its enum value and torch dtype (one weight per block)."""
+
+    name: str
+    ggml_type: int
+    dtype: torch.dtype
+
+    block_size = 1
+
+    @property
+    def type_size(self) -> int:
+        """Bytes per weight."""
+        return self.dtype.itemsize
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight."""
+        return 8.0 * self.type_size
+
+
+PLAIN_TYPES: dict[str, PlainType] = {
+    plain.name: plain
+    for plain in (
+        PlainType("F32", 0, torch.float32),
+        PlainType("F16", 1, torch.float16),
+        PlainType("I8", 24, torch.int8),
+        PlainType("I16", 25, torch.int16),
+        PlainType("I32", 26, torch.int32),
+        PlainType("I64", 27, torch.int64),
+        PlainType("F64", 28, torch.float64),
+        PlainType("BF16", 30, torch.bfloat16),
+    )
+}

@@ -1,0 +1,52 @@
+"""Q4_K: x = d*sc*q - dmin*m, 4-bit codes, 6-bit sc and m per 32 weights; 144 bytes per 256 weights, 4.5 bits/weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._format import BlockFormat, Field, Layout
+from ._k_scales import unpack_scales_and_mins
+from ._tiles import load_bytes, load_half_pair, load_k_scale_min
+
+LAYOUT = Layout(Field("dm", "f16", 2), Field("scales", "u8", 12), Field("qs", "u8", 128))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+SCALES = tl.constexpr(LAYOUT.offsets["scales"])
+QS = tl.constexpr(LAYOUT.offsets["qs"])
+
+
+def decode(dm: Tensor, scales: Tensor, qs: Tensor) -> Tensor:
+    """Decode superblocks: dm [..., 2] is (d, dmin), scales [..., 12], qs [..., 128] -> float32 [..., 256].
+
+    d*sc (11 + 6 bits) and d*sc*q (+ 4 bits) fit float32 exactly; the subtraction rounds once.
+    """
+    sc, m = unpack_scales_and_mins(scales)
+    chunks = qs.unflatten(-1, (4, 1, 32))
+    codes = torch.cat([chunks & 0xF, chunks >> 4], dim=-2).flatten(-3, -2)
+    scale = dm[..., :1] * sc
+    offset = dm[..., 1:] * m
+    return (scale[..., None] * codes - offset[..., None]).flatten(-2)
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode sub-block i (32 weights) of superblock `block`."""
+    d, dmin = load_half_pair(row_ptr, block, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    sc, m = load_k_scale_min(row_ptr, block, i, SCALES, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    qs = load_bytes(row_ptr, block, QS, 128, 32 * (i // 2), 32, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    q = (qs >> (4 * (i % 2))) & 0xF
+    return (d * sc)[:, None] * q.to(tl.float32) - (dmin * m)[:, None]
+
+
+FORMAT = BlockFormat(
+    name="Q4_K",
+    ggml_type=12,
+    block_size=256,
+    sub_block=32,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    relative_rms=0.08,
+    source="ggml-common.h block_q4_K",
+)
