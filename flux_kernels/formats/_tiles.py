@@ -70,7 +70,7 @@ def load_half(row_ptr, block, OFFSET: tl.constexpr, TYPE_SIZE: tl.constexpr, NUM
     if PLANES and NUM_BLOCKS % 2 == 0 and TYPE_SIZE % 2 == 0:
         at = block >> 1
         word = tl.load((row_ptr + (NUM_BLOCKS * OFFSET + at * 4)).to(tl.pointer_type(tl.uint32)))
-        return unpack_half(word >> ((block & 1) * 16).to(tl.uint32))
+        return unpack_half(word >> ((block & 1) * 16))
     else:
         ptr = field_ptr(row_ptr, block, OFFSET, 2, TYPE_SIZE, NUM_BLOCKS, PLANES)
         return tl.load(ptr.to(tl.pointer_type(tl.float16))).to(tl.float32)

@@ -1,0 +1,46 @@
+"""The tile table: which tile a kernel launches with, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..formats import SUPERBLOCK, BlockFormat
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Name one launch shape of the fused GEMM (weights and rows per program, warps, software pipeline stages)."""
+
+    block_m: int
+    block_n: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Shared memory of one stage is (2 * block_m + bits/8 * block_n) * tile_k bytes; the tiles below stay under the 99 KiB of
+# sm_86, sm_89 and sm_120. See bench/results/aot.csv for registers and spills of each.
+_WIDE = Tile(block_m=128, block_n=128, tile_k=256, num_warps=8, num_stages=2)
+_WIDE_8BIT = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=2)
+_MEDIUM = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=2)
+_NARROW = Tile(block_m=16, block_n=64, tile_k=256, num_warps=4, num_stages=2)
+
+
+def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
+    """Return the largest power-of-two step through a row of `k` weights that is whole blocks and at most `limit`."""
+    tile = limit
+    while tile > fmt.block_size and k % tile:
+        tile //= 2
+    return max(tile, fmt.block_size)
+
+
+def fused_tile(fmt: BlockFormat, m: int, n: int, k: int) -> Tile:
+    """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T."""
+    if m <= 16:
+        tile = _NARROW
+    elif m <= 64 or n < 128:
+        tile = _MEDIUM
+    else:
+        tile = _WIDE if fmt.bits_per_weight < 6 else _WIDE_8BIT
+    tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
+    return Tile(tile.block_m, tile.block_n, tile_k, tile.num_warps, tile.num_stages)
