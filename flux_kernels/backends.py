@@ -1,0 +1,150 @@
+"""Backends and compute modes as data: which exist, what each can run, and on which device.
+
+The backend a user names is the backend that runs, or an error says why it cannot. "auto" is resolved when a layer runs,
+from the device it runs on, and never retries after a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from . import _triton
+from .errors import BackendUnavailable, FormatError
+from .formats import BlockFormat
+
+COMPUTE_MODES = {
+    "exact": "weights decoded in float32, rounded once to the activation dtype, float32 accumulation",
+    "fp16_accumulate": "fp16 operands and accumulation, promoted to float32 every 64 of K",
+    "int8": "activations and weights as int8 with scales, int32 accumulation",
+}
+ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_CAPABILITY = (8, 0)  # Triton has no tensor-core code for older NVIDIA cards
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Describe one backend.
+
+    Attributes:
+        name: what a user writes.
+        module: dotted name of the module with its `linear` and `dequantize`, imported when it first runs.
+        computes: the compute modes it implements.
+        refusal: takes (device, format); returns why it cannot run there as one sentence, or None where it can.
+    """
+
+    name: str
+    module: str
+    computes: tuple[str, ...]
+    refusal: Callable[[torch.device, BlockFormat], str | None]
+
+    def load(self) -> ModuleType:
+        """Import and return the backend's module."""
+        return importlib.import_module(self.module)
+
+
+def _triton_refusal(device: torch.device, fmt: BlockFormat) -> str | None:
+    if _triton.TRITON_VERSION is None:
+        return "Triton is not installed; install it with `pip install triton`"
+    if fmt.decode_tile is None:
+        return f"{fmt.name} has no Triton decoder yet"
+    if device.type in ("xpu",) or (device.type == "cuda" and torch.version.hip):
+        return None
+    if device.type == "cuda":
+        capability = _capability(device)
+        if capability < MIN_CAPABILITY:
+            return f"{device} has compute capability {capability[0]}.{capability[1]}, and {MIN_CAPABILITY[0]}.0 is needed"
+        return None
+    if device.type == "cpu" and _triton.interpreting():
+        return None
+    return f"Triton kernels do not run on {device.type} (only under TRITON_INTERPRET=1)"
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("triton", "flux_kernels.kernels", ("exact",), _triton_refusal),
+        Backend("torch", "flux_kernels.reference", ("exact",), lambda device, fmt: None),
+    )
+}
+
+
+def check_names(backend: str, compute: str = "exact") -> None:
+    """Raise BackendUnavailable where `backend` or `compute` is not a known name."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise BackendUnavailable(f"Unknown backend {backend!r}. Known: auto, {', '.join(BACKENDS)}.")
+    if compute not in COMPUTE_MODES:
+        raise BackendUnavailable(f"Unknown compute mode {compute!r}. Known: {', '.join(COMPUTE_MODES)}.")
+
+
+@cache
+def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) -> Backend:
+    """Return the backend that runs `fmt` on `device`; raise BackendUnavailable with the reason where none can.
+
+    "auto" takes Triton where it runs, else torch, unless the compute mode leaves only one of them.
+    """
+    check_names(backend, compute)
+    named = [BACKENDS[backend]] if backend != "auto" else list(BACKENDS.values())
+    reasons = []
+    for candidate in named:
+        reason = _mode_refusal(candidate, compute) or candidate.refusal(device, fmt)
+        if reason is None:
+            return candidate
+        reasons.append(f'backend="{candidate.name}" cannot run: {reason}.')
+    raise BackendUnavailable(" ".join([*reasons, 'Use backend="auto" with compute="exact", which runs everywhere.']))
+
+
+def _mode_refusal(backend: Backend, compute: str) -> str | None:
+    if compute in backend.computes:
+        return None
+    return f'compute="{compute}" is not implemented there (it has {", ".join(backend.computes)})'
+
+
+def execution_devices(device: torch.device) -> list[torch.device]:
+    """List the devices a layer on `device` may run on: itself, and an accelerator where one may be moved to (offloading)."""
+    if device.type not in ("cpu", "meta"):
+        return [device]
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found.append(torch.device("cuda", torch.cuda.current_device()))
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        found.append(torch.device("xpu", torch.xpu.current_device()))
+    return found
+
+
+def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockFormat) -> None:
+    """Raise BackendUnavailable where a layer now on `device` could run nowhere it may be moved to."""
+    failures = []
+    for candidate in execution_devices(device):
+        try:
+            resolve(backend, compute, candidate, fmt)
+            return
+        except BackendUnavailable as error:
+            failures.append(error)
+    raise failures[-1]
+
+
+def wants_planes(backend: str, device: torch.device, fmt: BlockFormat) -> bool:
+    """Tell whether a layer now on `device` should hold its rows as field planes (see `BlockFormat.planes`)."""
+    if not fmt.planes or backend == "torch":
+        return False
+    if backend == "triton":
+        return True
+    return any(BACKENDS["triton"].refusal(found, fmt) is None for found in execution_devices(device) if found.type != "cpu")
+
+
+def check_activation_dtype(dtype: torch.dtype, what: str) -> None:
+    """Raise FormatError where `dtype` is not one the kernels compute in."""
+    if dtype not in ACTIVATION_DTYPES:
+        legal = ", ".join(str(legal).removeprefix("torch.") for legal in ACTIVATION_DTYPES)
+        raise FormatError(f"{what} must be one of {legal}, got {str(dtype).removeprefix('torch.')}. Cast it first.")

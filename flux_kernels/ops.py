@@ -1,0 +1,193 @@
+"""The custom ops: one schema, one function for all shape and dtype checks, autograd and autocast.
+
+`torch.ops.flux_kernels.linear` and `torch.ops.flux_kernels.dequantize` are what torch.compile, torch.export and opcheck
+see. The checks run in the fake (while tracing) and in eager mode alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import check_activation_dtype, check_names, resolve
+from .errors import FormatError
+from .formats import BlockFormat, get_format
+
+_library = torch.library.Library("flux_kernels", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor data, Tensor? bias, str format, str backend, str compute, bool planes) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "dequantize(Tensor data, str format, ScalarType dtype, str backend, bool planes) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def check_data(data: Tensor, format: str) -> tuple[BlockFormat, int]:
+    """Check packed rows; return the format's row and K."""
+    fmt = get_format(format)
+    if data.dtype != torch.uint8:
+        raise FormatError(f"Packed {fmt.name} data must be uint8, got {data.dtype}.")
+    if data.dim() < 1:
+        raise FormatError(f"Packed {fmt.name} data must be [..., N, row bytes], got a scalar.")
+    return fmt, fmt.row_weights(data.shape[-1])
+
+
+def check_linear(
+    x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: str, compute: str
+) -> tuple[BlockFormat, int]:
+    """Check everything about a linear call, in eager mode and while tracing; return the format's row and N."""
+    check_names(backend, compute)
+    fmt, k = check_data(data, format)
+    if data.dim() != 2:
+        raise FormatError(f"linear needs packed data of shape [N, row bytes], got {list(data.shape)}.")
+    check_activation_dtype(x.dtype, "The activation dtype")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise FormatError(f"{fmt.name} data {list(data.shape)} holds rows of K={k} weights, got x of shape {list(x.shape)}.")
+    if x.device != data.device:
+        raise FormatError(f"x is on {x.device} and the packed data on {data.device}. Move them to one device.")
+    if bias is not None:
+        _check_bias(bias, data.shape[0], x.device)
+    return fmt, data.shape[0]
+
+
+def _check_bias(bias: Tensor, n: int, device: torch.device) -> None:
+    if bias.dim() != 1 or bias.shape[0] != n:
+        raise FormatError(f"The bias must have shape [{n}], got {list(bias.shape)}.")
+    if not bias.dtype.is_floating_point:
+        raise FormatError(f"The bias must have a floating dtype, got {bias.dtype}.")
+    if bias.device != device:
+        raise FormatError(f"x is on {device} and the bias on {bias.device}. Move them to one device.")
+
+
+def _linear(x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: str, compute: str, planes: bool) -> Tensor:
+    fmt, n = check_linear(x, data, bias, format, backend, compute)
+    chosen = resolve(backend, compute, x.device, fmt)
+    module = chosen.load()
+    if chosen.name == "torch":
+        return module.linear(x, data, fmt, bias, planes)
+    out = module.linear(x.reshape(-1, x.shape[-1]), data, bias, fmt, compute, planes)
+    return out.view(*x.shape[:-1], n)
+
+
+def _dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: str, planes: bool) -> Tensor:
+    fmt, k = _check_dequantize(data, format, dtype, backend)
+    chosen = resolve(backend, "exact", data.device, fmt)
+    module = chosen.load()
+    if chosen.name == "torch":
+        return module.dequantize(data, fmt, dtype, planes)
+    return module.dequantize(data.reshape(-1, data.shape[-1]), fmt, dtype, planes).view(*data.shape[:-1], k)
+
+
+def _check_dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: str) -> tuple[BlockFormat, int]:
+    check_names(backend)
+    check_activation_dtype(dtype, "The dtype to decode to")
+    return check_data(data, format)
+
+
+def _linear_fake(x, data, bias, format, backend, compute, planes):
+    _, n = check_linear(x, data, bias, format, backend, compute)
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _dequantize_fake(data, format, dtype, backend, planes):
+    _, k = _check_dequantize(data, format, dtype, backend)
+    return data.new_empty(*data.shape[:-1], k, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    x, data, bias, ctx.format, ctx.backend, _, ctx.planes = inputs
+    ctx.x_dtype = x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(data)
+
+
+def _backward(ctx, grad):
+    """Return the gradients of x (grad @ W, W decoded in x's dtype) and bias; the packed bytes get none."""
+    (data,) = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.ops.flux_kernels.dequantize(data, ctx.format, ctx.x_dtype, ctx.backend, ctx.planes)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
+    return grad_x, None, grad_bias, None, None, None, None
+
+
+def _autocast(device_type: str, key: str):
+    """Return the kernel of one autocast key: cast x to the autocast dtype, as F.linear does, and redispatch."""
+
+    def linear_autocast(x, data, bias, format, backend, compute, planes):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            if x.dtype != torch.float64 and x.is_floating_point():
+                x = x.to(torch.get_autocast_dtype(device_type))
+            return torch.ops.flux_kernels.linear(x, data, bias, format, backend, compute, planes)
+
+    return linear_autocast
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
+    _library.impl("linear", _autocast(_device_type, _key), _key)
+torch.library.register_fake("flux_kernels::linear", _linear_fake, lib=_library)
+torch.library.register_fake("flux_kernels::dequantize", _dequantize_fake, lib=_library)
+torch.library.register_autograd("flux_kernels::linear", _backward, setup_context=_setup_context, lib=_library)
+
+
+def linear(
+    x: Tensor,
+    data: Tensor,
+    format: str | BlockFormat,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    compute: str = "exact",
+    planes: bool = False,
+) -> Tensor:
+    """Compute x @ W.T + bias from packed weights.
+
+    Args:
+        x: [..., K], float16, bfloat16 or float32; the result has its dtype.
+        data: uint8 [N, K // block_size * type_size], the bytes of a GGUF file.
+        format: ggml type name, such as "Q4_K".
+        bias: [N] of a floating dtype, or None.
+        backend: "auto", "triton" or "torch".
+        compute: "exact", "fp16_accumulate" or "int8".
+        planes: whether the rows were rearranged with `Layout.to_planes`.
+
+    Returns:
+        [..., N]. Differentiable in x and bias; under autocast x is cast as F.linear would.
+
+    Raises:
+        FormatError: on shapes, dtypes or devices that do not fit.
+        BackendUnavailable: where the named backend or compute mode cannot run on x's device.
+    """
+    return torch.ops.flux_kernels.linear(x, data, bias, get_format(format).name, backend, compute, planes)
+
+
+def dequantize(
+    data: Tensor,
+    format: str | BlockFormat,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str = "auto",
+    planes: bool = False,
+) -> Tensor:
+    """Decode packed weights.
+
+    Args:
+        data: uint8 [..., N, K // block_size * type_size], the bytes of a GGUF file.
+        format: ggml type name, such as "Q4_K".
+        dtype: float32 (bit-equal to libggml), float16 or bfloat16 (the float32 value rounded once).
+        backend: "auto", "triton" or "torch".
+        planes: whether the rows were rearranged with `Layout.to_planes`.
+
+    Returns:
+        [..., N, K] of `dtype`.
+
+    Raises:
+        FormatError: on data that are not whole uint8 blocks, or a dtype that is none of the three.
+        BackendUnavailable: where the named backend cannot run on the device of `data`.
+    """
+    return torch.ops.flux_kernels.dequantize(data, get_format(format).name, dtype, backend, planes)
