@@ -1,0 +1,101 @@
+"""Command line of the compile-time report: `python -m bench.aot --help`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+os.environ["TRITON_INTERPRET"] = "0"  # a kernel decorated for the interpreter cannot be compiled
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
+
+
+def main(
+    formats: Annotated[str, typer.Option(help="Comma-separated ggml types; empty means all.")] = "",
+    capabilities: Annotated[str, typer.Option(help="Comma-separated, such as 86,89; empty means all.")] = "",
+    tiles: Annotated[str, typer.Option(help="Shipped tiles by name: wide, medium, narrow.")] = "wide,medium,narrow",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    check: Annotated[bool, typer.Option(help="Exit 1 when an invariant is broken or the record's ratchet is exceeded.")] = False,
+    write: Annotated[Path | None, typer.Option(help="Write the rows as CSV (the record is bench/results/aot.csv).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows and problems as JSON.")] = False,
+    jobs: Annotated[int, typer.Option(help="Compiling processes.")] = 2,
+) -> None:
+    """Compile the shipped tiles for cards that are not here and report registers, spills, main loop and predicted clocks."""
+    from .cards import CARDS
+    from .report import FORMATS, SHIPPED_M
+
+    unknown = set(filter(None, formats.split(","))) - FORMATS.keys()
+    if unknown:
+        raise typer.BadParameter(f"unknown formats {sorted(unknown)}; known: {', '.join(FORMATS)}")
+    work = [
+        (name, int(capability), SHIPPED_M[tile], dtype)
+        for capability in (capabilities.split(",") if capabilities else CARDS)
+        for name in (formats.split(",") if formats else FORMATS)
+        for tile in tiles.split(",")
+    ]
+    with ProcessPoolExecutor(jobs) as pool:
+        results = pool.map(_one, work)
+        rows = list(track(results, "compiling", total=len(work), disable=as_json, console=Console(stderr=True)))
+    broken = _problems(rows)
+    if write:
+        _write(rows, write)
+    if as_json:
+        print(json.dumps({"rows": rows, "problems": broken}))
+    else:
+        _print(rows)
+        for problem in broken:
+            print(problem)
+    raise typer.Exit(1 if check and broken else 0)
+
+
+def _one(item: tuple) -> dict:
+    from .report import FORMATS, as_dict, fused_row, fused_tile
+
+    name, capability, m, dtype = item
+    return as_dict(fused_row(name, capability, fused_tile(FORMATS[name], m, 3072, 3072), dtype))
+
+
+def _problems(rows: list[dict]) -> list[str]:
+    from .invariants import key, problems
+    from .report import FORMATS, Row
+
+    recorded = {}
+    if RECORD.exists():
+        with RECORD.open(newline="") as file:
+            recorded = {key(row): row for row in csv.DictReader(file)}
+    found = []
+    for row in rows:
+        has_table = FORMATS[row["format"]].table is not None
+        found += problems(Row(**row), recorded.get(key(row)), has_table)
+    return found
+
+
+def _write(rows: list[dict], path: Path) -> None:
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
+
+
+def _print(rows: list[dict]) -> None:
+    table = Table("format", "sm", "tile", "regs", "spills", "shared", "per SM", "loop", "LDG", "decodes", "tensor clk", "issue clk")
+    for row in rows:
+        names = ("format", "capability", "tile", "registers", "spills", "shared_bytes", "programs_per_sm", "loop_instructions")
+        rest = ("loop_global", "decodes_per_weight", "tensor_clocks", "issue_clocks")
+        table.add_row(*(str(row[name]) for name in names + rest))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

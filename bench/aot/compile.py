@@ -1,0 +1,70 @@
+"""Compile a kernel for a card that is not here, with the constants and alignment a real launch would have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flux_kernels.formats import FORMATS, BlockFormat
+from flux_kernels.kernels.dequantize import dequantize_kernel
+from flux_kernels.kernels.fused_gemm import fused_gemm_kernel
+from flux_kernels.kernels.tuning import Tile, largest_tile_k
+
+from .sass import MachineCode, read
+
+CAPABILITIES = (80, 86, 89, 90, 120)
+_DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Hold one compiled kernel: its machine code, shared memory in bytes, and threads per program."""
+
+    code: MachineCode
+    shared: int
+    threads: int
+    ptx: str
+
+
+def compile_kernel(kernel, pointers: dict, integers: tuple, constants: dict, capability: int, **options) -> Compiled:
+    """Compile `kernel` with 16-byte aligned pointers and integers that are multiples of 16, as Flux's shapes give."""
+    names = kernel.arg_names
+    signature = {name: pointers.get(name) or ("i32" if name in integers else "constexpr") for name in names}
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *integers)}
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    threads = 32 * built.metadata.num_warps
+    return Compiled(read(built.asm["cubin"]), built.metadata.shared, threads, built.asm["ptx"])
+
+
+def format_constants(fmt: BlockFormat, k: int, planes: bool | None = None) -> dict:
+    """Return the constants a kernel takes from a format's row, for rows of `k` weights."""
+    return dict(
+        K=k,
+        DECODE=fmt.decode_tile,
+        NUM_BLOCKS=k // fmt.block_size,
+        ROW_BYTES=fmt.row_bytes(k),
+        PLANES=fmt.planes if planes is None else planes,
+    )
+
+
+def compile_fused(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the fused GEMM for one format, card and tile."""
+    x = _DTYPES[dtype]
+    pointers = dict(x_ptr=x, w_ptr="*u8", table_ptr="*u8", bias_ptr=x, y_ptr=x)
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+    constants = format_constants(FORMATS[name], k) | blocks
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return compile_kernel(fused_gemm_kernel, pointers, ("M", "N", "stride_xm"), constants, capability, **options)
+
+
+def compile_dequantize(name: str, capability: int, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the unpack kernel for one format and card."""
+    fmt = FORMATS[name]
+    pointers = dict(w_ptr="*u8", table_ptr="*u8", y_ptr=_DTYPES[dtype])
+    constants = format_constants(fmt, k) | dict(BLOCK_N=16, TILE_K=largest_tile_k(fmt, k))
+    return compile_kernel(dequantize_kernel, pointers, ("N",), constants, capability)

@@ -1,0 +1,36 @@
+"""Decide what CI refuses: properties that compiled code must have, and a ratchet against the recorded report.
+
+Predicted clocks are no criterion: a kernel that decodes every weight four times still looks perfect in them.
+"""
+
+from __future__ import annotations
+
+from .cards import CARDS
+from .report import Row
+
+RATCHET = 1.05  # main-loop instructions may grow by this factor before the record must be changed on purpose
+
+
+def problems(row: Row, recorded: dict | None, has_table: bool) -> list[str]:
+    """Return what is wrong with a row, each as one sentence; empty when it may ship."""
+    card = CARDS[row.capability]
+    found = []
+    if row.spills:
+        found.append(f"{row.spills} register spills")
+    if not row.mma and row.dtype != "fp32":
+        found.append("no tensor-core instruction in the main loop")
+    if row.decodes_per_weight != 1.0 and row.dtype != "fp32":
+        found.append(f"every weight is decoded {row.decodes_per_weight} times")
+    if row.loop_global and not has_table:
+        found.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")
+    if row.shared_bytes > card.shared_per_block:
+        found.append(f"{row.shared_bytes} bytes of shared memory, the card has {card.shared_per_block}")
+    if recorded and row.loop_instructions > RATCHET * int(recorded["loop_instructions"]):
+        found.append(f"{row.loop_instructions} main-loop instructions, recorded {recorded['loop_instructions']}")
+    where = f"{row.kernel} {row.format} sm_{row.capability} {row.dtype} {row.tile} (Triton {row.triton})"
+    return [f"{where}: {problem}" for problem in found]
+
+
+def key(row: dict) -> tuple:
+    """Return what identifies a row from one run of the report to the next."""
+    return tuple(str(row[name]) for name in ("kernel", "format", "capability", "triton", "dtype", "tile"))

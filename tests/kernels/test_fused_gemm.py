@@ -1,0 +1,108 @@
+"""The fused GEMM against the decoded weight itself and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flux_kernels import kernels
+from flux_kernels.formats import FORMATS
+
+from .samples import finite_rows, golden
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def launch(x, data, fmt, bias=None, planes=False, device="cpu"):
+    """Run the kernel on `device` from tensors on the CPU; the result comes back on the CPU."""
+    packed = fmt.layout.to_planes(data) if planes else data
+    bias = None if bias is None else bias.to(device)
+    return kernels.linear(x.to(device), packed.to(device), bias, fmt, "exact", planes).cpu()
+
+
+def relative(error: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the relative Frobenius norm of an error."""
+    return (error.double().norm() / reference.double().norm()).item()
+
+
+@pytest.mark.parametrize("planes", [False, True], ids=["file order", "planes"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_identity_activations_give_the_decoded_weight(name, dtype, planes, device):
+    """With x = I the output is the weight rounded once, equal by value (a dot turns -0.0 into 0.0)."""
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 5)
+    got = launch(torch.eye(512, dtype=dtype), data, fmt, planes=planes, device=device)
+    assert torch.equal(got, weight.to(dtype).T)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 33, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+def test_error_is_at_most_twice_that_of_torch(name, dtype, m, device):
+    """Any M and a ragged N, with bias: the error against float64 is at most 2x that of torch's matmul in the same dtype.
+
+    Both round each output once to the dtype; the kernel adds its float32 accumulation, in another order than torch. The
+    two error norms are random sums over M * N outputs, so for few outputs the bound gets one output rounding of slack.
+    """
+    torch.manual_seed(m)
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 37, repeats=2)
+    x = torch.randn(m, 1024).to(dtype)
+    bias = torch.randn(37).to(dtype)
+    oracle = x.double() @ weight.to(dtype).double().T + bias.double()
+    torch_error = (torch.nn.functional.linear(x, weight.to(dtype), bias).double() - oracle).norm()
+    got = launch(x, data, fmt, bias, fmt.planes, device)
+    slack = torch.finfo(dtype).eps * oracle.norm() / 2
+    assert (got.double() - oracle).norm() <= 2 * torch_error + slack
+    nmse = relative(got.double() - oracle, oracle) ** 2
+    assert nmse <= {torch.float32: 1e-12, torch.float16: 1e-6, torch.bfloat16: 1e-5}[dtype]
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
+def test_strided_activations(name, device):
+    """x may be a slice of a wider tensor, or have another order of strides."""
+    if name not in FORMATS:
+        pytest.fail(f"{name} is not registered")
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 16)
+    wide = torch.randn(6, 1536)
+    for x in (wide[:, 512:1024], wide[::2, :512], wide[:, 1024:].T.contiguous().T):
+        packed = data.to(device)
+        got = kernels.linear(x.to(device), packed, None, fmt, "exact").cpu()
+        assert relative(got - x.double() @ weight.double().T, got) < 1e-6
+
+
+def test_no_rows_of_x_and_an_output_no_store_may_miss(device, monkeypatch):
+    """M = 0 gives an empty result; every element of y is written (the buffer starts as NaN), nothing beyond it is."""
+    fmt = FORMATS["Q8_0"]
+    data, _ = finite_rows("Q8_0", 19)
+    assert launch(torch.empty(0, 512), data, fmt, device=device).shape == (0, 19)
+    guarded = torch.full((3 * 19 + 64,), float("nan"), device=device)
+    monkeypatch.setattr(kernels.torch, "empty", lambda *shape, **_: guarded[: 3 * 19].view(3, 19))
+    kernels.linear(torch.ones(3, 512, device=device), data.to(device), None, fmt, "exact")
+    assert guarded[: 3 * 19].isfinite().all()
+    assert guarded[3 * 19 :].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_nan_and_inf_blocks_stay_in_their_rows(name, device):
+    """A block whose scale is NaN or Inf poisons its own output column as in the reference, and no other."""
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 4)
+    data = data.clone()
+    data[1, 0:2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)  # d = NaN
+    got = launch(torch.randn(3, 512), data, fmt, device=device)
+    assert got[:, 1].isnan().all()
+    assert got[:, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_narrowest_rows(name, device):
+    """K of a single block works, as does K that is no multiple of 256 where the format allows it."""
+    fmt, vectors = FORMATS[name], golden(name)
+    k = fmt.block_size
+    data = vectors["q"][:5, : fmt.type_size].contiguous()
+    x = torch.randn(3, k)
+    oracle = x.double() @ vectors["y"][:5, :k].double().T
+    assert relative(launch(x, data, fmt, device=device) - oracle, oracle) < 1e-6
