@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..errors import FormatError
-from . import q4_k, q8_0
+from . import q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 from ._format import SLICE, SUPERBLOCK, BlockFormat, Field, Layout
 from .plain import PLAIN_TYPES, PlainType
 
-_FORMAT_FILES = (q8_0, q4_k)
+_FORMAT_FILES = (q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k)
 
 FORMATS: dict[str, BlockFormat] = {file.FORMAT.name: file.FORMAT for file in _FORMAT_FILES}
 

@@ -49,9 +49,58 @@ def load_word(
     NUM_BLOCKS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Load 32-bit word INDEX of a field that is 4-byte aligned in the block, as uint32 [BLOCK_N]."""
+    """Load 32-bit word INDEX of a field as uint32 [BLOCK_N].
+
+    One load where the word is 4-byte aligned in every block and row, else two of 2 bytes or four of 1: GPUs fault on
+    misaligned loads.
+    """
+    ptr = field_ptr(row_ptr, block, OFFSET, SIZE, TYPE_SIZE, NUM_BLOCKS, PLANES) + 4 * INDEX
+    # The lowest set bit of `steps` is the alignment: rows, blocks and the field start at multiples of its parts.
+    steps: tl.constexpr = (NUM_BLOCKS * OFFSET | SIZE | NUM_BLOCKS * TYPE_SIZE) if PLANES else (OFFSET | TYPE_SIZE)
+    if steps % 4 == 0:
+        return tl.load(ptr.to(tl.pointer_type(tl.uint32)))
+    elif steps % 2 == 0:
+        pairs = ptr.to(tl.pointer_type(tl.uint16))
+        return tl.load(pairs).to(tl.uint32) | (tl.load(pairs + 1).to(tl.uint32) << 16)
+    else:
+        low = tl.load(ptr).to(tl.uint32) | (tl.load(ptr + 1).to(tl.uint32) << 8)
+        return low | (tl.load(ptr + 2).to(tl.uint32) << 16) | (tl.load(ptr + 3).to(tl.uint32) << 24)
+
+
+@jit
+def load_nibbles(
+    row_ptr,
+    block,
+    OFFSET: tl.constexpr,
+    SIZE: tl.constexpr,
+    START: tl.constexpr,
+    TYPE_SIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """Load the 32 4-bit codes in bytes START to START+15 of a field, low nibbles first, as uint8 [BLOCK_N, 32]."""
     ptr = field_ptr(row_ptr, block, OFFSET, SIZE, TYPE_SIZE, NUM_BLOCKS, PLANES)
-    return tl.load((ptr + 4 * INDEX).to(tl.pointer_type(tl.uint32)))
+    lane = tl.arange(0, 32)
+    packed = tl.load(ptr[:, None] + (START + lane % 16)[None, :])
+    return (packed >> (lane // 16 * 4).to(tl.uint8)[None, :]) & 0xF
+
+
+@jit
+def halves_of_16(first, second):
+    """Spread two [BLOCK_N] values over the weights 0-15 and 16-31 of a slice: [BLOCK_N, 32]."""
+    return tl.where((tl.arange(0, 32) < 16)[None, :], first[:, None], second[:, None])
+
+
+@jit
+def unpack_bits(word):
+    """Spread the 32 bits of each uint32 [BLOCK_N], lowest first, over a slice: uint32 [BLOCK_N, 32] of 0 and 1."""
+    return (word[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+
+
+@jit
+def unpack_int8(bits):
+    """Turn the low 8 bits of each uint32, a signed byte, into float32."""
+    return (bits & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True).to(tl.float32)
 
 
 @jit

@@ -1,0 +1,52 @@
+"""Q2_K: x = d*sc*q - dmin*m, 2-bit codes, 4-bit sc and m per 16 weights; 84 bytes per 256 weights, 2.625 bits/weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._bits import bit_planes
+from ._format import BlockFormat, Field, Layout
+from ._tiles import halves_of_16, load_bytes, load_half_pair, load_word
+
+LAYOUT = Layout(Field("scales", "u8", 16), Field("qs", "u8", 64), Field("dm", "f16", 2))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+QS = tl.constexpr(LAYOUT.offsets["qs"])
+DM = tl.constexpr(LAYOUT.offsets["dm"])
+
+
+def decode(scales: Tensor, qs: Tensor, dm: Tensor) -> Tensor:
+    """Decode superblocks: scales [..., 16], qs [..., 64], dm [..., 2] is (d, dmin) -> float32 [..., 256].
+
+    A scale byte holds sc in its low nibble and m in its high one. Each half of qs holds 128 weights: the lowest two bits of
+    its 32 bytes are the first 32 of them. d*sc*q (11 + 4 + 2 bits) is exact; the subtraction rounds once.
+    """
+    codes = bit_planes(qs.unflatten(-1, (2, 32)), 2).flatten(-3).unflatten(-1, (16, 16))
+    scale = dm[..., :1] * (scales & 0xF)
+    offset = dm[..., 1:] * (scales >> 4)
+    return (scale[..., None] * codes - offset[..., None]).flatten(-2)
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode sub-blocks 2*i and 2*i+1 (32 weights) of superblock `block`."""
+    d, dmin = load_half_pair(row_ptr, block, DM, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    word = load_word(row_ptr, block, 0, 16, i // 2, TYPE_SIZE, NUM_BLOCKS, PLANES) >> (16 * (i % 2))
+    scale = halves_of_16(d * (word & 0xF).to(tl.float32), d * ((word >> 8) & 0xF).to(tl.float32))
+    offset = halves_of_16(dmin * ((word >> 4) & 0xF).to(tl.float32), dmin * ((word >> 12) & 0xF).to(tl.float32))
+    qs = load_bytes(row_ptr, block, QS, 64, 32 * (i // 4), 32, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    q = (qs >> (2 * (i % 4))) & 3
+    return scale * q.to(tl.float32) - offset
+
+
+FORMAT = BlockFormat(
+    name="Q2_K",
+    ggml_type=10,
+    block_size=256,
+    sub_block=16,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    relative_rms=0.32,
+    source="ggml-common.h block_q2_K",
+)

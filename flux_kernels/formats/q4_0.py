@@ -1,0 +1,41 @@
+"""Q4_0: x = d * (q - 8), 4-bit codes, one fp16 scale per 32 weights; 18 bytes per 32 weights, 4.5 bits/weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._bits import bit_planes
+from ._format import BlockFormat, Field, Layout
+from ._tiles import load_half, load_nibbles
+
+LAYOUT = Layout(Field("d", "f16"), Field("qs", "u8", 16))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+QS = tl.constexpr(LAYOUT.offsets["qs"])
+
+
+def decode(d: Tensor, qs: Tensor) -> Tensor:
+    """Decode blocks: d [..., 1], qs [..., 16] -> float32 [..., 32]; low nibbles are weights 0-15; exact (11 + 4 bits)."""
+    return (bit_planes(qs, 4).flatten(-2).float() - 8) * d
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode weights 32*i to 32*i+31 past `block` (each slice is one block)."""
+    d = load_half(row_ptr, block + i, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    q = load_nibbles(row_ptr, block + i, QS, 16, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return (q.to(tl.float32) - 8) * d[:, None]
+
+
+FORMAT = BlockFormat(
+    name="Q4_0",
+    ggml_type=2,
+    block_size=32,
+    sub_block=32,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    planes=True,
+    relative_rms=0.09,
+    source="ggml-common.h block_q4_0",
+)

@@ -1,0 +1,43 @@
+"""Q4_1: x = d * q + m, 4-bit codes, fp16 d and m per 32 weights; 20 bytes per 32 weights, 5 bits/weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._bits import bit_planes
+from ._format import BlockFormat, Field, Layout
+from ._tiles import load_half_pair, load_nibbles
+
+LAYOUT = Layout(Field("dm", "f16", 2), Field("qs", "u8", 16))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+QS = tl.constexpr(LAYOUT.offsets["qs"])
+
+
+def decode(dm: Tensor, qs: Tensor) -> Tensor:
+    """Decode blocks: dm [..., 2] is (d, m), qs [..., 16] -> float32 [..., 32]; low nibbles are weights 0-15.
+
+    The product is exact (11 + 4 bits); the addition rounds once.
+    """
+    return bit_planes(qs, 4).flatten(-2) * dm[..., :1] + dm[..., 1:]
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode weights 32*i to 32*i+31 past `block` (each slice is one block)."""
+    d, m = load_half_pair(row_ptr, block + i, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    q = load_nibbles(row_ptr, block + i, QS, 16, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return q.to(tl.float32) * d[:, None] + m[:, None]
+
+
+FORMAT = BlockFormat(
+    name="Q4_1",
+    ggml_type=3,
+    block_size=32,
+    sub_block=32,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    relative_rms=0.08,
+    source="ggml-common.h block_q4_1",
+)

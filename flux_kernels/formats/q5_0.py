@@ -1,0 +1,48 @@
+"""Q5_0: x = d * (q - 16), 5-bit codes, one fp16 scale per 32 weights; 22 bytes per 32 weights, 5.5 bits/weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._bits import bit_fields, bit_planes
+from ._format import BlockFormat, Field, Layout
+from ._tiles import load_half, load_nibbles, load_word, unpack_bits
+
+LAYOUT = Layout(Field("d", "f16"), Field("qh", "u8", 4), Field("qs", "u8", 16))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+QH = tl.constexpr(LAYOUT.offsets["qh"])
+QS = tl.constexpr(LAYOUT.offsets["qs"])
+
+
+def decode(d: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
+    """Decode blocks: d [..., 1], qh [..., 4], qs [..., 16] -> float32 [..., 32]; exact (11 + 5 bits).
+
+    The low nibbles of qs are weights 0-15, the high ones 16-31; bit j of the 32-bit qh is the fifth bit of weight j.
+    """
+    codes = bit_planes(qs, 4).flatten(-2) | bit_fields(qh, 1).flatten(-2) << 4
+    return (codes.float() - 16) * d
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode weights 32*i to 32*i+31 past `block` (each slice is one block)."""
+    d = load_half(row_ptr, block + i, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    qh = load_word(row_ptr, block + i, QH, 4, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    qs = load_nibbles(row_ptr, block + i, QS, 16, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    q = qs.to(tl.uint32) | (unpack_bits(qh) << 4)
+    return (q.to(tl.float32) - 16) * d[:, None]
+
+
+FORMAT = BlockFormat(
+    name="Q5_0",
+    ggml_type=6,
+    block_size=32,
+    sub_block=32,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    planes=True,
+    relative_rms=0.045,
+    source="ggml-common.h block_q5_0",
+)

@@ -1,0 +1,54 @@
+"""Q5_K: x = d*sc*q - dmin*m, 5-bit codes, 6-bit sc and m per 32 weights; 176 bytes per 256 weights, 5.5 bits/weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._bits import bit_planes
+from ._format import BlockFormat, Field, Layout
+from ._k_scales import unpack_scales_and_mins
+from ._tiles import load_bytes, load_half_pair, load_k_scale_min
+
+LAYOUT = Layout(Field("dm", "f16", 2), Field("scales", "u8", 12), Field("qh", "u8", 32), Field("qs", "u8", 128))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+SCALES = tl.constexpr(LAYOUT.offsets["scales"])
+QH = tl.constexpr(LAYOUT.offsets["qh"])
+QS = tl.constexpr(LAYOUT.offsets["qs"])
+
+
+def decode(dm: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
+    """Decode superblocks: dm [..., 2] is (d, dmin), scales [..., 12], qh [..., 32], qs [..., 128] -> float32 [..., 256].
+
+    Bit i of the 32 bytes of qh is the fifth bit of sub-block i; qs as in Q4_K. d*sc*q (11 + 6 + 5 bits) is exact; the
+    subtraction rounds once.
+    """
+    sc, m = unpack_scales_and_mins(scales)
+    codes = bit_planes(qs.unflatten(-1, (4, 32)), 4).flatten(-3, -2) | bit_planes(qh, 1) << 4
+    scale = dm[..., :1] * sc
+    offset = dm[..., 1:] * m
+    return (scale[..., None] * codes - offset[..., None]).flatten(-2)
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode sub-block i (32 weights) of superblock `block`."""
+    d, dmin = load_half_pair(row_ptr, block, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    sc, m = load_k_scale_min(row_ptr, block, i, SCALES, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    qs = load_bytes(row_ptr, block, QS, 128, 32 * (i // 2), 32, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    qh = load_bytes(row_ptr, block, QH, 32, 0, 32, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    q = ((qs >> (4 * (i % 2))) & 0xF) | (((qh >> i) & 1) << 4)
+    return (d * sc)[:, None] * q.to(tl.float32) - (dmin * m)[:, None]
+
+
+FORMAT = BlockFormat(
+    name="Q5_K",
+    ggml_type=13,
+    block_size=256,
+    sub_block=32,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    relative_rms=0.04,
+    source="ggml-common.h block_q5_K",
+)

@@ -1,0 +1,53 @@
+"""Q6_K: x = d * sc * (q - 32), 6-bit codes, 8-bit sc per 16 weights; 210 bytes per 256 weights, 6.5625 bits/weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._bits import bit_planes
+from ._format import BlockFormat, Field, Layout
+from ._tiles import halves_of_16, load_bytes, load_half, load_word, unpack_int8
+
+LAYOUT = Layout(Field("ql", "u8", 128), Field("qh", "u8", 64), Field("scales", "i8", 16), Field("d", "f16"))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+QH = tl.constexpr(LAYOUT.offsets["qh"])
+SCALES = tl.constexpr(LAYOUT.offsets["scales"])
+D = tl.constexpr(LAYOUT.offsets["d"])
+
+
+def decode(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
+    """Decode superblocks: ql [..., 128], qh [..., 64], scales int8 [..., 16], d [..., 1] -> float32 [..., 256].
+
+    Each half of the block (128 weights) has 64 bytes of ql, low nibbles first, and 32 bytes of qh, lowest two bits first.
+    d*sc*(q-32) is a product of 11, 8 and 6 bits: d*sc is exact, the second product may round.
+    """
+    low = bit_planes(ql.unflatten(-1, (2, 64)), 4).flatten(-3)
+    high = bit_planes(qh.unflatten(-1, (2, 32)), 2).flatten(-3)
+    codes = (low | high << 4).float() - 32
+    return ((d * scales)[..., None] * codes.unflatten(-1, (16, 16))).flatten(-2)
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode sub-blocks 2*i and 2*i+1 (32 weights) of superblock `block`."""
+    d = load_half(row_ptr, block, D, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    sc = load_word(row_ptr, block, SCALES, 16, i // 2, TYPE_SIZE, NUM_BLOCKS, PLANES) >> (16 * (i % 2))
+    ql = load_bytes(row_ptr, block, 0, 128, 64 * (i // 4) + 32 * (i % 2), 32, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    qh = load_bytes(row_ptr, block, QH, 64, 32 * (i // 4), 32, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    q = ((ql >> (4 * ((i // 2) % 2))) & 0xF) | (((qh >> (2 * (i % 4))) & 3) << 4)
+    return halves_of_16(d * unpack_int8(sc), d * unpack_int8(sc >> 8)) * (q.to(tl.float32) - 32)
+
+
+FORMAT = BlockFormat(
+    name="Q6_K",
+    ggml_type=14,
+    block_size=256,
+    sub_block=16,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    planes=True,
+    relative_rms=0.02,
+    source="ggml-common.h block_q6_K",
+)
