@@ -1,0 +1,9 @@
+"""What is special to the Flux family: tensor names, variants and layouts, loading and writing GGUF files."""
+
+from __future__ import annotations
+
+from .load import load_flux
+from .save import save_gguf
+from .types import tensor_types
+
+__all__ = ["load_flux", "save_gguf", "tensor_types"]

@@ -1,0 +1,119 @@
+"""Write a FluxTransformer2DModel as a GGUF file: packed rows as they are, bit for bit, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GGUFError
+from ..formats import PLAIN_TYPES
+from ..gguf_file import write_gguf
+from ..linear import GGUFLinear
+from .config import CONFIG_KEY, CONFIG_NAMES
+from .names import BFL, NAMINGS, Source, sources, stored_shapes
+from .stored import empty_model, parameter_shapes
+from .types import BLOCK, file_type, tensor_kind
+
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, the only one there is for these types
+_EXACT = "F32"  # holds every value of the 16-bit types
+_IMAGE_INPUT = "img_in.weight"  # in BF16, diffusers takes its bytes for columns and the file for FLUX.1-Depth
+_PLAIN_NAMES = {plain.dtype: name for name, plain in PLAIN_TYPES.items() if name in ("F32", "F16", "BF16")}
+
+
+def save_gguf(model: nn.Module, path: str | os.PathLike, *, names: str = BFL) -> None:
+    """Write a FLUX.1 transformer as a GGUF file that diffusers, ComfyUI-GGUF and `load_flux` read.
+
+    GGUFLinear layers are written as they are packed: load, save and load again gives the same bytes. Plain matrices keep
+    their dtype and vectors become F32, which changes no value; readers have no 16-bit vectors in common.
+
+    Args:
+        model: a FluxTransformer2DModel, with any mix of GGUFLinear and plain layers.
+        path: the file to write; one that is there is replaced.
+        names: "bfl" (one tensor for q, k, v and the single blocks' MLP input, so they must have one type) or "diffusers".
+
+    Raises:
+        GGUFError: where the parts of one BFL tensor differ in type, or the model is no plain FLUX.1 transformer (adapters).
+    """
+    if names not in NAMINGS:
+        raise GGUFError(f"names is {' or '.join(map(repr, NAMINGS))}, got {names!r}.")
+    config = {name: model.config[name] for name in CONFIG_NAMES}
+    shapes = parameter_shapes(empty_model(config))
+    located = sources(shapes, names)
+    tensors = []
+    for name, shape in stored_shapes(located, shapes).items():
+        parts = {parameter: source for parameter, source in located.items() if source.tensor == name}
+        kind = _stored_type(model, name, shape, list(parts))
+        tensors.append((name, kind, shape, partial(_assemble, model, kind, parts)))
+    write_gguf(path, tensors, _metadata(config, tensors))
+
+
+def _metadata(config: Mapping[str, Any], tensors: list) -> dict[str, tuple[str, Any]]:
+    """Return the key-values: the three usual ones, and what the tensors do not tell."""
+    weights: Counter[str] = Counter()
+    for name, kind, shape, _ in tensors:
+        if tensor_kind(name, shape) == BLOCK:
+            weights[kind] += prod(shape)
+    number = file_type(weights.most_common(1)[0][0]) if weights else None
+    return {
+        "general.architecture": ("STRING", "flux"),
+        "general.quantization_version": ("UINT32", _QUANTIZATION_VERSION),
+        **({} if number is None else {"general.file_type": ("UINT32", number)}),
+        CONFIG_KEY: ("STRING", json.dumps(config)),
+    }
+
+
+def _stored_type(model: nn.Module, name: str, shape: tuple[int, ...], parameters: list[str]) -> str:
+    """Return the ggml type a tensor is written in; raise GGUFError where its parts disagree."""
+    kinds = {parameter: _held(model, parameter)[0] for parameter in parameters}
+    if len(set(kinds.values())) > 1:
+        held = ", ".join(f"{parameter} {kind}" for parameter, kind in kinds.items())
+        raise GGUFError(
+            f'{name!r} is one tensor of one type, its parts are {held}. Use names="diffusers", or one type for all.'
+        )
+    (kind,) = set(kinds.values())
+    if kind in PLAIN_TYPES and (len(shape) == 1 or (name == _IMAGE_INPUT and kind == "BF16")):
+        return _EXACT
+    return kind
+
+
+def _assemble(model: nn.Module, kind: str, parts: Mapping[str, Source]) -> Tensor:
+    """Put the rows of a tensor together in the order of the file, on the CPU."""
+    pieces = []
+    for parameter, source in parts.items():
+        held = _held(model, parameter)[1]
+        taken = 0
+        for start, stop in source.rows:
+            pieces.append((start, held[taken : taken + stop - start].cpu()))
+            taken += stop - start
+    rows = [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
+    tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return tensor.to(PLAIN_TYPES[kind].dtype) if kind in PLAIN_TYPES else tensor
+
+
+def _held(model: nn.Module, parameter: str) -> tuple[str, Tensor]:
+    """Return (ggml type name, tensor as a file holds it) of a parameter."""
+    module_name, _, kind = parameter.rpartition(".")
+    module = model.get_submodule(module_name)
+    if kind == "weight" and isinstance(module, GGUFLinear):
+        held, ggml_type = module.file_bytes(), module.format
+    else:
+        held = getattr(module, kind, None)
+        if not isinstance(held, Tensor):
+            raise GGUFError(
+                f"The model has no {parameter!r}: {module_name} is a {type(module).__name__}. Unload adapters first."
+            )
+        held = held.detach()
+        if held.dtype not in _PLAIN_NAMES:
+            raise GGUFError(f"{parameter!r} is {held.dtype}, which is no weight to write. Call swap_linear(model) first.")
+        ggml_type = _PLAIN_NAMES[held.dtype]
+    if held.is_meta:
+        raise GGUFError(f"{parameter!r} is on the meta device (offloaded, or never loaded). Save before offload is enabled.")
+    return ggml_type, held

@@ -1,0 +1,183 @@
+"""A FLUX.1 file that was opened, understood and checked: where every parameter of the model lies in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GGUFError
+from ..formats import FORMATS, PLAIN_TYPES, PlainType
+from ..gguf_file import GGUFFile, GGUFTensor, read_gguf
+from ..reference import dequantize
+from .config import infer_config
+from .names import Source, sources, stored_shapes
+from .variant import canonical_names, naming_of
+
+ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
+_EXAMPLES = 5  # tensors named in one error
+
+
+@dataclass(frozen=True)
+class StoredFlux:
+    """Hold what is known about a FLUX.1 file before any weight is read.
+
+    Attributes:
+        file: the memory-mapped file.
+        naming: "bfl" or "diffusers".
+        config: the arguments of FluxTransformer2DModel.
+        names: tensor name without prefix -> name in the file.
+        shapes: tensor name without prefix -> shape in torch order.
+        sources: parameter name -> where it lies.
+    """
+
+    file: GGUFFile
+    naming: str
+    config: dict[str, Any]
+    names: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    sources: dict[str, Source]
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Tensor name without prefix -> ggml type name."""
+        return {bare: self.file.tensors[name].format for bare, name in self.names.items()}
+
+    def format(self, parameter: str) -> str:
+        """Return the ggml type name of a parameter."""
+        return self.file.tensors[self.names[self.sources[parameter].tensor]].format
+
+    def packed(self, parameter: str) -> Tensor:
+        """Return a quantized matrix as it is stored, uint8 [N, row bytes]: mapped, unless its rows change order."""
+        return _join(self._ranges(self.sources[parameter]))
+
+    def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
+        """Return a vector or a plain matrix in `dtype`; mapped where it is stored in `dtype`, decoded in float32 where not."""
+        source = self.sources[parameter]
+        tensor = self._tensor(source)
+        if isinstance(tensor.block_format, PlainType):
+            return _join(self._ranges(source)).to(dtype)
+        whole = dequantize(tensor.data, tensor.block_format)
+        return _join([whole[start:stop] for start, stop in source.rows]).to(dtype, copy=True)
+
+    def _tensor(self, source: Source) -> GGUFTensor:
+        return self.file.tensors[self.names[source.tensor]]
+
+    def _ranges(self, source: Source) -> list[Tensor]:
+        """Return the row ranges of a source as they are stored, each with a storage of its own."""
+        tensor, shape = self._tensor(source), self.shapes[source.tensor]
+        if tensor.shape == shape:
+            return [tensor.rows(start, stop) for start, stop in source.rows]
+        reshaped = tensor.data.reshape(shape[0], -1)
+        return [reshaped[start:stop].clone() for start, stop in source.rows]
+
+
+def _join(ranges: list[Tensor]) -> Tensor:
+    return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+
+
+def open_flux(path: str | os.PathLike, config: object | None = None) -> StoredFlux:
+    """Open a GGUF file and check that it is a complete FLUX.1 transformer; no weight is read.
+
+    Raises:
+        GGUFError: for a damaged file, another model, and missing, superfluous or wrongly shaped tensors, which it names.
+    """
+    file = read_gguf(path)
+    try:
+        return understand(file, config)
+    except GGUFError as error:
+        raise GGUFError(f"{os.fspath(path)}: {error}") from None
+
+
+def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
+    """Locate every parameter of the model in an opened file, or raise GGUFError saying why it cannot be loaded."""
+    names = canonical_names(file.tensors)
+    shapes = {bare: _torch_shape(file, bare, name) for bare, name in names.items()}
+    architecture = file.metadata.get("general.architecture")
+    naming = naming_of(shapes, architecture if isinstance(architecture, str) else None)
+    inferred = infer_config(shapes, naming, file.metadata, config)
+    expected = parameter_shapes(empty_model(inferred))
+    located = sources(expected, naming)
+    _check_tensors(shapes, stored_shapes(located, expected), inferred)
+    for bare, name in names.items():
+        _check_type(bare, file.tensors[name].format)
+    return StoredFlux(file, naming, inferred, names, shapes, located)
+
+
+def empty_model(config: Mapping[str, Any]) -> nn.Module:
+    """Build a FluxTransformer2DModel on the meta device."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        return FluxTransformer2DModel(**config)
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return parameter name -> shape."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _torch_shape(file: GGUFFile, bare: str, name: str) -> tuple[int, ...]:
+    """Return the shape of a tensor, as written by converters that reshape tensors or as in the header."""
+    shape = tuple(file.tensors[name].shape)
+    for key in (ORIGINAL_SHAPE_KEY + name, ORIGINAL_SHAPE_KEY + bare):
+        if key in file.metadata:
+            return _original_shape(key, file.metadata[key], file.tensors[name])
+    return shape
+
+
+def _original_shape(key: str, sizes: Any, tensor: GGUFTensor) -> tuple[int, ...]:
+    """Return the shape that a key-value gives a tensor; raise GGUFError where its bytes cannot have that shape."""
+    row = tensor.block_format
+    integers = isinstance(sizes, list) and all(isinstance(size, int) for size in sizes)
+    if not integers or prod(sizes) != prod(tensor.shape) or not sizes or sizes[-1] % row.block_size:
+        raise GGUFError(
+            f"{key} says {sizes}, but the tensor is {row.name} of shape {list(tensor.shape)}: both must hold as many "
+            f"weights, in rows of a multiple of {row.block_size}."
+        )
+    return tuple(sizes)
+
+
+def _check_type(bare: str, format: str) -> None:
+    plain = PLAIN_TYPES.get(format)
+    if format in FORMATS or (plain is not None and plain.dtype.is_floating_point):
+        return
+    legal = [name for name, plain in PLAIN_TYPES.items() if plain.dtype.is_floating_point] + list(FORMATS)
+    raise GGUFError(f"{bare!r} has type {format}, which cannot be a weight here. Legal: {', '.join(legal)}.")
+
+
+def _check_tensors(
+    got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> None:
+    """Raise one GGUFError that names what is missing, superfluous or wrongly shaped."""
+    missing = [name for name in expected if name not in got]
+    superfluous = [name for name in got if name not in expected]
+    wrong = [name for name in expected if name in got and got[name] != expected[name]]
+    problems = [
+        _problem("missing", missing),
+        _problem("superfluous", superfluous),
+        _problem("wrongly shaped", [f"{name} is {_by(got[name])}, should be {_by(expected[name])}" for name in wrong]),
+    ]
+    if missing or superfluous or wrong:
+        raise GGUFError(
+            f"{'; '.join(filter(None, problems))}. A FLUX.1 file with {config['num_layers']} double and "
+            f"{config['num_single_layers']} single blocks holds exactly {len(expected)} tensors; this one is incomplete, or "
+            "its config must be passed as config=..."
+        )
+
+
+def _problem(what: str, names: Iterable[str]) -> str:
+    names = list(names)
+    if not names:
+        return ""
+    more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {', '.join(names[:_EXAMPLES])}{more}"
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,139 @@
+"""Which ggml type each tensor of a FLUX.1 file gets: the rules of the layouts in the wild, as data.
+
+A rule is about three classes of tensors: the matrices inside the blocks get the type asked for, vectors (biases, norm
+scales) and the few matrices outside the blocks ("leftovers") stay plain. File sizes published for FLUX.1-dev, schnell and
+Krea are reproduced to the byte (tests/test_flux_types.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import FormatError
+from .names import block_of
+
+VECTOR, LEFTOVER, BLOCK = "vector", "leftover", "block"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """State the plain types of one layout: `vector` for 1-D tensors, `leftover` for matrices outside the blocks.
+
+    `small` overrides `leftover` for the narrow ones of SMALL_LEFTOVER; `mixes` allows the _M and _L type names.
+    """
+
+    vector: str
+    leftover: str
+    small: str | None = None
+    mixes: bool = False
+
+
+RULES: dict[str, Rule] = {
+    "legacy": Rule(vector="F16", leftover="F16"),
+    "old": Rule(vector="F32", leftover="F16", small="F32"),
+    "new": Rule(vector="F32", leftover="BF16", mixes=True),
+}
+
+# The leftovers that the "old" converter kept in 32 bit, in both namings.
+SMALL_LEFTOVER = re.compile(
+    r"^(img_in|\w+_in\.in_layer|final_layer\.linear|x_embedder|time_text_embed\.\w+\.linear_1|proj_out)\.weight$"
+)
+
+# Attention inputs of the double blocks: all that an _M or _L file stores in a wider type.
+DOUBLE_QKV = re.compile(
+    r"^(double_blocks\.\d+\.\w+_attn\.qkv|transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj))\.weight$"
+)
+
+
+@dataclass(frozen=True)
+class NamedType:
+    """Resolve a file type's name: the block matrices' type, the type of DOUBLE_QKV, and llama.cpp's `file_type` number."""
+
+    base: str
+    qkv: str
+    file_type: int
+
+
+def _uniform(name: str, file_type: int) -> NamedType:
+    return NamedType(name, name, file_type)
+
+
+# The numbers are llama.cpp's llama_ftype (gguf-py: LlamaFileType).
+NAMED_TYPES: dict[str, NamedType] = {
+    "F32": _uniform("F32", 0),
+    "F16": _uniform("F16", 1),
+    "BF16": _uniform("BF16", 32),
+    "Q4_0": _uniform("Q4_0", 2),
+    "Q4_1": _uniform("Q4_1", 3),
+    "Q5_0": _uniform("Q5_0", 8),
+    "Q5_1": _uniform("Q5_1", 9),
+    "Q8_0": _uniform("Q8_0", 7),
+    "Q2_K": _uniform("Q2_K", 10),
+    "Q3_K_S": _uniform("Q3_K", 11),
+    "Q3_K_M": NamedType("Q3_K", "Q4_K", 12),
+    "Q3_K_L": NamedType("Q3_K", "Q4_K", 13),
+    "Q4_K_S": _uniform("Q4_K", 14),
+    "Q4_K_M": NamedType("Q4_K", "Q5_K", 15),
+    "Q5_K_S": _uniform("Q5_K", 16),
+    "Q5_K_M": NamedType("Q5_K", "Q6_K", 17),
+    "Q6_K": _uniform("Q6_K", 18),
+    "IQ1_S": _uniform("IQ1_S", 24),
+    "IQ1_M": _uniform("IQ1_M", 31),
+    "IQ2_XXS": _uniform("IQ2_XXS", 19),
+    "IQ2_XS": _uniform("IQ2_XS", 20),
+    "IQ2_S": _uniform("IQ2_S", 28),
+    "IQ3_XXS": _uniform("IQ3_XXS", 23),
+    "IQ3_S": _uniform("IQ3_S", 26),
+    "IQ4_NL": _uniform("IQ4_NL", 25),
+    "IQ4_XS": _uniform("IQ4_XS", 30),
+    "TQ1_0": _uniform("TQ1_0", 36),
+    "TQ2_0": _uniform("TQ2_0", 37),
+    "MXFP4": _uniform("MXFP4", 38),
+}
+
+
+def file_type(ggml_type: str) -> int | None:
+    """Return llama.cpp's `file_type` number of a file whose matrices are mostly `ggml_type`; None where it has none."""
+    return next((named.file_type for named in NAMED_TYPES.values() if named.base == named.qkv == ggml_type), None)
+
+
+def tensor_kind(name: str, shape: tuple[int, ...]) -> str:
+    """Return "vector", "leftover" or "block", the class of a tensor that the rules speak of."""
+    if len(shape) < 2:
+        return VECTOR
+    return BLOCK if block_of(name) else LEFTOVER
+
+
+def tensor_types(rule: str, type_name: str, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Assign a ggml type to every tensor of a FLUX.1 file.
+
+    Args:
+        rule: "legacy", "old" or "new": the layout whose conventions are followed.
+        type_name: a file type's name, such as "Q4_K_S", "Q4_K_M" or "Q8_0".
+        tensors: tensor name (either naming, without prefix) -> shape in torch order.
+
+    Returns:
+        Tensor name -> ggml type name.
+
+    Raises:
+        FormatError: for an unknown rule or type name, or a mixed one in a layout that has none.
+    """
+    if rule not in RULES:
+        raise FormatError(f"Unknown rule {rule!r}. Known: {', '.join(RULES)}.")
+    if type_name not in NAMED_TYPES:
+        raise FormatError(f"Unknown file type {type_name!r}. Known: {', '.join(NAMED_TYPES)}.")
+    plain, named = RULES[rule], NAMED_TYPES[type_name]
+    if named.base != named.qkv and not plain.mixes:
+        raise FormatError(f'{type_name} mixes types, which {rule} files never did. Use rule="new" or a type without _M or _L.')
+    return {name: _type_of(name, shape, plain, named) for name, shape in tensors.items()}
+
+
+def _type_of(name: str, shape: tuple[int, ...], rule: Rule, named: NamedType) -> str:
+    kind = tensor_kind(name, shape)
+    if kind == VECTOR:
+        return rule.vector
+    if kind == LEFTOVER:
+        return rule.small if rule.small and SMALL_LEFTOVER.match(name) else rule.leftover
+    return named.qkv if DOUBLE_QKV.match(name) else named.base

@@ -1,0 +1,162 @@
+"""Gather the facts about a GGUF file that the `inspect` command prints: what it is, what it needs, or why it is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from .errors import GGUFError
+from .flux.names import strip_prefix, tensor_class
+from .flux.stored import understand
+from .flux.types import BLOCK, tensor_kind
+from .flux.variant import layout_of, variant_name
+from .formats import FORMATS
+from .gguf_file import GGUFFile, GGUFTensor, read_gguf
+
+GIB = 2**30
+_SHORT_VALUE = 200  # characters of a key-value worth showing
+CARDS_GIB = (6, 8, 12, 16, 24)
+# The overhead model, stated to the user in OVERHEAD. None of it is measured on the user's card.
+USABLE = 0.95  # of a card's memory; the rest is the desktop's
+CONTEXT_BYTES = 0.5 * GIB  # CUDA context and library workspaces
+IMAGE_TOKENS, TEXT_TOKENS = 4096, 512  # 1024 x 1024 pixels, the longest prompt
+LIVE_WIDTHS = 20  # activations alive at once, in hidden widths a token: residual, q, k, v, MLP in and out, modulated copies
+ACTIVATION_BYTES = 2
+OVERHEAD = (
+    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {IMAGE_TOKENS} image and "
+    f"{TEXT_TOKENS} text tokens (1024 x 1024), batch 1, {LIVE_WIDTHS} hidden widths a token in 16 bit; the transformer alone "
+    "(text encoders and VAE off the card while it runs, as under model offload); plain tensors in 16 bit; an estimate"
+)
+
+
+@dataclass(frozen=True)
+class TypeCount:
+    """Count the tensors of one class and one type: `kind` is "block", "leftover" or "vector", `nbytes` has no padding."""
+
+    kind: str
+    tensor_class: str
+    type: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Hold what `inspect_file` found.
+
+    Attributes:
+        path: the file.
+        nbytes: its size in bytes.
+        refused: why `load_flux` would refuse it; None where it loads.
+        variant: the FLUX.1 variant; None where refused.
+        layout: "legacy", "old", "new", "mixed" or "other"; None where refused.
+        naming: "bfl" or "diffusers"; None where refused.
+        config: the inferred config; empty where refused.
+        metadata: the file's short key-values.
+        types: tensors by class and type.
+        parameters: weights in all tensors.
+        bits_per_weight: 8 * bytes of all tensors / parameters.
+        block_bits_per_weight: the same over the matrices inside the blocks.
+        resident_bytes: bytes of the loaded model (quantized matrices packed, all else in 16 bit).
+        overhead_bytes: bytes beside it while it runs, see `overhead_model`.
+        fits: GiB of card memory -> whether the model runs on it, see `overhead_model`.
+        overhead_model: the assumptions behind `overhead_bytes` and `fits`.
+    """
+
+    path: str
+    nbytes: int
+    refused: str | None = None
+    variant: str | None = None
+    layout: str | None = None
+    naming: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    types: tuple[TypeCount, ...] = ()
+    parameters: int = 0
+    bits_per_weight: float = 0.0
+    block_bits_per_weight: float = 0.0
+    resident_bytes: int = 0
+    overhead_bytes: int = 0
+    fits: dict[int, bool] = field(default_factory=dict)
+    overhead_model: str = OVERHEAD
+
+
+def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileFacts:
+    """Gather the facts about a GGUF file; a file that cannot be loaded gives `refused`, not an error.
+
+    Only the header is read. Raises FileNotFoundError where there is no file.
+    """
+    name, nbytes = os.fspath(path), os.stat(path).st_size
+    try:
+        file = read_gguf(path)
+    except GGUFError as error:
+        return FileFacts(name, nbytes, refused=str(error))
+    known = _known_of_any(name, nbytes, file)
+    try:
+        stored = understand(file, config)
+    except GGUFError as error:
+        return FileFacts(**known, refused=str(error))
+    overhead = _overhead(stored.config)
+    resident = sum(_resident(tensor) for tensor in file.tensors.values())
+    return FileFacts(
+        **known,
+        variant=variant_name(stored.config),
+        layout=layout_of(stored.types, stored.shapes),
+        naming=stored.naming,
+        config=stored.config,
+        resident_bytes=resident,
+        overhead_bytes=overhead,
+        fits={card: resident + overhead <= card * GIB * USABLE for card in CARDS_GIB},
+    )
+
+
+def _known_of_any(path: str, nbytes: int, file: GGUFFile) -> dict[str, Any]:
+    """Gather what can be said of any GGUF file, FLUX.1 or not."""
+    types = _count_types(file)
+    blocks = [count for count in types if count.kind == BLOCK]
+    return {
+        "path": path,
+        "nbytes": nbytes,
+        "metadata": {key: value for key, value in file.metadata.items() if _is_short(value)},
+        "types": types,
+        "parameters": sum(count.parameters for count in types),
+        "bits_per_weight": _bits(types),
+        "block_bits_per_weight": _bits(blocks),
+    }
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, list) and len(str(value)) <= _SHORT_VALUE
+
+
+def _count_types(file: GGUFFile) -> tuple[TypeCount, ...]:
+    counts: dict[tuple[str, str, str], list[int]] = {}
+    for name, tensor in file.tensors.items():
+        bare = strip_prefix(name)
+        key = (tensor_kind(bare, tensor.shape), tensor_class(bare), tensor.format)
+        count = counts.setdefault(key, [0, 0, 0])
+        parameters = prod(tensor.shape)
+        for index, value in enumerate((1, parameters, tensor.nbytes)):
+            count[index] += value
+    return tuple(TypeCount(*key, *count) for key, count in sorted(counts.items()))
+
+
+def _bits(counts: Iterable[TypeCount]) -> float:
+    counts = list(counts)
+    parameters = sum(count.parameters for count in counts)
+    return 8 * sum(count.nbytes for count in counts) / parameters if parameters else 0.0
+
+
+def _resident(tensor: GGUFTensor) -> int:
+    """Return the bytes of a tensor in the loaded model."""
+    packed = tensor.format in FORMATS and len(tensor.shape) > 1
+    return tensor.nbytes if packed else prod(tensor.shape) * ACTIVATION_BYTES
+
+
+def _overhead(config: Mapping[str, Any]) -> int:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return int(CONTEXT_BYTES) + (IMAGE_TOKENS + TEXT_TOKENS) * LIVE_WIDTHS * width * ACTIVATION_BYTES
