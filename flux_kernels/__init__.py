@@ -1,1 +1,58 @@
 """flux_kernels: GGUF-quantized Flux at full speed inside diffusers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import BackendUnavailable, FormatError, GGUFError
+from .footprint import memory_footprint
+from .formats import FORMATS, BlockFormat
+from .linear import GGUFLinear
+from .ops import dequantize, linear
+from .packing import quantize
+from .swap import swap_linear
+from .swap_report import SwapReport
+
+if TYPE_CHECKING:
+    from .flux import load_flux, save_gguf
+    from .gguf_file import GGUFFile, read_gguf
+
+_LAZY = {  # names whose modules need more than torch, or are wanted by few: imported when first asked for
+    "GGUFFile": "gguf_file",
+    "read_gguf": "gguf_file",
+    "load_flux": "flux",
+    "save_gguf": "flux",
+}
+
+__all__ = [
+    "FORMATS",
+    "BackendUnavailable",
+    "BlockFormat",
+    "FormatError",
+    "GGUFError",
+    "GGUFFile",
+    "GGUFLinear",
+    "SwapReport",
+    "dequantize",
+    "linear",
+    "load_flux",
+    "memory_footprint",
+    "quantize",
+    "read_gguf",
+    "save_gguf",
+    "swap_linear",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a lazy public name on first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'flux_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

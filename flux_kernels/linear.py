@@ -135,7 +135,7 @@ class GGUFLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Stand in for the decoded weight [N, K]: metadata is free, computing decodes, writing raises."""
-        if torch.compiler.is_compiling():  # a compiler cannot trace the stand-in; it drops the decode where only metadata is asked
+        if torch.compiler.is_compiling():  # compilers cannot trace the stand-in, and drop a decode of which nothing is used
             return ops.dequantize(self.qweight, self.format, self.compute_dtype, backend=self.backend, planes=self.planes)
         return LazyWeight(self.qweight, self.format, self.compute_dtype, self.backend, self.planes)
 
@@ -177,7 +177,7 @@ class GGUFLinear(nn.Linear):
     def _apply(self, fn, recurse: bool = True):
         """Move or cast; `qweight` keeps its dtype, and `compute_dtype` follows where it is one we compute in."""
         if fn(torch.empty(1, dtype=torch.uint8)).dtype != torch.uint8:
-            raise FormatError("The packed bytes of a GGUFLinear must stay uint8. Use .to(dtype), which leaves them, not .type().")
+            raise FormatError("The packed bytes of a GGUFLinear stay uint8: .to(dtype) leaves them, .type(dtype) does not.")
         followed = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
         super()._apply(fn, recurse)
         if followed in ACTIVATION_DTYPES:
@@ -224,8 +224,8 @@ class GGUFLinear(nn.Linear):
             self._adopt(_NAMES[number], bool(planes))
         elif _NAMES[number] != self.format:
             return (
-                f"the saved weight is {_NAMES[number]}, this layer holds {self.format}. Load into a model swapped with the same "
-                "formats, or into one on the meta device with assign=True."
+                f"the saved weight is {_NAMES[number]}, this layer holds {self.format}. Load into a model swapped with the "
+                "same formats, or into one on the meta device with assign=True."
             )
         elif bool(planes) != self.planes and prefix + "qweight" in state_dict:
             layout = get_format(self.format).layout

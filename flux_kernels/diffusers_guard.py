@@ -1,0 +1,43 @@
+"""What a swapped model answers where diffusers or transformers ask for its quantizer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .errors import GGUFError
+from .linear import GGUFLinear
+from .takeover import carry_over
+
+
+class SwappedModelQuantizer:
+    """Stand in for `model.hf_quantizer`: refuse save_pretrained with a sentence, and dequantize.
+
+    diffusers and transformers write a model without a quantizer as if its state dict could be loaded again, which a
+    packed one cannot yet.
+    """
+
+    is_serializable = False
+
+    @property
+    def quantization_config(self):
+        """Raise GGUFError: save_pretrained asks for this when it meets a model that cannot be written."""
+        raise GGUFError(
+            "A model with packed GGUF layers cannot be written with save_pretrained yet. Keep the GGUF file, save the state "
+            "dict with torch.save(model.state_dict(), ...), or call model.dequantize() first."
+        )
+
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        """Replace every packed layer by the nn.Linear it stands for, in place, and forget the quantizer."""
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, GGUFLinear):
+                    setattr(parent, name, carry_over(child, child.dequantize()))
+        del model.hf_quantizer
+        return model
+
+
+def guard(model: nn.Module) -> None:
+    """Give a model that has save_pretrained and packed layers its quantizer stand-in."""
+    if hasattr(model, "save_pretrained") and any(isinstance(module, GGUFLinear) for module in model.modules()):
+        model.hf_quantizer = SwappedModelQuantizer()  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]  # .to(dtype) is safe: packed bytes stay uint8

@@ -1,0 +1,126 @@
+"""SwapReport: what swap_linear did with each linear layer, as data, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """Record one layer.
+
+    Attributes:
+        name: of the module.
+        action: "swapped" or "skipped".
+        detail: how it was swapped, or why it was skipped.
+        format: ggml type name of the weight after the call, or its torch dtype where it is not packed.
+        shape: (N, K) of the weight.
+        bytes: of the weight as it is stored now.
+        backend: asked for; "" where skipped.
+        compute: asked for; "" where skipped.
+    """
+
+    name: str
+    action: str
+    detail: str
+    format: str
+    shape: tuple[int, int]
+    bytes: int
+    backend: str = ""
+    compute: str = ""
+
+    @property
+    def bytes_16bit(self) -> int:
+        """Bytes of the weight in a 16-bit type."""
+        return 2 * self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """Hold a row for every linear layer, and the patterns that matched none; `print` shows a table."""
+
+    rows: list[SwapRow] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[SwapRow]:
+        return iter(self.rows)
+
+    @property
+    def swapped(self) -> list[SwapRow]:
+        """Rows of the layers that are packed now."""
+        return [row for row in self.rows if row.action == "swapped"]
+
+    @property
+    def skipped(self) -> list[SwapRow]:
+        """Rows of the layers that were left alone."""
+        return [row for row in self.rows if row.action == "skipped"]
+
+    def to_json(self) -> str:
+        """Return rows and totals as JSON text; sizes in bytes."""
+        rows = [{**asdict(row), "bytes_16bit": row.bytes_16bit} for row in self.rows]
+        return json.dumps({"rows": rows, "unmatched": self.unmatched, "totals": self._totals()}, indent=1)
+
+    def _totals(self) -> dict[str, int]:
+        return {
+            "swapped": len(self.swapped),
+            "skipped": len(self.skipped),
+            "bytes": sum(row.bytes for row in self.swapped),
+            "bytes_16bit": sum(row.bytes_16bit for row in self.swapped),
+        }
+
+    def __str__(self) -> str:
+        header = ("layers", "count", "format", "shape", "MB", "16-bit MB", "runs as")
+        body = [_line(pattern, rows) for pattern, rows in _group(self.rows)]
+        totals = self._totals()
+        lines = _align([header, *body])
+        lines.insert(1, "-" * max(len(line) for line in lines))
+        lines.append(
+            f"{totals['swapped']} layers swapped, {_megabytes(totals['bytes'])} MB "
+            f"({_megabytes(totals['bytes_16bit'])} MB in 16 bit); {totals['skipped']} skipped."
+        )
+        lines += [f"Pattern {pattern!r} matched no linear layer." for pattern in self.unmatched]
+        return "\n".join(lines)
+
+
+def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
+    """Group rows whose names differ only in their numbers and which are alike otherwise, in first-seen order."""
+    groups: dict[tuple, list[SwapRow]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+        key = (pattern, row.action, row.detail, row.format, row.shape, row.backend, row.compute)
+        groups.setdefault(key, []).append(row)
+    return [(key[0] if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
+
+
+def _line(pattern: str, rows: list[SwapRow]) -> tuple[str, ...]:
+    first = rows[0]
+    runs = f"{first.backend}, {first.compute} ({first.detail})" if first.action == "swapped" else f"skipped: {first.detail}"
+    return (
+        pattern,
+        str(len(rows)),
+        first.format,
+        f"{first.shape[0]} x {first.shape[1]}",
+        _megabytes(sum(row.bytes for row in rows)),
+        _megabytes(sum(row.bytes_16bit for row in rows)),
+        runs,
+    )
+
+
+def _align(lines: list[tuple[str, ...]]) -> list[str]:
+    """Pad columns; numbers to the right, words to the left."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(_pad(cell, width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+
+
+def _pad(cell: str, width: int) -> str:
+    return cell.rjust(width) if cell[:1].isdigit() and " " not in cell else cell.ljust(width)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f}" if count < 1e8 else f"{count / 1e6:.0f}"

@@ -1,0 +1,99 @@
+"""Make a GGUFLinear of another linear layer: take over packed bytes, quantize, and carry hooks and flags across."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .backends import wants_planes
+from .errors import FormatError
+from .formats import FORMATS, PLAIN_TYPES, BlockFormat, get_format
+from .linear import GGUFLinear
+
+_TYPES = {row.ggml_type: row for row in (*FORMATS.values(), *PLAIN_TYPES.values())}
+_LEFT_BEHIND = {"forward", "_old_forward", "_hf_hook", "device", "source_cls"}  # rebuilt, or diffusers' own bookkeeping
+
+
+def is_diffusers_gguf(module: nn.Module) -> bool:
+    """Tell whether a module is diffusers' GGUFLinear, without importing diffusers."""
+    return type(module).__name__ == "GGUFLinear" and type(module).__module__.startswith("diffusers.")
+
+
+def packed_type(parameter: Tensor, name: str):
+    """Return the row (block format or plain type) of a diffusers GGUFParameter; raise FormatError where it is unknown."""
+    number = int(parameter.quant_type)  # type: ignore[attr-defined]
+    if number not in _TYPES:
+        raise FormatError(f'{name} has ggml type {number}, which is not known here. Leave it out with exclude="{name}".')
+    return _TYPES[number]
+
+
+def plain_bytes(parameter: Tensor) -> Tensor:
+    """Return the bytes of a diffusers GGUFParameter as an ordinary tensor on the same storage."""
+    return parameter.as_tensor().detach()  # type: ignore[attr-defined]
+
+
+def plain_bias(module: nn.Module, compute_dtype: torch.dtype) -> Tensor | None:
+    """Return the layer's bias as a float tensor; one that diffusers holds as packed bytes is decoded."""
+    bias = module.bias
+    if bias is None or not hasattr(bias, "quant_type"):
+        return bias
+    row, data = packed_type(bias, "bias"), plain_bytes(bias)
+    if isinstance(row, BlockFormat):
+        return nn.Parameter(reference.dequantize(data, row, compute_dtype), requires_grad=False)
+    return nn.Parameter(data.view(row.dtype).to(compute_dtype), requires_grad=False)
+
+
+def take_over(module: nn.Module, backend: str, compute: str) -> GGUFLinear:
+    """Wrap the bytes of diffusers' GGUFLinear: moved, not copied, unless the backend wants them as planes."""
+    fmt = packed_type(module.weight, "weight")
+    dtype = module.compute_dtype or torch.float32
+    return GGUFLinear.from_packed(
+        plain_bytes(module.weight), fmt, plain_bias(module, dtype), backend=backend, compute=compute, compute_dtype=dtype
+    )
+
+
+def unpack_plain(module: nn.Module) -> nn.Linear:
+    """Turn diffusers' GGUFLinear of a plain type (BF16) into the nn.Linear it stands for."""
+    dtype = module.compute_dtype or torch.float32
+    weight = plain_bytes(module.weight).view(packed_type(module.weight, "weight").dtype).to(dtype)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = plain_bias(module, dtype)
+    return linear
+
+
+def quantize_layer(module: nn.Linear, format: str, backend: str, compute: str) -> GGUFLinear:
+    """Quantize an nn.Linear on the device it is on."""
+    weight = module.weight.detach()
+    if weight.device.type == "meta":
+        fmt = get_format(format)
+        qweight = torch.empty(weight.shape[0], fmt.row_bytes(weight.shape[1]), dtype=torch.uint8, device="meta")
+        return GGUFLinear.from_packed(qweight, fmt, module.bias, backend=backend, compute=compute, compute_dtype=weight.dtype)
+    return GGUFLinear.from_linear(module, format, backend=backend, compute=compute)
+
+
+def arrange(layer: GGUFLinear) -> GGUFLinear:
+    """Rearrange the rows of a layer as its backend wants them, in place."""
+    fmt = get_format(layer.format)
+    wanted = wants_planes(layer.backend, layer.qweight.device, fmt)
+    if wanted != layer.planes:
+        rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
+        layer.qweight = nn.Parameter(rearrange(layer.qweight.detach()), requires_grad=False)
+        layer.planes = wanted
+    return layer
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Carry hooks, the training flag and foreign attributes of `old` (such as `_tp_packed_row_blocks`) over to `new`."""
+    own = set(new.__dict__) - {key for key in new.__dict__ if key.endswith("_hooks") or key.endswith("_hooks_with_kwargs")}
+    for key, value in old.__dict__.items():
+        if key not in own and key not in _LEFT_BEHIND:
+            new.__dict__[key] = value
+    new.train(old.training)
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, hook)
+    return new
