@@ -12,7 +12,13 @@ from .._triton import jit, tl
 
 @jit
 def field_ptr(
-    row_ptr, block, OFFSET: tl.constexpr, SIZE: tl.constexpr, TYPE_SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr
+    row_ptr,
+    block,
+    OFFSET: tl.constexpr,
+    SIZE: tl.constexpr,
+    TYPE_SIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
     """Point at a field of one block in each row: [BLOCK_N] uint8 pointers."""
     if PLANES:
@@ -55,11 +61,16 @@ def load_word(
     misaligned loads.
     """
     ptr = field_ptr(row_ptr, block, OFFSET, SIZE, TYPE_SIZE, NUM_BLOCKS, PLANES) + 4 * INDEX
-    # The lowest set bit of `steps` is the alignment: rows, blocks and the field start at multiples of its parts.
-    steps: tl.constexpr = (NUM_BLOCKS * OFFSET | SIZE | NUM_BLOCKS * TYPE_SIZE) if PLANES else (OFFSET | TYPE_SIZE)
-    if steps % 4 == 0:
+    # Rows, blocks and the field all start at multiples of these; only % and + work on every mix of int and constexpr.
+    if PLANES:
+        by_4: tl.constexpr = (NUM_BLOCKS * OFFSET) % 4 + SIZE % 4 + (NUM_BLOCKS * TYPE_SIZE) % 4 == 0
+        by_2: tl.constexpr = (NUM_BLOCKS * OFFSET) % 2 + SIZE % 2 + (NUM_BLOCKS * TYPE_SIZE) % 2 == 0
+    else:
+        by_4: tl.constexpr = OFFSET % 4 + TYPE_SIZE % 4 == 0
+        by_2: tl.constexpr = OFFSET % 2 + TYPE_SIZE % 2 == 0
+    if by_4:
         return tl.load(ptr.to(tl.pointer_type(tl.uint32)))
-    elif steps % 2 == 0:
+    elif by_2:
         pairs = ptr.to(tl.pointer_type(tl.uint16))
         return tl.load(pairs).to(tl.uint32) | (tl.load(pairs + 1).to(tl.uint32) << 16)
     else:
@@ -126,7 +137,9 @@ def load_half(row_ptr, block, OFFSET: tl.constexpr, TYPE_SIZE: tl.constexpr, NUM
 
 
 @jit
-def load_half_pair(row_ptr, block, OFFSET: tl.constexpr, TYPE_SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+def load_half_pair(
+    row_ptr, block, OFFSET: tl.constexpr, TYPE_SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr
+):
     """Load a field of two halves (d and m or dmin), 4-byte aligned, by one word: two float32 [BLOCK_N]."""
     word = load_word(row_ptr, block, OFFSET, 4, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
     return unpack_half(word), unpack_half(word >> 16)
