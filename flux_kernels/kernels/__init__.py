@@ -23,7 +23,8 @@ from .._triton import triton
 from ..formats import BlockFormat
 from .dequantize import dequantize_kernel
 from .fused_gemm import fused_gemm_kernel
-from .tuning import fused_tile, largest_tile_k
+from .small_m import small_m_kernel
+from .tuning import SMALL_M, fused_tile, largest_tile_k, small_m_tile
 
 _DEQUANTIZE_ROWS = 16
 
@@ -54,31 +55,30 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool 
 
 def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, compute: str, planes: bool = False) -> Tensor:
     """Compute x [M, K] @ decode(data [N, row bytes]).T + bias -> [M, N] in x's dtype, accumulated in float32."""
-    m, (n, row_bytes) = x.shape[0], data.shape
-    constants = _format_constants(fmt, row_bytes, planes)
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
     if y.numel():
         x = x if x.stride(-1) == 1 else x.contiguous()
-        tile = fused_tile(fmt, m, n, constants["K"])
-        grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+        launch = _launch_small_m if x.shape[0] <= SMALL_M else _launch_fused
         with _device_of(data):
-            fused_gemm_kernel[grid](
-                x,
-                data,
-                _table(fmt, data),
-                bias,
-                y,
-                m,
-                n,
-                x.stride(0),
-                **constants,
-                BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n,
-                TILE_K=tile.tile_k,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+            launch(x, data, bias, y, fmt, _format_constants(fmt, data.shape[1], planes))
     return y
+
+
+def _launch_small_m(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, constants: dict) -> None:
+    m, n = y.shape
+    tile = small_m_tile(fmt, constants["K"])
+    blocks = dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k, num_warps=tile.num_warps)
+    grid = (triton.cdiv(n, tile.block_n), m)
+    small_m_kernel[grid](x, data, _table(fmt, data), bias, y, n, x.stride(0), **constants, **blocks)
+
+
+def _launch_fused(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, constants: dict) -> None:
+    m, n = y.shape
+    tile = fused_tile(fmt, m, n, constants["K"])
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    fused_gemm_kernel[grid](x, data, _table(fmt, data), bias, y, m, n, x.stride(0), **constants, **blocks, **options)
 
 
 def _device_of(tensor: Tensor):

@@ -25,6 +25,9 @@ _WIDE_8BIT = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=
 _MEDIUM = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 _NARROW = Tile(block_m=16, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 
+_SMALL = Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)
+SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
+
 
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
     """Return the largest power-of-two step through a row of `k` weights that is whole blocks and at most `limit`."""
@@ -44,3 +47,9 @@ def fused_tile(fmt: BlockFormat, m: int, n: int, k: int) -> Tile:
         tile = _WIDE if fmt.bits_per_weight < 6 else _WIDE_8BIT
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
     return Tile(tile.block_m, tile.block_n, tile_k, tile.num_warps, tile.num_stages)
+
+
+def small_m_tile(fmt: BlockFormat, k: int) -> Tile:
+    """Choose the small-M kernel's tile."""
+    tile_k = largest_tile_k(fmt, k, max(_SMALL.tile_k, fmt.block_size))
+    return Tile(_SMALL.block_m, _SMALL.block_n, tile_k, _SMALL.num_warps, _SMALL.num_stages)

@@ -1,4 +1,4 @@
-"""The fused GEMM against the decoded weight itself and against float64."""
+"""The GEMM kernels (fused, and small-M up to two rows) against the decoded weight itself and against float64."""
 
 from __future__ import annotations
 
@@ -83,6 +83,19 @@ def test_no_rows_of_x_and_an_output_no_store_may_miss(device, monkeypatch):
     kernels.linear(torch.ones(3, 512, device=device), data.to(device), None, fmt, "exact")
     assert guarded[: 3 * 19].isfinite().all()
     assert guarded[3 * 19 :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_row_selects_one_column_of_the_weight(name, dtype, device):
+    """The small-M kernel with a unit vector as x gives a column of the rounded weight, for every format."""
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 70)
+    for at in (0, 37, 511):
+        x = torch.zeros(1, 512, dtype=dtype)
+        x[0, at] = 1
+        got = launch(x, data, fmt, planes=fmt.planes, device=device)
+        assert torch.equal(got[0], weight[:, at].to(dtype))
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
