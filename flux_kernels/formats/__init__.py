@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 from ..errors import FormatError
-from . import q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
+from . import (
+    iq1_m,
+    iq1_s,
+    iq2_s,
+    iq2_xs,
+    iq2_xxs,
+    iq3_s,
+    iq3_xxs,
+    iq4_nl,
+    iq4_xs,
+    mxfp4,
+    nvfp4,
+    q1_0,
+    q2_0,
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_1,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
+    tq1_0,
+    tq2_0,
+)
 from ._format import SLICE, SUPERBLOCK, BlockFormat, Field, Layout
 from .plain import PLAIN_TYPES, PlainType
 
-_FORMAT_FILES = (q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k)
+# In the order of ggml's type numbers.
+_FORMAT_FILES = (
+    *(q4_0, q4_1, q5_0, q5_1, q8_0),
+    *(q2_k, q3_k, q4_k, q5_k, q6_k),
+    *(iq2_xxs, iq2_xs, iq3_xxs, iq1_s, iq4_nl, iq3_s, iq2_s, iq4_xs, iq1_m),
+    *(tq1_0, tq2_0, mxfp4, nvfp4, q1_0, q2_0),
+)
 
 FORMATS: dict[str, BlockFormat] = {file.FORMAT.name: file.FORMAT for file in _FORMAT_FILES}
 

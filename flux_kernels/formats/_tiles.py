@@ -109,6 +109,60 @@ def unpack_bits(word):
 
 
 @jit
+def spread_fields(word, EACH: tl.constexpr, WIDTH: tl.constexpr):
+    """Give weight j of a slice bits WIDTH * (j // EACH) and up of a uint32 [BLOCK_N]: uint32 [BLOCK_N, 32], not masked."""
+    return word[:, None] >> (tl.arange(0, 32) // EACH * WIDTH).to(tl.uint32)[None, :]
+
+
+@jit
+def spread_fields_of_two(first, second, EACH: tl.constexpr, WIDTH: tl.constexpr):
+    """Spread `first` over the weights 0-15 and `second` over 16-31 like `spread_fields`: uint32 [BLOCK_N, 32]."""
+    return halves_of_16(first, second) >> (tl.arange(0, 32) % 16 // EACH * WIDTH).to(tl.uint32)[None, :]
+
+
+@jit
+def unpack_even_signs(index):
+    """Pick weight j % 8's sign bit of the 7-bit sign index of its eight: uint32 [BLOCK_N, 32] of 0 and 1.
+
+    The eighth sign makes the number of minus signs even, so it is the parity of the seven bits, found by two folds and a
+    table of the parities of 0 to 15 in the bits of 0x6996.
+    """
+    folded = (index ^ (index >> 4)) & 0xF
+    parity = (tl.full(index.shape, 0x6996, tl.uint32) >> folded) & 1
+    return ((index | (parity << 7)) >> (tl.arange(0, 32) % 8).to(tl.uint32)[None, :]) & 1
+
+
+@jit
+def gather_grid(table_ptr, index, LENGTH: tl.constexpr):
+    """Look up weight j % LENGTH of grid entry `index` [BLOCK_N, 32]: signed byte as float32 [BLOCK_N, 32]."""
+    at = index.to(tl.int32) * LENGTH + (tl.arange(0, 32) % LENGTH)[None, :]
+    return tl.load(table_ptr + at).to(tl.int8, bitcast=True).to(tl.float32)
+
+
+@jit
+def lookup16(code, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr):
+    """Look up 4-bit codes in 16 signed bytes held in four int32 words: float32 of code's shape.
+
+    Selects and a shift of immediates: no memory access that a software pipeline would have to carry.
+    """
+    code = code.to(tl.int32)
+    upper = (code & 4) != 0
+    word = tl.where((code & 8) != 0, tl.where(upper, W3, W2), tl.where(upper, W1, W0))
+    return (word >> ((code & 3) * 8)).to(tl.int8).to(tl.float32)
+
+
+@jit
+def unpack_e2m1(code):
+    """Turn 4-bit FP4 (E2M1) codes into twice their value as float32.
+
+    Exponent and mantissa are put where a half has them, which scales by 2^-14; adding 0.0 makes -0.0 ggml's 0.
+    """
+    code = code.to(tl.uint16)
+    half = ((code & 7) << 9) | ((code & 8) << 12)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 32768.0 + 0.0
+
+
+@jit
 def unpack_int8(bits):
     """Turn the low 8 bits of each uint32, a signed byte, into float32."""
     return (bits & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True).to(tl.float32)
@@ -121,19 +175,37 @@ def unpack_half(bits):
 
 
 @jit
-def load_half(row_ptr, block, OFFSET: tl.constexpr, TYPE_SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
-    """Load a one-half field as float32 [BLOCK_N].
+def load_narrow(
+    row_ptr,
+    block,
+    OFFSET: tl.constexpr,
+    SIZE: tl.constexpr,
+    TYPE_SIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """Load a field of SIZE 1 or 2 bytes to the low bits of uint32 [BLOCK_N]; the bits above it are undefined.
 
-    From planes with an even number of blocks the aligned 32-bit word around it is loaded, because a 2-byte load can be no
+    From planes of whole, aligned words the word around it is loaded, because a load of fewer than 4 bytes can be no
     asynchronous copy.
     """
-    if PLANES and NUM_BLOCKS % 2 == 0 and TYPE_SIZE % 2 == 0:
-        at = block >> 1
+    PER_WORD: tl.constexpr = 4 // SIZE
+    if PLANES and (NUM_BLOCKS * OFFSET) % 4 == 0 and (NUM_BLOCKS * TYPE_SIZE) % 4 == 0 and NUM_BLOCKS % PER_WORD == 0:
+        at = block // PER_WORD
         word = tl.load((row_ptr + (NUM_BLOCKS * OFFSET + at * 4)).to(tl.pointer_type(tl.uint32)))
-        return unpack_half(word >> ((block & 1) * 16))
+        return word >> (block % PER_WORD * (8 * SIZE)).to(tl.uint32)
     else:
-        ptr = field_ptr(row_ptr, block, OFFSET, 2, TYPE_SIZE, NUM_BLOCKS, PLANES)
-        return tl.load(ptr.to(tl.pointer_type(tl.float16))).to(tl.float32)
+        ptr = field_ptr(row_ptr, block, OFFSET, SIZE, TYPE_SIZE, NUM_BLOCKS, PLANES)
+        if SIZE == 2:
+            return tl.load(ptr.to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+        else:
+            return tl.load(ptr).to(tl.uint32)
+
+
+@jit
+def load_half(row_ptr, block, OFFSET: tl.constexpr, TYPE_SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load a one-half field as float32 [BLOCK_N]."""
+    return unpack_half(load_narrow(row_ptr, block, OFFSET, 2, TYPE_SIZE, NUM_BLOCKS, PLANES))
 
 
 @jit

@@ -1,0 +1,70 @@
+"""IQ4_XS: x = d * (sc-32) * values[q], 4-bit codes, 6-bit sc per 32 weights; 136 bytes per 256 weights, 4.25 bits/weight."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._bits import bit_fields, bit_planes, word_fields
+from ._codebooks import IQ4_VALUES, packed_words, value_table
+from ._format import BlockFormat, Field, Layout
+from ._tiles import load_half, load_narrow, load_nibbles, load_word, lookup16, unpack_half
+
+LAYOUT = Layout(Field("d", "f16"), Field("scales_h", "u16"), Field("scales_l", "u8", 4), Field("qs", "u8", 128))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+SCALES_H = tl.constexpr(LAYOUT.offsets["scales_h"])
+SCALES_L = tl.constexpr(LAYOUT.offsets["scales_l"])
+QS = tl.constexpr(LAYOUT.offsets["qs"])
+W0, W1, W2, W3 = map(tl.constexpr, packed_words(IQ4_VALUES))
+
+
+def decode(d: Tensor, scales_h: Tensor, scales_l: Tensor, qs: Tensor, table: Tensor) -> Tensor:
+    """Decode superblocks: d and scales_h [..., 1], scales_l [..., 4], qs [..., 128], table uint8 [16] -> float32 [..., 256].
+
+    Nibble i of scales_l and bits 2i and 2i+1 of scales_h are the scale of sub-block i, whose 16 bytes of qs hold weights
+    0-15 in the low nibbles. d*(sc-32) is exact (11 + 6 bits); the second product (8 bits) may round.
+    """
+    sc = bit_fields(scales_l, 4).flatten(-2) | word_fields(scales_h[..., 0], 8, 2) << 4
+    codes = bit_planes(qs.unflatten(-1, (8, 16)), 4).flatten(-2)
+    scale = d * (sc - 32)
+    return (scale[..., None] * table.view(torch.int8)[codes.int()]).flatten(-2)
+
+
+@jit
+def load_d_and_scales_h(row_ptr, block, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load d as float32 and scales_h as uint32 (low 16 bits), [BLOCK_N] each; they share a word in file order."""
+    if PLANES:
+        d = load_half(row_ptr, block, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+        scales_h = load_narrow(row_ptr, block, SCALES_H, 2, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    else:
+        word = load_word(row_ptr, block, 0, 4, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+        d = unpack_half(word)
+        scales_h = word >> 16
+    return d, scales_h
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode sub-block i (32 weights) of superblock `block`."""
+    d, scales_h = load_d_and_scales_h(row_ptr, block, NUM_BLOCKS, PLANES)
+    scales_l = load_word(row_ptr, block, SCALES_L, 4, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    sc = ((scales_l >> (4 * i)) & 0xF) | (((scales_h >> (2 * i)) & 3) << 4)
+    q = load_nibbles(row_ptr, block, QS, 128, 16 * i, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return (d * (sc.to(tl.float32) - 32))[:, None] * lookup16(q, W0, W1, W2, W3)
+
+
+FORMAT = BlockFormat(
+    name="IQ4_XS",
+    ggml_type=23,
+    block_size=256,
+    sub_block=32,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    table=partial(value_table, IQ4_VALUES),
+    relative_rms=0.08,
+    source="ggml-common.h block_iq4_xs, kvalues_iq4nl",
+)

@@ -1,0 +1,53 @@
+"""MXFP4: x = 2^(e-128) * values[q], 4-bit FP4 codes, one 8-bit exponent; 17 bytes per 32 weights, 4.25 bits/weight."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .._triton import jit, tl
+from ._bits import bit_planes
+from ._codebooks import E2M1_VALUES, value_table
+from ._format import BlockFormat, Field, Layout
+from ._tiles import load_narrow, load_nibbles, unpack_e2m1
+
+LAYOUT = Layout(Field("e", "u8"), Field("qs", "u8", 16))
+TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
+QS = tl.constexpr(LAYOUT.offsets["qs"])
+
+
+def decode(e: Tensor, qs: Tensor, table: Tensor) -> Tensor:
+    """Decode blocks: e [..., 1], qs [..., 16], table uint8 [16] -> float32 [..., 32]; exact.
+
+    Low nibbles are weights 0-15. The table holds twice the FP4 values, hence half the OCP scale 2^(e-127); for e of 0 and 1
+    that is a subnormal float32, whose one bit is shifted in place.
+    """
+    e = e.to(torch.int32)
+    scale = torch.where(e < 2, (e + 1) << 21, (e - 1) << 23).view(torch.float32)
+    return table.view(torch.int8)[bit_planes(qs, 4).flatten(-2).int()] * scale
+
+
+@jit
+def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Decode weights 32*i to 32*i+31 past `block` (each slice is one block)."""
+    e = load_narrow(row_ptr, block + i, 0, 1, TYPE_SIZE, NUM_BLOCKS, PLANES) & 0xFF
+    q = load_nibbles(row_ptr, block + i, QS, 16, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    bits = tl.where(e < 2, (e + 1) << 21, (e - 1) << 23)
+    return unpack_e2m1(q) * bits.to(tl.float32, bitcast=True)[:, None]
+
+
+FORMAT = BlockFormat(
+    name="MXFP4",
+    ggml_type=39,
+    block_size=32,
+    sub_block=32,
+    layout=LAYOUT,
+    decode=decode,
+    decode_tile=decode_tile,
+    table=partial(value_table, E2M1_VALUES),
+    planes=True,
+    relative_rms=0.13,
+    source="ggml-common.h block_mxfp4, kvalues_mxfp4; ggml-impl.h ggml_e8m0_to_fp32_half",
+)
