@@ -18,10 +18,10 @@ class Tile:
     num_stages: int
 
 
-# Shared memory of one stage is (2 * block_m + bits/8 * block_n) * tile_k bytes; the tiles below stay under the 99 KiB of
-# sm_86, sm_89 and sm_120. See bench/results/aot.csv for registers and spills of each.
+# All tiles stay under the 99 KiB of shared memory of sm_86, sm_89 and sm_120. Formats of small blocks stage every slice on
+# its own and would pass it at 256-wide steps. bench/results/aot.csv has registers, spills and shared memory of each.
 _WIDE = Tile(block_m=128, block_n=128, tile_k=256, num_warps=8, num_stages=2)
-_WIDE_8BIT = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=2)
+_WIDE_SMALL_BLOCKS = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=2)
 _MEDIUM = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 _NARROW = Tile(block_m=16, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 
@@ -44,7 +44,7 @@ def fused_tile(fmt: BlockFormat, m: int, n: int, k: int) -> Tile:
     elif m <= 64 or n < 128:
         tile = _MEDIUM
     else:
-        tile = _WIDE if fmt.bits_per_weight < 6 else _WIDE_8BIT
+        tile = _WIDE if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
     return Tile(tile.block_m, tile.block_n, tile_k, tile.num_warps, tile.num_stages)
 
