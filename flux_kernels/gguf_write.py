@@ -8,7 +8,7 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from .gguf_spec import (
 
 _CHUNK = 2**24  # bytes a write call; several are needed for a tensor past 2 GiB on any system
 
-Data = Union[Tensor, Callable[[], Tensor]]
+Data = Tensor | Callable[[], Tensor]
 Metadata = Mapping[str, tuple[str, Any]]
 
 
@@ -232,5 +232,4 @@ def _write_tensor(file: BinaryIO, plan: _Plan, data: Data) -> None:
     if not tensor.numel():
         return
     raw = memoryview((ctypes.c_char * plan.nbytes).from_address(tensor.data_ptr())).cast("B")
-    for start in range(0, plan.nbytes, _CHUNK):
-        file.write(raw[start : start + _CHUNK])
+    file.writelines(raw[start : start + _CHUNK] for start in range(0, plan.nbytes, _CHUNK))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
-import gguf_bytes as raw
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flux_kernels.errors import GGUFError
 from flux_kernels.gguf_file import GGUFFile, read_gguf
+
+from . import gguf_bytes as raw
 
 SMALL = raw.small()
 LAST_BYTE = len(SMALL) - 30
@@ -41,7 +43,7 @@ def outcome(tmp_path, content: bytes) -> GGUFFile | None:
         data.clone()  # touches every byte
         claimed += [(tensor.offset, tensor.offset + tensor.nbytes)] if tensor.nbytes else []
     claimed.sort()
-    assert all(end <= start for (_, end), (start, _) in zip(claimed, claimed[1:]))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(claimed))
     return file
 
 
@@ -53,21 +55,21 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         assert outcome(tmp_path, SMALL[:length]) is not None, length
 
 
-def test_every_flip_of_one_bit_is_refused_or_sound(tmp_path):
+def test_flips_of_one_bit_in_any_byte_are_refused_or_sound(tmp_path):
     accepted = 0
     for position in range(HEADER_END):
-        for bit in range(8):
+        for bit in (0, 3, 7):
             content = bytearray(SMALL)
             content[position] ^= 1 << bit
             accepted += outcome(tmp_path, bytes(content)) is not None
-    assert 0 < accepted < HEADER_END * 8 * 0.8  # names and values may change, structure may not
+    assert 0 < accepted < HEADER_END * 3 * 0.8  # names and values may change, structure may not
 
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_hostile_numbers_everywhere_are_refused_or_sound(tmp_path, size):
     for position in range(HEADER_END - size):
-        for number in NUMBERS:
-            patch = (number % 2 ** (8 * size)).to_bytes(size, "little")
+        for number in (0, 9, 2**31, 2**32 - 1) if size == 4 else (0, 255, 2**32, 2**61, 2**63, 2**64 - 32, 2**64 - 1):
+            patch = number.to_bytes(size, "little")
             outcome(tmp_path, SMALL[:position] + patch + SMALL[position + size :])
 
 

@@ -9,11 +9,12 @@ import struct
 import time
 import tracemalloc
 
-import gguf_bytes as raw
 import pytest
 
 from flux_kernels.errors import GGUFError
 from flux_kernels.gguf_file import read_gguf
+
+from . import gguf_bytes as raw
 
 HUGE = 2**64 - 1
 ARCHITECTURE = raw.key_value("general.architecture", raw.STRING, raw.string("flux"))
