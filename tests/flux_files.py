@@ -115,21 +115,23 @@ def random_tensor(rng: np.random.Generator, shape: tuple[int, ...], kind: str, s
     """Draw a tensor as it would be stored: values of about `std`, every row different."""
     if kind not in HALF_OFFSETS:
         return encode((mean + std * rng.standard_normal(shape)).astype(np.float32), kind)
-    blocks = _golden_blocks(kind)
-    packed = blocks[rng.integers(len(blocks), size=int(np.prod(shape)) // 256)]
+    blocks, deviation = _golden_blocks(kind)
+    chosen = rng.integers(len(blocks), size=int(np.prod(shape)) // 256)
+    packed = blocks[chosen]
+    factor = (std * rng.uniform(0.5, 1.5, len(chosen)) / deviation[chosen]).astype(np.float16)
     for offset in HALF_OFFSETS[kind]:
-        half = packed[:, offset : offset + 2].copy().view(np.float16)
-        packed[:, offset : offset + 2] = (half * np.float16(std)).astype(np.float16).view(np.uint8)
+        half = packed[:, offset : offset + 2].copy().view(np.float16)[:, 0]
+        packed[:, offset : offset + 2] = (half * factor)[:, None].view(np.uint8)
     return packed.reshape(*shape[:-1], -1)
 
 
 @cache
-def _golden_blocks(kind: str) -> np.ndarray:
-    """Return the golden blocks of weights of about unit size, uint8 [blocks, type_size]."""
+def _golden_blocks(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the golden blocks that are neither tiny nor huge, uint8 [blocks, type_size], and their standard deviations."""
     golden = np.load(GOLDEN / f"{kind}.npz")
-    blocks = golden["q"].reshape(-1, BLOCK_BYTES[kind])
     deviation = golden["y"].reshape(-1, 256).std(axis=1)
-    return blocks[(deviation > 0.5) & (deviation < 2)]
+    usable = (deviation > 0.01) & (deviation < 100)
+    return golden["q"].reshape(-1, BLOCK_BYTES[kind])[usable], deviation[usable]
 
 
 def flux_file(architecture: Architecture, types, seed: int = 0, shapes=None) -> FluxFile:
@@ -159,7 +161,8 @@ def layout_types(layout: str, block: str, vector: str = "Q8_0"):
             return "F32"
         if layout == "new":
             return "BF16"
-        small = "in_layer" in name or name in ("img_in.weight", "final_layer.linear.weight")
+        outer = ("img_in.weight", "final_layer.linear.weight", "x_embedder.weight", "proj_out.weight")
+        small = name in outer or "in_layer" in name or name.endswith("embedder.linear_1.weight")
         return "F32" if small else "F16"
 
     return of

@@ -7,9 +7,11 @@ import os
 import torch
 from torch import nn
 
-from ..backends import check_activation_dtype, check_names
+from ..backends import check_activation_dtype, check_names, check_runnable
+from ..diffusers_guard import guard
 from ..formats import FORMATS
 from ..linear import GGUFLinear
+from ..takeover import arrange, carry_over
 from .stored import StoredFlux, empty_model, open_flux
 
 
@@ -31,7 +33,8 @@ def load_flux(
     Args:
         path: the GGUF file.
         dtype: floating dtype of the activations and of all that is not a quantized matrix.
-        device: where the model goes, tensor by tensor; None leaves it on the CPU, mapped.
+        device: where the model goes, tensor by tensor; None leaves it on the CPU, mapped. To move it later, call
+            `swap_linear(model)` once, which arranges packed rows as a GPU wants them.
         config: overrides of the inferred config: a mapping, a model, or the path of a config.json or its directory. Needed
             only where heads are not a multiple of 32 wide (see `infer_config`).
         backend: "triton", "torch" or "auto", as in `swap_linear`.
@@ -42,32 +45,39 @@ def load_flux(
 
     Raises:
         GGUFError: for a damaged file, another model (it says which), and missing, superfluous or wrongly shaped tensors.
+        BackendUnavailable: where the backend or compute mode cannot run here.
     """
     check_names(backend, compute)
     check_activation_dtype(dtype, "dtype")
     stored = open_flux(path, config)
-    model = empty_model(stored.config)
+    place = torch.device("cpu" if device is None else device)
+    for format in set(stored.types.values()) & FORMATS.keys():
+        check_runnable(backend, compute, place, FORMATS[format])
+    model = empty_model(stored.config).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            _load_linear(model, name, module, stored, dtype, device, backend, compute)
+            model.set_submodule(name, _linear(name, module, stored, dtype, place, backend, compute))
         else:
-            for kind, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, kind, _plain(stored, f"{name}.{kind}", dtype, device, parameter.requires_grad))
-    return model.eval()
+            _fill(name, module, stored, dtype, place)
+    guard(model)
+    return model
 
 
-def _load_linear(model, name, module, stored: StoredFlux, dtype, device, backend, compute) -> None:
-    """Give one linear its weights: in place where they are plain, by a GGUFLinear where they are packed."""
-    bias = _plain(stored, f"{name}.bias", dtype, device, module.bias.requires_grad)
+def _linear(name: str, module: nn.Linear, stored: StoredFlux, dtype, device, backend: str, compute: str) -> nn.Module:
+    """Return `module` filled with plain weights, or the GGUFLinear over its packed rows."""
     format = stored.format(f"{name}.weight")
     if format not in FORMATS:
-        module.weight = _plain(stored, f"{name}.weight", dtype, device, module.weight.requires_grad)
-        module.bias = bias
-        return
+        return _fill(name, module, stored, dtype, device)
+    bias = nn.Parameter(stored.decoded(f"{name}.bias", dtype).to(device))
     packed = stored.packed(f"{name}.weight").to(device)
     layer = GGUFLinear.from_packed(packed, format, bias, backend=backend, compute=compute, compute_dtype=dtype)
-    model.set_submodule(name, layer)
+    # On the CPU the rows stay mapped as they are; swap_linear rearranges them where another device will run them.
+    return carry_over(module, layer if device.type == "cpu" else arrange(layer))
 
 
-def _plain(stored: StoredFlux, parameter: str, dtype, device, requires_grad: bool) -> nn.Parameter:
-    return nn.Parameter(stored.decoded(parameter, dtype).to(device), requires_grad=requires_grad)
+def _fill(name: str, module: nn.Module, stored: StoredFlux, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Give a module on the meta device its own parameters."""
+    for kind, empty in list(module.named_parameters(recurse=False)):
+        values = stored.decoded(f"{name}.{kind}", dtype).to(device)
+        setattr(module, kind, nn.Parameter(values, requires_grad=empty.requires_grad))
+    return module

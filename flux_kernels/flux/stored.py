@@ -57,12 +57,12 @@ class StoredFlux:
         return _join(self._ranges(self.sources[parameter]))
 
     def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """Return a vector or a plain matrix in `dtype`; mapped where it is stored in `dtype`, decoded in float32 where not."""
+        """Return a plain matrix or any vector in `dtype`; mapped where stored so, a quantized vector decoded in float32."""
         source = self.sources[parameter]
         tensor = self._tensor(source)
         if isinstance(tensor.block_format, PlainType):
             return _join(self._ranges(source)).to(dtype)
-        whole = dequantize(tensor.data, tensor.block_format)
+        whole = dequantize(tensor.data, tensor.block_format).flatten()
         return _join([whole[start:stop] for start, stop in source.rows]).to(dtype, copy=True)
 
     def _tensor(self, source: Source) -> GGUFTensor:
@@ -73,7 +73,7 @@ class StoredFlux:
         tensor, shape = self._tensor(source), self.shapes[source.tensor]
         if tensor.shape == shape:
             return [tensor.rows(start, stop) for start, stop in source.rows]
-        reshaped = tensor.data.reshape(shape[0], -1)
+        reshaped = tensor.data.reshape(shape[0], -1) if len(shape) > 1 else tensor.data.flatten()
         return [reshaped[start:stop].clone() for start, stop in source.rows]
 
 

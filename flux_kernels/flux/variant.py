@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import GGUFError
 from ..formats import PLAIN_TYPES
@@ -113,19 +114,26 @@ def _model_name(mark: Mark, shapes: Mapping[str, tuple[int, ...]]) -> str:
     return _FLUX_2.get(width, mark.model)
 
 
-def variant_name(config: Mapping[str, object]) -> str:
+_FULL_WIDTH = 3072
+_BY_INPUT = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or -Depth", 196: "Flex.2"}  # by in_channels
+_BY_BLOCKS_AND_GUIDANCE = {
+    (19, 38, True): "FLUX.1-dev, -Kontext or -Krea",
+    (19, 38, False): "FLUX.1-schnell",
+    (8, 38, True): "Flex.1 or Flux-Lite",
+}
+
+
+def variant_name(config: Mapping[str, Any]) -> str:
     """Name the FLUX.1 variant of a config; where variants share all shapes, all of them."""
     blocks = (config["num_layers"], config["num_single_layers"])
-    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])  # type: ignore[call-overload]
-    size = f"{blocks[0]} double and {blocks[1]} single blocks, width {width}"
-    if width != 3072:
-        return f"FLUX.1 architecture, {size}"
-    special = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or -Depth", 196: "Flex.2"}.get(config["in_channels"])  # type: ignore[call-overload]
-    if special is None:
-        special = "FLUX.1-dev, -Kontext or -Krea" if config["guidance_embeds"] else "FLUX.1-schnell"
-        if blocks == (8, 38):
-            special = "Flex.1 or Flux-Lite" if config["guidance_embeds"] else "Flux-Lite without guidance"
-    return special if blocks in ((19, 38), (8, 38)) else f"{special}, pruned or grown to {size}"
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    size = f"with {blocks[0]} double and {blocks[1]} single blocks"
+    if width != _FULL_WIDTH:
+        return f"FLUX.1 architecture {size}, width {width}"
+    guidance = bool(config["guidance_embeds"])
+    known = _BY_BLOCKS_AND_GUIDANCE.get((*blocks, guidance))
+    name = _BY_INPUT.get(config["in_channels"]) or known or _BY_BLOCKS_AND_GUIDANCE[19, 38, guidance]
+    return name if known else f"{name}, {size}"
 
 
 def layout_of(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
