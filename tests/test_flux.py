@@ -132,6 +132,37 @@ def test_a_gap_between_blocks_is_named_before_a_model_is_built(tmp_path):
         load_flux(write_names(tmp_path / "x.gguf", names))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("double_blocks.0.img_attn.norm.query_norm.scale", (0,), r"has shape \[0\]; FLUX.1 has 1 dimension there, none"),
+        ("img_in.weight", (2**40, 0), r"has shape \[1099511627776, 0\]; FLUX.1 has 2 dimensions there"),
+        ("img_in.weight", (2**17, 1), "The file has width 131072; .*more than 65536 is not read"),
+        ("img_in.weight", (96, 64), "has width 96 and heads of 64"),
+        ("txt_in.weight", (256,), r"has shape \[256\]; FLUX.1 has 2 dimensions"),
+    ],
+)
+def test_sizes_that_no_flux_has_are_refused(q8_file, tmp_path, name, shape, message):
+    tensors = dict(q8_file[1].tensors)
+    tensors[name] = (np.zeros(shape, np.float16), "F16", shape)
+    with pytest.raises(GGUFError, match=message):
+        load_flux(FluxFile(tensors).write(tmp_path / "x.gguf"))
+
+
+def test_a_scalar_where_a_vector_should_be_is_named(q8_file, tmp_path):
+    tensors = dict(q8_file[1].tensors)
+    tensors["txt_in.bias"] = (np.zeros((), np.float32), "F32", ())
+    with pytest.raises(GGUFError, match="txt_in.bias is a scalar, should be 256"):
+        load_flux(FluxFile(tensors).write(tmp_path / "x.gguf"))
+
+
+def test_more_blocks_than_any_flux_has_are_refused_fast(q8_file, tmp_path):
+    tensors = dict(q8_file[1].tensors)
+    tensors |= {f"single_blocks.{i}.x": (np.zeros(1, np.float32), "F32", (1,)) for i in range(600)}
+    with pytest.raises(GGUFError, match="600 single_blocks; FLUX.1 has 19 and 38"):
+        load_flux(FluxFile(tensors).write(tmp_path / "x.gguf"))
+
+
 def test_one_tensor_under_two_names_is_refused(tmp_path):
     path = write_names(tmp_path / "x.gguf", ["img_in.weight", "model.diffusion_model.img_in.weight"])
     with pytest.raises(GGUFError, match="both 'img_in.weight'"):

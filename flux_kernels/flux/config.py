@@ -18,6 +18,10 @@ CONFIG_KEY = "flux_kernels.config"  # JSON of the config, in files that save_ggu
 _ROPE_INDEX_SHARE = 8
 _ROPE_HEAD_STEP = 32
 
+# Far above any FLUX.1: they bound the time and the sizes that a hostile header can ask for.
+_MAX_WIDTH = 2**16
+_MAX_BLOCKS = 512
+
 CONFIG_NAMES = (
     "patch_size",
     "in_channels",
@@ -84,6 +88,8 @@ def _from_tensors(shapes: Shapes, naming: str) -> dict[str, Any]:
     _, joint_dim = _shape(shapes, naming, "context_embedder.weight", 2)
     _, pooled_dim = _shape(shapes, naming, "time_text_embed.text_embedder.linear_1.weight", 2)
     out_channels, _ = _shape(shapes, naming, "proj_out.weight", 2)
+    if width > _MAX_WIDTH:
+        raise GGUFError(f"The file has width {width}; FLUX.1 has 3072, and more than {_MAX_WIDTH} is not read. It is damaged.")
     if width % head_dim:
         raise GGUFError(
             f"The file has width {width} and heads of {head_dim}; a FLUX.1 width is whole heads. The file is damaged."
@@ -108,8 +114,10 @@ def _shape(shapes: Shapes, naming: str, parameter: str, dims: int) -> tuple[int,
     name = stored_name(parameter, naming)
     if name not in shapes:
         raise GGUFError(f"The file lacks {name!r}, which every FLUX.1 file holds. It is incomplete or another model.")
-    if len(shapes[name]) != dims:
-        raise GGUFError(f"{name!r} has shape {shapes[name]}; FLUX.1 has {dims} dimension{'s' * (dims > 1)} there.")
+    if len(shapes[name]) != dims or 0 in shapes[name]:
+        raise GGUFError(
+            f"{name!r} has shape {list(shapes[name])}; FLUX.1 has {dims} dimension{'s' * (dims > 1)} there, none of them 0."
+        )
     return shapes[name]
 
 
@@ -121,6 +129,10 @@ def _count_blocks(shapes: Shapes, kinds: tuple[str, ...]) -> int:
         raise GGUFError(
             f"The file has {kinds[0]} up to {max(indices)}, but none with index {missing}. FLUX.1 blocks are numbered from 0 "
             "without gaps: the file is incomplete."
+        )
+    if len(indices) > _MAX_BLOCKS:
+        raise GGUFError(
+            f"The file has {len(indices)} {kinds[0]}; FLUX.1 has 19 and 38, and more than {_MAX_BLOCKS} are not read."
         )
     return len(indices)
 

@@ -180,4 +180,4 @@ def _problem(what: str, names: Iterable[str]) -> str:
 
 
 def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+    return " x ".join(map(str, shape)) or "a scalar"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import GGUFError
-from ..formats import PLAIN_TYPES
 from .names import BFL, DIFFUSERS, block_of, strip_prefix, tensor_class
 from .types import BLOCK, LEFTOVER, RULES, SMALL_LEFTOVER, VECTOR, tensor_kind
 
@@ -137,7 +136,8 @@ def variant_name(config: Mapping[str, Any]) -> str:
 
 
 def layout_of(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Name the layout of a file's types: "legacy", "old", "new", "mixed" (a type per block, or per tensor), or "other".
+    """Name the layout of a file's types: "legacy", "old", "new", "mixed" (a type per block, or biases that are not F32 or F16)
+    or "other".
 
     Args:
         types: tensor name without prefix -> ggml type name.
@@ -164,4 +164,4 @@ def layout_of(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -
     plain = seen[LEFTOVER] | seen["small"]
     if seen[VECTOR] == {RULES["new"].vector} and plain <= {"BF16", "F16"}:
         return "new"
-    return "other" if plain <= PLAIN_TYPES.keys() else "mixed"
+    return "other"
