@@ -49,13 +49,13 @@ class Grid:
         words = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(self.deltas))), dtype=torch.int16)
         entries = words.to(torch.int64).bitwise_and(0xFFFF).cumsum(0)
         width = 16 // self.length
-        numbers = entries[:, None] >> torch.arange(0, 16, width) & (1 << width) - 1
-        return torch.tensor(self.values, dtype=torch.int8)[numbers].flatten().view(torch.uint8)
+        numbers = entries[:, None] >> torch.arange(0, 16, width, device="cpu") & (1 << width) - 1
+        return torch.tensor(self.values, dtype=torch.int8, device="cpu")[numbers].flatten().view(torch.uint8)
 
 
 def value_table(values: tuple[int, ...]) -> Tensor:
     """Make a lookup table of single values: uint8 [len(values)], one signed byte each."""
-    return torch.tensor(values, dtype=torch.int8).view(torch.uint8)
+    return torch.tensor(values, dtype=torch.int8, device="cpu").view(torch.uint8)
 
 
 def packed_words(values: tuple[int, ...]) -> tuple[int, ...]:

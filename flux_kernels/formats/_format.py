@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -139,17 +138,22 @@ class BlockFormat:
         """Bits per weight, scales included."""
         return self.type_size * 8 / self.block_size
 
-    @cached_property
-    def _tables(self) -> dict[torch.device, Tensor]:
-        return {}
+    def __post_init__(self) -> None:
+        # Made now, not at first use: a table first made while a graph is traced would be a fake tensor.
+        tables = {} if self.table is None else {torch.device("cpu"): self.table()}
+        object.__setattr__(self, "_tables", tables)
 
     def table_on(self, device: torch.device) -> Tensor:
         """Return the lookup table (uint8, 1-D) on `device`, made once per device."""
-        if self.table is None:
+        tables: dict[torch.device, Tensor] = self._tables  # type: ignore[attr-defined]
+        if not tables:
             raise FormatError(f"{self.name} has no lookup table.")
-        if device not in self._tables:
-            self._tables[device] = self.table().to(device)
-        return self._tables[device]
+        if device in tables:
+            return tables[device]
+        table = tables[torch.device("cpu")].to(device)
+        if type(table) is Tensor:  # and not the fake one of a trace
+            tables[device] = table
+        return table
 
     def row_bytes(self, k: int, name: str = "") -> int:
         """Return the bytes of one row of `k` weights; raise FormatError where `k` is not whole blocks."""

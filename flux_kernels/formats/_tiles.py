@@ -61,16 +61,13 @@ def load_word(
     misaligned loads.
     """
     ptr = field_ptr(row_ptr, block, OFFSET, SIZE, TYPE_SIZE, NUM_BLOCKS, PLANES) + 4 * INDEX
-    # Rows, blocks and the field all start at multiples of these; only % and + work on every mix of int and constexpr.
-    if PLANES:
-        by_4: tl.constexpr = (NUM_BLOCKS * OFFSET) % 4 + SIZE % 4 + (NUM_BLOCKS * TYPE_SIZE) % 4 == 0
-        by_2: tl.constexpr = (NUM_BLOCKS * OFFSET) % 2 + SIZE % 2 + (NUM_BLOCKS * TYPE_SIZE) % 2 == 0
-    else:
-        by_4: tl.constexpr = OFFSET % 4 + TYPE_SIZE % 4 == 0
-        by_2: tl.constexpr = OFFSET % 2 + TYPE_SIZE % 2 == 0
-    if by_4:
+    START: tl.constexpr = NUM_BLOCKS * OFFSET if PLANES else OFFSET
+    STRIDE: tl.constexpr = SIZE if PLANES else TYPE_SIZE
+    ROW: tl.constexpr = NUM_BLOCKS * TYPE_SIZE
+    # Only % and + work on every mix of int and constexpr, compiled and interpreted.
+    if START % 4 + STRIDE % 4 + ROW % 4 == 0:
         return tl.load(ptr.to(tl.pointer_type(tl.uint32)))
-    elif by_2:
+    elif START % 2 + STRIDE % 2 + ROW % 2 == 0:
         pairs = ptr.to(tl.pointer_type(tl.uint16))
         return tl.load(pairs).to(tl.uint32) | (tl.load(pairs + 1).to(tl.uint32) << 16)
     else:

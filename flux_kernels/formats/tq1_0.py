@@ -65,6 +65,6 @@ FORMAT = BlockFormat(
     decode=decode,
     decode_tile=decode_tile,
     planes=True,
-    relative_rms=0.85,
+    relative_rms=0.9,
     source="ggml-common.h block_tq1_0; ggml-quants.c dequantize_row_tq1_0",
 )
