@@ -1,0 +1,50 @@
+"""Show the errors a user can do something about as one line, with exit code 1; all others keep their traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from ..errors import BackendUnavailable, FormatError, GGUFError
+
+_OURS = (GGUFError, FormatError, BackendUnavailable, OSError)
+
+
+class OneLineErrors(TyperGroup):
+    """Run a command and turn expected errors into one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Invoke the command; `--traceback` lets every error through."""
+        try:
+            return super().invoke(ctx)
+        except ImportError as error:
+            if error.name is None or error.name.startswith("flux_kernels") or ctx.params.get("traceback"):
+                raise
+            _fail(f"{error.name} is not installed. Run: pip install flux_kernels")
+        except torch.OutOfMemoryError as error:
+            if ctx.params.get("traceback"):
+                raise
+            _fail(f"Out of GPU memory: {str(error).splitlines()[0]} Try --offload model, then --offload sequential.")
+        except _OURS as error:
+            if ctx.params.get("traceback"):
+                raise
+            _fail(_message(error))
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    return " ".join(str(error).split())
+
+
+def _fail(message: str) -> None:
+    console = Console(stderr=True)
+    console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+    sys.stderr.flush()
+    raise typer.Exit(1)

@@ -1,0 +1,96 @@
+"""`flux-kernels demo`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Contact sheet to write; the GGUF files go beside it.")] = Path("demo.png"),
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "--prompts", "-p", help="A row of the sheet; give it several times.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first row's noise; each further row has the next one.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own number by default.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, for machines.")] = False,
+) -> None:
+    """Draw with the small model inside this package, in 16 bit, Q8_0, Q6_K, Q4_K and mixed. No network, no GPU.
+
+    For each type: a GGUF file is written, loaded without decoding it, swapped and drawn with. The contact sheet shows
+    the pictures side by side with file size and error.
+
+    [bold]Examples[/]
+
+      flux-kernels demo
+      flux-kernels demo -p "a red seven" -p "the digit 4 in blue" --seed 5 --out /tmp/sheet.png
+    """
+    from ..base_pipeline import go_offline_quietly
+
+    started = time.perf_counter()
+    console = Console(stderr=as_json)
+    with console.status("loading diffusers and the embedded model"):
+        go_offline_quietly()
+        from .. import demo as work
+    prompts = prompt or list(work.PROMPTS)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("quantizing", total=work.demo_steps(steps) * len(work.VARIANTS))
+        drawn = work.run_demo(
+            out.parent,
+            prompts=prompts,
+            seed=seed,
+            backend=backend,
+            steps=steps,
+            step=lambda status: progress.update(task, advance=1, description=status),
+        )
+    work.demo_sheet(drawn, prompts).save(out, "PNG", optimize=True)
+    seconds = time.perf_counter() - started
+    if as_json:
+        typer.echo(json.dumps({"sheet": str(out), "seconds": round(seconds, 2), "variants": [_plain(one) for one in drawn]}))
+        return
+    console.print(_table(drawn, len(prompts)))
+    console.print(f"Contact sheet: [bold]{out}[/] ({len(prompts)} prompts, {seconds:.0f} s). Look into a file with:")
+    console.print(f"  flux-kernels inspect {drawn[-1].file}", soft_wrap=True)
+
+
+def _table(drawn: list, count: int) -> Table:
+    from ..demo import psnr_text
+
+    table = Table(title="The embedded model against its own 16-bit file")
+    for heading, justify in (
+        ("", "left"),
+        ("file", "right"),
+        ("bits/weight", "right"),
+        ("weight error", "right"),
+        ("pictures", "right"),
+        ("same digit read", "right"),
+        ("ran on", "left"),
+    ):
+        table.add_column(heading, justify=justify)
+    for one in drawn:
+        table.add_row(
+            one.name,
+            f"{one.nbytes / 1e6:.2f} MB",
+            f"{one.bits_per_weight:.2f}",
+            f"{one.weight_error:.2%}",
+            "reference" if one is drawn[0] else psnr_text(one.psnr),
+            f"{one.same_digit} of {count}",
+            one.runs_as,
+        )
+    return table
+
+
+def _plain(one: Any) -> dict[str, Any]:
+    from math import isinf
+
+    facts = {key: value for key, value in vars(one).items() if key != "images"}
+    return {**facts, "file": str(one.file), "psnr": None if isinf(one.psnr) else one.psnr}

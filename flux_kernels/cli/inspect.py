@@ -1,0 +1,111 @@
+"""`flux-kernels inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..inspect_file import FileFacts
+
+GIB, MB = 2**30, 1e6
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, for machines.")] = False,
+) -> None:
+    """Tell what a GGUF file holds: variant, layout, types, bits per weight, which card it fits, or why it is refused.
+
+    Only the header is read, so it is quick on any size. The exit code is 1 for a file that would be refused.
+
+    [bold]Examples[/]
+
+      flux-kernels inspect flux1-dev-Q4_K_S.gguf
+      flux-kernels inspect flux1-dev-Q4_K_S.gguf --tensors
+      flux-kernels inspect flux1-dev-Q4_K_S.gguf --json | jq .fits
+    """
+    from ..base_pipeline import go_offline_quietly
+
+    go_offline_quietly()
+    from ..inspect_file import inspect_file
+
+    facts = inspect_file(file)
+    rows = _tensor_rows(file) if tensors and facts.types else []
+    if as_json:
+        typer.echo(json.dumps({**asdict(facts), **({"tensors": rows} if tensors else {})}))
+    else:
+        _print(Console(), facts, rows)
+    if facts.refused:
+        raise typer.Exit(1)
+
+
+def _tensor_rows(file: Path) -> list[dict]:
+    from ..gguf_file import read_gguf
+
+    return [
+        {"name": name, "type": tensor.format, "shape": list(tensor.shape), "bytes": tensor.nbytes}
+        for name, tensor in read_gguf(file).tensors.items()
+    ]
+
+
+def _print(console: Console, facts: FileFacts, rows: list[dict]) -> None:
+    console.print(f"[bold]{facts.path}[/], {facts.nbytes / MB:,.1f} MB", highlight=False, soft_wrap=True)
+    if facts.refused:
+        console.print(f"[bold red]Refused:[/] {facts.refused}", highlight=False, soft_wrap=True)
+    else:
+        console.print(f"{facts.variant}; layout {facts.layout}, {facts.naming} names", highlight=False)
+    if facts.types:
+        console.print(
+            f"{facts.parameters / 1e6:,.1f} M weights, {facts.bits_per_weight:.2f} bits per weight "
+            f"({facts.block_bits_per_weight:.2f} inside the blocks)",
+            highlight=False,
+        )
+        console.print(_types_table(facts))
+    if rows:
+        console.print(_tensors_table(rows))
+    if facts.fits:
+        _print_fits(console, facts)
+
+
+def _types_table(facts: FileFacts) -> Table:
+    table = Table()
+    for heading in ("where", "tensors", "type"):
+        table.add_column(heading)
+    for heading in ("count", "weights", "MB"):
+        table.add_column(heading, justify="right")
+    for count in sorted(facts.types, key=lambda count: (count.kind, -count.nbytes)):
+        table.add_row(
+            {"block": "blocks", "leftover": "outside", "vector": "vectors"}.get(count.kind, count.kind),
+            count.tensor_class,
+            count.type,
+            str(count.tensors),
+            f"{count.parameters:,}",
+            f"{count.nbytes / MB:,.2f}",
+        )
+    return table
+
+
+def _tensors_table(rows: list[dict]) -> Table:
+    table = Table()
+    table.add_column("tensor", overflow="fold")
+    table.add_column("type")
+    for heading in ("shape", "bytes"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row["name"], row["type"], " x ".join(map(str, row["shape"])), f"{row['bytes']:,}")
+    return table
+
+
+def _print_fits(console: Console, facts: FileFacts) -> None:
+    need = facts.resident_bytes + facts.overhead_bytes
+    cards = "  ".join(f"{card} GB [{'green]fits' if fits else 'red]no'}[/]" for card, fits in facts.fits.items())
+    console.print(f"Needs about {need / GIB:.2f} GiB of GPU memory while it runs: {cards}", highlight=False)
+    console.print(f"[dim]Assumed: {facts.overhead_model}.[/]", highlight=False, soft_wrap=True)
