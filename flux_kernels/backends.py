@@ -91,10 +91,14 @@ def check_names(backend: str, compute: str = "exact") -> None:
 def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) -> Backend:
     """Return the backend that runs `fmt` on `device`; raise BackendUnavailable with the reason where none can.
 
-    "auto" takes Triton where it runs, else torch, unless the compute mode leaves only one of them.
+    "auto" takes Triton on an accelerator where it runs, else torch, unless the compute mode leaves only one of them. It
+    never takes Triton's interpreter on the CPU, which is for tests of kernels.
     """
     check_names(backend, compute)
-    named = [BACKENDS[backend]] if backend != "auto" else list(BACKENDS.values())
+    if backend != "auto":
+        named = [BACKENDS[backend]]
+    else:
+        named = [BACKENDS["torch"]] if device.type == "cpu" else list(BACKENDS.values())
     reasons = []
     for candidate in named:
         reason = _mode_refusal(candidate, compute) or candidate.refusal(device, fmt)

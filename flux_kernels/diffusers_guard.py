@@ -9,6 +9,18 @@ from .linear import GGUFLinear
 from .takeover import carry_over
 
 
+class _UnwritableConfig:
+    """Refuse save_pretrained: it asks for `quant_method` when it meets a model that it cannot write."""
+
+    @property
+    def quant_method(self):
+        """Raise GGUFError."""
+        raise GGUFError(
+            "A model with packed GGUF layers cannot be written with save_pretrained yet. Keep the GGUF file, save the state "
+            "dict with torch.save(model.state_dict(), ...), or call model.dequantize() first."
+        )
+
+
 class SwappedModelQuantizer:
     """Stand in for `model.hf_quantizer`: refuse save_pretrained with a sentence, and dequantize.
 
@@ -17,14 +29,7 @@ class SwappedModelQuantizer:
     """
 
     is_serializable = False
-
-    @property
-    def quantization_config(self):
-        """Raise GGUFError: save_pretrained asks for this when it meets a model that cannot be written."""
-        raise GGUFError(
-            "A model with packed GGUF layers cannot be written with save_pretrained yet. Keep the GGUF file, save the state "
-            "dict with torch.save(model.state_dict(), ...), or call model.dequantize() first."
-        )
+    quantization_config = _UnwritableConfig()
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         """Replace every packed layer by the nn.Linear it stands for, in place, and forget the quantizer."""
