@@ -11,6 +11,9 @@ from .._triton import jit, tl
 from ._bits import bit_planes
 from ._codebooks import IQ4_VALUES, packed_words, value_table
 from ._format import BlockFormat, Field, Layout
+from ._pack import join_planes, pack_rows
+from ._search import Blocks
+from ._search_scale import HalfScaleSearch, codebook, codes_of
 from ._tiles import load_half, load_nibbles, lookup16
 
 LAYOUT = Layout(Field("d", "f16"), Field("qs", "u8", 16))
@@ -35,6 +38,18 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return lookup16(q, W0, W1, W2, W3) * d[:, None]
 
 
+SEARCH = HalfScaleSearch(
+    codebook(IQ4_VALUES),
+    starts=(-140, -135, -130, -127, -124, -120, -116, -113, -110, -106, -102, 95, 100, 105, 109, 113, 117, 121, 125),
+)
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, y = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    return pack_rows(rows, LAYOUT, d=d, qs=join_planes(codes_of(y, IQ4_VALUES), 4))
+
+
 FORMAT = BlockFormat(
     name="IQ4_NL",
     ggml_type=20,
@@ -43,6 +58,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     table=partial(value_table, IQ4_VALUES),
     planes=True,
     relative_rms=0.08,

@@ -11,6 +11,9 @@ from .._triton import jit, tl
 from ._bits import bit_fields, bit_planes, word_fields
 from ._codebooks import IQ4_VALUES, packed_words, value_table
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_fields, join_planes, pack_rows
+from ._search import Blocks
+from ._search_scale import SuperScaleSearch, codebook, codes_of
 from ._tiles import load_half, load_narrow, load_nibbles, load_word, lookup16, unpack_half
 
 LAYOUT = Layout(Field("d", "f16"), Field("scales_h", "u16"), Field("scales_l", "u8", 4), Field("qs", "u8", 128))
@@ -56,6 +59,21 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (d * (sc.to(tl.float32) - 32))[:, None] * lookup16(q, W0, W1, W2, W3)
 
 
+SEARCH = SuperScaleSearch(
+    codebook(IQ4_VALUES),
+    starts=(-140, -135, -130, -127, -124, -120, -116, -113, -110, -106, -102, 95, 100, 105, 109, 113, 117, 121, 125),
+    reach=32,
+)
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, sc, y = SEARCH(Blocks.of_rows(rows, importance, 8, 32))
+    sc, codes = bytes_of(sc + 32), codes_of(y, IQ4_VALUES).unflatten(-1, (8, 32))
+    scales_h, scales_l = join_fields(sc >> 4, 2), join_fields(sc & 0xF, 4)
+    return pack_rows(rows, LAYOUT, d=d, scales_h=scales_h, scales_l=scales_l, qs=join_planes(codes, 4).flatten(-2))
+
+
 FORMAT = BlockFormat(
     name="IQ4_XS",
     ggml_type=23,
@@ -64,6 +82,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     table=partial(value_table, IQ4_VALUES),
     relative_rms=0.08,
     source="ggml-common.h block_iq4_xs, kvalues_iq4nl",

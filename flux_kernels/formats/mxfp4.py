@@ -11,6 +11,9 @@ from .._triton import jit, tl
 from ._bits import bit_planes
 from ._codebooks import E2M1_VALUES, value_table
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_planes, pack_rows
+from ._search import Blocks
+from ._search_scale import best_scale, codebook, codes_of, snapped
 from ._tiles import load_narrow, load_nibbles, unpack_e2m1
 
 LAYOUT = Layout(Field("e", "u8"), Field("qs", "u8", 16))
@@ -38,6 +41,31 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return unpack_e2m1(q) * bits.to(tl.float32, bitcast=True)[:, None]
 
 
+SNAP = codebook(E2M1_VALUES)
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes].
+
+    Each block is first brought to a largest magnitude of 0.5 to 1 (exact): e covers more than squares in float32 do.
+    """
+    x = rows.reshape(-1, 32)
+    exponent = torch.frexp(x.abs().amax(1))[1].clamp(min=-124)
+    down = -exponent // 2
+    x = x * _power(down)[:, None] * _power(-exponent - down)[:, None]
+    b = Blocks.of_rows(x, importance, 1, 32)
+    scales = torch.tensor([0.125, 0.0625, 0.25], device=rows.device)  # of a level of 1; 12 reaches 1.5, 0.75 and 3
+    _, scale = best_scale(b, SNAP, (torch.full_like(b.sum_x, 1) * s for s in scales))
+    y = snapped(b, scale, SNAP)
+    e = (torch.frexp(scale)[1] - 1 + exponent + 128).clamp(0, 254)
+    return pack_rows(rows, LAYOUT, e=bytes_of(e), qs=join_planes(codes_of(y, E2M1_VALUES), 4))
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """Return 2^exponent as float32, for exponents -126 to 127."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
 FORMAT = BlockFormat(
     name="MXFP4",
     ggml_type=39,
@@ -46,6 +74,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     table=partial(value_table, E2M1_VALUES),
     planes=True,
     relative_rms=0.13,

@@ -11,6 +11,9 @@ from .._triton import jit, tl
 from ._bits import bit_planes
 from ._codebooks import E2M1_VALUES, value_table
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_planes, pack_rows
+from ._search import Blocks
+from ._search_scale import best_scale, codebook, codes_of, snapped
 from ._tiles import field_ptr, halves_of_16, load_word, unpack_e2m1, unpack_half
 
 LAYOUT = Layout(Field("d", "u8", 4), Field("qs", "u8", 32))
@@ -48,6 +51,31 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return unpack_e2m1(q) * halves_of_16(unpack_half_scale(d), unpack_half_scale(d >> 8))
 
 
+SNAP = codebook(E2M1_VALUES)
+STEPS = (0, -1, 1, 2, 3, -2)  # of d's code, from where 6, the largest FP4 value, reaches the largest weight
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    b = Blocks.of_rows(rows, importance, 4, 16)
+    widest = (b.x.abs().amax(1, keepdim=True) / 6).clamp(max=448)
+    start = widest.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+    _, scale = best_scale(b, SNAP, (_half_scale((start + step).clamp(1, 126)) for step in STEPS))
+    y = snapped(b, scale, SNAP)
+    d = (scale / 128).half().view(torch.int16) >> 7
+    return pack_rows(rows, LAYOUT, d=bytes_of(d * y.any(1, keepdim=True)), qs=_pack_codes(codes_of(y, E2M1_VALUES)))
+
+
+def _half_scale(code: Tensor) -> Tensor:
+    """Turn int16 codes of 1 to 126, unsigned E4M3 floats, into half their values as float32."""
+    return (code << 7).view(torch.float16).float() * 128
+
+
+def _pack_codes(codes: Tensor) -> Tensor:
+    """Pack uint8 [n, 64] codes to [n, 32]: 8 bytes a sub-block, low nibbles first."""
+    return join_planes(codes.unflatten(-1, (4, 16)), 4).flatten(-2)
+
+
 FORMAT = BlockFormat(
     name="NVFP4",
     ggml_type=40,
@@ -56,6 +84,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     table=partial(value_table, E2M1_VALUES),
     relative_rms=0.105,
     source="ggml-common.h block_nvfp4, kvalues_mxfp4; ggml-impl.h ggml_ue4m3_to_fp32",

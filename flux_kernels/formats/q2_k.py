@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_planes, pack_rows
+from ._search import Blocks
+from ._search_affine import SuperAffineSearch
 from ._tiles import halves_of_16, load_bytes, load_half_pair, load_word
 
 LAYOUT = Layout(Field("scales", "u8", 16), Field("qs", "u8", 64), Field("dm", "f16", 2))
@@ -39,6 +43,16 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return scale * q.to(tl.float32) - offset
 
 
+SEARCH = SuperAffineSearch(top=3, levels=15, shrinks=[(low, high) for low in (0, 0.06, 0.12) for high in (0, 0.06, 0.12)])
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, dmin, sc, m, q = SEARCH(Blocks.of_rows(rows, importance, 16, 16))
+    qs = join_planes(bytes_of(q).unflatten(-1, (2, 128)), 2).flatten(-2)
+    return pack_rows(rows, LAYOUT, scales=bytes_of(sc + 16 * m), qs=qs, dm=torch.cat([d, dmin]))
+
+
 FORMAT = BlockFormat(
     name="Q2_K",
     ggml_type=10,
@@ -47,6 +61,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     relative_rms=0.32,
     source="ggml-common.h block_q2_K",
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_planes, pack_rows
+from ._search import Blocks
+from ._search_scale import SuperScaleSearch, integers
 from ._tiles import halves_of_16, load_bytes, load_half, load_word
 
 LAYOUT = Layout(Field("hmask", "u8", 32), Field("qs", "u8", 64), Field("scales", "u8", 12), Field("d", "f16"))
@@ -60,6 +64,22 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return halves_of_16(d * first, d * second) * (q.to(tl.float32) - 4)
 
 
+SEARCH = SuperScaleSearch(integers(-4, 3), starts=(-4, -4.5, -3.75, -3.5, -3.25, -3, 2.75, 3, 3.4), reach=32)
+
+
+def pack_scales(sc: Tensor) -> Tensor:
+    """Pack sc, uint8 [..., 16] with values 0 to 63, to uint8 [..., 12]; undoes `unpack_scales`."""
+    return torch.cat([join_planes(sc & 0xF, 4), join_planes(sc >> 4, 2)], dim=-1)
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, sc, q = SEARCH(Blocks.of_rows(rows, importance, 16, 16))
+    codes = bytes_of(q + 4)
+    qs = join_planes((codes & 3).unflatten(-1, (2, 128)), 2).flatten(-2)
+    return pack_rows(rows, LAYOUT, hmask=join_planes(codes >> 2, 1), qs=qs, scales=pack_scales(bytes_of(sc + 32)), d=d)
+
+
 FORMAT = BlockFormat(
     name="Q3_K",
     ggml_type=11,
@@ -68,6 +88,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     planes=True,
     relative_rms=0.16,
     source="ggml-common.h block_q3_K",

@@ -7,6 +7,9 @@ from torch import Tensor
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_planes, pack_rows
+from ._search import Blocks
+from ._search_scale import HalfScaleSearch, integers
 from ._tiles import load_half, load_nibbles
 
 LAYOUT = Layout(Field("d", "f16"), Field("qs", "u8", 16))
@@ -27,6 +30,15 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (q.to(tl.float32) - 8) * d[:, None]
 
 
+SEARCH = HalfScaleSearch(integers(-8, 7), starts=(-8, -9, -8.5, -7.75, -7.5, -7.25, -7, -6.5, 6.5, 7, 7.5))
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, q = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    return pack_rows(rows, LAYOUT, d=d, qs=join_planes(bytes_of(q + 8), 4))
+
+
 FORMAT = BlockFormat(
     name="Q4_0",
     ggml_type=2,
@@ -35,6 +47,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     planes=True,
     relative_rms=0.09,
     source="ggml-common.h block_q4_0",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_planes, pack_rows
+from ._search import Blocks
+from ._search_affine import HalfAffineSearch
 from ._tiles import load_half_pair, load_nibbles
 
 LAYOUT = Layout(Field("dm", "f16", 2), Field("qs", "u8", 16))
@@ -30,6 +34,15 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return q.to(tl.float32) * d[:, None] + m[:, None]
 
 
+SEARCH = HalfAffineSearch(top=15, shrinks=((0, 0), (0.015, 0.015), (0.03, 0.03), (0.03, 0), (0, 0.03), (0.05, 0.05)))
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, m, q = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    return pack_rows(rows, LAYOUT, dm=torch.cat([d, m]), qs=join_planes(bytes_of(q), 4))
+
+
 FORMAT = BlockFormat(
     name="Q4_1",
     ggml_type=3,
@@ -38,6 +51,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     relative_rms=0.08,
     source="ggml-common.h block_q4_1",
 )

@@ -7,6 +7,9 @@ from torch import Tensor
 from .._triton import jit, tl
 from ._bits import bit_fields, bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_fields, join_planes, pack_rows
+from ._search import Blocks
+from ._search_scale import HalfScaleSearch, integers
 from ._tiles import load_half, load_nibbles, load_word, unpack_bits
 
 LAYOUT = Layout(Field("d", "f16"), Field("qh", "u8", 4), Field("qs", "u8", 16))
@@ -34,6 +37,18 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (q.to(tl.float32) - 16) * d[:, None]
 
 
+SEARCH = HalfScaleSearch(
+    integers(-16, 15), starts=(-16, -17, -16.5, -15.75, -15.5, -15.25, -15, -14.75, -14.5, 14, 14.5, 15, 15.5)
+)
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, q = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    codes = bytes_of(q + 16)
+    return pack_rows(rows, LAYOUT, d=d, qh=join_fields(codes >> 4, 1), qs=join_planes(codes & 0xF, 4))
+
+
 FORMAT = BlockFormat(
     name="Q5_0",
     ggml_type=6,
@@ -42,6 +57,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     planes=True,
     relative_rms=0.045,
     source="ggml-common.h block_q5_0",

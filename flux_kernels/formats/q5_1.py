@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_fields, bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_fields, join_planes, pack_rows
+from ._search import Blocks
+from ._search_affine import HalfAffineSearch
 from ._tiles import load_half_pair, load_nibbles, load_word, unpack_bits
 
 LAYOUT = Layout(Field("dm", "f16", 2), Field("qh", "u8", 4), Field("qs", "u8", 16))
@@ -35,6 +39,16 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return q.to(tl.float32) * d[:, None] + m[:, None]
 
 
+SEARCH = HalfAffineSearch(top=31, shrinks=((0, 0), (0.015, 0.015), (0.03, 0.03), (0.03, 0), (0, 0.03), (0.05, 0.05)))
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, m, q = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    codes = bytes_of(q)
+    return pack_rows(rows, LAYOUT, dm=torch.cat([d, m]), qh=join_fields(codes >> 4, 1), qs=join_planes(codes & 0xF, 4))
+
+
 FORMAT = BlockFormat(
     name="Q5_1",
     ggml_type=7,
@@ -43,6 +57,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     relative_rms=0.04,
     source="ggml-common.h block_q5_1",
 )

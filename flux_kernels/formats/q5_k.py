@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
-from ._k_scales import unpack_scales_and_mins
+from ._k_scales import pack_scales_and_mins, unpack_scales_and_mins
+from ._pack import bytes_of, join_planes, pack_rows
+from ._search import Blocks
+from ._search_affine import SuperAffineSearch
 from ._tiles import load_bytes, load_half_pair, load_k_scale_min
 
 LAYOUT = Layout(Field("dm", "f16", 2), Field("scales", "u8", 12), Field("qh", "u8", 32), Field("qs", "u8", 128))
@@ -41,6 +45,18 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (d * sc)[:, None] * q.to(tl.float32) - (dmin * m)[:, None]
 
 
+SEARCH = SuperAffineSearch(top=31, levels=63, shrinks=((0, 0),))
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, dmin, sc, m, q = SEARCH(Blocks.of_rows(rows, importance, 8, 32))
+    codes = bytes_of(q)
+    qs = join_planes((codes & 0xF).unflatten(-1, (4, 64)), 4).flatten(-2)
+    scales = pack_scales_and_mins(bytes_of(sc), bytes_of(m))
+    return pack_rows(rows, LAYOUT, dm=torch.cat([d, dmin]), scales=scales, qh=join_planes(codes >> 4, 1), qs=qs)
+
+
 FORMAT = BlockFormat(
     name="Q5_K",
     ggml_type=13,
@@ -49,6 +65,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     relative_rms=0.04,
     source="ggml-common.h block_q5_K",
 )

@@ -7,6 +7,9 @@ from torch import Tensor
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._pack import bytes_of, join_planes, pack_rows
+from ._search import Blocks
+from ._search_scale import SuperScaleSearch, integers
 from ._tiles import halves_of_16, load_bytes, load_half, load_word, unpack_int8
 
 LAYOUT = Layout(Field("ql", "u8", 128), Field("qh", "u8", 64), Field("scales", "i8", 16), Field("d", "f16"))
@@ -39,6 +42,23 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return halves_of_16(d * unpack_int8(sc), d * unpack_int8(sc >> 8)) * (q.to(tl.float32) - 32)
 
 
+SEARCH = SuperScaleSearch(
+    integers(-32, 31),
+    starts=(-32, -33, -32.5, -31.5, -31, -30.5, -30, -29.5, -29),
+    reach=128,
+    moves=(-2, -1, 1, 2),
+    turns=2,
+)
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, sc, q = SEARCH(Blocks.of_rows(rows, importance, 16, 16))
+    codes = bytes_of(q + 32).unflatten(-1, (2, 128))
+    ql, qh = join_planes(codes & 0xF, 4).flatten(-2), join_planes(codes >> 4, 2).flatten(-2)
+    return pack_rows(rows, LAYOUT, ql=ql, qh=qh, scales=bytes_of(sc + 256 * (sc < 0)), d=d)
+
+
 FORMAT = BlockFormat(
     name="Q6_K",
     ggml_type=14,
@@ -47,6 +67,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     planes=True,
     relative_rms=0.02,
     source="ggml-common.h block_q6_K",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._format import BlockFormat, Field, Layout
+from ._pack import pack_rows
+from ._search import Blocks
+from ._search_scale import HalfScaleSearch, integers
 from ._tiles import load_bytes, load_half
 
 LAYOUT = Layout(Field("d", "f16"), Field("qs", "i8", 32))
@@ -26,6 +30,15 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return d[:, None] * q.to(tl.float32)
 
 
+SEARCH = HalfScaleSearch(integers(-127, 127), starts=(127, 126.5, 126.75, 127.25, 127.45))
+
+
+def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
+    d, q = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    return pack_rows(rows, LAYOUT, d=d, qs=q[0].to(torch.int8).t().contiguous().view(torch.uint8))
+
+
 FORMAT = BlockFormat(
     name="Q8_0",
     ggml_type=8,
@@ -34,6 +47,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    quantize=quantize,
     planes=True,
     relative_rms=0.006,
     source="ggml-common.h block_q8_0",

@@ -1,0 +1,156 @@
+"""Search for the types with an offset: x = scale * q - offset, q = 0 .. top.
+
+Candidates of Q2_K, Q4_K and Q5_K: first each sub-block gets a scale and an offset of its own, which fixes d and dmin. Then
+(sc, m) moves to its best neighbour, by the error after rounding the codes anew, and d and dmin are fitted to that, in turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._search import HALF_STEP, Blocks, half, half_above, improvement, keep, nonzero, ratio, refitted, round_to, total
+
+_DEGENERATE = 1e-6  # relative determinant under which codes count as all equal, above float32's rounding
+
+Shrinks = Sequence[tuple[float, float]]  # fractions of the range by which the two ends of a grid are drawn in
+
+
+def codes(x: Tensor, scale: Tensor, offset: Tensor, top: int) -> Tensor:
+    """Round (x + offset) / scale to codes 0 to `top`; 0 where the scale is 0."""
+    return round_to((x + offset).mul_(ratio(torch.ones_like(scale), scale)), 0, top)
+
+
+def fit(b: Blocks, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+    """Fit (scale, offset), each [G, 1, n], by least squares; a `bounded` offset is at least 0."""
+    wq, wxq, wqq = b.products(q)
+    return _solve(b, wq, wxq, wqq, bounded)
+
+
+def _solve(b: Blocks, wq: Tensor, wxq: Tensor, wqq: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+    determinant = b.sum_w * wqq - wq * wq
+    determinant = determinant * improvement(b.sum_w * wqq * _DEGENERATE, determinant)
+    scale = ratio(b.sum_w * wxq - wq * b.sum_x, determinant)
+    offset = ratio(scale * wq - b.sum_x, b.sum_w)
+    if bounded:
+        scale = torch.lerp(scale, ratio(wxq, wqq), improvement(offset, torch.zeros_like(offset)))
+        offset = offset.clamp(min=0)
+    return scale.clamp(min=0), offset
+
+
+def error_of(b: Blocks, scale: Tensor, offset: Tensor, top: int, z: Tensor, q: Tensor) -> Tensor:
+    """Sum the squared error of each sub-block under a scale other than 0: [G, 1, n]. z is scratch, q receives the codes."""
+    torch.add(b.x, offset, out=z)
+    z.mul_(torch.reciprocal(scale))
+    torch.round(z, out=q).clamp_(0, top)
+    z.sub_(q).square_()
+    if b.w is not None:
+        z.mul_(b.w)
+    return total(z).mul_(scale).mul_(scale)
+
+
+@dataclass(frozen=True)
+class HalfAffineSearch:
+    """Search one fp16 scale and one fp16 offset of either sign per block (G = 1)."""
+
+    top: int
+    shrinks: Shrinks
+    refits: int = 2
+
+    def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """Return d, m [1, 1, n] and codes [1, B, n] of x = d * q + m."""
+        low, high = b.x.amin(1, keepdim=True), b.x.amax(1, keepdim=True)
+        span = high - low
+        centred = Blocks(b.x - low, b.w)  # sums of squares about a large mean would lose the rest
+        z, q = torch.empty_like(b.x), torch.empty_like(b.x)
+        scale, offset = nonzero(half(span / self.top)), half(-low)
+        best = [error_of(b, scale, offset, self.top, z, q), scale, offset]
+        for trial in range(len(self.shrinks) + self.refits):
+            if trial < len(self.shrinks):
+                bottom, up = self.shrinks[trial]
+                first = codes(centred.x, span * ((1 - bottom - up) / self.top), -bottom * span, self.top)
+            else:
+                first = codes(b.x, best[1], best[2], self.top)
+            scale, offset = fit(centred, first, bounded=False)
+            scale, offset = nonzero(half(scale)), half(offset - low)
+            keep(best, [error_of(b, scale, offset, self.top, z, q), scale, offset])
+        _, d, offset = best
+        q = codes(b.x, d, offset, self.top)
+        worth = b.worth(q * d - offset)
+        return d * worth, -offset * worth, q
+
+
+@dataclass(frozen=True)
+class SuperAffineSearch:
+    """Search d * sc * q - dmin * m: fp16 d and dmin per block, sc and m from 0 to `levels` per sub-block.
+
+    Attributes:
+        top: largest code.
+        levels: largest sc and m.
+        shrinks: the grids of the first search.
+        turns: neighbourhood searches, each followed by a fit of d and dmin.
+    """
+
+    top: int
+    levels: int
+    shrinks: Shrinks
+    turns: int = 2
+    phase: float = 0.0
+
+    def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return d, dmin [1, 1, n], sc, m [G, 1, n] and codes [G, B, n]."""
+        scale, offset = self._fits(b)
+        d = half_above(scale.amax(0, keepdim=True) / self.levels).clamp_(min=HALF_STEP)
+        dmin = half_above(torch.maximum(offset.amax(0, keepdim=True) / self.levels, d * (self.levels * self.phase)))
+        sc = round_to(scale / d, 1, self.levels)  # with sc = 0 the codes could say nothing
+        m = round_to(ratio(offset, dmin), 0, self.levels)
+        for _ in range(self.turns):
+            error, sc, m = self._best_neighbours(b, d, dmin, sc, m)
+            new_d, new_dmin = self._refit(b, d, dmin, sc, m)
+            z, q = torch.empty_like(b.x), torch.empty_like(b.x)
+            new_error = total(error_of(b, new_d * sc, new_dmin * m, self.top, z, q), 0)
+            _, d, dmin = keep([total(error, 0), d, dmin], [new_error, new_d, new_dmin])
+        q = codes(b.x, d * sc, dmin * m, self.top)
+        worth = b.worth(q * (d * sc) - dmin * m)
+        return d * worth, dmin * worth, sc, m, q
+
+    def _fits(self, b: Blocks) -> tuple[Tensor, Tensor]:
+        """Find each sub-block's own (scale, offset), each [G, 1, n]."""
+        low = b.x.amin(1, keepdim=True).clamp_(max=0)
+        span = b.x.amax(1, keepdim=True) - low
+        best: list[Tensor] = []
+        for bottom, up in self.shrinks:
+            q = codes(b.x, span * ((1 - bottom - up) / self.top), -low - bottom * span, self.top)
+            wq, wxq, wqq = b.products(q)
+            scale, offset = _solve(b, wq, wxq, wqq, bounded=True)
+            loss = offset * b.sum_x - scale * wxq  # the squared error less sum(w * x^2), at a least squares solution
+            best = keep(best, [loss, scale, offset]) if best else [loss, scale, offset]
+        return best[1], best[2]
+
+    def _best_neighbours(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> list[Tensor]:
+        """Return the error of and the best (sc, m) of 3 x 3, m moving along with sc so that the middle of the grid stays."""
+        z, q = torch.empty_like(b.x), torch.empty_like(b.x)
+        best = [error_of(b, d * sc, dmin * m, self.top, z, q), sc.clone(), m.clone()]
+        slope = ratio(d * total(b.weighted(q)), dmin * b.sum_w)
+        for step in (0, -1, 1):
+            new_sc = (sc + step).clamp_(1, self.levels)
+            centre = ((new_sc - sc) * slope + m).round_()
+            for shift in (-1, 1) if step == 0 else (0, -1, 1):
+                new_m = (centre + shift).clamp_(0, self.levels)
+                keep(best, [error_of(b, d * new_sc, dmin * new_m, self.top, z, q), new_sc, new_m])
+        return best
+
+    def _refit(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit d and dmin by least squares with everything else fixed; d alone where the two cannot be told apart."""
+        wq, wxq, wqq = b.products(codes(b.x, d * sc, dmin * m, self.top))
+        dd, dm, mm = total(sc * sc * wqq, 0), total(sc * m * wq, 0), total(m * m * b.sum_w, 0)
+        xd, xm = total(sc * wxq, 0), -total(m * b.sum_x, 0)
+        determinant = dd * mm - dm * dm
+        determinant = determinant * improvement(dd * mm * _DEGENERATE, determinant)
+        both = torch.sign(determinant)
+        new_d = torch.lerp(ratio(xd + dm * dmin, dd), ratio(mm * xd + dm * xm, determinant), both)
+        new_dmin = torch.lerp(dmin, ratio(dd * xm + dm * xd, determinant), both)
+        return refitted(d, new_d), refitted(dmin, new_dmin)

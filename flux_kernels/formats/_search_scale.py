@@ -1,0 +1,148 @@
+"""Search for the types without an offset: x = scale * level, the levels being integers or a codebook.
+
+Candidates are judged by the error after rounding, with the scale as it will be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._search import Blocks, half, half_above, improvement, keep, nonzero, ratio, refitted, round_to, total
+
+Snap = Callable[[Tensor, Tensor], Tensor]  # (z, out): writes the level nearest to each z to out, and returns out
+
+
+def integers(low: int, high: int) -> Snap:
+    """Make the snap to integers from `low` to `high`."""
+    return lambda z, out: torch.round(z, out=out).clamp_(low, high)
+
+
+def codebook(values: Sequence[int]) -> Snap:
+    """Make the snap to integer `values` between -127 and 127.
+
+    The middle between two of them is a multiple of 1/2, so floor(2 * z) decides: a table of 512.
+    """
+    levels = torch.tensor(values, dtype=torch.float32)
+    cells = (torch.arange(512) - 255.5) / 2
+    table = levels[(cells[:, None] - levels).abs().argmin(1)]
+
+    def snap(z: Tensor, out: Tensor) -> Tensor:
+        torch.mul(z, 2, out=out).add_(256).clamp_(0, 511)
+        return out.copy_(table.to(z.device).index_select(0, out.to(torch.int32).flatten()).view_as(z))
+
+    return snap
+
+
+def codes_of(levels: Tensor, values: Sequence[int]) -> Tensor:
+    """Turn levels [G, B, n], each one of the integer `values`, into their positions: uint8 [n, G * B]."""
+    table = torch.zeros(256, dtype=torch.uint8)
+    for code, value in reversed(list(enumerate(values))):  # of equal values the first
+        table[value + 128] = code
+    index = (levels + 128).to(torch.int32).flatten()
+    return table.to(levels.device).index_select(0, index).view_as(levels).flatten(0, 1).t().contiguous()
+
+
+def snapped(b: Blocks, scale: Tensor, snap: Snap) -> Tensor:
+    """Return the level nearest to each x / scale: [G, B, n]."""
+    z = b.x * torch.reciprocal(scale)
+    return snap(z, torch.empty_like(z))
+
+
+def best_scale(b: Blocks, snap: Snap, candidates: Iterable[Tensor]) -> list[Tensor]:
+    """Find the candidate scale [G, 1, n], none of which may be 0, of the smallest error; the first of equals.
+
+    Returns:
+        the error of each sub-block, [G, 1, n], and the scale.
+    """
+    z, y = torch.empty_like(b.x), torch.empty_like(b.x)
+    best: list[Tensor] = []
+    for scale in candidates:
+        torch.mul(b.x, torch.reciprocal(scale), out=z)
+        z.sub_(snap(z, y)).square_()
+        if b.w is not None:
+            z.mul_(b.w)
+        found = [total(z).mul_(scale).mul_(scale), scale]
+        best = keep(best, found) if best else [found[0], scale.clone()]
+    return best
+
+
+def fitted(b: Blocks, y: Tensor) -> Tensor:
+    """Return the scale of the smallest squared error for levels y: [G, 1, n]."""
+    _, xy, yy = b.products(y)
+    return ratio(xy, yy)
+
+
+def outermost(t: Tensor, dim: int) -> Tensor:
+    """Return the value of the largest magnitude along `dim`, with its sign."""
+    low, high = t.amin(dim, keepdim=True), t.amax(dim, keepdim=True)
+    return torch.lerp(high, low, improvement(low, -high))
+
+
+@dataclass(frozen=True)
+class HalfScaleSearch:
+    """Search one fp16 scale per block (G = 1).
+
+    Attributes:
+        snap: rounds to levels.
+        starts: levels (fractions too) that the largest weight is mapped to at first.
+        refits: alternations of rounding and fitting.
+    """
+
+    snap: Snap
+    starts: Sequence[float]
+    refits: int = 1
+
+    def __call__(self, b: Blocks) -> tuple[Tensor, Tensor]:
+        """Return d [1, 1, n] and levels [1, B, n]."""
+        peak = outermost(b.x, 1)
+        _, d = best_scale(b, self.snap, (nonzero(half(peak * (1 / start))) for start in self.starts))
+        for _ in range(self.refits):
+            _, d = best_scale(b, self.snap, (d, nonzero(half(fitted(b, snapped(b, d, self.snap))))))
+        y = snapped(b, d, self.snap)
+        return d * b.worth(d * y), y
+
+
+@dataclass(frozen=True)
+class SuperScaleSearch:
+    """Search d * sc: one fp16 d per block, a signed integer sc per sub-block.
+
+    Attributes:
+        snap: rounds to levels.
+        starts: levels that the largest weight of a sub-block is mapped to at first.
+        reach: largest -sc; the largest sc is one less.
+        moves: steps of sc that are tried.
+        turns: searches over the moves, each followed by a fit of d.
+    """
+
+    snap: Snap
+    starts: Sequence[float]
+    reach: int
+    moves: Sequence[int] = (-1, 1)
+    turns: int = 1
+
+    def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """Return d [1, 1, n], sc [G, 1, n] and levels [G, B, n]."""
+        peak = nonzero(outermost(b.x, 1))
+        _, scale = best_scale(b, self.snap, (peak * (1 / start) for start in self.starts))
+        scale = fitted(b, snapped(b, scale, self.snap))
+        widest = outermost(scale, 0)
+        d = nonzero(torch.copysign(half_above(widest.abs() / self.reach), -widest))
+        sc = self._legal(scale / d)
+        for _ in range(self.turns):
+            error, scale = best_scale(b, self.snap, (d * self._legal(sc + move) for move in (0, *self.moves)))
+            sc = self._legal(scale / d)
+            _, xy, yy = b.products(snapped(b, scale, self.snap))
+            new_d = refitted(d, ratio(total(sc * xy, 0), total(sc * sc * yy, 0)))
+            new_error, _ = best_scale(b, self.snap, [new_d * sc])
+            _, d = keep([total(error, 0), d], [total(new_error, 0), new_d])
+        y = snapped(b, d * sc, self.snap)
+        return d * b.worth(d * sc * y), sc, y
+
+    def _legal(self, t: Tensor) -> Tensor:
+        """Round to an sc other than 0: under any scale, rounding is no worse than zeros."""
+        sc = round_to(t, -self.reach, self.reach - 1)
+        return sc + (sc == 0)
