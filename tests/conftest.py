@@ -12,7 +12,28 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is decorated; compile-only tests start a process of their own
     os.environ["TRITON_INTERPRET"] = "1"
 
+from flux_kernels._triton import interpreting
 from flux_kernels.formats import FORMATS, get_format
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bf16_in_interpreter():
+    """Mend the interpreter's bf16 arithmetic for the session (see bf16_interpreter.py)."""
+    if not interpreting():
+        yield
+        return
+    from .bf16_interpreter import mend
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        mend(monkeypatch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Name the device kernels run on: the GPU where there is one, otherwise the CPU through Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 TINY_FLUX = dict(
     patch_size=1,

@@ -59,6 +59,6 @@ def test_a_broken_invariant_is_found():
 
     good = run("--formats", "Q8_0", "--capabilities", "86", "--tiles", "narrow")["rows"][0]
     bad = good | dict(spills=3, mma="", decodes_per_weight=2.0, loop_global=4, shared_bytes=10**6)
-    found = problems(Row(**bad), good | dict(loop_instructions=good["loop_instructions"] / 1.06), has_table=False)
+    found = problems(Row(**bad), good | dict(loop_instructions=good["loop_instructions"] / 1.06))
     assert len(found) == 6
-    assert problems(Row(**good), good, has_table=False) == []
+    assert problems(Row(**good), good) == []

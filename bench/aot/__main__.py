@@ -66,7 +66,7 @@ def _one(item: tuple) -> dict:
 
 def _problems(rows: list[dict]) -> list[str]:
     from .invariants import key, problems
-    from .report import FORMATS, Row
+    from .report import Row
 
     recorded = {}
     if RECORD.exists():
@@ -74,8 +74,7 @@ def _problems(rows: list[dict]) -> list[str]:
             recorded = {key(row): row for row in csv.DictReader(file)}
     found = []
     for row in rows:
-        has_table = FORMATS[row["format"]].table is not None
-        found += problems(Row(**row), recorded.get(key(row)), has_table)
+        found += problems(Row(**row), recorded.get(key(row)))
     return found
 
 

@@ -5,13 +5,15 @@ Predicted clocks are no criterion: a kernel that decodes every weight four times
 
 from __future__ import annotations
 
+from flux_kernels.kernels.tuning import GRID_FORMATS
+
 from .cards import CARDS
 from .report import Row
 
 RATCHET = 1.05  # main-loop instructions may grow by this factor before the record must be changed on purpose
 
 
-def problems(row: Row, recorded: dict | None, has_table: bool) -> list[str]:
+def problems(row: Row, recorded: dict | None) -> list[str]:
     """Return what is wrong with a row, each as one sentence; empty when it may ship."""
     card = CARDS[row.capability]
     found = []
@@ -21,7 +23,7 @@ def problems(row: Row, recorded: dict | None, has_table: bool) -> list[str]:
         found.append("no tensor-core instruction in the main loop")
     if row.decodes_per_weight != 1.0 and row.dtype != "fp32":
         found.append(f"every weight is decoded {row.decodes_per_weight} times")
-    if row.loop_global and not has_table:
+    if row.loop_global and row.format not in GRID_FORMATS:
         found.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")
     if row.shared_bytes > card.shared_per_block:
         found.append(f"{row.shared_bytes} bytes of shared memory, the card has {card.shared_per_block}")
