@@ -298,6 +298,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc/self/status")
 def test_a_full_size_file_loads_in_little_memory(q8_file, tmp_path):
     """FLUX.1-dev Q4_K_S, 6.8 GB, as sparse files: beyond the mapped file, at most twice the largest tensor.

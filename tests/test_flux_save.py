@@ -138,6 +138,8 @@ def test_a_wrong_naming_an_adapter_and_missing_weights_are_refused(tmp_path):
     out = tmp_path / "out.gguf"
     with pytest.raises(GGUFError, match="names is 'bfl' or 'diffusers', got 'comfy'"):
         save_gguf(model, out, names="comfy")
+    with pytest.raises(TypeError, match="takes a FluxTransformer2DModel such as pipe.transformer, got Linear"):
+        save_gguf(nn.Linear(2, 2), out)
     layer, model.x_embedder = model.x_embedder, nn.Sequential(model.x_embedder)
     with pytest.raises(GGUFError, match="no 'x_embedder.weight': x_embedder is a Sequential. Unload adapters"):
         save_gguf(model, out)
@@ -168,6 +170,7 @@ def test_diffusers_loads_files_with_diffusers_names(tmp_path):
         assert torch.equal(stock[f"{name}.weight"].as_tensor(), data), name
 
 
+@pytest.mark.slow
 def test_one_block_of_each_kind_at_the_true_width(tmp_path):
     """Width 3072: diffusers' own conversion, applied to packed bytes, is the oracle of the map; the file then runs and
     comes back from save_gguf as it was, and diffusers loads it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from ..linear import GGUFLinear
 from ..takeover import arrange, carry_over
 from .stored import StoredFlux, empty_model, open_flux
 
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
 
 def load_flux(
     path: str | os.PathLike,
@@ -23,7 +27,7 @@ def load_flux(
     config: object | None = None,
     backend: str = "auto",
     compute: str = "exact",
-) -> nn.Module:
+) -> FluxTransformer2DModel:
     """Load the transformer of a FLUX.1 GGUF file.
 
     Any layout and variant: BFL or diffusers names, with or without prefix, any width and number of blocks. Quantized

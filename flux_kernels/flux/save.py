@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,16 @@ from .names import BFL, NAMINGS, Source, sources, stored_shapes
 from .stored import empty_model, parameter_shapes
 from .types import BLOCK, file_type, tensor_kind
 
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, the only one there is for these types
 _EXACT = "F32"  # holds every value of the 16-bit types
 _IMAGE_INPUT = "img_in.weight"  # in BF16, diffusers takes its bytes for columns and the file for FLUX.1-Depth
 _PLAIN_NAMES = {plain.dtype: name for name, plain in PLAIN_TYPES.items() if name in ("F32", "F16", "BF16")}
 
 
-def save_gguf(model: nn.Module, path: str | os.PathLike, *, names: str = BFL) -> None:
+def save_gguf(model: FluxTransformer2DModel, path: str | os.PathLike, *, names: str = BFL) -> None:
     """Write a FLUX.1 transformer as a GGUF file that diffusers, ComfyUI-GGUF and `load_flux` read.
 
     GGUFLinear layers are written as they are packed: load, save and load again gives the same bytes. Plain matrices keep
@@ -40,11 +43,15 @@ def save_gguf(model: nn.Module, path: str | os.PathLike, *, names: str = BFL) ->
         names: "bfl" (one tensor for q, k, v and the single blocks' MLP input, so they must have one type) or "diffusers".
 
     Raises:
-        GGUFError: where the parts of one BFL tensor differ in type, or the model is no plain FLUX.1 transformer (adapters).
+        TypeError: where `model` is not a FLUX.1 transformer.
+        GGUFError: where the parts of one BFL tensor differ in type, or weights are missing (adapters, offloading).
     """
     if names not in NAMINGS:
         raise GGUFError(f"names is {' or '.join(map(repr, NAMINGS))}, got {names!r}.")
-    config = {name: model.config[name] for name in CONFIG_NAMES}
+    known = getattr(model, "config", None) or {}
+    if not isinstance(model, nn.Module) or not all(name in known for name in CONFIG_NAMES):
+        raise TypeError(f"save_gguf takes a FluxTransformer2DModel such as pipe.transformer, got {type(model).__name__}.")
+    config = {name: known[name] for name in CONFIG_NAMES}
     shapes = parameter_shapes(empty_model(config))
     located = sources(shapes, names)
     tensors = []
@@ -105,12 +112,12 @@ def _held(model: nn.Module, parameter: str) -> tuple[str, Tensor]:
     if kind == "weight" and isinstance(module, GGUFLinear):
         held, ggml_type = module.file_bytes(), module.format
     else:
-        held = getattr(module, kind, None)
-        if not isinstance(held, Tensor):
+        found = getattr(module, kind, None)
+        if not isinstance(found, Tensor):
             raise GGUFError(
                 f"The model has no {parameter!r}: {module_name} is a {type(module).__name__}. Unload adapters first."
             )
-        held = held.detach()
+        held = found.detach()
         if held.dtype not in _PLAIN_NAMES:
             raise GGUFError(f"{parameter!r} is {held.dtype}, which is no weight to write. Call swap_linear(model) first.")
         ggml_type = _PLAIN_NAMES[held.dtype]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..reference import dequantize
 from .config import infer_config
 from .names import Source, sources, stored_shapes
 from .variant import canonical_names, naming_of
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
 _EXAMPLES = 5  # tensors named in one error
@@ -109,9 +112,9 @@ def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
     return StoredFlux(file, naming, inferred, names, shapes, located)
 
 
-def empty_model(config: Mapping[str, Any]) -> nn.Module:
+def empty_model(config: Mapping[str, Any]) -> FluxTransformer2DModel:
     """Build a FluxTransformer2DModel on the meta device."""
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     with torch.device("meta"):
         return FluxTransformer2DModel(**config)
