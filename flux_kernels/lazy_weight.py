@@ -49,6 +49,10 @@ class LazyWeight(torch.Tensor):
     def data(self, value: Tensor) -> None:
         raise FormatError(_read_only(self.format))
 
+    def __setitem__(self, index, value) -> None:
+        """Refuse the write, which dispatch would see only as one into a decoded copy."""
+        raise FormatError(_read_only(self.format))
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -67,7 +67,7 @@ def _linear(x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: 
     module = chosen.load()
     if chosen.name == "torch":
         return module.linear(x, data, fmt, bias, planes)
-    out = module.linear(x.reshape(-1, x.shape[-1]), data, bias, fmt, compute, planes)
+    out = module.linear(x.reshape(-1, x.shape[-1]), data.contiguous(), bias, fmt, compute, planes)
     return out.view(*x.shape[:-1], n)
 
 
@@ -77,7 +77,7 @@ def _dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: str, pla
     module = chosen.load()
     if chosen.name == "torch":
         return module.dequantize(data, fmt, dtype, planes)
-    return module.dequantize(data.reshape(-1, data.shape[-1]), fmt, dtype, planes).view(*data.shape[:-1], k)
+    return module.dequantize(data.reshape(-1, data.shape[-1]).contiguous(), fmt, dtype, planes).view(*data.shape[:-1], k)
 
 
 def _check_dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: str) -> tuple[BlockFormat, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from .diffusers_guard import guard
 from .formats import get_format
 from .linear import GGUFLinear
 from .packing import quantizer
-from .swap_plan import Request, Step, linear_layers, plan_layer
+from .swap_plan import Request, Step, linear_layers, matches, plan_layer
 from .swap_report import SwapReport
 
 Patterns = str | Sequence[str] | None
@@ -54,13 +53,13 @@ def swap_linear(
     """
     request = _check_request(model, backend, compute, format, include, exclude)
     steps = [plan_layer(*layer, request) for layer in linear_layers(model)]
-    names = [step.row.name for step in steps]
-    unmatched = [pattern for pattern in request.patterns() if not any(fnmatchcase(name, pattern) for name in names)]
+    names = [name for step in steps for name in step.names]
+    unmatched = [pattern for pattern in request.patterns() if pattern != "*" and not matches(names, pattern)]
     try:
         _carry_out(steps)
     finally:
         guard(model)
-    return SwapReport([step.row for step in steps], [pattern for pattern in unmatched if pattern != "*"])
+    return SwapReport([step.row for step in steps], unmatched)
 
 
 def _check_request(model, backend, compute, format, include, exclude) -> Request:

@@ -24,6 +24,7 @@ class Step:
     """Hold what is to happen to one layer, decided before anything happens."""
 
     row: SwapRow
+    names: list[str]
     places: Places
     old: nn.Linear | None
     make: Callable[[], nn.Module] | None = None
@@ -43,19 +44,19 @@ class Request:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
 
-    def format_of(self, name: str) -> str | None:
-        """Return the type to quantize layer `name` to, or None."""
-        return _first_match(self.format, name, None)
+    def format_of(self, names: list[str]) -> str | None:
+        """Return the type to quantize a layer of these names to, or None."""
+        return _first_match(self.format, names, None)
 
-    def compute_of(self, name: str) -> str:
-        """Return the compute mode of layer `name`."""
-        return _first_match(self.compute, name, "exact")
+    def compute_of(self, names: list[str]) -> str:
+        """Return the compute mode of a layer of these names."""
+        return _first_match(self.compute, names, "exact")
 
-    def refusal(self, name: str) -> str | None:
-        """Return why the patterns leave layer `name` out, or None."""
-        if not any(fnmatchcase(name, pattern) for pattern in self.include):
+    def refusal(self, names: list[str]) -> str | None:
+        """Return why the patterns leave a layer of these names out, or None."""
+        if not any(matches(names, pattern) for pattern in self.include):
             return "not in include="
-        matched = [pattern for pattern in self.exclude if fnmatchcase(name, pattern)]
+        matched = [pattern for pattern in self.exclude if matches(names, pattern)]
         return f'exclude="{matched[0]}"' if matched else None
 
     def patterns(self) -> list[str]:
@@ -64,17 +65,18 @@ class Request:
         return [*self.include, *self.exclude, *maps]
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear, Places, bool]]:
-    """Yield every linear layer once: its first name, itself, all places that hold it, and whether an adapter owns it."""
+def linear_layers(model: nn.Module) -> Iterator[tuple[list[str], nn.Linear, Places, bool]]:
+    """Yield every linear layer once: all its names, itself, all places that hold it, and whether an adapter owns it."""
     adapters = _adapter_modules(model)
-    found: dict[int, tuple[str, nn.Linear, Places]] = {}
-    for prefix, parent in model.named_modules():
-        for attribute, child in parent._modules.items():
-            if isinstance(child, nn.Linear):
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                found.setdefault(id(child), (name.replace(".base_layer", ""), child, []))[2].append((parent, attribute))
-    for name, child, places in found.values():
-        yield name, child, places, id(child) in adapters
+    found: dict[int, tuple[list[str], nn.Linear, Places]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names, _, places = found.setdefault(id(module), ([], module, []))
+            names.append(path.replace(".base_layer", ""))
+            prefix, _, attribute = path.rpartition(".")
+            places.append((model.get_submodule(prefix), attribute))
+    for names, module, places in found.values():
+        yield names, module, places, id(module) in adapters
 
 
 def _adapter_modules(model: nn.Module) -> set[int]:
@@ -84,10 +86,10 @@ def _adapter_modules(model: nn.Module) -> set[int]:
     return {id(module) for part in parts for module in part.modules()}
 
 
-def plan_layer(name: str, module: nn.Linear, places: Places, adapter: bool, request: Request) -> Step:
+def plan_layer(names: list[str], module: nn.Linear, places: Places, adapter: bool, request: Request) -> Step:
     """Decide what happens to one layer and check that it can; nothing is changed."""
-    step = Step(_describe(name, module), places, module)
-    reason = request.refusal(name) or ("weights of an adapter" if adapter else _foreign(module, places))
+    step = Step(_describe(names[0], module), names, places, module)
+    reason = request.refusal(names) or ("weights of an adapter" if adapter else _foreign(module, places))
     if reason is not None:
         step.row = replace(step.row, detail=reason)
         return step
@@ -119,7 +121,7 @@ def _foreign(module: nn.Linear, places: Places) -> str | None:
 
 
 def _plan_update(step: Step, module: GGUFLinear, request: Request) -> Step:
-    compute = request.compute_of(step.row.name)
+    compute = request.compute_of(step.names)
     check_runnable(request.backend, compute, module.qweight.device, get_format(module.format))
 
     def make() -> nn.Module:
@@ -140,7 +142,7 @@ def _plan_take_over(step: Step, module: nn.Linear, request: Request) -> Step:
         step.row = replace(step.row, detail=f"{row.name} is not a block type: now a plain nn.Linear")
         step.make = lambda: carry_over(module, unpack_plain(module))
         return step
-    compute = request.compute_of(name)
+    compute = request.compute_of(step.names)
     check_runnable(request.backend, compute, module.weight.device, row)
     row.row_bytes(module.in_features, name)
     return _swapped(step, lambda: arrange(take_over(module, request.backend, compute)), "taken over", request, compute)
@@ -148,13 +150,13 @@ def _plan_take_over(step: Step, module: nn.Linear, request: Request) -> Step:
 
 def _plan_quantize(step: Step, module: nn.Linear, request: Request) -> Step:
     name = step.row.name
-    format = request.format_of(name)
+    format = request.format_of(step.names)
     if format is None:
         reason = "no pattern of format= matches" if request.format else "not quantized; format= would quantize it"
         step.row = replace(step.row, detail=reason)
         return step
     _check_untouched(name, module)
-    fmt, weight, compute = get_format(format), module.weight, request.compute_of(name)
+    fmt, weight, compute = get_format(format), module.weight, request.compute_of(step.names)
     size = fmt.row_bytes(module.in_features, name) * module.out_features
     check_runnable(request.backend, compute, weight.device, fmt)
     if weight.device.type != "meta" and not torch.isfinite(weight).all():
@@ -181,10 +183,13 @@ def _check_untouched(name: str, module: nn.Linear) -> None:
         )
 
 
-def _first_match(value, name: str, default):
-    """Return `value`, or in a map of patterns the value of the first pattern that matches `name`."""
+def matches(names: list[str], pattern: str) -> bool:
+    """Tell whether an fnmatch pattern matches one of a layer's names."""
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _first_match(value, names: list[str], default):
+    """Return `value`, or in a map of patterns the value of the first pattern that matches."""
     if not isinstance(value, Mapping):
         return value
-    return next((found for pattern, found in value.items() if fnmatchcase(name, pattern)), default)
-
-
+    return next((found for pattern, found in value.items() if matches(names, pattern)), default)

@@ -35,18 +35,18 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-TINY_FLUX = dict(
-    patch_size=1,
-    in_channels=64,
-    num_layers=2,
-    num_single_layers=2,
-    attention_head_dim=64,
-    num_attention_heads=4,
-    joint_attention_dim=256,
-    pooled_projection_dim=256,
-    guidance_embeds=True,
-    axes_dims_rope=(8, 28, 28),
-)
+TINY_FLUX = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 64,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 256,
+    "pooled_projection_dim": 256,
+    "guidance_embeds": True,
+    "axes_dims_rope": (8, 28, 28),
+}
 PACKED_TYPES = [name for name in ("Q4_K", "Q8_0", "Q5_0", "Q6_K") if name in FORMATS]  # the tiny model cycles through them
 
 
@@ -150,13 +150,13 @@ def flux_inputs(batch: int = 1, tokens: int = 16, text: int = 8, dtype: torch.dt
 
     image_ids = torch.zeros(tokens, 3)
     image_ids[:, 2] = torch.arange(tokens)
-    return dict(
-        hidden_states=normal(batch, tokens, 64),
-        encoder_hidden_states=normal(batch, text, 256),
-        pooled_projections=normal(batch, 256),
-        timestep=torch.full((batch,), 0.5, dtype=dtype),
-        guidance=torch.full((batch,), 3.5, dtype=dtype),
-        img_ids=image_ids,
-        txt_ids=torch.zeros(text, 3),
-        return_dict=False,
-    )
+    return {
+        "hidden_states": normal(batch, tokens, 64),
+        "encoder_hidden_states": normal(batch, text, 256),
+        "pooled_projections": normal(batch, 256),
+        "timestep": torch.full((batch,), 0.5, dtype=dtype),
+        "guidance": torch.full((batch,), 3.5, dtype=dtype),
+        "img_ids": image_ids,
+        "txt_ids": torch.zeros(text, 3),
+        "return_dict": False,
+    }

@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
 
-CLOSE = dict(rtol=1e-4, atol=1e-5)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 RANK = 4
 
 
@@ -198,9 +198,10 @@ def test_batch_of_two(model):
 
 
 def test_controlnet_residuals(model):
-    residuals = dict(
-        controlnet_block_samples=[torch.randn(1, 16, 256)], controlnet_single_block_samples=[torch.randn(1, 16, 256)]
-    )
+    residuals = {
+        "controlnet_block_samples": [torch.randn(1, 16, 256)],
+        "controlnet_single_block_samples": [torch.randn(1, 16, 256)],
+    }
     inputs = {**flux_inputs(), **residuals}
     torch.testing.assert_close(run(model, **inputs), run(twin(model), **inputs), **CLOSE)
 
