@@ -21,7 +21,7 @@ demo: $(VENV)/.installed ## draw with the embedded model, 16 bit against Q8_0, Q
 	$(BIN)/flux-kernels demo --out out/demo.png
 
 test: $(VENV)/.installed-test ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test ## ruff, the type checker on the public API, generated tables up to date
 	$(BIN)/ruff check .

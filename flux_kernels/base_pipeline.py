@@ -59,7 +59,7 @@ def load_pipeline(base: Path, transformer: nn.Module | None, dtype: torch.dtype)
     """
     from diffusers import FluxPipeline
 
-    pipeline = FluxPipeline.from_pretrained(base, transformer=transformer, torch_dtype=dtype, local_files_only=True)
+    pipeline = FluxPipeline.from_pretrained(base, transformer=transformer, dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

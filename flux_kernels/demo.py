@@ -7,7 +7,8 @@ FluxPipeline; then compare the pictures with those of the 16-bit file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,11 +107,27 @@ def run_demo(
     Raises:
         BackendUnavailable: where `backend` cannot run here.
     """
+    with _one_thread():
+        return _run(folder, prompts, seed, backend, demo_steps(steps), variants, step)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one CPU thread: the model is so small that a second one only waits, and badly so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(folder, prompts, seed, backend, steps, variants, step) -> list[Drawn]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = load_pipeline(embedded_model_path(), None, dtype).to(device)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**PIPELINE_KWARGS, "num_inference_steps": demo_steps(steps)}
+    settings = {**PIPELINE_KWARGS, "num_inference_steps": steps}
     drawn: list[Drawn] = []
     for variant in variants:
         file = folder / f"demo-{variant.name.replace(' ', '')}.gguf"
@@ -145,10 +162,12 @@ def demo_steps(steps: int | None = None) -> int:
 def embedded_transformer() -> nn.Module:
     """Load the embedded transformer in the 16 bits it ships in."""
     from diffusers import FluxTransformer2DModel
+    from safetensors import safe_open
 
-    return FluxTransformer2DModel.from_pretrained(
-        embedded_model_path(), subfolder="transformer", torch_dtype="auto", local_files_only=True
-    ).eval()
+    folder = embedded_model_path() / "transformer"
+    with safe_open(folder / "diffusion_pytorch_model.safetensors", framework="pt") as stored:
+        dtype = stored.get_tensor(next(iter(stored.keys()))).dtype
+    return FluxTransformer2DModel.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def write_variant(variant: Variant, file: Path) -> None:

@@ -69,13 +69,13 @@ def _table(drawn: list, count: int) -> Table:
     for heading, justify in (
         ("", "left"),
         ("file", "right"),
-        ("bits/weight", "right"),
-        ("weight error", "right"),
+        ("b/w", "right"),
+        ("weights off", "right"),
         ("pictures", "right"),
-        ("same digit read", "right"),
+        ("same digit", "right"),
         ("ran on", "left"),
     ):
-        table.add_column(heading, justify=justify)
+        table.add_column(heading, justify=justify, no_wrap=True)
     for one in drawn:
         table.add_row(
             one.name,
