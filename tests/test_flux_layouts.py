@@ -33,7 +33,7 @@ def conversion(width: int):
     source = inspect.getsource(convert_flux_transformer_checkpoint_to_diffusers)
     assert source.count("inner_dim = 3072") == 1
     namespace = {"torch": torch}
-    exec(source.replace("inner_dim = 3072", f"inner_dim = {width}"), namespace)
+    exec(source.replace("inner_dim = 3072", f"inner_dim = {width}"), namespace)  # noqa: S102 (the source is diffusers' own)
     return namespace["convert_flux_transformer_checkpoint_to_diffusers"]
 
 

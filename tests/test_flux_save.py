@@ -83,16 +83,16 @@ def diffusers_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def config_of(architecture: Architecture) -> dict:
-    return dict(
-        num_layers=architecture.double,
-        num_single_layers=architecture.single,
-        attention_head_dim=architecture.head,
-        num_attention_heads=architecture.width // architecture.head,
-        joint_attention_dim=architecture.text,
-        pooled_projection_dim=architecture.pooled,
-        guidance_embeds=architecture.guidance,
-        axes_dims_rope=(16, 56, 56) if architecture.head == 128 else (8, 28, 28),
-    )
+    return {
+        "num_layers": architecture.double,
+        "num_single_layers": architecture.single,
+        "attention_head_dim": architecture.head,
+        "num_attention_heads": architecture.width // architecture.head,
+        "joint_attention_dim": architecture.text,
+        "pooled_projection_dim": architecture.pooled,
+        "guidance_embeds": architecture.guidance,
+        "axes_dims_rope": (16, 56, 56) if architecture.head == 128 else (8, 28, 28),
+    }
 
 
 def test_q_k_v_of_different_types_need_diffusers_names(tmp_path):
