@@ -58,6 +58,7 @@ class HalfAffineSearch:
 
     top: int
     shrinks: Shrinks
+    weighted_shrinks: Shrinks = ()
     refits: int = 2
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,9 +69,10 @@ class HalfAffineSearch:
         z, q = torch.empty_like(b.x), torch.empty_like(b.x)
         scale, offset = nonzero(half(span / self.top)), half(-low)
         best = [error_of(b, scale, offset, self.top, z, q), scale, offset]
-        for trial in range(len(self.shrinks) + self.refits):
-            if trial < len(self.shrinks):
-                bottom, up = self.shrinks[trial]
+        shrinks = (*self.shrinks, *(self.weighted_shrinks if b.w is not None else ()))
+        for trial in range(len(shrinks) + self.refits):
+            if trial < len(shrinks):
+                bottom, up = shrinks[trial]
                 first = codes(centred.x, span * ((1 - bottom - up) / self.top), -bottom * span, self.top)
             else:
                 first = codes(b.x, best[1], best[2], self.top)
@@ -97,16 +99,25 @@ class SuperAffineSearch:
     top: int
     levels: int
     shrinks: Shrinks
+    weighted_shrinks: Shrinks = ()
     turns: int = 2
     phase: float = 0.0
+    supers: Sequence[tuple[float, int]] = ()
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return d, dmin [1, 1, n], sc, m [G, 1, n] and codes [G, B, n]."""
         scale, offset = self._fits(b)
-        d = half_above(scale.amax(0, keepdim=True) / self.levels).clamp_(min=HALF_STEP)
-        dmin = half_above(torch.maximum(offset.amax(0, keepdim=True) / self.levels, d * (self.levels * self.phase)))
-        sc = round_to(scale / d, 1, self.levels)  # with sc = 0 the codes could say nothing
+        widest = scale.amax(0, keepdim=True)
+        dmin = half_above(torch.maximum(offset.amax(0, keepdim=True) / self.levels, widest * self.phase))
         m = round_to(ratio(offset, dmin), 0, self.levels)
+        z, q = torch.empty_like(b.x), torch.empty_like(b.x)
+        best: list[Tensor] = []
+        for stretch, reach in self.supers:
+            d = half_above(widest * (stretch / reach)).clamp_(min=HALF_STEP)
+            sc = round_to(scale * stretch / d, 1, self.levels)  # with sc = 0 the codes could say nothing
+            found = [total(error_of(b, d * sc, dmin * m, self.top, z, q), 0), d, sc]
+            best = keep(best, found) if best else found
+        _, d, sc = best
         for _ in range(self.turns):
             error, sc, m = self._best_neighbours(b, d, dmin, sc, m)
             new_d, new_dmin = self._refit(b, d, dmin, sc, m)
@@ -122,7 +133,7 @@ class SuperAffineSearch:
         low = b.x.amin(1, keepdim=True).clamp_(max=0)
         span = b.x.amax(1, keepdim=True) - low
         best: list[Tensor] = []
-        for bottom, up in self.shrinks:
+        for bottom, up in (*self.shrinks, *(self.weighted_shrinks if b.w is not None else ())):
             q = codes(b.x, span * ((1 - bottom - up) / self.top), -low - bottom * span, self.top)
             wq, wxq, wqq = b.products(q)
             scale, offset = _solve(b, wq, wxq, wqq, bounded=True)

@@ -89,17 +89,20 @@ class HalfScaleSearch:
     Attributes:
         snap: rounds to levels.
         starts: levels (fractions too) that the largest weight is mapped to at first.
+        weighted_starts: more of them for where there is importance and the largest weights may not be the ones that count.
         refits: alternations of rounding and fitting.
     """
 
     snap: Snap
     starts: Sequence[float]
+    weighted_starts: Sequence[float] = ()
     refits: int = 1
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor]:
         """Return d [1, 1, n] and levels [1, B, n]."""
         peak = outermost(b.x, 1)
-        _, d = best_scale(b, self.snap, (nonzero(half(peak * (1 / start))) for start in self.starts))
+        starts = (*self.starts, *(self.weighted_starts if b.w is not None else ()))
+        _, d = best_scale(b, self.snap, (nonzero(half(peak * (1 / start))) for start in starts))
         for _ in range(self.refits):
             _, d = best_scale(b, self.snap, (d, nonzero(half(fitted(b, snapped(b, d, self.snap))))))
         y = snapped(b, d, self.snap)
@@ -113,24 +116,35 @@ class SuperScaleSearch:
     Attributes:
         snap: rounds to levels.
         starts: levels that the largest weight of a sub-block is mapped to at first.
+        weighted_starts: more of them for where there is importance.
         reach: largest -sc; the largest sc is one less.
+        supers: (stretch, reach) by which d is tried: sub-block scales times stretch, the widest as -reach * d.
         moves: steps of sc that are tried.
         turns: searches over the moves, each followed by a fit of d.
     """
 
     snap: Snap
     starts: Sequence[float]
+    weighted_starts: Sequence[float]
     reach: int
+    supers: Sequence[tuple[float, int]]
     moves: Sequence[int] = (-1, 1)
     turns: int = 1
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """Return d [1, 1, n], sc [G, 1, n] and levels [G, B, n]."""
         peak = nonzero(outermost(b.x, 1))
-        _, scale = best_scale(b, self.snap, (peak * (1 / start) for start in self.starts))
+        starts = (*self.starts, *(self.weighted_starts if b.w is not None else ()))
+        _, scale = best_scale(b, self.snap, (peak * (1 / start) for start in starts))
         scale = fitted(b, snapped(b, scale, self.snap))
         widest = outermost(scale, 0)
-        d = nonzero(torch.copysign(half_above(widest.abs() / self.reach), -widest))
+        best: list[Tensor] = []
+        for stretch, reach in self.supers:
+            top = widest * (-stretch / reach)
+            d = nonzero(torch.copysign(half_above(top.abs()), top))
+            error, found = best_scale(b, self.snap, [d * self._legal(scale * stretch / d)])
+            best = keep(best, [total(error, 0), d, found]) if best else [total(error, 0), d, found]
+        _, d, scale = best
         sc = self._legal(scale / d)
         for _ in range(self.turns):
             error, scale = best_scale(b, self.snap, (d * self._legal(sc + move) for move in (0, *self.moves)))

@@ -41,6 +41,7 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 SEARCH = HalfScaleSearch(
     codebook(IQ4_VALUES),
     starts=(-140, -135, -130, -127, -124, -120, -116, -113, -110, -106, -102, 95, 100, 105, 109, 113, 117, 121, 125),
+    weighted_starts=[-148 + 8 * i for i in range(10)],
 )
 
 

@@ -43,7 +43,14 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return scale * q.to(tl.float32) - offset
 
 
-SEARCH = SuperAffineSearch(top=3, levels=15, shrinks=[(low, high) for low in (0, 0.06, 0.12) for high in (0, 0.06, 0.12)])
+SEARCH = SuperAffineSearch(
+    top=3,
+    levels=15,
+    shrinks=[(low, high) for low in (0, 0.06, 0.12) for high in (0, 0.06, 0.12)],
+    weighted_shrinks=[(low, high) for low in (-0.05, 0.18, 0.27) for high in (-0.05, 0.18, 0.27)],
+    supers=((1, 15), (3 / 2, 15), (1, 14), (1, 13)),
+    phase=0.05,
+)
 
 
 def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:

@@ -30,7 +30,11 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (q.to(tl.float32) - 8) * d[:, None]
 
 
-SEARCH = HalfScaleSearch(integers(-8, 7), starts=(-8, -9, -8.5, -7.75, -7.5, -7.25, -7, -6.5, 6.5, 7, 7.5))
+SEARCH = HalfScaleSearch(
+    integers(-8, 7),
+    starts=(-8, -9, -8.5, -7.75, -7.5, -7.25, -7, -6.5, 6.5, 7, 7.5),
+    weighted_starts=[-5 - 0.15 * i for i in range(27)],
+)
 
 
 def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:

@@ -34,7 +34,11 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return q.to(tl.float32) * d[:, None] + m[:, None]
 
 
-SEARCH = HalfAffineSearch(top=15, shrinks=((0, 0), (0.015, 0.015), (0.03, 0.03), (0.03, 0), (0, 0.03), (0.05, 0.05)))
+SEARCH = HalfAffineSearch(
+    top=15,
+    shrinks=((0, 0), (0.015, 0.015), (0.03, 0.03), (0.03, 0), (0, 0.03), (0.05, 0.05)),
+    weighted_shrinks=[(low, high) for low in (-0.04, 0.01, 0.06, 0.12) for high in (-0.04, 0.01, 0.06, 0.12)],
+)
 
 
 def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:

@@ -38,7 +38,9 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 
 
 SEARCH = HalfScaleSearch(
-    integers(-16, 15), starts=(-16, -17, -16.5, -15.75, -15.5, -15.25, -15, -14.75, -14.5, 14, 14.5, 15, 15.5)
+    integers(-16, 15),
+    starts=(-16, -17, -16.5, -15.75, -15.5, -15.25, -15, -14.75, -14.5, 14, 14.5, 15, 15.5),
+    weighted_starts=[-11 - 0.3 * i for i in range(22)],
 )
 
 
