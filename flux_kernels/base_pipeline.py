@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,14 @@ def check_fit(pipeline: Any, config: Any) -> None:
             f"The base pipeline does not fit the GGUF file: {'; '.join(wrong)}. Take the --base folder of the file's own "
             "model. Files with more input channels (Fill, Canny, Depth) need an image input, which this command has not yet."
         )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one CPU thread: the embedded model is so small that a second one only waits, long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -7,8 +7,7 @@ FluxPipeline; then compare the pictures with those of the 16-bit file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import resolve
-from .base_pipeline import load_pipeline
+from .base_pipeline import load_pipeline, one_thread
 from .contact_sheet import contact_sheet
 from .embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits
 from .flux import load_flux, save_gguf
@@ -107,19 +106,8 @@ def run_demo(
     Raises:
         BackendUnavailable: where `backend` cannot run here.
     """
-    with _one_thread():
+    with one_thread():
         return _run(folder, prompts, seed, backend, demo_steps(steps), variants, step)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one CPU thread: the model is so small that a second one only waits, and badly so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(folder, prompts, seed, backend, steps, variants, step) -> list[Drawn]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .base_pipeline import check_base, check_fit, load_pipeline
+from .base_pipeline import check_base, check_fit, load_pipeline, one_thread
 from .embedded import PIPELINE_KWARGS, embedded_model_path
 from .errors import BackendUnavailable, FormatError, GGUFError
 from .flux import load_flux
@@ -156,7 +157,7 @@ def check_request(request: Request) -> FileFacts:
 
 def call_settings(request: Request, facts: FileFacts) -> dict[str, Any]:
     """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
-    if request.base.resolve() == embedded_model_path().resolve():
+    if _embedded(request):
         settings = dict(PIPELINE_KWARGS)
     else:
         settings = dict(_DEV if facts.config["guidance_embeds"] else _SCHNELL)
@@ -170,6 +171,10 @@ def call_settings(request: Request, facts: FileFacts) -> dict[str, Any]:
     if request.negative is not None:
         settings.update(negative_prompt=request.negative, true_cfg_scale=request.true_cfg)
     return settings
+
+
+def _embedded(request: Request) -> bool:
+    return request.base.resolve() == embedded_model_path().resolve()
 
 
 def place(pipeline: Any, offload: str, overhead: int) -> str:
@@ -216,7 +221,7 @@ def _draw(pipeline: Any, request: Request, settings: dict[str, Any], step: Calla
         return tensors
 
     generator = torch.Generator("cpu").manual_seed(request.seed)  # the same noise with and without a GPU
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread() if _embedded(request) else nullcontext():
         return pipeline(request.prompt, generator=generator, callback_on_step_end=after_step, **settings).images[0]
 
 

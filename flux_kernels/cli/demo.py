@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from math import isinf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,39 +59,29 @@ def demo(
         typer.echo(json.dumps({"sheet": str(out), "seconds": round(seconds, 2), "variants": [_plain(one) for one in drawn]}))
         return
     console.print(_table(drawn, len(prompts)))
-    console.print(f"Contact sheet: [bold]{out}[/] ({len(prompts)} prompts, {seconds:.0f} s). Look into a file with:")
+    ran = ", ".join(sorted({one.runs_as for one in drawn[1:]}))
+    console.print(f"Packed layers ran on the {ran} backend, {len(prompts)} prompts, {seconds:.0f} s in all.")
+    console.print(f"Contact sheet: [bold]{out}[/]. Look into a file, or draw with one:", soft_wrap=True)
     console.print(f"  flux-kernels inspect {drawn[-1].file}", soft_wrap=True)
+    console.print(f'  flux-kernels generate --gguf {drawn[-1].file} --prompt "{prompts[0]}"', soft_wrap=True, markup=False)
 
 
 def _table(drawn: list, count: int) -> Table:
-    from ..demo import psnr_text
-
     table = Table(title="The embedded model against its own 16-bit file")
-    for heading, justify in (
-        ("", "left"),
-        ("file", "right"),
-        ("b/w", "right"),
-        ("weights off", "right"),
-        ("pictures", "right"),
-        ("same digit", "right"),
-        ("ran on", "left"),
-    ):
-        table.add_column(heading, justify=justify, no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for heading in ("file, MB", "bits/weight", "weights off", "PSNR, dB", "same digit"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for one in drawn:
-        table.add_row(
-            one.name,
-            f"{one.nbytes / 1e6:.2f} MB",
-            f"{one.bits_per_weight:.2f}",
-            f"{one.weight_error:.2%}",
-            "reference" if one is drawn[0] else psnr_text(one.psnr),
-            f"{one.same_digit} of {count}",
-            one.runs_as,
-        )
+        compared = ("", "", "") if one is drawn[0] else _compared(one, count)
+        table.add_row(one.name, f"{one.nbytes / 1e6:.2f}", f"{one.bits_per_weight:.2f}", *compared)
     return table
 
 
-def _plain(one: Any) -> dict[str, Any]:
-    from math import isinf
+def _compared(one: Any, count: int) -> tuple[str, str, str]:
+    quality = "identical" if isinf(one.psnr) else f"{one.psnr:.1f}"
+    return f"{one.weight_error:.2%}", quality, f"{one.same_digit} of {count}"
 
+
+def _plain(one: Any) -> dict[str, Any]:
     facts = {key: value for key, value in vars(one).items() if key != "images"}
     return {**facts, "file": str(one.file), "psnr": None if isinf(one.psnr) else one.psnr}

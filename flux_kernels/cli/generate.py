@@ -54,6 +54,7 @@ def generate(
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
     compute: Annotated[str, typer.Option(help="exact; the faster modes come with their kernels.")] = "exact",
     dtype: Annotated[Dtype, typer.Option(help="Of activations, text encoders and VAE.")] = Dtype.bfloat16,
+    report: Annotated[bool, typer.Option("--report", help="Show what was done with each layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON, for machines.")] = False,
 ) -> None:
     """Draw an image with your own GGUF file. Everything is local: nothing is downloaded.
@@ -104,8 +105,10 @@ def generate(
         done = {"offload": made.offload, "load_seconds": made.load_seconds, "draw_seconds": made.draw_seconds}
         typer.echo(json.dumps({"out": str(out), **made.parameters, **done}))
         return
-    console.print(str(made.report), markup=False, highlight=False, soft_wrap=True)
+    lines = str(made.report).splitlines()
+    console.print("\n".join(lines if report else lines[-1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"[bold]{out}[/]: {made.image.width} x {made.image.height}, {made.parameters['num_inference_steps']} steps in "
-        f"{made.draw_seconds:.1f} s after {made.load_seconds:.1f} s of loading; offload {made.offload}, seed {seed}"
+        f"{made.draw_seconds:.1f} s after {made.load_seconds:.1f} s of loading; offload {made.offload}, seed {seed}",
+        soft_wrap=True,
     )

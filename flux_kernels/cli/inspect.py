@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..inspect_file import FileFacts
 
 GIB, MB = 2**30, 1e6
+BLOCK = "block"  # TypeCount.kind of the matrices inside the blocks
+_PLURALS = {"leftover": "(matrices outside the blocks)", "vector": "(biases and norm scales)"}
 
 
 def inspect(
@@ -61,7 +63,7 @@ def _print(console: Console, facts: FileFacts, rows: list[dict]) -> None:
     if facts.refused:
         console.print(f"[bold red]Refused:[/] {facts.refused}", highlight=False, soft_wrap=True)
     else:
-        console.print(f"{facts.variant}; layout {facts.layout}, {facts.naming} names", highlight=False)
+        console.print(f"{facts.variant}; layout {facts.layout}, {facts.naming} names", highlight=False, soft_wrap=True)
     if facts.types:
         console.print(
             f"{facts.parameters / 1e6:,.1f} M weights, {facts.bits_per_weight:.2f} bits per weight "
@@ -76,20 +78,18 @@ def _print(console: Console, facts: FileFacts, rows: list[dict]) -> None:
 
 
 def _types_table(facts: FileFacts) -> Table:
+    """Give each class of block matrices a row, and what lies outside the blocks a row a type."""
     table = Table()
-    for heading in ("where", "tensors", "type"):
-        table.add_column(heading)
-    for heading in ("count", "weights", "MB"):
+    table.add_column("tensors", overflow="fold")
+    for heading in ("type", "count", "weights", "MB"):
         table.add_column(heading, justify="right")
-    for count in sorted(facts.types, key=lambda count: (count.kind, -count.nbytes)):
-        table.add_row(
-            {"block": "blocks", "leftover": "outside", "vector": "vectors"}.get(count.kind, count.kind),
-            count.tensor_class,
-            count.type,
-            str(count.tensors),
-            f"{count.parameters:,}",
-            f"{count.nbytes / MB:,.2f}",
-        )
+    groups: dict[tuple[str, str], list] = {}
+    for count in facts.types:
+        title = count.tensor_class.removesuffix(".weight") if count.kind == BLOCK else _PLURALS[count.kind]
+        groups.setdefault((title, count.type), []).append(count)
+    for (title, kind), counts in sorted(groups.items(), key=lambda item: (item[0][0] in _PLURALS.values(), item[0])):
+        weights, nbytes = sum(count.parameters for count in counts), sum(count.nbytes for count in counts)
+        table.add_row(title, kind, str(sum(count.tensors for count in counts)), f"{weights:,}", f"{nbytes / MB:,.2f}")
     return table
 
 
@@ -107,5 +107,5 @@ def _tensors_table(rows: list[dict]) -> Table:
 def _print_fits(console: Console, facts: FileFacts) -> None:
     need = facts.resident_bytes + facts.overhead_bytes
     cards = "  ".join(f"{card} GB [{'green]fits' if fits else 'red]no'}[/]" for card, fits in facts.fits.items())
-    console.print(f"Needs about {need / GIB:.2f} GiB of GPU memory while it runs: {cards}", highlight=False)
+    console.print(f"Needs about {need / GIB:.2f} GiB of GPU memory while it runs: {cards}", highlight=False, soft_wrap=True)
     console.print(f"[dim]Assumed: {facts.overhead_model}.[/]", highlight=False, soft_wrap=True)
