@@ -27,7 +27,7 @@ class LazyWeight(torch.Tensor):
     backend: str
     planes: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, packed: Tensor, format: str, dtype: torch.dtype, backend: str = "auto", planes: bool = False):
@@ -63,7 +63,7 @@ class LazyWeight(torch.Tensor):
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.decode, (args, kwargs))
         return func(*args, **kwargs)
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyWeight({self.format}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo) -> Tensor:

@@ -69,7 +69,7 @@ class GGUFLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.qweight = nn.Parameter(qweight, requires_grad=False)
         if bias is None or isinstance(bias, nn.Parameter):
-            self.bias = bias
+            self.bias = bias  # type: ignore[assignment]
         else:
             self.bias = nn.Parameter(bias, requires_grad=False)
 
@@ -204,9 +204,7 @@ class GGUFLinear(nn.Linear):
             if problem is not None:
                 error_msgs.append(f'"{prefix}weight": {problem}')
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _take_descriptor(self, descriptor: Tensor, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Make this layer fit a saved descriptor; return what is wrong with it as a sentence, or None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from .takeover import arrange, carry_over, is_diffusers_gguf, packed_type, quant
 
 Places = list[tuple[nn.Module, str]]
 
+
 @dataclass
 class Step:
     """Hold what is to happen to one layer, decided before anything happens."""
@@ -26,7 +28,7 @@ class Step:
     row: SwapRow
     names: list[str]
     places: Places
-    old: nn.Linear | None
+    old: Any
     make: Callable[[], nn.Module] | None = None
 
     def forget(self) -> None:

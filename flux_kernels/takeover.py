@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from . import reference
 from .backends import wants_planes
 from .errors import FormatError
-from .formats import FORMATS, PLAIN_TYPES, BlockFormat, get_format
+from .formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType, get_format
 from .linear import GGUFLinear
 
-_TYPES = {row.ggml_type: row for row in (*FORMATS.values(), *PLAIN_TYPES.values())}
+_ROWS: list[BlockFormat | PlainType] = [*FORMATS.values(), *PLAIN_TYPES.values()]
+_TYPES = {row.ggml_type: row for row in _ROWS}
 _LEFT_BEHIND = {"forward", "_old_forward", "_hf_hook", "device", "source_cls"}  # rebuilt, or diffusers' own bookkeeping
 
 
@@ -20,7 +23,7 @@ def is_diffusers_gguf(module: nn.Module) -> bool:
     return type(module).__name__ == "GGUFLinear" and type(module).__module__.startswith("diffusers.")
 
 
-def packed_type(parameter: Tensor, name: str):
+def packed_type(parameter: Tensor, name: str) -> BlockFormat | PlainType:
     """Return the row (block format or plain type) of a diffusers GGUFParameter; raise FormatError where it is unknown."""
     number = int(parameter.quant_type)  # type: ignore[attr-defined]
     if number not in _TYPES:
@@ -33,7 +36,7 @@ def plain_bytes(parameter: Tensor) -> Tensor:
     return parameter.as_tensor().detach()  # type: ignore[attr-defined]
 
 
-def plain_bias(module: nn.Module, compute_dtype: torch.dtype) -> Tensor | None:
+def plain_bias(module: Any, compute_dtype: torch.dtype) -> Tensor | None:
     """Return the layer's bias as a float tensor; one that diffusers holds as packed bytes is decoded."""
     bias = module.bias
     if bias is None or not hasattr(bias, "quant_type"):
@@ -44,22 +47,23 @@ def plain_bias(module: nn.Module, compute_dtype: torch.dtype) -> Tensor | None:
     return nn.Parameter(data.view(row.dtype).to(compute_dtype), requires_grad=False)
 
 
-def take_over(module: nn.Module, backend: str, compute: str) -> GGUFLinear:
+def take_over(module: Any, backend: str, compute: str) -> GGUFLinear:
     """Wrap the bytes of diffusers' GGUFLinear: moved, not copied, unless the backend wants them as planes."""
-    fmt = packed_type(module.weight, "weight")
+    fmt = packed_type(module.weight, "weight").name
     dtype = module.compute_dtype or torch.float32
     return GGUFLinear.from_packed(
         plain_bytes(module.weight), fmt, plain_bias(module, dtype), backend=backend, compute=compute, compute_dtype=dtype
     )
 
 
-def unpack_plain(module: nn.Module) -> nn.Linear:
+def unpack_plain(module: Any) -> nn.Linear:
     """Turn diffusers' GGUFLinear of a plain type (BF16) into the nn.Linear it stands for."""
     dtype = module.compute_dtype or torch.float32
-    weight = plain_bytes(module.weight).view(packed_type(module.weight, "weight").dtype).to(dtype)
+    plain = PLAIN_TYPES[packed_type(module.weight, "weight").name]
+    weight = plain_bytes(module.weight).view(plain.dtype).to(dtype)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = plain_bias(module, dtype)
+    linear.bias = plain_bias(module, dtype)  # type: ignore[assignment]
     return linear
 
 
@@ -86,7 +90,7 @@ def arrange(layer: GGUFLinear) -> GGUFLinear:
 
 def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
     """Carry hooks, the training flag and foreign attributes of `old` (such as `_tp_packed_row_blocks`) over to `new`."""
-    own = set(new.__dict__) - {key for key in new.__dict__ if key.endswith("_hooks") or key.endswith("_hooks_with_kwargs")}
+    own = set(new.__dict__) - {key for key in new.__dict__ if "_hooks" in key}
     for key, value in old.__dict__.items():
         if key not in own and key not in _LEFT_BEHIND:
             new.__dict__[key] = value

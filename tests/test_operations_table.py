@@ -303,7 +303,7 @@ def test_training_an_adapter_lowers_the_loss(model):
         loss = (model(**flux_inputs())[0] - target).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
 
 
