@@ -113,8 +113,13 @@ def spread_fields(word, EACH: tl.constexpr, WIDTH: tl.constexpr):
 
 @jit
 def spread_fields_of_two(first, second, EACH: tl.constexpr, WIDTH: tl.constexpr):
-    """Spread `first` over the weights 0-15 and `second` over 16-31 like `spread_fields`: uint32 [BLOCK_N, 32]."""
-    return halves_of_16(first, second) >> (tl.arange(0, 32) % 16 // EACH * WIDTH).to(tl.uint32)[None, :]
+    """Spread `first` over the weights 0-15 and `second` over 16-31 like `spread_fields`: uint32 [BLOCK_N, 32].
+
+    One 64-bit shift, not a select: through it the compiler still sees that EACH neighbours are equal, and so loads grid
+    entries whole: a third to a half of the main loop's instructions, 32- and 64-bit loads instead of bytes.
+    """
+    both = first.to(tl.uint64) | (second.to(tl.uint64) << 32)
+    return (both[:, None] >> (tl.arange(0, 32) // EACH * WIDTH).to(tl.uint64)[None, :]).to(tl.uint32)
 
 
 @jit
