@@ -56,7 +56,7 @@ def quantize(
     packed_shape = (*weight.shape[:-1], fmt.row_bytes(k, name))
     _check_importance(importance, weight, what)
     rows = weight.detach().reshape(-1, k)
-    weights = None if importance is None else importance.detach().to(weight.device).expand(weight.shape).reshape(-1, k)
+    weights = None if importance is None else importance.detach().to(weight.device).float().expand(weight.shape).reshape(-1, k)
     packed = torch.empty(rows.shape[0], packed_shape[-1], dtype=torch.uint8, device=weight.device)
     step = max(1, CHUNK_WEIGHTS.get(weight.device.type, CHUNK_WEIGHTS["cuda"]) // k)
     for start in range(0, rows.shape[0], step):
@@ -66,7 +66,7 @@ def quantize(
                 f"Cannot quantize {what}to {fmt.name}: it holds NaN or infinity (first in row {_first_bad(chunk, start)}). "
                 "Check the source, or leave the tensor as it is."
             )
-        packed[start : start + step] = search(chunk, None if weights is None else weights[start : start + step].float())
+        packed[start : start + step] = search(chunk, None if weights is None else weights[start : start + step])
     return packed.reshape(packed_shape)
 
 
