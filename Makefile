@@ -32,8 +32,8 @@ lint: $(VENV)/.installed-test ## ruff, the type checker on the public API, gener
 tables: $(VENV)/.installed-test ## write the generated tables of README.md anew
 	$(BIN)/python tools/write_readme_tables.py
 
-new-format: $(VENV)/.installed-test ## start a block format: make new-format NAME=IQ4_XS
-	$(BIN)/python tools/new_format.py $(NAME)
+new-format: $(VENV)/.installed-test ## start a block format: make new-format NAME=Q7_X TYPE=99
+	$(BIN)/python tools/new_format.py $(NAME) --ggml-type $(TYPE)
 
 clean: ## remove the virtual environment and outputs
 	rm -rf $(VENV) out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -232,7 +233,7 @@ def _parameters(request: Request, settings: dict[str, Any], facts: FileFacts) ->
         "seed": request.seed,
         "gguf": request.gguf.name,
         "bits_per_weight": round(facts.block_bits_per_weight, 3),
-        "loras": {lora.file.name: lora.scale for lora in request.loras},
+        "loras": [(lora.file.name, lora.scale) for lora in request.loras],
         "backend": request.backend,
         "compute": request.compute,
         "dtype": str(request.dtype).removeprefix("torch."),

@@ -1,0 +1,208 @@
+"""The command line as a person and a script meet it: help, output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from flux_kernels import GGUFError
+from flux_kernels.cli import app
+from flux_kernels.demo import Variant, write_variant
+from flux_kernels.embedded import PIPELINE_KWARGS
+
+PROMPT = "a red seven"
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def ok(*arguments) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "Q8_0.gguf"
+    write_variant(Variant("Q8_0", "Q8_0"), path)
+    return path
+
+
+def generate(gguf_file, out, *more):
+    return json.loads(
+        ok(
+            "generate",
+            "--gguf",
+            gguf_file,
+            "--prompt",
+            PROMPT,
+            "--steps",
+            2,
+            "--dtype",
+            "float32",
+            "--out",
+            out,
+            "--json",
+            *more,
+        )
+    )
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "inspect", "doctor"])
+def test_help_teaches_with_examples(command):
+    text = ok(command, "--help")
+    assert "Examples" in text and f"flux-kernels {command}" in text
+
+
+def test_without_a_command_help_is_shown():
+    assert all(command in invoke().output for command in ("demo", "generate", "inspect", "doctor"))
+
+
+def test_help_starts_without_diffusers():
+    code = "import sys; from flux_kernels.cli import app; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_demo_writes_the_sheet_and_the_files(tmp_path):
+    said = json.loads(ok("demo", "--out", tmp_path / "new" / "sheet.png", "-p", PROMPT, "--steps", 1, "--json"))
+    assert [one["name"] for one in said["variants"]] == ["16 bit", "Q8_0", "Q6_K", "Q4_K", "mixed"]
+    assert all((tmp_path / "new" / one["file"]).is_file() for one in said["variants"])
+    assert Image.open(tmp_path / "new" / "sheet.png").width > 5 * 64
+
+
+def test_demo_table_is_for_people(tmp_path):
+    text = ok("demo", "--out", tmp_path / "sheet.png", "-p", PROMPT, "--steps", 1)
+    assert re.search(r"Q4_K .* 4\.50 ", text) and "1 of 1" in text and "sheet.png" in text
+
+
+def test_generate_draws_and_keeps_the_parameters(gguf_file, tmp_path):
+    out = tmp_path / "deep" / "a.png"
+    said = generate(gguf_file, out, "--seed", 5)
+    image = Image.open(out)
+    assert image.size == (PIPELINE_KWARGS["width"], PIPELINE_KWARGS["height"])
+    stored = json.loads(image.text["flux_kernels"])
+    expected = {"prompt": PROMPT, "seed": 5, "num_inference_steps": 2, "gguf": gguf_file.name, "bits_per_weight": 8.5}
+    assert stored.items() >= expected.items() and said.items() >= expected.items()
+
+
+def test_seed_and_size_and_negative_prompt_matter(gguf_file, tmp_path):
+    def pixels(name, *more):
+        generate(gguf_file, tmp_path / name, *more)
+        return Image.open(tmp_path / name)
+
+    first = pixels("a.png", "--seed", 1)
+    assert pixels("b.png", "--seed", 1).tobytes() == first.tobytes()
+    assert pixels("c.png", "--seed", 2).tobytes() != first.tobytes()
+    assert pixels("d.png", "--seed", 1, "--negative", "a blue one").tobytes() != first.tobytes()
+    assert pixels("e.png", "--seed", 1, "--width", 96, "--height", 32).size == (96, 32)
+
+
+def test_lora_scales(gguf_file, tmp_path):
+    torch.manual_seed(0)
+    layer = "transformer.single_transformer_blocks.0.attn.to_q"
+    lora = {f"{layer}.lora_A.weight": torch.randn(4, 256), f"{layer}.lora_B.weight": torch.randn(256, 4)}
+    save_file(lora, tmp_path / "style.safetensors")
+
+    def pixels(*more):
+        generate(gguf_file, tmp_path / "x.png", *more)
+        return Image.open(tmp_path / "x.png").tobytes()
+
+    plain = pixels()
+    file = tmp_path / "style.safetensors"
+    assert pixels("--lora", f"{file}:0") == plain
+    full = pixels("--lora", file)
+    assert full != plain
+    halves = pixels("--lora", f"{file}:0.5", "--lora", f"{file}:0.5")
+    assert max(abs(a - b) for a, b in zip(halves, full)) <= 1  # the same sum in another order
+    stored = json.loads(Image.open(tmp_path / "x.png").text["flux_kernels"])
+    assert stored["loras"] == [["style.safetensors", 0.5], ["style.safetensors", 0.5]]
+
+
+def test_generate_tells_people_what_it_did(gguf_file, tmp_path):
+    arguments = ("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--steps", 1, "--out", tmp_path / "a.png")
+    assert re.search(r"26 layers swapped.*64 x 64, 1 steps in [\d.]+ s", ok(*arguments), re.DOTALL)
+    assert "transformer_blocks.0.norm1.linear" in ok(*arguments, "--report")
+
+
+def test_inspect_shows_and_lists(gguf_file):
+    text = ok("inspect", gguf_file)
+    assert "FLUX.1 architecture with 1 double and 2 single blocks, width 256" in text
+    assert "8.50 inside the blocks" in text and "6 GB fits" in text
+    assert "double_blocks.0.img_mod.lin.weight" not in text
+    assert "double_blocks.0.img_mod.lin.weight" in ok("inspect", gguf_file, "--tensors")
+    facts = json.loads(ok("inspect", gguf_file, "--json", "--tensors"))
+    assert facts["fits"]["6"] is True and facts["nbytes"] == gguf_file.stat().st_size
+    assert {"name", "type", "shape", "bytes"} == set(facts["tensors"][0])
+
+
+def test_inspect_of_a_refused_file(tmp_path):
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(20))
+    result = invoke("inspect", bad)
+    assert result.exit_code == 1 and "Refused:" in result.output
+    result = invoke("inspect", bad, "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)["refused"]
+
+
+def test_doctor_for_people_and_machines():
+    assert torch.__version__ in ok("doctor")
+    assert json.loads(ok("doctor", "--json"))["packages"][0]["name"] == "torch"
+
+
+ERRORS = [  # arguments after the GGUF file and prompt, exit code, what the line says
+    (("--base", "{tmp}"), 1, r"holds no model_index\.json"),
+    (("--base", "{tmp}/none"), 1, r"is not a folder"),
+    (("--lora", "{tmp}/none.safetensors:0.5"), 1, r"none\.safetensors is no file"),
+    (("--lora", "{gguf}"), 1, r"does not load as a LoRA"),
+    (("--backend", "cuda"), 1, r"Unknown backend 'cuda'\. Known: auto, triton, torch"),
+    (("--compute", "int7"), 1, r"Unknown compute mode 'int7'"),
+    (("--gguf", "{tmp}/none.gguf"), 1, r"none\.gguf is no file"),
+    (("--gguf", __file__), 1, r"a GGUF file starts with"),
+    (("--width", "0"), 2, r"Invalid value for '--width'"),
+    (("--offload", "disk"), 2, r"Invalid value for '--offload'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), ERRORS)
+def test_errors_are_one_line(gguf_file, tmp_path, arguments, code, message):
+    filled = [argument.format(tmp=tmp_path, gguf=gguf_file) for argument in arguments]
+    result = invoke("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--out", tmp_path / "x.png", *filled)
+    assert result.exit_code == code, result.output
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.output and not (tmp_path / "x.png").exists()
+    if code == 1:
+        assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload to")
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offload_without_a_gpu_is_refused(gguf_file, tmp_path, offload):
+    result = invoke("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--offload", offload, "--out", tmp_path / "x.png")
+    assert result.exit_code == 1 and "torch sees none. Use --offload none." in result.stderr
+
+
+def test_inspect_of_a_missing_file_is_one_line():
+    result = invoke("inspect", "nowhere.gguf")
+    assert result.exit_code == 1 and result.stderr == "Error: No such file or directory: nowhere.gguf\n"
+
+
+def test_traceback_lets_the_error_through():
+    result = invoke("--traceback", "generate", "--gguf", __file__, "--prompt", PROMPT)
+    assert isinstance(result.exception, GGUFError)
+
+
+def test_missing_package_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flux_kernels.doctor", None)
+    monkeypatch.setitem(sys.modules, "diffusers.utils", None)
+    result = invoke("inspect", "x.gguf")
+    assert result.exit_code == 1 and "diffusers.utils is not installed. Run: pip install flux_kernels" in result.stderr

@@ -1,0 +1,55 @@
+"""What `doctor` finds: packages that are missing, devices, and the backend that `auto` really takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from flux_kernels import FORMATS, doctor
+from flux_kernels.backends import resolve
+
+
+def test_versions_are_those_of_the_imported_packages():
+    import diffusers
+
+    found = {package.name: package.version for package in doctor.diagnose().packages}
+    assert found["torch"] == torch.__version__ and found["diffusers"] == diffusers.__version__
+
+
+def test_every_type_is_said_to_run_where_it_runs():
+    diagnosis = doctor.diagnose()
+    assert diagnosis.devices[0].device == "cpu"
+    for device in diagnosis.devices:
+        said = {name: backend for backend, names in device.runs.items() for name in names}
+        assert said == {name: resolve("auto", "exact", torch.device(device.device), fmt).name for name, fmt in FORMATS.items()}
+
+
+def test_a_missing_package_comes_with_its_command(monkeypatch):
+    real = doctor.version
+
+    def without_peft(name):
+        if name in ("peft", "gguf"):
+            raise doctor.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(doctor, "version", without_peft)
+    diagnosis = doctor.diagnose()
+    missing = {package.name: package.command for package in diagnosis.packages if package.version is None}
+    assert missing.items() >= {"peft": "pip install flux_kernels", "gguf": "pip install gguf"}.items()
+    assert "peft is missing (LoRAs): pip install flux_kernels" in diagnosis.advice
+    assert not any(line.startswith("gguf") for line in diagnosis.advice)  # not needed, so no advice
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is seen here")
+@pytest.mark.parametrize(("cuda", "reason"), [(None, "this torch is a CPU build"), ("13.0", "the driver is missing, too old")])
+def test_no_gpu_says_why(monkeypatch, cuda, reason):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    (line,) = [line for line in doctor.diagnose().advice if line.startswith("No GPU is seen")]
+    assert reason in line
+
+
+def test_diagnosis_is_plain_data():
+    assert json.loads(json.dumps(asdict(doctor.diagnose())))["python"]
