@@ -30,9 +30,13 @@ def codebook(values: Sequence[int]) -> Snap:
     cells = (torch.arange(512) - 255.5) / 2
     table = levels[(cells[:, None] - levels).abs().argmin(1)]
 
+    tables = {table.device: table}
+
     def snap(z: Tensor, out: Tensor) -> Tensor:
+        if z.device not in tables:
+            tables[z.device] = table.to(z.device)
         torch.mul(z, 2, out=out).add_(256).clamp_(0, 511)
-        return out.copy_(table.to(z.device).index_select(0, out.to(torch.int32).flatten()).view_as(z))
+        return out.copy_(tables[z.device].index_select(0, out.to(torch.int32).flatten()).view_as(z))
 
     return snap
 
