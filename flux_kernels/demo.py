@@ -38,11 +38,13 @@ class Variant:
     format: str | Mapping[str, str] | None
 
 
-# First match wins. Fine types where a weight's error hurts the picture most, coarse ones where most bytes are.
+# First match wins: fine types where an error hurts the picture most (values, then the other attention matrices), coarse ones
+# where it hurts least (modulation, the text stream's MLP). Found by giving one class of matrices at a time a coarse type.
 MIXED = {
-    "*.attn.*": "Q8_0",
+    "*.to_v": "Q8_0",
     "*.norm*.linear": "Q4_K",
-    "transformer_blocks.*": "Q6_K",
+    "*.ff_context.*": "Q4_K",
+    "*.attn.*": "Q6_K",
     "*": "Q5_K",
 }
 VARIANTS = (

@@ -210,8 +210,11 @@ def choose_offload(sizes: Sequence[int], overhead: int, free: int) -> str:
 
 
 def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
+    where = {"weight_name": lora.file.name, "adapter_name": name, "local_files_only": True}
     try:
-        pipeline.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, adapter_name=name, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are meant
+            pipeline.load_lora_weights(str(lora.file.parent), **where)
     except (ValueError, KeyError, RuntimeError, OSError) as error:  # what diffusers, peft and safetensors raise on wrong files
         raise FormatError(f"{lora.file} does not load as a LoRA of this FLUX.1 model: {error}") from error
 

@@ -24,7 +24,9 @@ def main(
     capabilities: Annotated[str, typer.Option(help="Comma-separated, such as 86,89; empty means all.")] = "",
     tiles: Annotated[str, typer.Option(help="Shipped tiles by name: wide, medium, narrow.")] = "wide,medium,narrow",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    check: Annotated[bool, typer.Option(help="Exit 1 when an invariant is broken or the record's ratchet is exceeded.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Exit 1 when an invariant is broken or the record's ratchet is exceeded.")
+    ] = False,
     write: Annotated[Path | None, typer.Option(help="Write the rows as CSV (the record is bench/results/aot.csv).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and problems as JSON.")] = False,
     jobs: Annotated[int, typer.Option(help="Compiling processes.")] = 2,
@@ -88,7 +90,9 @@ def _write(rows: list[dict], path: Path) -> None:
 
 
 def _print(rows: list[dict]) -> None:
-    table = Table("format", "sm", "tile", "regs", "spills", "shared", "per SM", "loop", "LDG", "decodes", "tensor clk", "issue clk")
+    table = Table(
+        "format", "sm", "tile", "regs", "spills", "shared", "per SM", "loop", "LDG", "decodes", "tensor clk", "issue clk"
+    )
     for row in rows:
         names = ("format", "capability", "tile", "registers", "spills", "shared_bytes", "programs_per_sm", "loop_instructions")
         rest = ("loop_global", "decodes_per_weight", "tensor_clocks", "issue_clocks")

@@ -78,7 +78,9 @@ def read(cubin: bytes) -> MachineCode:
         (int(match[1], 16), match[2], match[3]) for line in listing.splitlines() if (match := _INSTRUCTION.match(line))
     ]
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    return MachineCode(registers, Counter(op for _, op, _ in instructions), Counter(op for _, op, _ in _main_loop(instructions)))
+    return MachineCode(
+        registers, Counter(op for _, op, _ in instructions), Counter(op for _, op, _ in _main_loop(instructions))
+    )
 
 
 def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:

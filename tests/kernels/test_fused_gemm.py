@@ -102,7 +102,7 @@ def test_one_row_selects_one_column_of_the_weight(name, dtype, device):
 def test_nan_and_inf_blocks_stay_in_their_rows(name, device):
     """A block whose scale is NaN or Inf poisons its own output column as in the reference, and no other."""
     fmt = FORMATS[name]
-    data, weight = finite_rows(name, 4)
+    data, _ = finite_rows(name, 4)
     data = data.clone()
     data[1, 0:2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)  # d = NaN
     got = launch(torch.randn(3, 512), data, fmt, device=device)
