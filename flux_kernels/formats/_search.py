@@ -37,6 +37,7 @@ class Blocks:
     def __post_init__(self) -> None:
         self.sum_x = total(self.weighted(self.x))
         self.sum_w = torch.full_like(self.sum_x, self.x.shape[1]) if self.w is None else total(self.w)
+        self._scratch = (torch.empty_like(self.x), torch.empty_like(self.x))
 
     @classmethod
     def of_rows(cls, rows: Tensor, importance: Tensor | None, sub_blocks: int, size: int) -> Blocks:
@@ -48,6 +49,10 @@ class Blocks:
         largest = w.amax((0, 1), keepdim=True)
         none = (largest == 0).float()
         return cls(x, w.div_(largest + none).add_(none))
+
+    def scratch(self, index: int) -> Tensor:
+        """Return one of two buffers like x, for what does not outlive a function: fresh memory costs as much as arithmetic."""
+        return self._scratch[index]
 
     def weighted(self, t: Tensor) -> Tensor:
         """Multiply by the importance."""
@@ -61,6 +66,11 @@ class Blocks:
         """Return the sums of w*y, w*x*y and w*y*y over each sub-block, [G, 1, n] each."""
         wy = self.weighted(y)
         return total(wy), total(wy * self.x), total(wy * y)
+
+    def constant(self) -> Tensor:
+        """Return 1 for each block of equal weights other than 0, else 0: [1, 1, n]."""
+        low, high = self.x.amin((0, 1), keepdim=True), self.x.amax((0, 1), keepdim=True)
+        return ((low == high) & (low != 0)).float()
 
     def worth(self, y: Tensor) -> Tensor:
         """Return 1 for each block that y serves better than all zeros would, else 0: [1, 1, n]."""

@@ -24,13 +24,8 @@ def codes(x: Tensor, scale: Tensor, offset: Tensor, top: int) -> Tensor:
     return round_to((x + offset).mul_(ratio(torch.ones_like(scale), scale)), 0, top)
 
 
-def fit(b: Blocks, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
-    """Fit (scale, offset), each [G, 1, n], by least squares; a `bounded` offset is at least 0."""
-    wq, wxq, wqq = b.products(q)
-    return _solve(b, wq, wxq, wqq, bounded)
-
-
-def _solve(b: Blocks, wq: Tensor, wxq: Tensor, wqq: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+def solve(b: Blocks, wq: Tensor, wxq: Tensor, wqq: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+    """Fit (scale, offset), each [G, 1, n], by least squares to codes of these products; a `bounded` offset is at least 0."""
     determinant = b.sum_w * wqq - wq * wq
     determinant = determinant * improvement(b.sum_w * wqq * _DEGENERATE, determinant)
     scale = ratio(b.sum_w * wxq - wq * b.sum_x, determinant)
@@ -41,11 +36,10 @@ def _solve(b: Blocks, wq: Tensor, wxq: Tensor, wqq: Tensor, bounded: bool) -> tu
     return scale.clamp(min=0), offset
 
 
-def error_of(b: Blocks, scale: Tensor, offset: Tensor, top: int, z: Tensor, q: Tensor) -> Tensor:
-    """Sum the squared error of each sub-block under a scale other than 0: [G, 1, n]. z is scratch, q receives the codes."""
-    torch.add(b.x, offset, out=z)
-    z.mul_(torch.reciprocal(scale))
-    torch.round(z, out=q).clamp_(0, top)
+def error_of(b: Blocks, scale: Tensor, offset: Tensor, top: int) -> Tensor:
+    """Sum the squared error of each sub-block under a scale other than 0: [G, 1, n]."""
+    z = torch.add(b.x, offset, out=b.scratch(0)).mul_(torch.reciprocal(scale))
+    q = torch.round(z, out=b.scratch(1)).clamp_(0, top)
     z.sub_(q).square_()
     if b.w is not None:
         z.mul_(b.w)
@@ -66,9 +60,8 @@ class HalfAffineSearch:
         low, high = b.x.amin(1, keepdim=True), b.x.amax(1, keepdim=True)
         span = high - low
         centred = Blocks(b.x - low, b.w)  # sums of squares about a large mean would lose the rest
-        z, q = torch.empty_like(b.x), torch.empty_like(b.x)
         scale, offset = nonzero(half(span / self.top)), half(-low)
-        best = [error_of(b, scale, offset, self.top, z, q), scale, offset]
+        best = [error_of(b, scale, offset, self.top), scale, offset]
         shrinks = (*self.shrinks, *(self.weighted_shrinks if b.w is not None else ()))
         for trial in range(len(shrinks) + self.refits):
             if trial < len(shrinks):
@@ -76,13 +69,15 @@ class HalfAffineSearch:
                 first = codes(centred.x, span * ((1 - bottom - up) / self.top), -bottom * span, self.top)
             else:
                 first = codes(b.x, best[1], best[2], self.top)
-            scale, offset = fit(centred, first, bounded=False)
+            scale, offset = solve(centred, *centred.products(first), bounded=False)
             scale, offset = nonzero(half(scale)), half(offset - low)
-            keep(best, [error_of(b, scale, offset, self.top, z, q), scale, offset])
+            keep(best, [error_of(b, scale, offset, self.top), scale, offset])
         _, d, offset = best
         q = codes(b.x, d, offset, self.top)
         worth = b.worth(q * d - offset)
-        return d * worth, -offset * worth, q
+        d, m = d * worth, -offset * worth
+        constant, rounded = b.constant(), half(low)  # blocks of equal weights: m, and with q = 1 what its rounding lost
+        return d.lerp_(half(low - rounded), constant), m.lerp_(rounded, constant), q.lerp_(torch.ones_like(d), constant)
 
 
 @dataclass(frozen=True)
@@ -93,6 +88,9 @@ class SuperAffineSearch:
         top: largest code.
         levels: largest sc and m.
         shrinks: the grids of the first search.
+        weighted_shrinks: more of them for where there is importance and the outermost weights may not be the ones that count.
+        supers: (stretch, reach) by which d is tried: scales times stretch, the widest as reach * d.
+        phase: least dmin, as a fraction of the widest scale: offsets also shift a grid against its weights.
         turns: neighbourhood searches, each followed by a fit of d and dmin.
     """
 
@@ -100,58 +98,87 @@ class SuperAffineSearch:
     levels: int
     shrinks: Shrinks
     weighted_shrinks: Shrinks = ()
-    turns: int = 2
+    turns: int = 1
     phase: float = 0.0
     supers: Sequence[tuple[float, int]] = ()
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return d, dmin [1, 1, n], sc, m [G, 1, n] and codes [G, B, n]."""
-        scale, offset = self._fits(b)
-        widest = scale.amax(0, keepdim=True)
-        dmin = half_above(torch.maximum(offset.amax(0, keepdim=True) / self.levels, widest * self.phase))
-        m = round_to(ratio(offset, dmin), 0, self.levels)
-        z, q = torch.empty_like(b.x), torch.empty_like(b.x)
-        best: list[Tensor] = []
-        for stretch, reach in self.supers:
-            d = half_above(widest * (stretch / reach)).clamp_(min=HALF_STEP)
-            sc = round_to(scale * stretch / d, 1, self.levels)  # with sc = 0 the codes could say nothing
-            found = [total(error_of(b, d * sc, dmin * m, self.top, z, q), 0), d, sc]
-            best = keep(best, found) if best else found
-        _, d, sc = best
+        fits = self._fits(b)
+        d, dmin = self._first_super_scales(b, fits)
+        sc, m = self._best_start(b, fits, d, dmin)
         for _ in range(self.turns):
             error, sc, m = self._best_neighbours(b, d, dmin, sc, m)
             new_d, new_dmin = self._refit(b, d, dmin, sc, m)
-            z, q = torch.empty_like(b.x), torch.empty_like(b.x)
-            new_error = total(error_of(b, new_d * sc, new_dmin * m, self.top, z, q), 0)
-            _, d, dmin = keep([total(error, 0), d, dmin], [new_error, new_d, new_dmin])
+            new_error = error_of(b, new_d * sc, new_dmin * m, self.top)
+            _, d, dmin = keep([total(error, 0), d, dmin], [total(new_error, 0), new_d, new_dmin])
         q = codes(b.x, d * sc, dmin * m, self.top)
         worth = b.worth(q * (d * sc) - dmin * m)
-        return d * worth, dmin * worth, sc, m, q
+        d, dmin = d * worth, dmin * worth
+        self._put_constants(b, d, dmin, sc, m, q)
+        return d, dmin, sc, m, q
 
-    def _fits(self, b: Blocks) -> tuple[Tensor, Tensor]:
-        """Find each sub-block's own (scale, offset), each [G, 1, n]."""
+    def _put_constants(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, q: Tensor) -> None:
+        """Express blocks of equal weights, in place: d times the largest product, less dmin (of either sign), what d lost."""
+        constant, c = b.constant(), b.x[:1, :1]
+        product = self.top * self.levels
+        d.lerp_(half(c / product), constant)
+        dmin.lerp_(half(d * product - c), constant)
+        for t, value in ((sc, self.levels), (m, 1), (q, self.top)):
+            t.lerp_(torch.full_like(c, value), constant)
+
+    def _fits(self, b: Blocks) -> list[list[Tensor]]:
+        """Fit each sub-block on its own from every grid: (loss, scale, offset), each [G, 1, n]."""
         low = b.x.amin(1, keepdim=True).clamp_(max=0)
         span = b.x.amax(1, keepdim=True) - low
-        best: list[Tensor] = []
+        fits = []
         for bottom, up in (*self.shrinks, *(self.weighted_shrinks if b.w is not None else ())):
             q = codes(b.x, span * ((1 - bottom - up) / self.top), -low - bottom * span, self.top)
             wq, wxq, wqq = b.products(q)
-            scale, offset = _solve(b, wq, wxq, wqq, bounded=True)
+            scale, offset = solve(b, wq, wxq, wqq, bounded=True)
             loss = offset * b.sum_x - scale * wxq  # the squared error less sum(w * x^2), at a least squares solution
-            best = keep(best, [loss, scale, offset]) if best else [loss, scale, offset]
+            fits.append([loss, scale, offset])
+        return fits
+
+    def _first_super_scales(self, b: Blocks, fits: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Choose d and dmin, [1, 1, n], by the error of the best fits rounded to multiples of them."""
+        best = [t.clone() for t in fits[0]]
+        for found in fits[1:]:
+            keep(best, found)
+        _, scale, offset = best
+        widest = scale.amax(0, keepdim=True)
+        dmin = half_above(torch.maximum(offset.amax(0, keepdim=True) / self.levels, widest * self.phase))
+        trials: list[Tensor] = []
+        for stretch, reach in self.supers:
+            d = half_above(widest * (stretch / reach)).clamp_(min=HALF_STEP)
+            sc, m = self._rounded(scale * stretch, offset, d, dmin)
+            found = [total(error_of(b, d * sc, dmin * m, self.top), 0), d]
+            trials = keep(trials, found) if trials else found
+        return trials[1], dmin
+
+    def _best_start(self, b: Blocks, fits: list[list[Tensor]], d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (sc, m), each [G, 1, n], of the fit that stands rounding best."""
+        best: list[Tensor] = []
+        for _, scale, offset in fits:
+            sc, m = self._rounded(scale, offset, d, dmin)
+            found = [error_of(b, d * sc, dmin * m, self.top), sc, m]
+            best = keep(best, found) if best else found
         return best[1], best[2]
+
+    def _rounded(self, scale: Tensor, offset: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
+        """Round to (sc, m); with sc = 0 the codes could say nothing."""
+        return round_to(scale / d, 1, self.levels), round_to(ratio(offset, dmin), 0, self.levels)
 
     def _best_neighbours(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> list[Tensor]:
         """Return the error of and the best (sc, m) of 3 x 3, m moving along with sc so that the middle of the grid stays."""
-        z, q = torch.empty_like(b.x), torch.empty_like(b.x)
-        best = [error_of(b, d * sc, dmin * m, self.top, z, q), sc.clone(), m.clone()]
-        slope = ratio(d * total(b.weighted(q)), dmin * b.sum_w)
+        best = [error_of(b, d * sc, dmin * m, self.top), sc.clone(), m.clone()]
+        slope = ratio(d * total(b.weighted(codes(b.x, d * sc, dmin * m, self.top))), dmin * b.sum_w)
         for step in (0, -1, 1):
             new_sc = (sc + step).clamp_(1, self.levels)
             centre = ((new_sc - sc) * slope + m).round_()
             for shift in (-1, 1) if step == 0 else (0, -1, 1):
                 new_m = (centre + shift).clamp_(0, self.levels)
-                keep(best, [error_of(b, d * new_sc, dmin * new_m, self.top, z, q), new_sc, new_m])
+                keep(best, [error_of(b, d * new_sc, dmin * new_m, self.top), new_sc, new_m])
         return best
 
     def _refit(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:

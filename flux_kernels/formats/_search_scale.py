@@ -62,11 +62,10 @@ def best_scale(b: Blocks, snap: Snap, candidates: Iterable[Tensor]) -> list[Tens
     Returns:
         the error of each sub-block, [G, 1, n], and the scale.
     """
-    z, y = torch.empty_like(b.x), torch.empty_like(b.x)
     best: list[Tensor] = []
     for scale in candidates:
-        torch.mul(b.x, torch.reciprocal(scale), out=z)
-        z.sub_(snap(z, y)).square_()
+        z = torch.mul(b.x, torch.reciprocal(scale), out=b.scratch(0))
+        z.sub_(snap(z, b.scratch(1))).square_()
         if b.w is not None:
             z.mul_(b.w)
         found = [total(z).mul_(scale).mul_(scale), scale]
@@ -158,7 +157,23 @@ class SuperScaleSearch:
             new_error, _ = best_scale(b, self.snap, [new_d * sc])
             _, d = keep([total(error, 0), d], [total(new_error, 0), new_d])
         y = snapped(b, d * sc, self.snap)
-        return d * b.worth(d * sc * y), sc, y
+        d = d * b.worth(d * sc * y)
+        self._put_constants(b, d, sc, y)
+        return d, sc, y
+
+    def _put_constants(self, b: Blocks, d: Tensor, sc: Tensor, y: Tensor) -> None:
+        """Express blocks of equal weights by the product sc * level that forgives d's rounding most, in place."""
+        columns = b.constant().flatten().nonzero().flatten()
+        if not columns.numel():
+            return
+        levels = self.snap(*torch.arange(-128.0, 128.0, device=d.device).repeat(2, 1)).unique()
+        steps = torch.arange(self.reach // 2, self.reach, device=d.device, dtype=levels.dtype)
+        products = torch.cartesian_prod(steps, levels[levels != 0])
+        c = b.x[0, 0, columns]
+        ds = half(c / products.prod(1, keepdim=True))
+        best = (ds * products.prod(1, keepdim=True) - c).abs().argmin(0)
+        d[..., columns] = ds.gather(0, best[None])
+        sc[..., columns], y[..., columns] = products[best].t()
 
     def _legal(self, t: Tensor) -> Tensor:
         """Round to an sc other than 0: under any scale, rounding is no worse than zeros."""

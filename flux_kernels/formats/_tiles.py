@@ -195,7 +195,7 @@ def load_narrow(
     if PLANES and (NUM_BLOCKS * OFFSET) % 4 == 0 and (NUM_BLOCKS * TYPE_SIZE) % 4 == 0 and NUM_BLOCKS % PER_WORD == 0:
         at = block // PER_WORD
         word = tl.load((row_ptr + (NUM_BLOCKS * OFFSET + at * 4)).to(tl.pointer_type(tl.uint32)))
-        return word >> (block % PER_WORD * (8 * SIZE)).to(tl.uint32)
+        return word >> tl.cast(block % PER_WORD * (8 * SIZE), tl.uint32)
     else:
         ptr = field_ptr(row_ptr, block, OFFSET, SIZE, TYPE_SIZE, NUM_BLOCKS, PLANES)
         if SIZE == 2:

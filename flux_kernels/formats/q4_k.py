@@ -42,13 +42,13 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (d * sc)[:, None] * q.to(tl.float32) - (dmin * m)[:, None]
 
 
-_ENDS = (-0.04, -0.015, 0.015, 0.04)
+_ENDS = (-0.04, 0, 0.025)
 SEARCH = SuperAffineSearch(
     top=15,
     levels=63,
     shrinks=[(low, high) for low in _ENDS for high in _ENDS],
-    weighted_shrinks=[(low, high) for low in (0, 0.09, 0.15) for high in (0, 0.09, 0.15)],
-    supers=((1, 63), (15 / 14, 63), (1, 62), (1, 61), (15 / 14, 62), (1, 60)),
+    weighted_shrinks=[(low, high) for low in (0.01, 0.09, 0.15) for high in (0.01, 0.09, 0.15)],
+    supers=((1, 63), (15 / 14, 63), (1, 62), (1, 61)),
     phase=0.06,
 )
 
