@@ -15,14 +15,10 @@ from types import ModuleType
 import torch
 
 from . import _triton
+from .compute import COMPUTE_MODES
 from .errors import BackendUnavailable, FormatError
 from .formats import BlockFormat
 
-COMPUTE_MODES = {
-    "exact": "weights decoded in float32, rounded once to the activation dtype, float32 accumulation",
-    "fp16_accumulate": "fp16 operands and accumulation, promoted to float32 every 64 of K",
-    "int8": "activations and weights as int8 with scales, int32 accumulation",
-}
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (8, 0)  # Triton has no tensor-core code for older NVIDIA cards
 
@@ -73,8 +69,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("triton", "flux_kernels.kernels", ("exact",), _triton_refusal),
-        Backend("torch", "flux_kernels.reference", ("exact",), lambda device, fmt: None),
+        Backend("triton", "flux_kernels.kernels", tuple(COMPUTE_MODES), _triton_refusal),
+        Backend("torch", "flux_kernels.torch_backend", tuple(COMPUTE_MODES), lambda device, fmt: None),
     )
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import check_activation_dtype, check_names, resolve
+from .compute import check_mode
 from .errors import FormatError
 from .formats import BlockFormat, get_format
 
@@ -45,6 +46,7 @@ def check_linear(
     check_activation_dtype(x.dtype, "The activation dtype")
     if x.dim() < 1 or x.shape[-1] != k:
         raise FormatError(f"{fmt.name} data {list(data.shape)} holds rows of K={k} weights, got x of shape {list(x.shape)}.")
+    check_mode(compute, k)
     if x.device != data.device:
         raise FormatError(f"x is on {x.device} and the packed data on {data.device}. Move them to one device.")
     if bias is not None:
@@ -65,8 +67,6 @@ def _linear(x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: 
     fmt, n = check_linear(x, data, bias, format, backend, compute)
     chosen = resolve(backend, compute, x.device, fmt)
     module = chosen.load()
-    if chosen.name == "torch":
-        return module.linear(x, data, fmt, bias, planes)
     out = module.linear(x.reshape(-1, x.shape[-1]), data.contiguous(), bias, fmt, compute, planes)
     return out.view(*x.shape[:-1], n)
 
@@ -75,8 +75,6 @@ def _dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: str, pla
     fmt, k = _check_dequantize(data, format, dtype, backend)
     chosen = resolve(backend, "exact", data.device, fmt)
     module = chosen.load()
-    if chosen.name == "torch":
-        return module.dequantize(data, fmt, dtype, planes)
     return module.dequantize(data.reshape(-1, data.shape[-1]).contiguous(), fmt, dtype, planes).view(*data.shape[:-1], k)
 
 

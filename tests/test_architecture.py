@@ -16,8 +16,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Layers from the bottom up; a module may import from its own layer and from those before it.
 LAYERS = [
     ("errors", "_triton"),
-    ("formats",),
+    ("formats", "compute"),
     ("reference", "kernels", "gguf_spec", "gguf_header"),
+    ("low_precision",),
+    ("torch_backend",),
     ("backends", "libggml"),
     ("ops", "packing", "gguf_file", "gguf_write"),
     ("lazy_weight",),
@@ -27,7 +29,7 @@ LAYERS = [
     ("swap",),
     ("flux",),
 ]
-CORE = ("errors", "_triton", "formats", "reference", "kernels", "backends", "ops", "packing", "lazy_weight", "linear")
+CORE = ("errors", "_triton", "formats", "compute", "reference", "low_precision", "torch_backend", "kernels", "backends", "ops", "packing", "lazy_weight", "linear")
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TOP = len(LAYERS)  # integrations, mixed, cli and what else users touch: may import everything
 

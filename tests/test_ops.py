@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -126,9 +128,19 @@ def test_a_named_backend_is_never_replaced(data, monkeypatch):
     backends.resolve.cache_clear()
 
 
-def test_a_mode_no_backend_has_is_refused(data, monkeypatch):
+def test_a_mode_a_backend_lacks_is_refused(data, monkeypatch):
+    exact_only = dataclasses.replace(backends.BACKENDS["torch"], computes=("exact",))
+    monkeypatch.setitem(backends.BACKENDS, "torch", exact_only)
+    backends.resolve.cache_clear()
     with pytest.raises(fk.BackendUnavailable, match='compute="int8" is not implemented there'):
         fk.linear(torch.zeros(1, K), data, "Q4_K", backend="torch", compute="int8")
+    backends.resolve.cache_clear()
+
+
+def test_a_k_that_a_mode_cannot_take_is_refused():
+    data = torch.zeros(2, 34, dtype=torch.uint8)
+    with pytest.raises(fk.FormatError, match="K % 64 == 0, got K=32"):
+        fk.linear(torch.zeros(1, 32), data, "Q8_0", compute="fp16_accumulate")
 
 
 def test_auto_is_torch_on_the_cpu_even_in_the_interpreter(monkeypatch):

@@ -77,7 +77,9 @@ def _registered(text: str, module: str) -> str:
     names = re.findall(r"\w+", imports["many"] or imports["one"])
     block = "from . import (\n" + "".join(f"    {name},\n" for name in sorted([*names, module])) + ")\n"
     text = text.replace(imports[0], block)
-    return re.sub(r"(_FORMAT_FILES = \((?:.|\n)*?)\n?\)", lambda match: match[1].rstrip(", ") + f",\n    {module},\n)", text, count=1)
+    return re.sub(
+        r"(_FORMAT_FILES = \((?:.|\n)*?)\n?\)", lambda match: match[1].rstrip(", ") + f",\n    {module},\n)", text, count=1
+    )
 
 
 def main() -> None:

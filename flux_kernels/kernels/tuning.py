@@ -26,12 +26,29 @@ _MEDIUM = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 _NARROW = Tile(block_m=16, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 _WIDE_STAGED = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)
 
-# Formats whose tile decode gathers from a grid in memory: those loads stay in the main loop (they hit L1) and need registers.
-GRID_FORMATS = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
-_STAGED_FORMATS = frozenset({"IQ4_XS"})  # stage more of a superblock than _WIDE has shared memory for
+# With a third stage Triton also turns most grid gathers into asynchronous copies.
+_GRID_PIPELINED = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=3)
+
+# Formats whose tile decode gathers from a grid in memory: those loads (L1 hits) and their registers rule out larger tiles.
+_GRID_TILES = {
+    "IQ1_S": _GRID_PIPELINED,
+    "IQ1_M": _GRID_PIPELINED,
+    "IQ2_XXS": _GRID_PIPELINED,
+    "IQ2_XS": _MEDIUM,
+    "IQ2_S": _MEDIUM,
+    "IQ3_XXS": _MEDIUM,
+    "IQ3_S": _MEDIUM,
+}
+GRID_FORMATS = frozenset(_GRID_TILES)
+# IQ4_XS stages more of a superblock than _WIDE has shared memory for.
+_WIDE_EXCEPTIONS = {"IQ4_XS": _WIDE_STAGED, **_GRID_TILES}
 
 _SMALL = Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)
 SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
+
+_FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
+INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
+UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
 
 
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
@@ -55,10 +72,8 @@ def fused_tile(fmt: BlockFormat, m: int, n: int, k: int) -> Tile:
 
 
 def _wide_tile(fmt: BlockFormat) -> Tile:
-    if fmt.name in GRID_FORMATS:
-        return _MEDIUM  # nothing larger is free of spills for all of them
-    if fmt.name in _STAGED_FORMATS:
-        return _WIDE_STAGED
+    if fmt.name in _WIDE_EXCEPTIONS:
+        return _WIDE_EXCEPTIONS[fmt.name]
     return _WIDE if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS
 
 
@@ -66,3 +81,11 @@ def small_m_tile(fmt: BlockFormat, k: int) -> Tile:
     """Choose the small-M kernel's tile."""
     tile_k = largest_tile_k(fmt, k, max(_SMALL.tile_k, fmt.block_size))
     return Tile(_SMALL.block_m, _SMALL.block_n, tile_k, _SMALL.num_warps, _SMALL.num_stages)
+
+
+def fp16_tile(fmt: BlockFormat, k: int) -> Tile:
+    """Choose the tile of the GEMM with fp16 accumulation; K is a multiple of 64."""
+    tile = _MEDIUM if fmt.name in GRID_FORMATS else _FP16
+    limit = SUPERBLOCK if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS.tile_k
+    tile_k = max(64, largest_tile_k(fmt, k, max(limit, fmt.block_size)))
+    return Tile(tile.block_m, tile.block_n, tile_k, tile.num_warps, tile.num_stages)

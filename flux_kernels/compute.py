@@ -1,0 +1,29 @@
+"""The compute modes as data: what each does, and the numbers that its Triton kernels and torch twin share."""
+
+from __future__ import annotations
+
+from .errors import FormatError
+
+COMPUTE_MODES = {
+    "exact": "weights decoded in float32, rounded once to the activation dtype, float32 accumulation",
+    "fp16_accumulate": "fp16 operands and accumulation, promoted to float32 every 64 of K",
+    "int8": "activations and weights as int8 with scales, int32 accumulation",
+}
+GROUP = 128  # weights and activations that share one int8 scale along K, where K allows it
+PROMOTE_K = 64  # products summed in fp16 before they are added in float32
+# Calls of so few rows (modulation, time embedding) are bound by reading the weight: every mode runs them as "exact".
+WEIGHT_ONLY_M = 16
+
+
+def group_width(k: int) -> int:
+    """Return how many of K share one int8 scale: the largest power of two up to GROUP that divides K."""
+    return min(GROUP, k & -k)
+
+
+def check_mode(compute: str, k: int) -> None:
+    """Raise FormatError where rows of `k` weights cannot run in a compute mode."""
+    if compute == "fp16_accumulate" and k % PROMOTE_K:
+        raise FormatError(
+            f'compute="fp16_accumulate" needs K % {PROMOTE_K} == 0, got K={k}. Use compute="exact" for this layer, by a pattern '
+            'such as compute={"layer_name": "exact", "*": "fp16_accumulate"}.'
+        )

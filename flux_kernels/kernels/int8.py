@@ -1,0 +1,82 @@
+"""compute="int8": quantize x once, then for each chunk of output features unpack the weight to int8 and multiply.
+
+The chunk's scratch is at most a third of the L2 cache, so that the GEMM reads the unpacked weight from there.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .._triton import triton
+from ..compute import group_width
+from ..formats import BlockFormat
+from .activations import quantize_activation_kernel
+from .int8_gemm import int8_gemm_kernel
+from .launching import format_constants, table_of
+from .tuning import INT8_TILE, UNPACK_ROWS, largest_tile_k
+from .unpack_int8 import unpack_int8_kernel
+
+_UNKNOWN_L2 = 24 << 20  # bytes, where the device does not tell
+_QUANTIZE_ROWS = 16
+
+
+def linear(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool) -> None:
+    """Write x [M, K] @ decode(data).T + bias to y [M, N], both operands rounded to int8 with group scales."""
+    n, k = data.shape[0], fmt.row_weights(data.shape[1])
+    x_codes, x_scale = quantize_activation(x, group_width(k))
+    rows = rows_per_chunk(k, x.device)
+    for start in range(0, n, rows):
+        chunk = slice(start, min(start + rows, n))
+        w_codes, w_scale = unpack_weight(data[chunk], fmt, group_width(k), planes)
+        _gemm(x_codes, x_scale, w_codes, w_scale, None if bias is None else bias[chunk], y[:, chunk])
+
+
+def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Quantize x [M, K] to int8 codes [M, K] and float32 scales [K // group, M]."""
+    m, k = x.shape
+    codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    scale = torch.empty(k // group, m, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(m, _QUANTIZE_ROWS), k // group)
+    quantize_activation_kernel[grid](x, codes, scale, m, x.stride(0), K=k, GROUP=group, BLOCK_M=_QUANTIZE_ROWS)
+    return codes, scale
+
+
+def unpack_weight(data: Tensor, fmt: BlockFormat, group: int, planes: bool) -> tuple[Tensor, Tensor]:
+    """Unpack packed rows to int8 codes [N, K] and float32 scales [K // group, N]."""
+    n = data.shape[0]
+    constants = format_constants(fmt, data.shape[1], planes)
+    k = constants["K"]
+    codes = torch.empty(n, k, dtype=torch.int8, device=data.device)
+    scale = torch.empty(k // group, n, dtype=torch.float32, device=data.device)
+    tile_k = max(group, largest_tile_k(fmt, k))
+    grid = (triton.cdiv(n, UNPACK_ROWS), k // tile_k)
+    blocks = dict(GROUP=group, BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
+    unpack_int8_kernel[grid](data, table_of(fmt, data), codes, scale, n, **constants, **blocks)
+    return codes, scale
+
+
+def _gemm(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    m, n = y.shape
+    tile = INT8_TILE
+    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    k = x_codes.shape[1]
+    int8_gemm_kernel[grid](
+        *(x_codes, x_scale, w_codes, w_scale, bias, y, m, n, y.stride(0)),
+        K=k,
+        GROUP=k // x_scale.shape[0],
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@cache
+def rows_per_chunk(k: int, device: torch.device) -> int:
+    """Return how many rows of `k` int8 weights fill a third of L2, in whole tiles."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    l2 = getattr(properties, "L2_cache_size", 0) or _UNKNOWN_L2
+    return max(1, l2 // 3 // k // INT8_TILE.block_n) * INT8_TILE.block_n

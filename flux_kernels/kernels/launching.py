@@ -1,0 +1,29 @@
+"""What every launch needs: the constants a kernel takes from a format's row, and the device guard."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..formats import BlockFormat
+
+
+def table_of(fmt: BlockFormat, data: Tensor) -> Tensor:
+    """Return the format's lookup table on data's device, or `data` itself as the pointer nobody reads."""
+    return fmt.table_on(data.device) if fmt.table is not None else data
+
+
+def format_constants(fmt: BlockFormat, row_bytes: int, planes: bool) -> dict:
+    """Return the constexprs of packed rows of `row_bytes` bytes."""
+    num_blocks = row_bytes // fmt.type_size
+    k = num_blocks * fmt.block_size
+    return dict(K=k, DECODE=fmt.decode_tile, NUM_BLOCKS=num_blocks, ROW_BYTES=row_bytes, PLANES=planes)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's device current during a launch: Triton launches on the current device."""
+    if tensor.device.type == "cpu":  # Triton's interpreter
+        return nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)

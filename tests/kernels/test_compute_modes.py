@@ -1,0 +1,103 @@
+"""The int8 and fp16_accumulate kernels against their torch twins and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flux_kernels import kernels, low_precision, torch_backend
+from flux_kernels.compute import group_width
+from flux_kernels.formats import FORMATS
+from flux_kernels.kernels import int8
+
+from .samples import finite_rows
+
+
+def relative(got: torch.Tensor, oracle: torch.Tensor) -> float:
+    """Return the relative Frobenius norm of the difference."""
+    return ((got.double() - oracle).norm() / oracle.norm()).item()
+
+
+def assert_nearest(codes: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
+    """Every code is the nearest integer to value / scale, up to the float32 rounding of two operations near a tie."""
+    group = values.shape[1] // scale.shape[1]
+    exact = (values.double().unflatten(1, (-1, group)) / scale.double().clamp_min(1e-300)).flatten(1)
+    slack = 3 * 127 * torch.finfo(torch.float32).eps  # 127 / amax, times value, amax / 127: one rounding each
+    assert (codes.double() - exact).abs().max() <= 0.5 + slack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [64, 384, 1024])
+def test_activation_quantizer_equals_its_twin(dtype, k, device):
+    """Nearest codes and the twin's scales, zero rows included; a row with NaN or Inf gets scale NaN."""
+    torch.manual_seed(k)
+    x = (torch.randn(21, k) * torch.logspace(-3, 3, 21)[:, None]).to(dtype)
+    x[3] = 0
+    x[5, 7], x[6, 9] = float("nan"), float("inf")
+    group = group_width(k)
+    codes, scale = int8.quantize_activation(x.to(device), group)
+    _, twin_scale = low_precision.quantize_groups(x, group)
+    rows = torch.tensor([i for i in range(21) if i not in (5, 6)])
+    assert_nearest(codes.cpu()[rows], x[rows], twin_scale[rows])
+    torch.testing.assert_close(scale.cpu().T, twin_scale[..., 0], rtol=1e-6, atol=0, equal_nan=True)
+    assert scale.cpu()[0, [5, 6]].isnan().all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weight_unpack_equals_its_twin(name, device):
+    """Nearest codes of the decoded weight, and the twin's scales."""
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 9)
+    packed = fmt.layout.to_planes(data) if fmt.planes else data
+    codes, scale = int8.unpack_weight(packed.to(device), fmt, 128, fmt.planes)
+    _, twin_scale = low_precision.quantize_groups(weight, 128)
+    assert_nearest(codes.cpu(), weight, twin_scale)
+    torch.testing.assert_close(scale.cpu().T, twin_scale[..., 0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compute", ["int8", "fp16_accumulate"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ2_XS"])
+def test_kernel_is_as_accurate_as_its_twin(name, compute, dtype, device, monkeypatch):
+    """Ragged M and N, bias, several weight chunks: the error against float64 is the twin's.
+
+    int8: ties may round the other way, so errors agree to 2 %. fp16: the interpreter rounds after every product where tensor
+    cores round after 16, so up to 4 times the roundings, and sqrt(16) times the error of their random sum.
+    """
+    monkeypatch.setattr(int8, "rows_per_chunk", lambda k, device: 128)
+    torch.manual_seed(0)
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 150)
+    x, bias = torch.randn(37, 512).to(dtype), torch.randn(150).to(dtype)
+    packed = fmt.layout.to_planes(data) if fmt.planes else data
+    got = kernels.linear(x.to(device), packed.to(device), bias.to(device), fmt, compute, fmt.planes).cpu()
+    twin = torch_backend.linear(x, data, bias, fmt, compute)
+    oracle = x.double() @ weight.double().T + bias.double()
+    factor = {"int8": 1.02, "fp16_accumulate": 4.0}[compute]
+    assert relative(got, oracle) <= factor * relative(twin, oracle)
+
+
+@pytest.mark.parametrize("compute", ["int8", "fp16_accumulate"])
+def test_few_rows_stay_weight_only(compute, device):
+    """Modulation and embedding calls (up to 16 rows) are memory bound and run as exact."""
+    fmt = FORMATS["Q8_0"]
+    data, _ = finite_rows("Q8_0", 40)
+    x = torch.randn(16, 512)
+    exact = kernels.linear(x.to(device), data.to(device), None, fmt, "exact")
+    assert torch.equal(kernels.linear(x.to(device), data.to(device), None, fmt, compute), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp16_accumulate_survives_the_largest_activations(dtype, device):
+    """bf16 up to 1e30 and fp16 up to 65504: the token scale keeps every product in range."""
+    fmt = FORMATS["Q8_0"]
+    data, weight = finite_rows("Q8_0", 24)
+    data, weight = data[:2], weight[:2]
+    x = torch.randn(20, 512)
+    x *= (6e4 if dtype == torch.float16 else 1e30) / x.abs().amax()
+    x = x.to(dtype)
+    bf16 = x.bfloat16() if dtype == torch.bfloat16 else x.float()
+    got = kernels.linear(bf16.to(device), data.to(device), None, fmt, "fp16_accumulate").cpu()
+    oracle = bf16.double() @ weight.double().T
+    assert got.isfinite().all()
+    assert relative(got, oracle) < 5e-3
