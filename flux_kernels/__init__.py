@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import BackendUnavailable, FormatError, GGUFError
+from .fidelity import FidelityReport, fidelity
 from .footprint import memory_footprint
 from .formats import FORMATS, BlockFormat
 from .linear import GGUFLinear
@@ -29,12 +30,14 @@ __all__ = [
     "FORMATS",
     "BackendUnavailable",
     "BlockFormat",
+    "FidelityReport",
     "FormatError",
     "GGUFError",
     "GGUFFile",
     "GGUFLinear",
     "SwapReport",
     "dequantize",
+    "fidelity",
     "linear",
     "load_flux",
     "memory_footprint",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .backends import check_runnable
+from .compute import WEIGHT_ONLY_LAYERS, check_mode
 from .errors import FormatError
 from .footprint import dtype_name
 from .formats import BlockFormat, get_format
@@ -51,7 +52,9 @@ class Request:
         return _first_match(self.format, names, None)
 
     def compute_of(self, names: list[str]) -> str:
-        """Return the compute mode of a layer of these names."""
+        """Return the compute mode of a layer of these names; one mode for a whole model spares WEIGHT_ONLY_LAYERS."""
+        if isinstance(self.compute, str) and any(matches(names, pattern) for pattern in WEIGHT_ONLY_LAYERS):
+            return "exact"
         return _first_match(self.compute, names, "exact")
 
     def refusal(self, names: list[str]) -> str | None:
@@ -124,6 +127,7 @@ def _foreign(module: nn.Linear, places: Places) -> str | None:
 
 def _plan_update(step: Step, module: GGUFLinear, request: Request) -> Step:
     compute = request.compute_of(step.names)
+    check_mode(compute, module.in_features)
     check_runnable(request.backend, compute, module.qweight.device, get_format(module.format))
 
     def make() -> nn.Module:
@@ -145,6 +149,7 @@ def _plan_take_over(step: Step, module: nn.Linear, request: Request) -> Step:
         step.make = lambda: carry_over(module, unpack_plain(module))
         return step
     compute = request.compute_of(step.names)
+    check_mode(compute, module.in_features)
     check_runnable(request.backend, compute, module.weight.device, row)
     row.row_bytes(module.in_features, name)
     return _swapped(step, lambda: arrange(take_over(module, request.backend, compute)), "taken over", request, compute)
@@ -160,6 +165,7 @@ def _plan_quantize(step: Step, module: nn.Linear, request: Request) -> Step:
     _check_untouched(name, module)
     fmt, weight, compute = get_format(format), module.weight, request.compute_of(step.names)
     size = fmt.row_bytes(module.in_features, name) * module.out_features
+    check_mode(compute, module.in_features)
     check_runnable(request.backend, compute, weight.device, fmt)
     if weight.device.type != "meta" and not torch.isfinite(weight).all():
         raise FormatError(f'{name} holds NaN or infinity and cannot be quantized. Leave it out with exclude="{name}".')

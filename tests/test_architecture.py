@@ -24,7 +24,7 @@ LAYERS = [
     ("ops", "packing", "gguf_file", "gguf_write"),
     ("lazy_weight",),
     ("linear",),
-    ("footprint", "swap_report", "takeover"),
+    ("footprint", "swap_report", "takeover", "fidelity"),
     ("diffusers_guard", "swap_plan"),
     ("swap",),
     ("flux",),

@@ -1,0 +1,146 @@
+"""Measure what each compute mode costs in accuracy, layer by layer, on a user's own activations."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .compute import COMPUTE_MODES, WEIGHT_ONLY_LAYERS, check_mode
+from .errors import FormatError
+from .linear import GGUFLinear
+
+FASTEST_FIRST = ("int8", "fp16_accumulate", "exact")
+_MAX_TOKENS = 512  # rows of one call that are measured, evenly spread: errors are averages over tokens
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Hold one layer's relative RMS error against float64 in one compute mode (a fraction), over all measured calls."""
+
+    layer: str
+    format: str
+    compute: str
+    relative_error: float
+    calls: int
+
+
+class FidelityReport:
+    """Hold the measured errors; print it for a table, or turn it into a mode map with `modes`."""
+
+    def __init__(self, rows: list[LayerError]):
+        self.rows = rows
+
+    def modes(self, threshold: float) -> dict[str, str]:
+        """Return {layer: fastest mode whose error is at most `threshold`} for `swap_linear(compute=...)`.
+
+        Args:
+            threshold: relative RMS error of a layer's output, as a fraction (0.01 is 1 %).
+        """
+        errors: dict[str, dict[str, float]] = {}
+        for row in self.rows:
+            errors.setdefault(row.layer, {})[row.compute] = row.relative_error
+        return {layer: _fastest(layer, found, threshold) for layer, found in errors.items()}
+
+    def to_json(self) -> str:
+        """Return the rows as JSON."""
+        return json.dumps([asdict(row) for row in self.rows], indent=1)
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<56} {'format':<8} {'compute':<16} {'error':>9} {'calls':>6}"]
+        for row in self.rows:
+            error = f"{100 * row.relative_error:.4f} %"
+            lines.append(f"{row.layer:<56} {row.format:<8} {row.compute:<16} {error:>9} {row.calls:>6}")
+        return "\n".join(lines)
+
+
+def fidelity(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]] | Callable[[], Any],
+    computes: Iterable[str] = tuple(COMPUTE_MODES),
+) -> FidelityReport:
+    """Run the model and compare every packed layer's output in each compute mode with float64 on the same activations.
+
+    The model itself runs as it is set up: errors are each layer's own, they are not fed forward.
+
+    Args:
+        model: a module with GGUFLinear layers (after swap_linear or load_flux).
+        inputs: keyword arguments of one forward call, several of them, or a function that runs the model (a pipeline call).
+        computes: the modes to measure.
+
+    Raises:
+        FormatError: where the model has no packed layers.
+        BackendUnavailable: where a mode cannot run on the layer's device and backend.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    if not layers:
+        raise FormatError("fidelity measures GGUFLinear layers and the model has none. Call swap_linear on it first.")
+    sums = {(name, mode): [0.0, 0.0, 0] for name in layers for mode in computes}
+    hooks = [layer.register_forward_pre_hook(_measure(name, tuple(computes), sums)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            _run(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = []
+    for (name, mode), (error, signal, calls) in sums.items():
+        if calls:
+            rows.append(LayerError(name, layers[name].format, mode, _ratio(error, signal), calls))
+    return FidelityReport(rows)
+
+
+def _run(model: nn.Module, inputs) -> None:
+    if callable(inputs):
+        inputs()
+        return
+    for call in [inputs] if isinstance(inputs, Mapping) else inputs:
+        model(**call)
+
+
+def _measure(name: str, computes: tuple[str, ...], sums: dict):
+    """Return a hook that adds one call's squared errors and squared output to `sums`."""
+
+    def hook(layer: GGUFLinear, arguments: tuple) -> None:
+        x = _some_tokens(arguments[0].detach())
+        weight = ops.dequantize(layer.qweight, layer.format, torch.float32, backend=layer.backend, planes=layer.planes)
+        oracle = x.double() @ weight.double().T
+        for mode in computes:
+            try:
+                check_mode(mode, layer.in_features)
+            except FormatError:
+                continue  # the mode cannot take this layer: no row, and `modes` will not choose it
+            y = ops.linear(x, layer.qweight, layer.format, backend=layer.backend, compute=mode, planes=layer.planes)
+            entry = sums[name, mode]
+            entry[0] += (y.double() - oracle).square().sum().item()
+            entry[1] += oracle.square().sum().item()
+            entry[2] += 1
+
+    return hook
+
+
+def _some_tokens(x: Tensor) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.shape[0] <= _MAX_TOKENS:
+        return tokens
+    return tokens[torch.linspace(0, tokens.shape[0] - 1, _MAX_TOKENS, device=x.device).long()]
+
+
+def _ratio(error: float, signal: float) -> float:
+    if signal == 0:
+        return 0.0 if error == 0 else math.inf
+    return math.sqrt(error / signal)
+
+
+def _fastest(layer: str, errors: dict[str, float], threshold: float) -> str:
+    if any(fnmatchcase(layer, pattern) for pattern in WEIGHT_ONLY_LAYERS):
+        return "exact"
+    fitting = [mode for mode in FASTEST_FIRST if errors.get(mode, math.inf) <= threshold]
+    return fitting[0] if fitting else "exact"
