@@ -29,7 +29,7 @@ def run(*arguments: str) -> dict:
 
 def test_wide_tiles_of_every_format_keep_the_invariants_on_every_card():
     """No spills, tensor cores, one decode per weight, asynchronous weight loads, shared memory within the card, ratchet."""
-    report = run("--tiles", "wide")
+    report = run("--kernels", "wide")
     assert not report["problems"], "\n".join(report["problems"])
     from bench.aot.cards import CARDS
     from flux_kernels.formats import FORMATS
@@ -39,13 +39,21 @@ def test_wide_tiles_of_every_format_keep_the_invariants_on_every_card():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_small_tiles_keep_the_invariants(dtype):
-    report = run("--formats", "Q4_K,Q8_0", "--capabilities", "86,90", "--tiles", "medium,narrow", "--dtype", dtype)
+    report = run("--formats", "Q4_K,Q8_0", "--capabilities", "86,90", "--kernels", "medium,narrow", "--dtype", dtype)
     assert not report["problems"], "\n".join(report["problems"])
+
+
+def test_the_other_kernels_keep_the_invariants():
+    """The compute modes, unpack and small-M kernels: no spills, tensor cores where there are products."""
+    kernels = "small_m,fp16,int8,dequantize,unpack_int8"
+    report = run("--formats", "Q4_K,Q8_0,Q6_K", "--capabilities", "86,90", "--kernels", kernels)
+    assert not report["problems"], "\n".join(report["problems"])
+    assert {row["kernel"] for row in report["rows"]} == {"small_m", "fp16_gemm", "int8_gemm", "dequantize", "unpack_int8"}
 
 
 def test_float32_activations_use_no_tensor_cores():
     """Triton's default for float32 is TF32, which the interpreter hides; IEEE products have no tensor-core instruction."""
-    report = run("--formats", "Q4_K", "--capabilities", "86,90", "--tiles", "medium", "--dtype", "fp32")
+    report = run("--formats", "Q4_K", "--capabilities", "86,90", "--kernels", "medium", "--dtype", "fp32")
     assert report["rows"]
     for row in report["rows"]:
         assert row["mma"] == ""
@@ -57,7 +65,7 @@ def test_a_broken_invariant_is_found():
     from bench.aot.invariants import problems
     from bench.aot.report import Row
 
-    good = run("--formats", "Q8_0", "--capabilities", "86", "--tiles", "narrow")["rows"][0]
+    good = run("--formats", "Q8_0", "--capabilities", "86", "--kernels", "narrow")["rows"][0]
     bad = good | dict(spills=3, mma="", decodes_per_weight=2.0, loop_global=4, shared_bytes=10**6)
     found = problems(Row(**bad), good | dict(loop_instructions=good["loop_instructions"] / 1.06))
     assert len(found) == 6

@@ -22,7 +22,10 @@ RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
 def main(
     formats: Annotated[str, typer.Option(help="Comma-separated ggml types; empty means all.")] = "",
     capabilities: Annotated[str, typer.Option(help="Comma-separated, such as 86,89; empty means all.")] = "",
-    tiles: Annotated[str, typer.Option(help="Shipped tiles by name: wide, medium, narrow.")] = "wide,medium,narrow",
+    kernels: Annotated[
+        str,
+        typer.Option(help="wide, medium, narrow (fused GEMM), small_m, fp16, int8, dequantize, unpack_int8; empty means all."),
+    ] = "",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     check: Annotated[
         bool, typer.Option(help="Exit 1 when an invariant is broken or the record's ratchet is exceeded.")
@@ -33,16 +36,19 @@ def main(
 ) -> None:
     """Compile the shipped tiles for cards that are not here and report registers, spills, main loop and predicted clocks."""
     from .cards import CARDS
-    from .report import FORMATS, SHIPPED_M
+    from .report import FORMAT_FREE, FORMATS, SHIPPED
 
     unknown = set(filter(None, formats.split(","))) - FORMATS.keys()
     if unknown:
         raise typer.BadParameter(f"unknown formats {sorted(unknown)}; known: {', '.join(FORMATS)}")
+    if unknown := set(filter(None, kernels.split(","))) - SHIPPED.keys():
+        raise typer.BadParameter(f"unknown kernels {sorted(unknown)}; known: {', '.join(SHIPPED)}")
+    names = formats.split(",") if formats else list(FORMATS)
     work = [
-        (name, int(capability), SHIPPED_M[tile], dtype)
+        (kernel, name, int(capability), dtype)
         for capability in (capabilities.split(",") if capabilities else CARDS)
-        for name in (formats.split(",") if formats else FORMATS)
-        for tile in tiles.split(",")
+        for kernel in (kernels.split(",") if kernels else SHIPPED)
+        for name in (names[:1] if kernel in FORMAT_FREE else names)
     ]
     with ProcessPoolExecutor(jobs) as pool:
         results = pool.map(_one, work)
@@ -60,10 +66,10 @@ def main(
 
 
 def _one(item: tuple) -> dict:
-    from .report import FORMATS, as_dict, fused_row, fused_tile
+    from .report import SHIPPED, as_dict
 
-    name, capability, m, dtype = item
-    return as_dict(fused_row(name, capability, fused_tile(FORMATS[name], m, 3072, 3072), dtype))
+    kernel, name, capability, dtype = item
+    return as_dict(SHIPPED[kernel](name, capability, dtype))
 
 
 def _problems(rows: list[dict]) -> list[str]:
@@ -94,7 +100,17 @@ def _print(rows: list[dict]) -> None:
         "format", "sm", "tile", "regs", "spills", "shared", "per SM", "loop", "LDG", "decodes", "tensor clk", "issue clk"
     )
     for row in rows:
-        names = ("format", "capability", "tile", "registers", "spills", "shared_bytes", "programs_per_sm", "loop_instructions")
+        names = (
+            "kernel",
+            "format",
+            "capability",
+            "tile",
+            "registers",
+            "spills",
+            "shared_bytes",
+            "programs_per_sm",
+            "loop_instructions",
+        )
         rest = ("loop_global", "decodes_per_weight", "tensor_clocks", "issue_clocks")
         table.add_row(*(str(row[name]) for name in names + rest))
     Console().print(table)

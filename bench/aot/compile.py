@@ -8,10 +8,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.kernels.dequantize import dequantize_kernel
+from flux_kernels.kernels.fp16_gemm import fp16_gemm_kernel
 from flux_kernels.kernels.fused_gemm import fused_gemm_kernel
-from flux_kernels.kernels.tuning import Tile, largest_tile_k
+from flux_kernels.kernels.int8_gemm import int8_gemm_kernel
+from flux_kernels.kernels.small_m import small_m_kernel
+from flux_kernels.kernels.tuning import UNPACK_ROWS, Tile, largest_tile_k
+from flux_kernels.kernels.unpack_int8 import unpack_int8_kernel
 
 from .sass import MachineCode, read
 
@@ -62,9 +67,43 @@ def compile_fused(name: str, capability: int, tile: Tile, dtype: str = "bf16", k
     return compile_kernel(fused_gemm_kernel, pointers, ("M", "N", "stride_xm"), constants, capability, **options)
 
 
+def compile_fp16(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the GEMM with fp16 accumulation for one format, card and tile."""
+    pointers = dict(x_ptr="*fp16", x_scale_ptr="*fp32", w_ptr="*u8", table_ptr="*u8", bias_ptr=_DTYPES[dtype])
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+    constants = format_constants(FORMATS[name], k) | blocks
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return compile_kernel(fp16_gemm_kernel, pointers | {"y_ptr": _DTYPES[dtype]}, ("M", "N"), constants, capability, **options)
+
+
+def compile_int8(capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the int8 GEMM for one card and tile."""
+    pointers = dict(x_ptr="*i8", x_scale_ptr="*fp32", w_ptr="*i8", w_scale_ptr="*fp32", bias_ptr=_DTYPES[dtype])
+    constants = dict(K=k, GROUP=tile.tile_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    pointers |= {"y_ptr": _DTYPES[dtype]}
+    return compile_kernel(int8_gemm_kernel, pointers, ("M", "N", "stride_ym"), constants, capability, **options)
+
+
+def compile_small_m(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the small-M kernel for one format, card and tile."""
+    x = _DTYPES[dtype]
+    pointers = dict(x_ptr=x, w_ptr="*u8", table_ptr="*u8", bias_ptr=x, y_ptr=x)
+    constants = format_constants(FORMATS[name], k) | dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+    return compile_kernel(small_m_kernel, pointers, ("N", "stride_xm"), constants, capability, num_warps=tile.num_warps)
+
+
 def compile_dequantize(name: str, capability: int, dtype: str = "bf16", k: int = 3072) -> Compiled:
-    """Compile the unpack kernel for one format and card."""
+    """Compile the unpack kernel to a float dtype for one format and card."""
     fmt = FORMATS[name]
     pointers = dict(w_ptr="*u8", table_ptr="*u8", y_ptr=_DTYPES[dtype])
-    constants = format_constants(fmt, k) | dict(BLOCK_N=16, TILE_K=largest_tile_k(fmt, k))
+    constants = format_constants(fmt, k) | dict(BLOCK_N=UNPACK_ROWS, TILE_K=largest_tile_k(fmt, k))
     return compile_kernel(dequantize_kernel, pointers, ("N",), constants, capability)
+
+
+def compile_unpack_int8(name: str, capability: int, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the unpack kernel to int8 for one format and card (`dtype` has no effect)."""
+    fmt = FORMATS[name]
+    pointers = dict(w_ptr="*u8", table_ptr="*u8", codes_ptr="*i8", scale_ptr="*fp32")
+    blocks = dict(GROUP=group_width(k), BLOCK_N=UNPACK_ROWS, TILE_K=largest_tile_k(fmt, k))
+    return compile_kernel(unpack_int8_kernel, pointers, ("N",), format_constants(fmt, k) | blocks, capability)

@@ -10,6 +10,8 @@ from flux_kernels.kernels.tuning import GRID_FORMATS
 from .cards import CARDS
 from .report import Row
 
+FUSED_KERNELS = ("fused_gemm", "fp16_gemm")  # packed bytes to tensor cores in one loop
+TENSOR_CORE_KERNELS = (*FUSED_KERNELS, "int8_gemm")
 RATCHET = 1.05  # main-loop instructions may grow by this factor before the record must be changed on purpose
 
 
@@ -19,11 +21,11 @@ def problems(row: Row, recorded: dict | None) -> list[str]:
     found = []
     if row.spills:
         found.append(f"{row.spills} register spills")
-    if not row.mma and row.dtype != "fp32":
+    if not row.mma and row.kernel in TENSOR_CORE_KERNELS and row.dtype != "fp32":
         found.append("no tensor-core instruction in the main loop")
-    if row.decodes_per_weight != 1.0 and row.dtype != "fp32":
+    if row.decodes_per_weight != 1.0 and row.kernel in FUSED_KERNELS and row.dtype != "fp32":
         found.append(f"every weight is decoded {row.decodes_per_weight} times")
-    if row.loop_global and row.format not in GRID_FORMATS:
+    if row.loop_global and row.kernel in FUSED_KERNELS and row.format not in GRID_FORMATS:
         found.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")
     if row.shared_bytes > card.shared_per_block:
         found.append(f"{row.shared_bytes} bytes of shared memory, the card has {card.shared_per_block}")

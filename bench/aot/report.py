@@ -7,13 +7,18 @@ from dataclasses import asdict, dataclass
 import triton
 
 from flux_kernels.formats import FORMATS
-from flux_kernels.kernels.tuning import Tile, fused_tile
+from flux_kernels.kernels.tuning import INT8_TILE, UNPACK_ROWS, Tile, fp16_tile, fused_tile, largest_tile_k, small_m_tile
 
 from .cards import CARDS, occupancy
-from .compile import Compiled, compile_fused
-
-# Tile shapes the library ships, by the number of rows they are chosen for (see kernels/tuning.py).
-SHIPPED_M = {"wide": 4608, "medium": 64, "narrow": 16}
+from .compile import (
+    Compiled,
+    compile_dequantize,
+    compile_fp16,
+    compile_fused,
+    compile_int8,
+    compile_small_m,
+    compile_unpack_int8,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Row:
     loop_shared: int
     loop_async: int
     loop_global: int
-    decodes_per_weight: float
+    decodes_per_weight: float  # 0 where it is not counted
     tensor_clocks: int
     issue_clocks: int
     int_clocks: int
@@ -47,27 +52,70 @@ class Row:
 
 
 def fused_row(name: str, capability: int, tile: Tile, dtype: str = "bf16") -> Row:
-    """Compile the fused GEMM and describe it."""
+    """Compile the fused GEMM with a tile and describe it."""
     built = compile_fused(name, capability, tile, dtype)
-    text = f"{tile.block_m}x{tile.block_n}x{tile.tile_k} warps {tile.num_warps} stages {tile.num_stages}"
-    return _row("fused_gemm", name, capability, dtype, text, built, tile.block_n * tile.tile_k)
+    return _row("fused_gemm", name, capability, dtype, _text(tile), built, tile.block_n * tile.tile_k)
 
 
-def shipped_rows(names=None, capabilities=None):
-    """Yield the rows of the tiles that `fused_tile` chooses, format by format and card by card."""
-    for capability in capabilities or CARDS:
-        for name in names or FORMATS:
-            for m in SHIPPED_M.values():
-                yield fused_row(name, capability, fused_tile(FORMATS[name], m, 3072, 3072))
+def _shipped_fused(m: int):
+    def row(name: str, capability: int, dtype: str) -> Row:
+        return fused_row(name, capability, fused_tile(FORMATS[name], m, _N, _K), dtype)
+
+    return row
 
 
-def _row(kernel: str, name: str, capability: int, dtype: str, tile: str, built: Compiled, weights: int) -> Row:
+def _shipped_fp16(name: str, capability: int, dtype: str) -> Row:
+    tile = fp16_tile(FORMATS[name], _K)
+    built = compile_fp16(name, capability, tile, dtype)
+    return _row("fp16_gemm", name, capability, dtype, _text(tile), built, tile.block_n * tile.tile_k)
+
+
+def _shipped_int8(name: str, capability: int, dtype: str) -> Row:
+    built = compile_int8(capability, INT8_TILE, dtype)
+    return _row("int8_gemm", "int8", capability, dtype, _text(INT8_TILE), built, None)
+
+
+def _shipped_small_m(name: str, capability: int, dtype: str) -> Row:
+    tile = small_m_tile(FORMATS[name], _K)
+    built = compile_small_m(name, capability, tile, dtype)
+    return _row("small_m", name, capability, dtype, _text(tile), built, None)
+
+
+def _shipped_unpack(kernel: str, compiler):
+    def row(name: str, capability: int, dtype: str) -> Row:
+        text = f"{UNPACK_ROWS}x{largest_tile_k(FORMATS[name], _K)}"
+        return _row(kernel, name, capability, dtype, text, compiler(name, capability, dtype), None)
+
+    return row
+
+
+_N = _K = 3072
+# What the library launches, by the name the command line takes.
+SHIPPED = {
+    "wide": _shipped_fused(4608),
+    "medium": _shipped_fused(64),
+    "narrow": _shipped_fused(16),
+    "small_m": _shipped_small_m,
+    "fp16": _shipped_fp16,
+    "int8": _shipped_int8,
+    "dequantize": _shipped_unpack("dequantize", compile_dequantize),
+    "unpack_int8": _shipped_unpack("unpack_int8", compile_unpack_int8),
+}
+FORMAT_FREE = frozenset({"int8"})  # kernels that no format is compiled into
+
+
+def _text(tile: Tile) -> str:
+    return f"{tile.block_m}x{tile.block_n}x{tile.tile_k} warps {tile.num_warps} stages {tile.num_stages}"
+
+
+def _row(kernel: str, name: str, capability: int, dtype: str, tile: str, built: Compiled, weights: int | None) -> Row:
     card = CARDS[capability]
     code, pipes = built.code, built.code.by_pipe()
     total = sum(code.loop.values())
     warps_per_quadrant = built.threads // 128 or 1
     # Every decoded weight passes one float32 -> 16-bit packing instruction (two weights each), whatever way it was decoded.
-    decodes = code.count("F2FP") * 2 * built.threads / weights if dtype != "fp32" else float("nan")
+    counted = weights is not None and dtype != "fp32"
+    decodes = code.count("F2FP") * 2 * built.threads / weights if counted else 0.0
     return Row(
         kernel=kernel,
         format=name,
@@ -103,8 +151,15 @@ def _tensor_clocks(code, per_hmma: int) -> int:
         if opcode.startswith("HGMMA"):
             m, columns, k = (int(part) for part in opcode.split(".")[1].split("x"))
             clocks += n * per_hmma * (m * columns * k) // (16 * 8 * 16 * 4)
+        elif opcode.startswith("HMMA.16816.F16"):
+            clocks += n * max(per_hmma // 2, 8)  # GeForce runs fp16 accumulation at twice the rate
         elif opcode.startswith("HMMA.16816"):
             clocks += n * per_hmma
+        elif opcode.startswith("IMMA.16832"):
+            clocks += n * max(per_hmma // 2, 4)  # twice the K at four times (GeForce) or twice (A100) the bf16 rate
+        elif opcode.startswith("IGMMA"):
+            m, columns, k = (int(part) for part in opcode.split(".")[1].split("x"))
+            clocks += n * per_hmma * (m * columns * k) // (16 * 8 * 16 * 4 * 2)
     return clocks
 
 
