@@ -62,7 +62,6 @@ def test_every_linear_of_the_blocks_fits_256_weight_blocks(pipeline):
     assert {m.in_features for m in in_blocks.values()} == {256, 1024, 1280}
 
 
-@pytest.mark.xfail(strict=True, reason="the embedded model is not converged: see demo_model/README.md")
 def test_every_digit_is_recognised(pipeline):
     wanted = [digit for digit in range(10) for _ in range(SEEDS_PER_DIGIT)]
     read = read_digits(draw(pipeline, [f"a {WORDS[digit]}" for digit in wanted], seed=20))
