@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +171,31 @@ def test_bytes_depend_on_the_row_alone(name, monkeypatch):
             torch.set_num_threads(threads)
         alone = torch.cat([quantize(x[i : i + 1], name, None if weights is None else weights[i : i + 1]) for i in range(13)])
         assert torch.equal(whole, cut) and torch.equal(whole, alone)
+
+
+DIGEST = """
+import hashlib, numpy, torch, flux_kernels
+x = numpy.random.default_rng(0).standard_normal((5, 1536), dtype=numpy.float32)
+x[3:] = x[3:, :1]
+digest = hashlib.sha256()
+for name, fmt in flux_kernels.FORMATS.items():
+    if fmt.quantize is not None:
+        for importance in (None, torch.from_numpy(x[0] ** 2)):
+            digest.update(flux_kernels.quantize(torch.from_numpy(x), name, importance).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_bytes_do_not_depend_on_the_vector_width():
+    """torch's scalar kernels and those for this machine's vectors give the same bytes: no fused or reordered arithmetic."""
+    widths = ({}, {"ATEN_CPU_CAPABILITY": "default"})
+    environment = {**os.environ, "PYTHONPATH": str(Path(fk.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([sys.executable, "-c", DIGEST], env={**environment, **width}, stdout=subprocess.PIPE, text=True)
+        for width in widths
+    ]
+    first, second = (process.communicate(timeout=120)[0] for process in running)
+    assert first == second and len(first.strip()) == 64
 
 
 @every_own

@@ -119,9 +119,9 @@ def half_above(t: Tensor) -> Tensor:
 
 
 def refitted(old: Tensor, fit: Tensor) -> Tensor:
-    """Take the fit, rounded to fp16, in place of the old scale where it has full precision and the same sign."""
+    """Take the fit, rounded to fp16, in place of the old scale where it has the same sign and is not 0."""
     new = half(fit)
-    return torch.lerp(old, new, torch.sign((new * torch.sign(old) - HALF_NORMAL).clamp(min=0)))
+    return torch.lerp(old, new, torch.sign((new * torch.sign(old)).clamp(min=0)))
 
 
 def nonzero(scale: Tensor) -> Tensor:

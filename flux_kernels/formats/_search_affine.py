@@ -1,7 +1,8 @@
 """Search for the types with an offset: x = scale * q - offset, q = 0 .. top.
 
-Candidates of Q2_K, Q4_K and Q5_K: first each sub-block gets a scale and an offset of its own, which fixes d and dmin. Then
-(sc, m) moves to its best neighbour, by the error after rounding the codes anew, and d and dmin are fitted to that, in turns.
+The super-block types search in steps: each sub-block is fitted on its own, from several grids; the best fits fix d and dmin;
+every fit is rounded to (sc, m) and judged by the error after rounding the codes anew; (sc, m) moves to its best neighbour;
+d and dmin are fitted to all that and stay so where it helps.
 """
 
 from __future__ import annotations

@@ -162,18 +162,23 @@ class SuperScaleSearch:
         return d, sc, y
 
     def _put_constants(self, b: Blocks, d: Tensor, sc: Tensor, y: Tensor) -> None:
-        """Express blocks of equal weights by the product sc * level that forgives d's rounding most, in place."""
+        """Express blocks of equal weights, in place, by the product sc * level that forgives d's rounding most."""
         columns = b.constant().flatten().nonzero().flatten()
         if not columns.numel():
             return
         levels = self.snap(*torch.arange(-128.0, 128.0, device=d.device).repeat(2, 1)).unique()
         steps = torch.arange(self.reach // 2, self.reach, device=d.device, dtype=levels.dtype)
-        products = torch.cartesian_prod(steps, levels[levels != 0])
+        pairs = torch.cartesian_prod(steps, levels[levels != 0])
+        products = pairs.prod(1, keepdim=True)
         c = b.x[0, 0, columns]
-        ds = half(c / products.prod(1, keepdim=True))
-        best = (ds * products.prod(1, keepdim=True) - c).abs().argmin(0)
-        d[..., columns] = ds.gather(0, best[None])
-        sc[..., columns], y[..., columns] = products[best].t()
+        scales = half(c / products)
+        error = (scales * products - c).abs()
+        order = torch.arange(len(products), device=d.device)[:, None].expand_as(error)
+        first = torch.where(error == error.amin(0), order, len(products)).amin(0)  # argmin may return any of equals
+        better = error.amin(0) < ((d * sc * y)[..., columns] - c).abs().amax((0, 1))
+        columns, first = columns[better], first[better]
+        d[..., columns] = scales[:, better].gather(0, first[None])
+        sc[..., columns], y[..., columns] = pairs[first].t()
 
     def _legal(self, t: Tensor) -> Tensor:
         """Round to an sc other than 0: under any scale, rounding is no worse than zeros."""
