@@ -140,7 +140,7 @@ def rows_of_report(types: list[str], rows: int) -> Iterator[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", default=",".join(name for name, fmt in FORMATS.items() if fmt.quantize is not None))
-    parser.add_argument("--rows", type=int, default=96, help="rows of each kind of weights")
+    parser.add_argument("--rows", type=int, default=170, help="rows of each kind of weights; 170 fill two chunks of a search")
     parser.add_argument("--out", default=str(ROOT / "bench/results/quantizers.csv"), help="CSV to write, - for none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
