@@ -15,12 +15,12 @@ from types import ModuleType
 import torch
 
 from . import _triton
-from .compute import COMPUTE_MODES
+from .compute import COMPUTE_MODES, TENSOR_CORE_CAPABILITY
 from .errors import BackendUnavailable, FormatError
 from .formats import BlockFormat
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MIN_CAPABILITY = (8, 0)  # Triton has no tensor-core code for older NVIDIA cards
+MIN_CAPABILITY = (7, 5)  # Turing: Triton unpacks, cuBLAS multiplies
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def _triton_refusal(device: torch.device, fmt: BlockFormat) -> str | None:
     if device.type == "cuda":
         capability = _capability(device)
         if capability < MIN_CAPABILITY:
-            return f"{device} has compute capability {capability[0]}.{capability[1]}, and {MIN_CAPABILITY[0]}.0 is needed"
+            had, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+            return f"{device} has compute capability {had}, and {needed} (an RTX 20 card) is the oldest supported"
         return None
     if device.type == "cpu" and _triton.interpreting():
         return None
@@ -97,17 +98,21 @@ def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) 
         named = [BACKENDS["torch"]] if device.type == "cpu" else list(BACKENDS.values())
     reasons = []
     for candidate in named:
-        reason = _mode_refusal(candidate, compute) or candidate.refusal(device, fmt)
+        reason = _mode_refusal(candidate, compute, device) or candidate.refusal(device, fmt)
         if reason is None:
             return candidate
         reasons.append(f'backend="{candidate.name}" cannot run: {reason}.')
     raise BackendUnavailable(" ".join([*reasons, 'Use backend="auto" with compute="exact", which runs everywhere.']))
 
 
-def _mode_refusal(backend: Backend, compute: str) -> str | None:
-    if compute in backend.computes:
+def _mode_refusal(backend: Backend, compute: str, device: torch.device) -> str | None:
+    if compute not in backend.computes:
+        return f'compute="{compute}" is not implemented there (it has {", ".join(backend.computes)})'
+    if backend.name != "triton" or compute == "exact" or device.type != "cuda" or torch.version.hip:
         return None
-    return f'compute="{compute}" is not implemented there (it has {", ".join(backend.computes)})'
+    if _capability(device) < TENSOR_CORE_CAPABILITY:
+        return f'compute="{compute}" needs tensor cores that Triton supports (an RTX 30 card or newer); {device} is older'
+    return None
 
 
 def execution_devices(device: torch.device) -> list[torch.device]:

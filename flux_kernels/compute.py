@@ -13,6 +13,7 @@ GROUP = 128  # weights and activations that share one int8 scale along K, where 
 PROMOTE_K = 64  # products summed in fp16 before they are added in float32
 # Calls of so few rows (modulation, time embedding) are bound by reading the weight: every mode runs them as "exact".
 WEIGHT_ONLY_M = 16
+TENSOR_CORE_CAPABILITY = (8, 0)  # NVIDIA compute capability from which Triton has tensor-core code
 # Layers that one compute mode for a whole model leaves as "exact": modulation, embedders and the final projection, where an
 # error reaches every token and little time is spent. A map of patterns overrides this.
 WEIGHT_ONLY_LAYERS = (

@@ -151,13 +151,18 @@ def test_auto_is_torch_on_the_cpu_even_in_the_interpreter(monkeypatch):
 
 
 def test_old_cards_get_the_torch_backend_from_auto(monkeypatch):
-    monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backends, "_capability", lambda device: (7, 0))
     card, fmt = torch.device("cuda", 0), fk.FORMATS["Q4_K"]
     backends.resolve.cache_clear()
     assert backends.resolve("auto", "exact", card, fmt).name == "torch"
     if backends._triton.TRITON_VERSION is not None:
-        with pytest.raises(fk.BackendUnavailable, match="capability 7.5"):
+        with pytest.raises(fk.BackendUnavailable, match="capability 7.0"):
             backends.resolve("triton", "exact", card, fmt)
+        monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))  # Turing: unpack and cuBLAS, nothing faster
+        backends.resolve.cache_clear()
+        assert backends.resolve("auto", "exact", card, fmt).name == "triton"
+        with pytest.raises(fk.BackendUnavailable, match="RTX 30 card or newer"):
+            backends.resolve("triton", "int8", card, fmt)
         monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))
         backends.resolve.cache_clear()
         assert backends.resolve("auto", "exact", card, fmt).name == "triton"

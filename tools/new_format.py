@@ -73,7 +73,7 @@ def scaffold(name: str, ggml_type: int, folder: Path = FORMATS) -> Path:
 
 def _registered(text: str, module: str) -> str:
     """Add a module to the registry's import and to its tuple."""
-    imports = re.search(r"from \. import (\(\n(?P<many>.*?)\)|(?P<one>[^\n]+))\n", text, re.S)
+    imports = re.search(r"from \. import (\(\n(?P<many>.*?)\)|(?P<one>[^\n]+))\n", text, re.DOTALL)
     names = re.findall(r"\w+", imports["many"] or imports["one"])
     block = "from . import (\n" + "".join(f"    {name},\n" for name in sorted([*names, module])) + ")\n"
     text = text.replace(imports[0], block)

@@ -19,28 +19,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._triton import triton
 from ..compute import WEIGHT_ONLY_M
 from ..formats import BlockFormat
-from . import exact, fp16_accumulate, int8
-from .dequantize import dequantize_kernel
-from .launching import device_of, format_constants, table_of
-from .tuning import UNPACK_ROWS, largest_tile_k
+from . import exact, fp16_accumulate, int8, two_stage
+from .launching import device_of
 
 _MODES = {"exact": exact.linear, "fp16_accumulate": fp16_accumulate.linear, "int8": int8.linear}
 
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
     """Decode packed rows uint8 [N, row bytes] to [N, K] of `dtype`; float32 bit-equal to the reference, 16 bit rounded once."""
-    n, row_bytes = data.shape
-    constants = format_constants(fmt, row_bytes, planes)
-    y = torch.empty(n, constants["K"], dtype=dtype, device=data.device)
-    if y.numel():
-        tile_k = largest_tile_k(fmt, constants["K"])
-        grid = (triton.cdiv(n, UNPACK_ROWS), constants["K"] // tile_k)
-        with device_of(data):
-            dequantize_kernel[grid](data, table_of(fmt, data), y, n, **constants, BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
-    return y
+    with device_of(data):
+        return two_stage.unpack(data, fmt, dtype, planes)
 
 
 def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, compute: str, planes: bool = False) -> Tensor:

@@ -5,8 +5,6 @@ The chunk's scratch is at most a third of the L2 cache, so that the GEMM reads t
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -17,9 +15,9 @@ from .activations import quantize_activation_kernel
 from .int8_gemm import int8_gemm_kernel
 from .launching import format_constants, table_of
 from .tuning import INT8_TILE, UNPACK_ROWS, largest_tile_k
+from .two_stage import rows_per_chunk
 from .unpack_int8 import unpack_int8_kernel
 
-_UNKNOWN_L2 = 24 << 20  # bytes, where the device does not tell
 _QUANTIZE_ROWS = 16
 
 
@@ -27,7 +25,7 @@ def linear(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFo
     """Write x [M, K] @ decode(data).T + bias to y [M, N], both operands rounded to int8 with group scales."""
     n, k = data.shape[0], fmt.row_weights(data.shape[1])
     x_codes, x_scale = quantize_activation(x, group_width(k))
-    rows = rows_per_chunk(k, x.device)
+    rows = rows_per_chunk(k, 1, x.device)
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
         w_codes, w_scale = unpack_weight(data[chunk], fmt, group_width(k), planes)
@@ -72,11 +70,3 @@ def _gemm(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bi
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-
-
-@cache
-def rows_per_chunk(k: int, device: torch.device) -> int:
-    """Return how many rows of `k` int8 weights fill a third of L2, in whole tiles."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    l2 = getattr(properties, "L2_cache_size", 0) or _UNKNOWN_L2
-    return max(1, l2 // 3 // k // INT8_TILE.block_n) * INT8_TILE.block_n

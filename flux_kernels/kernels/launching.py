@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ def format_constants(fmt: BlockFormat, row_bytes: int, planes: bool) -> dict:
     num_blocks = row_bytes // fmt.type_size
     k = num_blocks * fmt.block_size
     return dict(K=k, DECODE=fmt.decode_tile, NUM_BLOCKS=num_blocks, ROW_BYTES=row_bytes, PLANES=planes)
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return an NVIDIA card's compute capability, or None on other devices."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:

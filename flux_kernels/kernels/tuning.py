@@ -1,9 +1,10 @@
-"""The tile table: which tile a kernel launches with, as data."""
+"""The tile table: which algorithm runs and which tile a kernel launches with, as data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..compute import TENSOR_CORE_CAPABILITY
 from ..formats import SUPERBLOCK, BlockFormat
 
 
@@ -49,6 +50,20 @@ SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-c
 _FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
+
+
+# Cards with so few arithmetic instructions per tensor-core product that a fused decode cannot hide at large M.
+_DATACENTER = frozenset({(8, 0), (9, 0), (10, 0)})
+_DATACENTER_FUSED_M = 512  # up to here writing the unpacked weight costs as much as the exposed decode (estimated)
+
+
+def choose_algorithm(m: int, capability: tuple[int, int] | None) -> str:
+    """Return "small_m", "fused" or "two_stage" for compute="exact"; capability None means no NVIDIA card."""
+    if m <= SMALL_M:
+        return "small_m"
+    if capability is not None and capability < TENSOR_CORE_CAPABILITY:
+        return "two_stage"
+    return "two_stage" if capability in _DATACENTER and m > _DATACENTER_FUSED_M else "fused"
 
 
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:

@@ -7,6 +7,8 @@ import torch
 
 from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
+from flux_kernels.kernels import exact, two_stage
+from flux_kernels.kernels.tuning import choose_algorithm
 
 from .samples import finite_rows, golden
 
@@ -96,6 +98,26 @@ def test_one_row_selects_one_column_of_the_weight(name, dtype, device):
         x[0, at] = 1
         got = launch(x, data, fmt, planes=fmt.planes, device=device)
         assert torch.equal(got[0], weight[:, at].to(dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ3_S"])
+def test_the_two_stage_algorithm_equals_torch(name, bias, device, monkeypatch):
+    """Unpacking chunk by chunk and torch's matmul give what dequantize-then-linear gives, ragged last chunk included."""
+    monkeypatch.setattr(exact, "choose_algorithm", lambda m, capability: "two_stage")
+    monkeypatch.setattr(two_stage, "rows_per_chunk", lambda k, itemsize, device: 16)
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 37)
+    x, b = torch.randn(20, 512), torch.randn(37) if bias else None
+    got = launch(x, data, fmt, b, fmt.planes, device)
+    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, b), rtol=1e-5, atol=1e-4)
+
+
+def test_the_algorithm_is_chosen_by_rows_and_card():
+    """Few rows: small-M. Turing has no tensor-core code. Datacenter cards cannot hide a decode at large M."""
+    choices = {(1, (8, 6)): "small_m", (64, (7, 5)): "two_stage", (4608, (8, 9)): "fused", (4608, (12, 0)): "fused"}
+    choices |= {(4608, (9, 0)): "two_stage", (512, (9, 0)): "fused", (4608, None): "fused"}
+    assert {key: choose_algorithm(*key) for key in choices} == choices
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
