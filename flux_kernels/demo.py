@@ -38,13 +38,14 @@ class Variant:
     format: str | Mapping[str, str] | None
 
 
-# First match wins: fine types where an error hurts the picture most (values, then the other attention matrices), coarse ones
-# where it hurts least (modulation, the text stream's MLP). Found by giving one class of matrices at a time a coarse type.
+# First match wins: fine types where an error hurts the picture most (the image stream's MLP, attention, its values above all),
+# coarse ones where it hurts least (modulation, the text stream's MLP). Found by giving one class of matrices at a time Q4_K.
 MIXED = {
     "*.to_v": "Q8_0",
     "*.norm*.linear": "Q4_K",
     "*.ff_context.*": "Q4_K",
     "*.attn.*": "Q6_K",
+    "*.ff.*": "Q6_K",
     "*": "Q5_K",
 }
 VARIANTS = (
@@ -55,6 +56,7 @@ VARIANTS = (
     Variant("mixed", MIXED),
 )
 PROMPTS = EMBEDDED_PROMPTS[:6]
+SEED = 2  # draws these prompts clearly; about one picture in 25 of other seeds is not read as asked (demo_model/README.md)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def run_demo(
     folder: Path,
     *,
     prompts: Sequence[str] = PROMPTS,
-    seed: int = 0,
+    seed: int = SEED,
     backend: str = "auto",
     steps: int | None = None,
     variants: Sequence[Variant] = VARIANTS,

@@ -19,7 +19,9 @@ def demo(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "--prompts", "-p", help="A row of the sheet; give it several times.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first row's noise; each further row has the next one.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the first row's noise; each further row has the next one. 2 by default.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own number by default.")] = None,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, for machines.")] = False,
@@ -48,7 +50,7 @@ def demo(
         drawn = work.run_demo(
             out.parent,
             prompts=prompts,
-            seed=seed,
+            seed=work.SEED if seed is None else seed,
             backend=backend,
             steps=steps,
             step=lambda status: progress.update(task, advance=1, description=status),

@@ -52,7 +52,7 @@ def generate(
     ] = Offload.auto,
     lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE, .safetensors; give it several times.")] = None,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
-    compute: Annotated[str, typer.Option(help="exact; the faster modes come with their kernels.")] = "exact",
+    compute: Annotated[str, typer.Option(help="exact, fp16_accumulate or int8: less exact, meant to be faster.")] = "exact",
     dtype: Annotated[Dtype, typer.Option(help="Of activations, text encoders and VAE.")] = Dtype.bfloat16,
     report: Annotated[bool, typer.Option("--report", help="Show what was done with each layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON, for machines.")] = False,
