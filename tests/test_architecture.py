@@ -29,7 +29,21 @@ LAYERS = [
     ("swap",),
     ("flux",),
 ]
-CORE = ("errors", "_triton", "formats", "compute", "reference", "low_precision", "torch_backend", "kernels", "backends", "ops", "packing", "lazy_weight", "linear")
+CORE = (
+    "errors",
+    "_triton",
+    "formats",
+    "compute",
+    "reference",
+    "low_precision",
+    "torch_backend",
+    "kernels",
+    "backends",
+    "ops",
+    "packing",
+    "lazy_weight",
+    "linear",
+)
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TOP = len(LAYERS)  # integrations, mixed, cli and what else users touch: may import everything
 
