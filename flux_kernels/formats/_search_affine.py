@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._search import HALF_STEP, Blocks, half, half_above, improvement, keep, nonzero, ratio, refitted, round_to, total
 
-_DEGENERATE = 1e-6  # relative determinant under which codes count as all equal, above float32's rounding
+_DEGENERATE = 1e-6  # what float32's rounding may leave of a difference that is 0, relative to its terms
 
 Shrinks = Sequence[tuple[float, float]]  # fractions of the range by which the two ends of a grid are drawn in
 
@@ -143,9 +143,12 @@ class SuperAffineSearch:
 
     def _first_super_scales(self, b: Blocks, fits: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
         """Choose d and dmin, [1, 1, n], by the error of the best fits rounded to multiples of them."""
+        noise = _DEGENERATE * total(
+            b.weighted(b.x * b.x)
+        )  # of equals (few weights not 0, say) the first has the simplest ratios
         best = [t.clone() for t in fits[0]]
-        for found in fits[1:]:
-            keep(best, found)
+        for loss, *found in fits[1:]:
+            keep(best, [loss + noise, *found])
         _, scale, offset = best
         widest = scale.amax(0, keepdim=True)
         dmin = half_above(torch.maximum(offset.amax(0, keepdim=True) / self.levels, widest * self.phase))

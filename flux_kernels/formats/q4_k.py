@@ -42,7 +42,7 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (d * sc)[:, None] * q.to(tl.float32) - (dmin * m)[:, None]
 
 
-_ENDS = (-0.04, 0, 0.025)
+_ENDS = (0, -0.04, 0.025)
 SEARCH = SuperAffineSearch(
     top=15,
     levels=63,

@@ -45,7 +45,7 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (d * sc)[:, None] * q.to(tl.float32) - (dmin * m)[:, None]
 
 
-_ENDS = (-0.018, -0.004, 0.008)
+_ENDS = (-0.004, -0.018, 0.008)
 SEARCH = SuperAffineSearch(
     top=31,
     levels=63,
