@@ -1,0 +1,102 @@
+"""What a type and a compute mode cost in pictures: the embedded model against its 16-bit self, over many seeds.
+
+    python -m bench.embedded_fidelity --seeds 64 --write bench/results/embedded_fidelity.csv
+
+On a CPU the compute modes run as their torch twins, which round as the kernels do. No GPU, no network.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.progress import Progress
+
+from flux_kernels.base_pipeline import go_offline_quietly, load_pipeline
+from flux_kernels.compute import COMPUTE_MODES
+from flux_kernels.demo import embedded_transformer
+from flux_kernels.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits
+from flux_kernels.swap import swap_linear
+
+FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K")
+BLOCKS = "*transformer_blocks.*"
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="Pictures a row; prompts repeat.")] = 64,
+    formats: Annotated[str, typer.Option(help="Comma-separated types of the block matrices.")] = ",".join(FORMATS),
+    write: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
+) -> None:
+    """Draw the same prompts and seeds in 16 bit and in every type and compute mode, and compare the pictures."""
+    go_offline_quietly()
+    pipeline = load_pipeline(embedded_model_path(), embedded_transformer().float(), torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [EMBEDDED_PROMPTS[i % len(EMBEDDED_PROMPTS)] for i in range(seeds)]
+    reference = draw(pipeline, prompts)
+    read = read_digits(reference)
+    rows = []
+    work = [(name, mode) for name in formats.split(",") for mode in COMPUTE_MODES]
+    with Progress() as progress:
+        task = progress.add_task("drawing", total=len(work))
+        for name, mode in work:
+            transformer = embedded_transformer().float()
+            swap_linear(transformer, "torch", mode, format=name, include=BLOCKS)
+            pipeline.register_modules(transformer=transformer)
+            images = draw(pipeline, prompts)
+            same = sum(a == b for a, b in zip(read_digits(images), read, strict=True)) / seeds
+            rows.append(
+                dict(format=name, compute=mode, **compare(images, reference), same_digit=round(same, 4), **origin(seeds))
+            )
+            progress.advance(task)
+    for row in rows:
+        print(" ".join(f"{row[key]!s:>16}" for key in ("format", "compute", "psnr_db", "ssim", "squared_error", "same_digit")))
+    if write:
+        _write(rows, write)
+
+
+def draw(pipeline, prompts: list[str]) -> list:
+    """Draw one picture a prompt, seed 0 upwards."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    return pipeline(prompt=prompts, generator=generators, **PIPELINE_KWARGS).images
+
+
+def compare(images: list, reference: list) -> dict[str, float]:
+    """Return PSNR in dB (of the mean squared error over all pictures), mean SSIM, and that squared error (pixels 0 to 1)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    got, expected = (torch.stack([_pixels(image) for image in side]) for side in (images, reference))
+    error = (got - expected).square().mean().item()
+    ssim = structural_similarity_index_measure(got, expected, data_range=1.0).item()
+    return dict(psnr_db=round(-10 * np.log10(max(error, 1e-12)), 2), ssim=round(ssim, 5), squared_error=float(f"{error:.4g}"))
+
+
+def origin(seeds: int) -> dict[str, str | int]:
+    """Return what a number needs beside it: device, versions, commit and date."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    return dict(
+        seeds=seeds, device=f"CPU {platform.machine()}", torch=torch.__version__, commit=commit, date=str(datetime.date.today())
+    )
+
+
+def _pixels(image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def _write(rows: list[dict], path: Path) -> None:
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
