@@ -261,8 +261,10 @@ def test_backend_and_compute_reach_every_layer(q8_file):
     assert {(m.backend, m.compute) for m in model.modules() if isinstance(m, GGUFLinear)} == {("torch", "exact")}
     with pytest.raises(BackendUnavailable, match="cuda"):
         load_flux(q8_file[0], backend="cuda")
-    with pytest.raises(BackendUnavailable, match="int8"):
-        load_flux(q8_file[0], backend="torch", compute="int8")
+    model = load_flux(q8_file[0], backend="torch", compute="int8")
+    assert {m.compute for m in model.modules() if isinstance(m, GGUFLinear)} == {"int8"}
+    with pytest.raises(BackendUnavailable, match="int7"):
+        load_flux(q8_file[0], backend="torch", compute="int7")
     with pytest.raises(FormatError, match="float64"):
         load_flux(q8_file[0], dtype=torch.float64)
 
