@@ -30,7 +30,7 @@ def main(
     check: Annotated[
         bool, typer.Option(help="Exit 1 when an invariant is broken or the record's ratchet is exceeded.")
     ] = False,
-    write: Annotated[Path | None, typer.Option(help="Write the rows as CSV (the record is bench/results/aot.csv).")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the rows into a CSV (the record is bench/results/aot.csv).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and problems as JSON.")] = False,
     jobs: Annotated[int, typer.Option(help="Compiling processes.")] = 2,
 ) -> None:
@@ -87,11 +87,19 @@ def _problems(rows: list[dict]) -> list[str]:
 
 
 def _write(rows: list[dict], path: Path) -> None:
+    """Write rows, in place of those of the same kernel, format, card, Triton, dtype and tile that the file has; keep the rest."""
+    from .invariants import key
+
+    kept = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = {key(row): row for row in csv.DictReader(file)}
+    merged = kept | {key(row): row for row in rows}
     beside = path.with_suffix(".tmp")
     with beside.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(merged[one] for one in sorted(merged, key=lambda one: (one[0], one[1], int(one[2]), *one[3:])))
     beside.replace(path)
 
 

@@ -15,7 +15,7 @@ from .tuning import choose_algorithm, fused_tile, small_m_tile
 
 def linear(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool) -> None:
     """Write x [M, K] @ decode(data).T + bias to y [M, N]; x has unit stride along K."""
-    _ALGORITHMS[choose_algorithm(x.shape[0], capability_of(x.device))](x, data, bias, y, fmt, planes)
+    ALGORITHMS[choose_algorithm(x.shape[0], capability_of(x.device))](x, data, bias, y, fmt, planes)
 
 
 def _small_m(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool) -> None:
@@ -37,4 +37,4 @@ def _fused(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFo
     fused_gemm_kernel[grid](x, data, table_of(fmt, data), bias, y, m, n, x.stride(0), **constants, **blocks, **options)
 
 
-_ALGORITHMS = {"small_m": _small_m, "fused": _fused, "two_stage": two_stage.linear}
+ALGORITHMS = {"small_m": _small_m, "fused": _fused, "two_stage": two_stage.linear}

@@ -48,6 +48,9 @@ _SMALL = Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)
 SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
 
 _FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
+_FP16_EXCEPTIONS = {name: _MEDIUM for name in _GRID_TILES} | {
+    "Q8_0": Tile(block_m=128, block_n=64, tile_k=128, num_warps=8, num_stages=2),  # the tile above spills on sm_80
+}
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
 
@@ -100,7 +103,7 @@ def small_m_tile(fmt: BlockFormat, k: int) -> Tile:
 
 def fp16_tile(fmt: BlockFormat, k: int) -> Tile:
     """Choose the tile of the GEMM with fp16 accumulation; K is a multiple of 64."""
-    tile = _MEDIUM if fmt.name in GRID_FORMATS else _FP16
+    tile = _FP16_EXCEPTIONS.get(fmt.name, _FP16)
     limit = SUPERBLOCK if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS.tile_k
     tile_k = max(64, largest_tile_k(fmt, k, max(limit, fmt.block_size)))
     return Tile(tile.block_m, tile.block_n, tile_k, tile.num_warps, tile.num_stages)

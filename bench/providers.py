@@ -1,0 +1,127 @@
+"""What is compared: each provider makes, for one weight, a function x -> y. A provider that cannot run says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux_kernels import reference
+from flux_kernels.formats import BlockFormat
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Hold one weight for every provider: packed rows (as stored for Triton or in file order), bias, activation dtype."""
+
+    data: Tensor
+    planes: bool
+    fmt: BlockFormat
+    bias: Tensor
+    dtype: torch.dtype
+
+
+class Unavailable(RuntimeError):
+    """Say why a provider cannot run here."""
+
+
+PROVIDERS: dict[str, Callable[[Problem], Callable[[Tensor], Tensor]]] = {}
+
+
+def provider(name: str):
+    """Register a provider under a name."""
+
+    def register(make):
+        PROVIDERS[name] = make
+        return make
+
+    return register
+
+
+@provider("torch")
+def _plain(problem: Problem):
+    """The unquantized model: torch's linear on the decoded weight (the baseline)."""
+    weight = _decoded(problem)
+    bias = problem.bias.to(problem.dtype)
+    return lambda x: F.linear(x, weight, bias)
+
+
+@provider("dequantize")
+def _dequantize_then_linear(problem: Problem):
+    """Decode in torch in one piece, then multiply, on every call: the way of GGUF layers that are storage only."""
+
+    def call(x: Tensor) -> Tensor:
+        weight = reference.decode_rows(problem.data, problem.fmt, problem.planes).to(problem.dtype)
+        return F.linear(x, weight, problem.bias.to(problem.dtype))
+
+    return call
+
+
+@provider("diffusers")
+def _diffusers(problem: Problem):
+    """diffusers' own GGUFLinear, eager."""
+    try:
+        import gguf
+        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
+    except ImportError as error:
+        raise Unavailable(f"not installed: {error.name}") from error
+    kind = gguf.GGMLQuantizationType(problem.fmt.ggml_type)
+    if kind not in dequantize_functions:
+        raise Unavailable(f"diffusers does not support {problem.fmt.name}")
+    data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
+    k = problem.fmt.row_weights(data.shape[1])
+    layer = GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
+    layer.weight = GGUFParameter(data, quant_type=kind)
+    layer.bias = torch.nn.Parameter(problem.bias.to(problem.dtype), requires_grad=False)
+    return layer
+
+
+def _ours(compute: str):
+    def make(problem: Problem):
+        from flux_kernels import ops
+
+        backend = "torch" if problem.data.device.type == "cpu" else "triton"
+
+        def call(x: Tensor) -> Tensor:
+            return ops.linear(
+                x, problem.data, problem.fmt.name, problem.bias, backend=backend, compute=compute, planes=problem.planes
+            )
+
+        return call
+
+    return make
+
+
+for _compute in ("exact", "fp16_accumulate", "int8"):
+    provider(f"ours {_compute}")(_ours(_compute))
+
+
+def _algorithm(name: str):
+    def make(problem: Problem):
+        if problem.data.device.type == "cpu":
+            raise Unavailable("Triton kernels need a GPU")
+        from flux_kernels.kernels import exact
+        from flux_kernels.kernels.launching import device_of
+
+        run = exact.ALGORITHMS[name]
+
+        def call(x: Tensor) -> Tensor:
+            y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
+            with device_of(x):
+                run(x, problem.data, problem.bias, y, problem.fmt, problem.planes)
+            return y
+
+        return call
+
+    return make
+
+
+for _name in ("fused", "two_stage", "small_m"):
+    provider(f"ours {_name}")(_algorithm(_name))
+
+
+def _decoded(problem: Problem) -> Tensor:
+    return reference.dequantize(problem.data, problem.fmt, problem.dtype, problem.planes)

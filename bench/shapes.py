@@ -1,0 +1,59 @@
+"""Every linear call of one FLUX.1-dev step, as data: (M, N, K) with the number of calls, by picture size and batch.
+
+Source: the transformer's config (19 double and 38 single blocks, width 3072, MLP 12288, 512 text tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WIDTH, MLP, TEXT, DOUBLE, SINGLE = 3072, 12288, 512, 19, 38
+
+
+@dataclass(frozen=True)
+class Call:
+    """Name one kind of linear call: x [M, K] times w [N, K], `calls` times a step."""
+
+    m: int
+    n: int
+    k: int
+    calls: int
+    where: str
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one call."""
+        return 2 * self.m * self.n * self.k
+
+
+def image_tokens(height: int, width: int) -> int:
+    """Return the number of image tokens of a picture: one for 16 x 16 pixels."""
+    return (height // 16) * (width // 16)
+
+
+def step_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
+    """List the calls inside the blocks and their modulation for one step (the embedders and final layer are 0.1 % of it)."""
+    image, text = batch * image_tokens(height, width), batch * TEXT
+    both = image + text
+    return [
+        Call(both, WIDTH, WIDTH + MLP, SINGLE, "single proj_out"),
+        Call(both, MLP, WIDTH, SINGLE, "single proj_mlp"),
+        Call(both, WIDTH, WIDTH, 3 * SINGLE, "single q, k, v"),
+        Call(image, WIDTH, WIDTH, 4 * DOUBLE, "double q, k, v, out"),
+        Call(image, MLP, WIDTH, DOUBLE, "double ff in"),
+        Call(image, WIDTH, MLP, DOUBLE, "double ff out"),
+        Call(text, WIDTH, WIDTH, 4 * DOUBLE, "text q, k, v, out"),
+        Call(text, MLP, WIDTH, DOUBLE, "text ff in"),
+        Call(text, WIDTH, MLP, DOUBLE, "text ff out"),
+        Call(batch, 6 * WIDTH, WIDTH, 2 * DOUBLE, "double modulation"),
+        Call(batch, 3 * WIDTH, WIDTH, SINGLE, "single modulation"),
+    ]
+
+
+STEPS = {
+    "1024x1024": dict(height=1024, width=1024),
+    "512x512": dict(height=512, width=512),
+    "768x1360": dict(height=768, width=1360),
+    "2048x2048": dict(height=2048, width=2048),
+    "1024x1024 batch 2": dict(height=1024, width=1024, batch=2),
+}
