@@ -1,0 +1,65 @@
+"""The benchmark's shapes, its correctness gate, and that it runs where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bench import gpu_session
+from bench.clock import interleaved, percentiles
+from bench.providers import PROVIDERS
+from bench.run import measure, summary
+from bench.shapes import STEPS, Call, step_calls
+
+CPU = torch.device("cpu")
+SMALL = Call(20, 64, 256, 3, "a test")
+
+
+def test_a_step_has_the_calls_and_operations_of_flux_dev():
+    """59.51 TFLOP a step in all, of which embedders and final layer (10 of 504 calls) are under 0.2 %."""
+    calls = step_calls()
+    assert sum(call.calls for call in calls) == 504 - 10
+    total = sum(call.flops * call.calls for call in calls)
+    assert total == pytest.approx(59.51e12, rel=0.002)
+    assert {call.m for call in step_calls(**STEPS["768x1360"])} == {4592, 4080, 512, 1}
+
+
+def test_every_provider_gives_a_row_and_those_that_run_a_time():
+    rows = list(measure("Q4_K", SMALL, list(PROVIDERS), CPU, torch.float32, repeats=2))
+    assert [row["provider"] for row in rows] == list(PROVIDERS)
+    timed = {row["provider"] for row in rows if row["p50_ms"]}
+    assert {"torch", "dequantize", "ours exact", "ours int8", "ours fp16_accumulate"} <= timed
+    assert "need a GPU" in next(row["note"] for row in rows if row["provider"] == "ours fused")
+    assert "ours exact" in summary(rows)
+
+
+def test_no_speed_is_reported_for_a_wrong_result(monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "wrong", lambda problem: lambda x: F.linear(x, torch.zeros(64, 256), problem.bias))
+    (row,) = measure("Q8_0", SMALL, ["wrong"], CPU, torch.float32, repeats=2)
+    assert row["p50_ms"] == "" and "wrong result" in row["note"]
+
+
+def test_runs_alternate_and_percentiles_are_ordered():
+    order = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
+    assert "".join(order) == "ab" * 4  # one warm-up each
+    assert {len(found) for found in times.values()} == {3}
+    assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0])[1] == 3.0
+
+
+def test_a_gpu_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """A part with a log is not run again; a failing part says so; one that runs out of time leaves no log."""
+    import sys
+
+    say = [sys.executable, "-c", "print('hello')"]
+    parts = [("first", say), ("bad", [sys.executable, "-c", "raise SystemExit(3)"]), ("last", say)]
+    monkeypatch.setattr(gpu_session, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--out", str(tmp_path)])
+    gpu_session.main()
+    assert "exit code 3" in capsys.readouterr().out
+    assert (tmp_path / "first.log").read_text() == "hello\n"
+    gpu_session.main()
+    assert capsys.readouterr().out.count("done before") == 3
+    assert gpu_session.run_part("slow", [sys.executable, "-c", "import time; time.sleep(9)"], tmp_path, 0.3) == "out of time"
+    assert not (tmp_path / "slow.log").exists()
