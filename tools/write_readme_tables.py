@@ -6,11 +6,13 @@ python tools/write_readme_tables.py --check    # exit code 1 and a diff where RE
 
 from __future__ import annotations
 
+import csv
 import difflib
 import sys
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+FIDELITY = README.parent / "bench" / "results" / "embedded_fidelity.csv"
 sys.path.insert(0, str(README.parent))
 
 from flux_kernels.formats import FORMATS, PLAIN_TYPES, BlockFormat
@@ -39,7 +41,21 @@ def _cells(fmt: BlockFormat) -> list[str]:
     ]
 
 
-TABLES = {"formats": format_table}
+def mode_table() -> str:
+    """Return the markdown table of bench/results/embedded_fidelity.csv: PSNR by type and compute mode."""
+    with FIDELITY.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    modes = list(dict.fromkeys(row["compute"] for row in rows))
+    found = {(row["format"], row["compute"]): f"{float(row['psnr_db']):.1f} dB" for row in rows}
+    lines = [f"| type | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
+    for name in dict.fromkeys(row["format"] for row in rows):
+        lines.append(f"| {name} | {' | '.join(found[name, mode] for mode in modes)} |")
+    one = rows[0]
+    made = f"{one['seeds']} pictures a cell, {one['device']}, torch {one['torch']}, commit {one['commit']}, {one['date']}"
+    return "\n".join([*lines, "", f"PSNR against the same pictures in 16 bit; {made}."])
+
+
+TABLES = {"formats": format_table, "modes": mode_table}
 
 
 def with_tables(text: str) -> str:
