@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
 from .errors import FormatError
 
 COMPUTE_MODES = {
@@ -34,3 +37,9 @@ def check_mode(compute: str, k: int) -> None:
             f'compute="fp16_accumulate" needs K % {PROMOTE_K} == 0, got K={k}. Use compute="exact" for this layer, by a pattern '
             'such as compute={"layer_name": "exact", "*": "fp16_accumulate"}.'
         )
+
+
+def compute_of_layer(compute: str, names: Iterable[str]) -> str:
+    """Return the mode of a layer of these names under one mode for the whole model."""
+    spared = any(fnmatchcase(name, pattern) for name in names for pattern in WEIGHT_ONLY_LAYERS)
+    return "exact" if spared else compute

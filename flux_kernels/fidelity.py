@@ -6,14 +6,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .compute import COMPUTE_MODES, WEIGHT_ONLY_LAYERS, check_mode
+from .compute import COMPUTE_MODES, check_mode, compute_of_layer
 from .errors import FormatError
 from .linear import GGUFLinear
 
@@ -140,7 +139,5 @@ def _ratio(error: float, signal: float) -> float:
 
 
 def _fastest(layer: str, errors: dict[str, float], threshold: float) -> str:
-    if any(fnmatchcase(layer, pattern) for pattern in WEIGHT_ONLY_LAYERS):
-        return "exact"
     fitting = [mode for mode in FASTEST_FIRST if errors.get(mode, math.inf) <= threshold]
-    return fitting[0] if fitting else "exact"
+    return compute_of_layer(fitting[0] if fitting else "exact", [layer])

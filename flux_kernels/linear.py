@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backends import ACTIVATION_DTYPES, check_names, resolve
+from .backends import ACTIVATION_DTYPES, check_names, resolve, wants_planes
 from .errors import BackendUnavailable, FormatError
 from .formats import FORMATS, BlockFormat, get_format
 from .lazy_weight import LazyWeight
@@ -159,6 +159,19 @@ class GGUFLinear(nn.Linear):
         data = self.qweight.detach()
         return get_format(self.format).layout.from_planes(data) if self.planes else data
 
+    def arrange(self) -> GGUFLinear:
+        """Rearrange the packed rows, in place, as the backend wants them where the layer is now (file order or field planes).
+
+        Called when a layer is swapped in, loaded or moved; offloading hooks that move parameters themselves leave rows as they are.
+        """
+        fmt = get_format(self.format)
+        wanted = wants_planes(self.backend, self.qweight.device, fmt)
+        if wanted != self.planes and self.qweight.device.type != "meta":
+            rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
+            self.qweight = nn.Parameter(rearrange(self.qweight.detach()), requires_grad=False)
+            self.planes = wanted
+        return self
+
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return an ordinary nn.Linear with the decoded weight.
 
@@ -180,6 +193,7 @@ class GGUFLinear(nn.Linear):
             raise FormatError("The packed bytes of a GGUFLinear stay uint8: .to(dtype) leaves them, .type(dtype) does not.")
         followed = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
         super()._apply(fn, recurse)
+        self.arrange()
         if followed in ACTIVATION_DTYPES:
             self.compute_dtype = followed
         return self

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from .backends import check_runnable
-from .compute import WEIGHT_ONLY_LAYERS, check_mode
+from .compute import check_mode, compute_of_layer
 from .errors import FormatError
 from .footprint import dtype_name
 from .formats import BlockFormat, get_format
 from .linear import GGUFLinear
 from .swap_report import SwapRow
-from .takeover import arrange, carry_over, is_diffusers_gguf, packed_type, quantize_layer, take_over, unpack_plain
+from .takeover import carry_over, is_diffusers_gguf, packed_type, quantize_layer, take_over, unpack_plain
 
 Places = list[tuple[nn.Module, str]]
 
@@ -53,8 +53,8 @@ class Request:
 
     def compute_of(self, names: list[str]) -> str:
         """Return the compute mode of a layer of these names; one mode for a whole model spares WEIGHT_ONLY_LAYERS."""
-        if isinstance(self.compute, str) and any(matches(names, pattern) for pattern in WEIGHT_ONLY_LAYERS):
-            return "exact"
+        if isinstance(self.compute, str):
+            return compute_of_layer(self.compute, names)
         return _first_match(self.compute, names, "exact")
 
     def refusal(self, names: list[str]) -> str | None:
@@ -132,7 +132,7 @@ def _plan_update(step: Step, module: GGUFLinear, request: Request) -> Step:
 
     def make() -> nn.Module:
         module.backend, module.compute = request.backend, compute
-        return arrange(module)
+        return module.arrange()
 
     return _swapped(step, make, "already packed", request, compute)
 
@@ -152,7 +152,7 @@ def _plan_take_over(step: Step, module: nn.Linear, request: Request) -> Step:
     check_mode(compute, module.in_features)
     check_runnable(request.backend, compute, module.weight.device, row)
     row.row_bytes(module.in_features, name)
-    return _swapped(step, lambda: arrange(take_over(module, request.backend, compute)), "taken over", request, compute)
+    return _swapped(step, lambda: take_over(module, request.backend, compute).arrange(), "taken over", request, compute)
 
 
 def _plan_quantize(step: Step, module: nn.Linear, request: Request) -> Step:
@@ -171,7 +171,7 @@ def _plan_quantize(step: Step, module: nn.Linear, request: Request) -> Step:
         raise FormatError(f'{name} holds NaN or infinity and cannot be quantized. Leave it out with exclude="{name}".')
     step.row = replace(step.row, format=fmt.name, bytes=size)
     return _swapped(
-        step, lambda: arrange(quantize_layer(module, format, request.backend, compute)), "quantized", request, compute
+        step, lambda: quantize_layer(module, format, request.backend, compute).arrange(), "quantized", request, compute
     )
 
 

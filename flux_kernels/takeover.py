@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .backends import wants_planes
 from .errors import FormatError
 from .formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType, get_format
 from .linear import GGUFLinear
@@ -75,17 +74,6 @@ def quantize_layer(module: nn.Linear, format: str, backend: str, compute: str) -
         qweight = torch.empty(weight.shape[0], fmt.row_bytes(weight.shape[1]), dtype=torch.uint8, device="meta")
         return GGUFLinear.from_packed(qweight, fmt, module.bias, backend=backend, compute=compute, compute_dtype=weight.dtype)
     return GGUFLinear.from_linear(module, format, backend=backend, compute=compute)
-
-
-def arrange(layer: GGUFLinear) -> GGUFLinear:
-    """Rearrange the rows of a layer as its backend wants them, in place."""
-    fmt = get_format(layer.format)
-    wanted = wants_planes(layer.backend, layer.qweight.device, fmt)
-    if wanted != layer.planes:
-        rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
-        layer.qweight = nn.Parameter(rearrange(layer.qweight.detach()), requires_grad=False)
-        layer.planes = wanted
-    return layer
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -190,3 +191,17 @@ def test_shapes_that_do_not_fit_are_refused(data):
 
 def test_repr_says_what_runs(layer):
     assert "format=Q4_K, backend=auto (torch on cpu), compute=exact" in repr(layer)
+
+
+def test_rows_are_rearranged_when_a_layer_is_moved(monkeypatch):
+    """A layer whose backend wants field planes on the device it is moved to gets them, once, and still computes the same."""
+    layer = fk.GGUFLinear.from_linear(nn.Linear(64, 8), "Q8_0", backend="torch")
+    file_order, x = layer.qweight.clone(), torch.randn(3, 64)
+    before = layer(x)
+    monkeypatch.setattr(sys.modules[fk.GGUFLinear.__module__], "wants_planes", lambda backend, device, fmt: True)
+    layer.to("cpu")
+    assert layer.planes and not torch.equal(layer.qweight, file_order)
+    assert torch.equal(layer.file_bytes(), file_order)
+    assert torch.equal(layer(x), before)
+    rows = layer.qweight
+    assert layer.to("cpu").qweight is rows

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..backends import check_activation_dtype, check_names, check_runnable
+from ..compute import compute_of_layer
 from ..diffusers_guard import guard
 from ..formats import FORMATS
 from ..linear import GGUFLinear
-from ..takeover import arrange, carry_over
+from ..takeover import carry_over
 from .stored import StoredFlux, empty_model, open_flux
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def load_flux(
     Args:
         path: the GGUF file.
         dtype: floating dtype of the activations and of all that is not a quantized matrix.
-        device: where the model goes, tensor by tensor; None leaves it on the CPU, mapped. To move it later, call
-            `swap_linear(model)` once, which arranges packed rows as a GPU wants them.
+        device: where the model goes, tensor by tensor; None leaves it on the CPU, mapped. Layers arrange their packed rows
+            as a GPU wants them when `.to(device)` moves them; before sequential or group offloading, which move parameters
+            behind the layers' backs, call `swap_linear(model)` once.
         config: overrides of the inferred config: a mapping, a model, or the path of a config.json or its directory. Needed
             only where heads are not a multiple of 32 wide (see `infer_config`).
         backend: "triton", "torch" or "auto", as in `swap_linear`.
@@ -74,9 +76,10 @@ def _linear(name: str, module: nn.Linear, stored: StoredFlux, dtype, device, bac
         return _fill(name, module, stored, dtype, device)
     bias = nn.Parameter(stored.decoded(f"{name}.bias", dtype).to(device))
     packed = stored.packed(f"{name}.weight").to(device)
-    layer = GGUFLinear.from_packed(packed, format, bias, backend=backend, compute=compute, compute_dtype=dtype)
-    # On the CPU the rows stay mapped as they are; swap_linear rearranges them where another device will run them.
-    return carry_over(module, layer if device.type == "cpu" else arrange(layer))
+    mode = compute_of_layer(compute, [name])
+    layer = GGUFLinear.from_packed(packed, format, bias, backend=backend, compute=mode, compute_dtype=dtype)
+    # On the CPU the rows stay mapped as they are; a layer arranges them itself when it is moved.
+    return carry_over(module, layer if device.type == "cpu" else layer.arrange())
 
 
 def _fill(name: str, module: nn.Module, stored: StoredFlux, dtype: torch.dtype, device: torch.device) -> nn.Module:
