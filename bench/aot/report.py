@@ -114,8 +114,9 @@ def _row(kernel: str, name: str, capability: int, dtype: str, tile: str, built: 
     total = sum(code.loop.values())
     warps_per_quadrant = built.threads // 128 or 1
     # Every decoded weight passes one float32 -> 16-bit packing instruction (two weights each), whatever way it was decoded.
+    # Where a format is one product of two numbers that fit fp16 (Q8_0), newer LLVMs multiply in fp16 at once, with the same bits.
     counted = weights is not None and dtype != "fp32"
-    decodes = code.count("F2FP") * 2 * built.threads / weights if counted else 0.0
+    decodes = (code.count("F2FP") or code.count("HMUL2")) * 2 * built.threads / weights if counted else 0.0
     return Row(
         kernel=kernel,
         format=name,
