@@ -22,7 +22,7 @@ from torch import Tensor
 from ..compute import WEIGHT_ONLY_M
 from ..formats import BlockFormat
 from . import exact, fp16_accumulate, int8, two_stage
-from .launching import device_of
+from .launching import aligned, device_of
 
 _MODES = {"exact": exact.linear, "fp16_accumulate": fp16_accumulate.linear, "int8": int8.linear}
 
@@ -30,7 +30,7 @@ _MODES = {"exact": exact.linear, "fp16_accumulate": fp16_accumulate.linear, "int
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
     """Decode packed rows uint8 [N, row bytes] to [N, K] of `dtype`; float32 bit-equal to the reference, 16 bit rounded once."""
     with device_of(data):
-        return two_stage.unpack(data, fmt, dtype, planes)
+        return two_stage.unpack(aligned(data), fmt, dtype, planes)
 
 
 def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, compute: str, planes: bool = False) -> Tensor:
@@ -38,6 +38,7 @@ def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, compu
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
     if y.numel():
         x = x if x.stride(-1) == 1 else x.contiguous()
+        data = aligned(data)
         run = _MODES[compute if x.shape[0] > WEIGHT_ONLY_M else "exact"]
         with device_of(data):
             run(x, data, bias, y, fmt, planes)

@@ -11,6 +11,17 @@ from torch import Tensor
 from ..formats import BlockFormat
 
 
+_WIDEST_LOAD = 16  # bytes
+
+
+def aligned(data: Tensor) -> Tensor:
+    """Return packed rows that start at a 16-byte address: themselves, or for odd slices of a tensor a copy.
+
+    Decoders read words where a block's own size allows it, which assumes that the first row is aligned; GPUs fault otherwise.
+    """
+    return data if data.data_ptr() % _WIDEST_LOAD == 0 else data.clone()
+
+
 def table_of(fmt: BlockFormat, data: Tensor) -> Tensor:
     """Return the format's lookup table on data's device, or `data` itself as the pointer nobody reads."""
     return fmt.table_on(data.device) if fmt.table is not None else data

@@ -141,3 +141,16 @@ def test_the_narrowest_rows(name, device):
     x = torch.randn(3, k)
     oracle = x.double() @ vectors["y"][:5, :k].double().T
     assert relative(launch(x, data, fmt, device=device) - oracle, oracle) < 1e-6
+
+
+def test_rows_that_start_at_an_odd_address_are_copied_to_an_aligned_one(device):
+    """A slice of 17-byte rows starts anywhere; word loads would fault there on a GPU."""
+    from flux_kernels.kernels.launching import aligned
+
+    vectors = golden("MXFP4")
+    data = vectors["q"][:5, :17].contiguous().to(device)
+    assert data[1:].data_ptr() % 16
+    assert aligned(data[1:]).data_ptr() % 16 == 0
+    assert aligned(data) is data
+    got = kernels.linear(torch.eye(32, device=device), data[1:], None, FORMATS["MXFP4"], "exact").cpu()
+    assert torch.equal(got, vectors["y"][1:5, :32].T)
