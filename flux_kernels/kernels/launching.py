@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..formats import BlockFormat
 
-
 _WIDEST_LOAD = 16  # bytes
 
 
