@@ -7,10 +7,6 @@ On a CPU the compute modes run as their torch twins, which round as the kernels 
 
 from __future__ import annotations
 
-import csv
-import datetime
-import platform
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +15,7 @@ import torch
 import typer
 from rich.progress import Progress
 
+from bench.record import origin, write_csv
 from flux_kernels.base_pipeline import go_offline_quietly, load_pipeline
 from flux_kernels.compute import COMPUTE_MODES
 from flux_kernels.demo import embedded_transformer
@@ -27,6 +24,7 @@ from flux_kernels.swap import swap_linear
 
 FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K")
 BLOCKS = "*transformer_blocks.*"
+CPU = torch.device("cpu")
 
 
 def main(
@@ -52,13 +50,20 @@ def main(
             images = draw(pipeline, prompts)
             same = sum(a == b for a, b in zip(read_digits(images), read, strict=True)) / seeds
             rows.append(
-                dict(format=name, compute=mode, **compare(images, reference), same_digit=round(same, 4), **origin(seeds))
+                dict(
+                    format=name,
+                    compute=mode,
+                    **compare(images, reference),
+                    same_digit=round(same, 4),
+                    seeds=seeds,
+                    **origin(CPU),
+                )
             )
             progress.advance(task)
     for row in rows:
         print(" ".join(f"{row[key]!s:>16}" for key in ("format", "compute", "psnr_db", "ssim", "squared_error", "same_digit")))
     if write:
-        _write(rows, write)
+        write_csv(rows, write)
 
 
 def draw(pipeline, prompts: list[str]) -> list:
@@ -77,25 +82,8 @@ def compare(images: list, reference: list) -> dict[str, float]:
     return dict(psnr_db=round(-10 * np.log10(max(error, 1e-12)), 2), ssim=round(ssim, 5), squared_error=float(f"{error:.4g}"))
 
 
-def origin(seeds: int) -> dict[str, str | int]:
-    """Return what a number needs beside it: device, versions, commit and date."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    return dict(
-        seeds=seeds, device=f"CPU {platform.machine()}", torch=torch.__version__, commit=commit, date=str(datetime.date.today())
-    )
-
-
 def _pixels(image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
-
-
-def _write(rows: list[dict], path: Path) -> None:
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    beside.replace(path)
 
 
 if __name__ == "__main__":

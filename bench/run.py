@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bench.clock import interleaved, percentiles
-from bench.origin import origin
 from bench.providers import PROVIDERS, Problem, Unavailable
+from bench.record import origin
 from bench.shapes import STEPS, Call, step_calls
 from flux_kernels.formats import FORMATS
 

@@ -88,6 +88,8 @@ def _problems(rows: list[dict]) -> list[str]:
 
 def _write(rows: list[dict], path: Path) -> None:
     """Write rows, in place of those of the same kernel, format, card, Triton, dtype and tile that the file has; keep the rest."""
+    from bench.record import write_csv
+
     from .invariants import key
 
     kept = {}
@@ -95,12 +97,8 @@ def _write(rows: list[dict], path: Path) -> None:
         with path.open(newline="") as file:
             kept = {key(row): row for row in csv.DictReader(file)}
     merged = kept | {key(row): row for row in rows}
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged[one] for one in sorted(merged, key=lambda one: (one[0], one[1], int(one[2]), *one[3:])))
-    beside.replace(path)
+    order = sorted(merged, key=lambda one: (one[0], one[1], int(one[2]), *one[3:]))
+    write_csv([merged[one] for one in order], path)
 
 
 def _print(rows: list[dict]) -> None:

@@ -1,7 +1,8 @@
-"""What a number needs beside it: device, driver, versions, commit and date."""
+"""Recorded results: what a number needs beside it (device, driver, versions, commit, date), and tidy CSV files."""
 
 from __future__ import annotations
 
+import csv
 import datetime
 import platform
 import subprocess
@@ -23,6 +24,16 @@ def origin(device: torch.device) -> dict[str, str]:
         commit=_output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
         date=datetime.date.today().isoformat(),
     )
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """Write rows of equal keys to a CSV file, beside it first and then renamed."""
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
 
 
 def _output(*command: str) -> str:
