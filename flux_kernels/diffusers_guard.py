@@ -16,8 +16,9 @@ class _UnwritableConfig:
     def quant_method(self):
         """Raise GGUFError."""
         raise GGUFError(
-            "A model with packed GGUF layers cannot be written with save_pretrained yet. Keep the GGUF file, save the state "
-            "dict with torch.save(model.state_dict(), ...), or call model.dequantize() first."
+            "A model with packed GGUF layers cannot be written with save_pretrained yet. Write a FLUX.1 transformer with "
+            "flux_kernels.save_gguf(model, path), any model's state dict with torch.save(model.state_dict(), path), or call "
+            "model.dequantize() first."
         )
 
 
