@@ -1,7 +1,8 @@
-"""Mend bf16 in Triton's CPU interpreter (Triton issue 11584), so that the default dtype is tested without a GPU.
+"""Mend Triton's CPU interpreter where it hides what a GPU does, so that CI without a GPU sees it.
 
-The interpreter keeps bf16 as uint16: its dot multiplies the raw bits and its float32 -> bf16 cast truncates. Here the dot
-computes in float32 on the widened operands, and the cast rounds to nearest even as the hardware does.
+bf16 (Triton issue 11584), the default dtype: the interpreter keeps it as uint16, its dot multiplies the raw bits and its
+float32 -> bf16 cast truncates. Here the dot computes in float32 on the widened operands, and the cast rounds to nearest even
+as the hardware does. Maximum and minimum: the interpreter's return NaN where one side is NaN, a GPU's return the other side.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def round_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def mend(monkeypatch) -> None:
-    """Patch the interpreter's dot and float casts for the time of a test session."""
+    """Patch the interpreter's dot, float casts, maximum and minimum for the time of a test session."""
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -41,3 +42,5 @@ def mend(monkeypatch) -> None:
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", lambda self, a, b: self.binary_op(a, b, np.fmax))
+    monkeypatch.setattr(InterpreterBuilder, "create_minnumf", lambda self, a, b: self.binary_op(a, b, np.fmin))

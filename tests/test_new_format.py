@@ -25,5 +25,12 @@ def test_scaffolded_format_works_in_a_copy_of_the_package(tmp_path):
         "assert torch.equal(dequantize(data, 'Q7_X'), dequantize(data, 'Q8_0')); assert len(FORMATS) == 26"
     )
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
+    registry = (tmp_path / "flux_kernels" / "formats" / "__init__.py").read_text()
+    assert registry.replace("    q7_x,\n", "") == (ROOT / "flux_kernels" / "formats" / "__init__.py").read_text()
+    assert "    q7_x,\n)\n\nFORMATS" in registry  # at the end of the tuple, formatted
+    taken = subprocess.run(
+        [*command[:2], "Q8_X", "--ggml-type", "8"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert taken.returncode != 0 and "q8_0.py" in taken.stderr
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode != 0 and "exists already" in again.stderr

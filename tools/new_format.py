@@ -58,13 +58,16 @@ FORMAT = BlockFormat(
 
 
 def scaffold(name: str, ggml_type: int, folder: Path = FORMATS) -> Path:
-    """Write the format's file and register it; raise FileExistsError where the name is taken."""
+    """Write the format's file and register it; raise FileExistsError where the name is taken, ValueError where it cannot be."""
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
         raise ValueError(f"A type name is ggml's, in capitals, such as Q4_K; got {name!r}.")
     lower = name.lower()
     path = folder / f"{lower}.py"
     if path.exists():
         raise FileExistsError(f"{path} exists already.")
+    taken = [other.name for other in sorted(folder.glob("*.py")) if f"ggml_type={ggml_type}," in other.read_text()]
+    if taken:
+        raise ValueError(f"{ggml_type} is the ggml type of {taken[0]}. Each type has a number of its own.")
     registry = folder / "__init__.py"
     path.write_text(TEMPLATE.format(name=name, lower=lower, ggml_type=ggml_type))
     registry.write_text(_registered(registry.read_text(), lower))
@@ -78,7 +81,7 @@ def _registered(text: str, module: str) -> str:
     block = "from . import (\n" + "".join(f"    {name},\n" for name in sorted([*names, module])) + ")\n"
     text = text.replace(imports[0], block)
     return re.sub(
-        r"(_FORMAT_FILES = \((?:.|\n)*?)\n?\)", lambda match: match[1].rstrip(", ") + f",\n    {module},\n)", text, count=1
+        r"(_FORMAT_FILES = \(\n(?:.|\n)*?)\n\)", lambda match: match[1].rstrip(", ") + f",\n    {module},\n)", text, count=1
     )
 
 

@@ -101,25 +101,30 @@ def _write(rows: list[dict], path: Path) -> None:
     write_csv([merged[one] for one in order], path)
 
 
+# What the table shows: column title -> field of a row.
+_COLUMNS = {
+    "kernel": "kernel",
+    "format": "format",
+    "sm": "capability",
+    "tile": "tile",
+    "regs": "registers",
+    "spills": "spills",
+    "shared": "shared_bytes",
+    "per SM": "programs_per_sm",
+    "loop": "loop_instructions",
+    "LDG": "loop_global",
+    "decodes": "decodes_per_weight",
+    "tensor clk": "tensor_clocks",
+    "issue clk": "issue_clocks",
+}
+_WIDTH = 150  # characters the table takes, also where the output is a file or a narrow terminal
+
+
 def _print(rows: list[dict]) -> None:
-    table = Table(
-        "format", "sm", "tile", "regs", "spills", "shared", "per SM", "loop", "LDG", "decodes", "tensor clk", "issue clk"
-    )
+    table = Table(*_COLUMNS)
     for row in rows:
-        names = (
-            "kernel",
-            "format",
-            "capability",
-            "tile",
-            "registers",
-            "spills",
-            "shared_bytes",
-            "programs_per_sm",
-            "loop_instructions",
-        )
-        rest = ("loop_global", "decodes_per_weight", "tensor_clocks", "issue_clocks")
-        table.add_row(*(str(row[name]) for name in names + rest))
-    Console().print(table)
+        table.add_row(*(str(row[field]) for field in _COLUMNS.values()))
+    Console(width=max(Console().width, _WIDTH)).print(table)
 
 
 if __name__ == "__main__":

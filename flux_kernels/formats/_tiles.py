@@ -198,10 +198,14 @@ def load_narrow(
         return word >> tl.cast(block % PER_WORD * (8 * SIZE), tl.uint32)
     else:
         ptr = field_ptr(row_ptr, block, OFFSET, SIZE, TYPE_SIZE, NUM_BLOCKS, PLANES)
-        if SIZE == 2:
+        START: tl.constexpr = NUM_BLOCKS * OFFSET if PLANES else OFFSET
+        STRIDE: tl.constexpr = SIZE if PLANES else TYPE_SIZE
+        if SIZE == 1:
+            return tl.load(ptr).to(tl.uint32)
+        elif START % 2 + STRIDE % 2 + NUM_BLOCKS * TYPE_SIZE % 2 == 0:
             return tl.load(ptr.to(tl.pointer_type(tl.uint16))).to(tl.uint32)
         else:
-            return tl.load(ptr).to(tl.uint32)
+            return tl.load(ptr).to(tl.uint32) | (tl.load(ptr + 1).to(tl.uint32) << 8)
 
 
 @jit

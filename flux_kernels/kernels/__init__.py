@@ -39,6 +39,7 @@ def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, compu
     if y.numel():
         x = x if x.stride(-1) == 1 else x.contiguous()
         data = aligned(data)
+        bias = None if bias is None else bias.contiguous()
         run = _MODES[compute if x.shape[0] > WEIGHT_ONLY_M else "exact"]
         with device_of(data):
             run(x, data, bias, y, fmt, planes)

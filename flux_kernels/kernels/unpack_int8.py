@@ -39,7 +39,9 @@ def unpack_int8_kernel(
         largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for i in tl.static_range(SLICES):
             w = DECODE(row_ptr, step * TILE_BLOCKS, group * SLICES + i, table_ptr, NUM_BLOCKS, PLANES)
-            largest = tl.maximum(largest, tl.max(tl.abs(w), axis=1) + tl.sum(w * 0.0, axis=1))
+            # NaN where a weight is NaN or Inf, which a GPU's maximum drops unless it is told not to.
+            widest = tl.max(tl.abs(w), axis=1) + tl.sum(w * 0.0, axis=1)
+            largest = tl.maximum(largest, widest, propagate_nan=tl.PropagateNan.ALL)
         scale, inverse = group_scale(largest)
         for i in tl.static_range(SLICES):
             w = DECODE(row_ptr, step * TILE_BLOCKS, group * SLICES + i, table_ptr, NUM_BLOCKS, PLANES)

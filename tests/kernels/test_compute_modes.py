@@ -77,6 +77,19 @@ def test_kernel_is_as_accurate_as_its_twin(name, compute, dtype, device, monkeyp
     assert relative(got, oracle) <= factor * relative(twin, oracle)
 
 
+@pytest.mark.parametrize("bits", [0x7E00, 0x7C00], ids=["NaN", "Inf"])
+@pytest.mark.parametrize("block", [0, 3])
+def test_a_nan_or_inf_scale_reaches_the_int8_output(block, bits, device):
+    """One block of a group of four poisons its output column and no other: a GPU's maximum drops NaN unless told not to."""
+    fmt = FORMATS["Q8_0"]
+    data, _ = finite_rows("Q8_0", 4)
+    data = data.clone()
+    data[1, 34 * block : 34 * block + 2] = torch.tensor([bits & 0xFF, bits >> 8], dtype=torch.uint8)
+    got = kernels.linear(torch.randn(20, 512).to(device), data.to(device), None, fmt, "int8").cpu()
+    assert got[:, 1].isnan().all()
+    assert got[:, [0, 2, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("compute", ["int8", "fp16_accumulate"])
 def test_few_rows_stay_weight_only(compute, device):
     """Modulation and embedding calls (up to 16 rows) are memory bound and run as exact."""

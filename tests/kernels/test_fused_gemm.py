@@ -75,6 +75,19 @@ def test_strided_activations(name, device):
         assert relative(got - x.double() @ weight.double().T, got) < 1e-6
 
 
+@pytest.mark.parametrize("compute", ["exact", "int8", "fp16_accumulate"])
+@pytest.mark.parametrize("m", [1, 20])
+def test_strided_bias(m, compute, device):
+    """The bias may be a strided slice or an expanded scalar; kernels read it with unit stride."""
+    fmt = FORMATS["Q8_0"]
+    data, _ = finite_rows("Q8_0", 20)
+    x = torch.randn(m, 512, device=device)
+    wide = torch.randn(40, device=device)
+    for bias in (wide[::2], wide[:1].expand(20)):
+        got = kernels.linear(x, data.to(device), bias, fmt, compute)
+        assert torch.equal(got, kernels.linear(x, data.to(device), bias.clone(), fmt, compute))
+
+
 def test_no_rows_of_x_and_an_output_no_store_may_miss(device, monkeypatch):
     """M = 0 gives an empty result; every element of y is written (the buffer starts as NaN), nothing beyond it is."""
     fmt = FORMATS["Q8_0"]
