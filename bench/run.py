@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.clock import interleaved, percentiles
 from bench.providers import PROVIDERS, Problem, Unavailable
 from bench.record import origin
 from bench.shapes import STEPS, Call, step_calls
+from flux_kernels.clock import interleaved, percentiles
 from flux_kernels.formats import FORMATS
 
 # Relative RMS error against float64 that a mode may have on gaussian activations: bf16 rounds inputs and output to 2^-9 each.

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from bench import gpu_session
-from bench.clock import interleaved, percentiles
 from bench.providers import PROVIDERS
 from bench.run import measure, summary
 from bench.shapes import STEPS, Call, step_calls
+from flux_kernels.clock import interleaved, percentiles
 
 CPU = torch.device("cpu")
 SMALL = Call(20, 64, 256, 3, "a test")
