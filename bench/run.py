@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bench.providers import PROVIDERS, Problem, Unavailable
 from bench.record import origin
-from bench.shapes import STEPS, Call, step_calls
 from flux_kernels.clock import interleaved, percentiles
+from flux_kernels.flux.calls import STEPS, Call, step_calls
 from flux_kernels.formats import FORMATS
 
 # Relative RMS error against float64 that a mode may have on gaussian activations: bf16 rounds inputs and output to 2^-9 each.

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from bench import gpu_session
 from bench.providers import PROVIDERS
 from bench.run import measure, summary
-from bench.shapes import STEPS, Call, step_calls
 from flux_kernels.clock import interleaved, percentiles
+from flux_kernels.flux.calls import STEPS, Call, step_calls
 
 CPU = torch.device("cpu")
 SMALL = Call(20, 64, 256, 3, "a test")
