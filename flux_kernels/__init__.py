@@ -9,6 +9,7 @@ from .errors import BackendUnavailable, FormatError, GGUFError
 from .fidelity import FidelityReport, fidelity
 from .footprint import memory_footprint
 from .formats import FORMATS, BlockFormat
+from .fuse import FuseReport, fuse_projections, unfuse_projections
 from .linear import GGUFLinear
 from .ops import dequantize, linear
 from .packing import quantize
@@ -32,12 +33,14 @@ __all__ = [
     "BlockFormat",
     "FidelityReport",
     "FormatError",
+    "FuseReport",
     "GGUFError",
     "GGUFFile",
     "GGUFLinear",
     "SwapReport",
     "dequantize",
     "fidelity",
+    "fuse_projections",
     "linear",
     "load_flux",
     "memory_footprint",
@@ -45,6 +48,7 @@ __all__ = [
     "read_gguf",
     "save_gguf",
     "swap_linear",
+    "unfuse_projections",
 ]
 
 

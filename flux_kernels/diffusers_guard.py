@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .errors import GGUFError
+from .fuse import offer_fusing, unfuse_projections
 from .linear import GGUFLinear
 from .takeover import carry_over
 
@@ -34,6 +35,7 @@ class SwappedModelQuantizer:
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         """Replace every packed layer by the nn.Linear it stands for, in place, and forget the quantizer."""
+        unfuse_projections(model)
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, GGUFLinear):
@@ -47,3 +49,4 @@ def guard(model: nn.Module) -> None:
     if hasattr(model, "save_pretrained") and any(isinstance(module, GGUFLinear) for module in model.modules()):
         model.hf_quantizer = SwappedModelQuantizer()  # type: ignore[assignment]
         model.is_quantized = False  # type: ignore[assignment]  # .to(dtype) is safe: packed bytes stay uint8
+        offer_fusing(model)
