@@ -104,14 +104,16 @@ def _algorithm(name: str):
         if problem.data.device.type == "cpu":
             raise Unavailable("Triton kernels need a GPU")
         from flux_kernels.kernels import exact
+        from flux_kernels.kernels.choice import tile_of
         from flux_kernels.kernels.launching import device_of
 
         run = exact.ALGORITHMS[name]
 
         def call(x: Tensor) -> Tensor:
             y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
+            tile = tile_of(name, problem.fmt, *y.shape, x.shape[1])
             with device_of(x):
-                run(x, problem.data, problem.bias, y, problem.fmt, problem.planes)
+                run(x, problem.data, problem.bias, y, problem.fmt, problem.planes, tile)
             return y
 
         return call

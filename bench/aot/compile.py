@@ -15,6 +15,7 @@ from flux_kernels.kernels.fp16_gemm import fp16_gemm_kernel
 from flux_kernels.kernels.fused_gemm import fused_gemm_kernel
 from flux_kernels.kernels.int8_gemm import int8_gemm_kernel
 from flux_kernels.kernels.small_m import small_m_kernel
+from flux_kernels.kernels.split_k import split_k_kernel
 from flux_kernels.kernels.tuning import UNPACK_ROWS, Tile, largest_tile_k
 from flux_kernels.kernels.unpack_int8 import unpack_int8_kernel
 
@@ -67,6 +68,15 @@ def compile_fused(name: str, capability: int, tile: Tile, dtype: str = "bf16", k
     return compile_kernel(fused_gemm_kernel, pointers, ("M", "N", "stride_xm"), constants, capability, **options)
 
 
+def compile_split_k(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the split-K GEMM for one format, card and tile."""
+    pointers = dict(x_ptr=_DTYPES[dtype], w_ptr="*u8", table_ptr="*u8", partial_ptr="*fp32")
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, SPLITS=tile.splits)
+    constants = format_constants(FORMATS[name], k) | blocks
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return compile_kernel(split_k_kernel, pointers, ("M", "N", "stride_xm"), constants, capability, **options)
+
+
 def compile_fp16(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
     """Compile the GEMM with fp16 accumulation for one format, card and tile."""
     pointers = dict(x_ptr="*fp16", x_scale_ptr="*fp32", w_ptr="*u8", table_ptr="*u8", bias_ptr=_DTYPES[dtype])
@@ -76,13 +86,15 @@ def compile_fp16(name: str, capability: int, tile: Tile, dtype: str = "bf16", k:
     return compile_kernel(fp16_gemm_kernel, pointers | {"y_ptr": _DTYPES[dtype]}, ("M", "N"), constants, capability, **options)
 
 
-def compile_int8(capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
-    """Compile the int8 GEMM for one card and tile."""
+def compile_int8(capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072, branch: bool = False) -> Compiled:
+    """Compile the int8 GEMM for one card and tile, with or without a low-rank branch in its epilogue."""
     pointers = dict(x_ptr="*i8", x_scale_ptr="*fp32", w_ptr="*i8", w_scale_ptr="*fp32", bias_ptr=_DTYPES[dtype])
     constants = dict(K=k, GROUP=tile.tile_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+    pointers |= dict.fromkeys(("hidden_ptr", "up_ptr"), _DTYPES[dtype]) if branch else {}
+    constants |= {} if branch else dict(hidden_ptr=None, up_ptr=None)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     pointers |= {"y_ptr": _DTYPES[dtype]}
-    return compile_kernel(int8_gemm_kernel, pointers, ("M", "N", "stride_ym"), constants, capability, **options)
+    return compile_kernel(int8_gemm_kernel, pointers, ("M", "N", "R", "stride_ym"), constants, capability, **options)
 
 
 def compile_small_m(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:

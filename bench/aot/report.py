@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import triton
 
@@ -17,6 +17,7 @@ from .compile import (
     compile_fused,
     compile_int8,
     compile_small_m,
+    compile_split_k,
     compile_unpack_int8,
 )
 
@@ -54,7 +55,7 @@ class Row:
 def fused_row(name: str, capability: int, tile: Tile, dtype: str = "bf16") -> Row:
     """Compile the fused GEMM with a tile and describe it."""
     built = compile_fused(name, capability, tile, dtype)
-    return _row("fused_gemm", name, capability, dtype, _text(tile), built, tile.block_n * tile.tile_k)
+    return _row("fused_gemm", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
 
 
 def _shipped_fused(m: int):
@@ -64,21 +65,30 @@ def _shipped_fused(m: int):
     return row
 
 
+def _split_k(name: str, capability: int, dtype: str) -> Row:
+    tile = replace(fused_tile(FORMATS[name], 512, _N, _K), splits=SPLITS)
+    built = compile_split_k(name, capability, tile, dtype)
+    return _row("split_k", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
+
+
 def _shipped_fp16(name: str, capability: int, dtype: str) -> Row:
     tile = fp16_tile(FORMATS[name], _K)
     built = compile_fp16(name, capability, tile, dtype)
-    return _row("fp16_gemm", name, capability, dtype, _text(tile), built, tile.block_n * tile.tile_k)
+    return _row("fp16_gemm", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
 
 
-def _shipped_int8(name: str, capability: int, dtype: str) -> Row:
-    built = compile_int8(capability, INT8_TILE, dtype)
-    return _row("int8_gemm", "int8", capability, dtype, _text(INT8_TILE), built, None)
+def _shipped_int8(kernel: str, branch: bool):
+    def row(name: str, capability: int, dtype: str) -> Row:
+        built = compile_int8(capability, INT8_TILE, dtype, branch=branch)
+        return _row(kernel, "int8", capability, dtype, str(INT8_TILE), built, None)
+
+    return row
 
 
 def _shipped_small_m(name: str, capability: int, dtype: str) -> Row:
     tile = small_m_tile(FORMATS[name], _K)
     built = compile_small_m(name, capability, tile, dtype)
-    return _row("small_m", name, capability, dtype, _text(tile), built, None)
+    return _row("small_m", name, capability, dtype, str(tile), built, None)
 
 
 def _shipped_unpack(kernel: str, compiler):
@@ -90,22 +100,21 @@ def _shipped_unpack(kernel: str, compiler):
 
 
 _N = _K = 3072
+SPLITS = 4  # what the report compiles split-K with; tuning also tries others
 # What the library launches, by the name the command line takes.
 SHIPPED = {
     "wide": _shipped_fused(4608),
     "medium": _shipped_fused(64),
     "narrow": _shipped_fused(16),
+    "split_k": _split_k,
     "small_m": _shipped_small_m,
     "fp16": _shipped_fp16,
-    "int8": _shipped_int8,
+    "int8": _shipped_int8("int8_gemm", branch=False),
+    "int8_branch": _shipped_int8("int8_gemm_branch", branch=True),
     "dequantize": _shipped_unpack("dequantize", compile_dequantize),
     "unpack_int8": _shipped_unpack("unpack_int8", compile_unpack_int8),
 }
-FORMAT_FREE = frozenset({"int8"})  # kernels that no format is compiled into
-
-
-def _text(tile: Tile) -> str:
-    return f"{tile.block_m}x{tile.block_n}x{tile.tile_k} warps {tile.num_warps} stages {tile.num_stages}"
+FORMAT_FREE = frozenset({"int8", "int8_branch"})  # kernels that no format is compiled into
 
 
 def _row(kernel: str, name: str, capability: int, dtype: str, tile: str, built: Compiled, weights: int | None) -> Row:

@@ -84,16 +84,20 @@ def read(cubin: bytes) -> MachineCode:
 
 
 def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """Return the innermost backward branch's body that holds the most work: with MMAs if any loop has them."""
+    """Return the longest body of an innermost backward branch; of loops with MMAs where there are any."""
     bodies = []
     for address, opcode, operands in instructions:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if stem(opcode) == "BRA" else None
         if target and int(target[1], 16) < address:
             bodies.append([entry for entry in instructions if int(target[1], 16) <= entry[0] <= address])
     with_mma = [body for body in bodies if any(stem(op) in _MMA for _, op, _ in body)]
-    if with_mma:
-        return min(with_mma, key=len)
-    return max(bodies, key=len, default=[])
+    loops = with_mma or bodies
+    innermost = [body for body in loops if not any(_inside(other, body) for other in loops)]
+    return max(innermost, key=len, default=[])
+
+
+def _inside(inner: list[tuple[int, str, str]], outer: list[tuple[int, str, str]]) -> bool:
+    return len(inner) < len(outer) and outer[0][0] <= inner[0][0] and inner[-1][0] <= outer[-1][0]
 
 
 def _run(tool: str, *arguments: str) -> str:

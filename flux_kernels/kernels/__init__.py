@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ..compute import WEIGHT_ONLY_M
 from ..formats import BlockFormat
+from ..low_rank import Branch
 from . import exact, fp16_accumulate, int8, two_stage
 from .launching import aligned, device_of
 
-_MODES = {"exact": exact.linear, "fp16_accumulate": fp16_accumulate.linear, "int8": int8.linear}
+_MODES = {"exact": exact.linear, "fp16_accumulate": fp16_accumulate.linear}
 
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
@@ -33,14 +34,32 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool 
         return two_stage.unpack(aligned(data), fmt, dtype, planes)
 
 
-def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, compute: str, planes: bool = False) -> Tensor:
-    """Compute x [M, K] @ decode(data [N, row bytes]).T + bias -> [M, N] in x's dtype, in a compute mode."""
+def linear(
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    fmt: BlockFormat,
+    compute: str,
+    planes: bool = False,
+    branch: Branch | None = None,
+    outliers: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Compute x [M, K] @ decode(data [N, row bytes]).T + bias + branch -> [M, N] in x's dtype, in a compute mode.
+
+    "int8" adds the branch in its epilogue; the other modes by a second product, which rounds y once more. `outliers` (index
+    [k], weight [N, k]) are input channels that "int8" computes in x's dtype; the other modes need none.
+    """
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
     if y.numel():
         x = x if x.stride(-1) == 1 else x.contiguous()
         data = aligned(data)
         bias = None if bias is None else bias.contiguous()
-        run = _MODES[compute if x.shape[0] > WEIGHT_ONLY_M else "exact"]
+        compute = compute if x.shape[0] > WEIGHT_ONLY_M else "exact"
         with device_of(data):
-            run(x, data, bias, y, fmt, planes)
+            if compute == "int8":
+                int8.linear(x, data, bias, y, fmt, planes, branch, outliers)
+                return y
+            _MODES[compute](x, data, bias, y, fmt, planes)
+            if branch is not None:
+                y.addmm_(branch[0], branch[1].T)
     return y

@@ -29,14 +29,19 @@ def round_to_int8(values):
 
 @jit
 def quantize_activation_kernel(
-    x_ptr, codes_ptr, scale_ptr, M, stride_xm, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
+    x_ptr, keep_ptr, codes_ptr, scale_ptr, M, stride_xm, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Quantize a [BLOCK_M, GROUP] tile of x to codes [M, K] int8 and scale [K // GROUP, M] float32."""
+    """Quantize a [BLOCK_M, GROUP] tile of x to codes [M, K] int8 and scale [K // GROUP, M] float32.
+
+    Channels whose uint8 keep [K] is 0 become zeros: they are computed elsewhere. None keeps all.
+    """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = tl.program_id(1)
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)
     offs_k = group * GROUP + tl.arange(0, GROUP)
     x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_k[None, :]).to(tl.float32)
+    if keep_ptr is not None:
+        x = tl.where(tl.load(keep_ptr + offs_k)[None, :] != 0, x, 0.0)
     # A NaN or Inf makes the scale NaN, and so the whole output row: tl.max alone would drop a NaN.
     amax = tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)
     scale, inverse = group_scale(amax)

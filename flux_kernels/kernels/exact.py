@@ -1,40 +1,64 @@
-"""compute="exact": the fused GEMM, the small-M kernel for one or two rows, or the chunked two-stage."""
+"""compute="exact": the fused GEMM, its split-K form, the small-M kernel for one or two rows, or the chunked two-stage."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._triton import triton
 from ..formats import BlockFormat
 from . import two_stage
+from .choice import choose
 from .fused_gemm import fused_gemm_kernel
-from .launching import capability_of, format_constants, table_of
+from .launching import format_constants, table_of
 from .small_m import small_m_kernel
-from .tuning import choose_algorithm, fused_tile, small_m_tile
+from .split_k import add_splits_kernel, split_k_kernel
+from .tuning import Tile
+
+_ADD_BLOCK = 1024  # columns a program of the reduction adds
 
 
 def linear(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool) -> None:
     """Write x [M, K] @ decode(data).T + bias to y [M, N]; x has unit stride along K."""
-    ALGORITHMS[choose_algorithm(x.shape[0], capability_of(x.device))](x, data, bias, y, fmt, planes)
+    choice = choose("exact", fmt, *y.shape, x.shape[1], x.device)
+    ALGORITHMS[choice.algorithm](x, data, bias, y, fmt, planes, choice.tile)
 
 
-def _small_m(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool) -> None:
+def _small_m(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile) -> None:
     m, n = y.shape
     constants = format_constants(fmt, data.shape[1], planes)
-    tile = small_m_tile(fmt, constants["K"])
     blocks = dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k, num_warps=tile.num_warps)
     grid = (triton.cdiv(n, tile.block_n), m)
     small_m_kernel[grid](x, data, table_of(fmt, data), bias, y, n, x.stride(0), **constants, **blocks)
 
 
-def _fused(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool) -> None:
+def _fused(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile) -> None:
     m, n = y.shape
-    constants = format_constants(fmt, data.shape[1], planes)
-    tile = fused_tile(fmt, m, n, constants["K"])
+    constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile)
+    fused_gemm_kernel[(_tiles(m, n, tile),)](x, data, table_of(fmt, data), bias, y, m, n, x.stride(0), **constants)
+
+
+def _split_k(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile) -> None:
+    m, n = y.shape
+    constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile) | dict(SPLITS=tile.splits)
+    partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device)
+    grid = (_tiles(m, n, tile), tile.splits)
+    split_k_kernel[grid](x, data, table_of(fmt, data), partial, m, n, x.stride(0), **constants)
+    add_grid = (triton.cdiv(n, _ADD_BLOCK), m)
+    add_splits_kernel[add_grid](partial, bias, y, m, n, SPLITS=tile.splits, BLOCK=_ADD_BLOCK)
+
+
+def _two_stage(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool, tile: None) -> None:
+    two_stage.linear(x, data, bias, y, fmt, planes)
+
+
+def _blocks(tile: Tile) -> dict:
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-    fused_gemm_kernel[grid](x, data, table_of(fmt, data), bias, y, m, n, x.stride(0), **constants, **blocks, **options)
+    return blocks | dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
-ALGORITHMS = {"small_m": _small_m, "fused": _fused, "two_stage": two_stage.linear}
+def _tiles(m: int, n: int, tile: Tile) -> int:
+    return triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+
+
+ALGORITHMS = {"small_m": _small_m, "fused": _fused, "split_k": _split_k, "two_stage": _two_stage}

@@ -8,9 +8,9 @@ from torch import Tensor
 from .._triton import triton
 from ..formats import BlockFormat
 from .activations import scale_to_fp16_kernel
+from .choice import choose
 from .fp16_gemm import fp16_gemm_kernel
 from .launching import format_constants, table_of
-from .tuning import fp16_tile
 
 _SCALE_BLOCK = 1024
 
@@ -22,7 +22,7 @@ def linear(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFo
     scaled = torch.empty(m, constants["K"], dtype=torch.float16, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     scale_to_fp16_kernel[(m,)](x, scaled, scale, x.stride(0), K=constants["K"], BLOCK_K=_SCALE_BLOCK)
-    tile = fp16_tile(fmt, constants["K"])
+    tile = choose("fp16_accumulate", fmt, m, n, constants["K"], x.device).tile
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)

@@ -27,6 +27,32 @@ def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @jit
+def decoded_product(
+    x_ptrs,
+    row_ptr,
+    table_ptr,
+    first,
+    STEPS: tl.constexpr,
+    K: tl.constexpr,
+    DECODE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """Return decode(w) @ x.T over STEPS tiles of K from tile `first` on: float32 [BLOCK_N, BLOCK_M]."""
+    TILE_BLOCKS: tl.constexpr = NUM_BLOCKS * TILE_K // K
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in range(first, first + STEPS):
+        for i in tl.static_range(TILE_K // 32):
+            w = DECODE(row_ptr, step * TILE_BLOCKS, i, table_ptr, NUM_BLOCKS, PLANES)
+            x = tl.load(x_ptrs + (step * TILE_K + 32 * i))
+            acc = tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+    return acc
+
+
+@jit
 def fused_gemm_kernel(
     x_ptr,
     w_ptr,
@@ -52,13 +78,8 @@ def fused_gemm_kernel(
     row_ptr = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64) * ROW_BYTES
     x_row = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64) * stride_xm
     x_ptrs = x_row[:, None] + tl.arange(0, 32)[None, :]
-    TILE_BLOCKS: tl.constexpr = NUM_BLOCKS * TILE_K // K
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for step in range(K // TILE_K):
-        for i in tl.static_range(TILE_K // 32):
-            w = DECODE(row_ptr, step * TILE_BLOCKS, i, table_ptr, NUM_BLOCKS, PLANES)
-            x = tl.load(x_ptrs + (step * TILE_K + 32 * i))
-            acc = tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+    STEPS: tl.constexpr = K // TILE_K
+    acc = decoded_product(x_ptrs, row_ptr, table_ptr, 0, STEPS, K, DECODE, NUM_BLOCKS, PLANES, BLOCK_M, BLOCK_N, TILE_K)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(offs_n, N - 1)).to(tl.float32)[:, None]
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]

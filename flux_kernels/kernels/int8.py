@@ -11,34 +11,55 @@ from torch import Tensor
 from .._triton import triton
 from ..compute import group_width
 from ..formats import BlockFormat
+from ..low_rank import Branch, join, outlier_branch
 from .activations import quantize_activation_kernel
+from .choice import choose
 from .int8_gemm import int8_gemm_kernel
 from .launching import format_constants, table_of
-from .tuning import INT8_TILE, UNPACK_ROWS, largest_tile_k
+from .tuning import UNPACK_ROWS, Tile, largest_tile_k
 from .two_stage import rows_per_chunk
 from .unpack_int8 import unpack_int8_kernel
 
 _QUANTIZE_ROWS = 16
 
 
-def linear(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool) -> None:
-    """Write x [M, K] @ decode(data).T + bias to y [M, N], both operands rounded to int8 with group scales."""
+def linear(
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    fmt: BlockFormat,
+    planes: bool,
+    branch: Branch | None = None,
+    outliers: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Write x [M, K] @ decode(data).T + bias + branch to y [M, N], both operands rounded to int8 with group scales.
+
+    The input channels of `outliers` (index [k], weight [N, k]) are left out of the int8 product and join the branch.
+    """
     n, k = data.shape[0], fmt.row_weights(data.shape[1])
-    x_codes, x_scale = quantize_activation(x, group_width(k))
+    keep = None
+    if outliers is not None:
+        branch = join(branch, outlier_branch(x, outliers))
+        keep = torch.ones(k, dtype=torch.uint8, device=x.device).index_fill_(0, outliers[0].long(), 0)
+    hidden, up = (None, None) if branch is None else (branch[0].contiguous(), branch[1].contiguous())
+    x_codes, x_scale = quantize_activation(x, group_width(k), keep)
     rows = rows_per_chunk(k, 1, x.device)
+    tile = choose("int8", fmt, x.shape[0], n, k, x.device).tile
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
         w_codes, w_scale = unpack_weight(data[chunk], fmt, group_width(k), planes)
-        _gemm(x_codes, x_scale, w_codes, w_scale, None if bias is None else bias[chunk], y[:, chunk])
+        bias_chunk, up_chunk = (None if part is None else part[chunk] for part in (bias, up))
+        _gemm(x_codes, x_scale, w_codes, w_scale, bias_chunk, hidden, up_chunk, y[:, chunk], tile)
 
 
-def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Quantize x [M, K] to int8 codes [M, K] and float32 scales [K // group, M]."""
+def quantize_activation(x: Tensor, group: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize x [M, K] to int8 codes [M, K] and float32 scales [K // group, M]; channels with keep [K] = 0 become zeros."""
     m, k = x.shape
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(k // group, m, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(m, _QUANTIZE_ROWS), k // group)
-    quantize_activation_kernel[grid](x, codes, scale, m, x.stride(0), K=k, GROUP=group, BLOCK_M=_QUANTIZE_ROWS)
+    quantize_activation_kernel[grid](x, keep, codes, scale, m, x.stride(0), K=k, GROUP=group, BLOCK_M=_QUANTIZE_ROWS)
     return codes, scale
 
 
@@ -56,13 +77,13 @@ def unpack_weight(data: Tensor, fmt: BlockFormat, group: int, planes: bool) -> t
     return codes, scale
 
 
-def _gemm(x_codes: Tensor, x_scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def _gemm(x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y: Tensor, tile: Tile) -> None:
     m, n = y.shape
-    tile = INT8_TILE
+    rank = 0 if hidden is None else hidden.shape[1]
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     k = x_codes.shape[1]
     int8_gemm_kernel[grid](
-        *(x_codes, x_scale, w_codes, w_scale, bias, y, m, n, y.stride(0)),
+        *(x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y, m, n, rank, y.stride(0)),
         K=k,
         GROUP=k // x_scale.shape[0],
         BLOCK_M=tile.block_m,

@@ -1,13 +1,14 @@
 """int8 GEMM with group scales: one kernel for all formats, after both operands were quantized.
 
-y[M, N] = sum over groups g of (x_codes[:, g] @ w_codes[:, g].T) * x_scale[g, :] * w_scale[g, :] + bias, the products in
-int32, scaled and summed in float32. W is loaded as [BLOCK_N, GROUP] and transposed: loaded as [GROUP, BLOCK_N] it spills
-under Triton 3.8 and 3.9.
+y[M, N] = sum over groups g of (x_codes[:, g] @ w_codes[:, g].T) * x_scale[g, :] * w_scale[g, :] + bias + hidden @ up.T, the
+products of the groups in int32, scaled and summed in float32; the low-rank branch in the dtype of y. W is loaded as
+[BLOCK_N, GROUP] and transposed: loaded as [GROUP, BLOCK_N] it spills under Triton 3.8 and 3.9.
 """
 
 from __future__ import annotations
 
 from .._triton import jit, tl
+from .branch import add_branch
 from .fused_gemm import tile_position
 
 
@@ -18,9 +19,12 @@ def int8_gemm_kernel(
     w_ptr,
     w_scale_ptr,
     bias_ptr,
+    hidden_ptr,
+    up_ptr,
     y_ptr,
     M,
     N,
+    R,
     stride_ym,
     K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -46,5 +50,7 @@ def int8_gemm_kernel(
         acc += products.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + rows_n).to(tl.float32)[None, :]
+    if hidden_ptr is not None:
+        acc = add_branch(acc, hidden_ptr, up_ptr, rows_m, rows_n, R)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])

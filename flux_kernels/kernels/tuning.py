@@ -1,4 +1,4 @@
-"""The tile table: which algorithm runs and which tile a kernel launches with, as data."""
+"""The default tile table: which algorithm runs and which tile a kernel launches with where no measurement says otherwise."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from ..formats import SUPERBLOCK, BlockFormat
 
 @dataclass(frozen=True)
 class Tile:
-    """Name one launch shape of the fused GEMM (weights and rows per program, warps, software pipeline stages)."""
+    """Name one launch shape: rows of x and of w per program, K per step, warps, pipeline stages, programs that share K."""
 
     block_m: int
     block_n: int
     tile_k: int
     num_warps: int
     num_stages: int
+    splits: int = 1
+
+    def __str__(self) -> str:
+        split = f" split {self.splits}" if self.splits > 1 else ""
+        return f"{self.block_m}x{self.block_n}x{self.tile_k} warps {self.num_warps} stages {self.num_stages}{split}"
 
 
 # All tiles stay under the 99 KiB of shared memory of sm_86, sm_89 and sm_120. Formats of small blocks stage every slice on
@@ -60,13 +65,15 @@ _DATACENTER = frozenset({(8, 0), (9, 0), (10, 0)})
 _DATACENTER_FUSED_M = 512  # up to here writing the unpacked weight costs as much as the exposed decode (estimated)
 
 
-def choose_algorithm(m: int, capability: tuple[int, int] | None) -> str:
-    """Return "small_m", "fused" or "two_stage" for compute="exact"; capability None means no NVIDIA card."""
+def choose_algorithm(m: int, capability: tuple[int, int] | None) -> tuple[str, str]:
+    """Return "small_m", "fused" or "two_stage" for compute="exact", and why; capability None means no NVIDIA card."""
     if m <= SMALL_M:
-        return "small_m"
+        return "small_m", f"up to {SMALL_M} rows are bound by reading the weight"
     if capability is not None and capability < TENSOR_CORE_CAPABILITY:
-        return "two_stage"
-    return "two_stage" if capability in _DATACENTER and m > _DATACENTER_FUSED_M else "fused"
+        return "two_stage", "Triton has no tensor-core code for this card"
+    if capability in _DATACENTER and m > _DATACENTER_FUSED_M:
+        return "two_stage", f"tensor cores too fast for a fused decode above {_DATACENTER_FUSED_M} rows (estimated)"
+    return "fused", "decodes in registers, no scratch in memory"
 
 
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import exact, two_stage
-from flux_kernels.kernels.tuning import choose_algorithm
+from flux_kernels.kernels.choice import Choice
+from flux_kernels.kernels.tuning import Tile, choose_algorithm
 
 from .samples import finite_rows, golden
 
@@ -117,7 +120,7 @@ def test_one_row_selects_one_column_of_the_weight(name, dtype, device):
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ3_S"])
 def test_the_two_stage_algorithm_equals_torch(name, bias, device, monkeypatch):
     """Unpacking chunk by chunk and torch's matmul give what dequantize-then-linear gives, ragged last chunk included."""
-    monkeypatch.setattr(exact, "choose_algorithm", lambda m, capability: "two_stage")
+    monkeypatch.setattr(exact, "choose", lambda *call: Choice("two_stage", None, ""))
     monkeypatch.setattr(two_stage, "rows_per_chunk", lambda k, itemsize, device: 16)
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 37)
@@ -126,11 +129,30 @@ def test_the_two_stage_algorithm_equals_torch(name, bias, device, monkeypatch):
     torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, b), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "splits"), [("Q4_K", 2), ("Q8_0", 4), ("Q6_K", 4), ("IQ3_S", 2)])
+def test_split_k_equals_one_program_per_tile(name, splits, dtype, device, monkeypatch):
+    """K shared by several programs and added in order: the error against float64 is at most twice the fused GEMM's."""
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 37, repeats=2)
+    x, bias = torch.randn(19, 1024).to(dtype), torch.randn(37).to(dtype)
+    oracle = x.double() @ weight.to(dtype).double().T + bias.double()
+    got = {}
+    fused = Tile(16, 64, max(128, fmt.block_size), 4, 2)
+    for algorithm, tile in {"fused": fused, "split_k": replace(fused, splits=splits)}.items():
+        chosen = Choice(algorithm, tile, "")
+        monkeypatch.setattr(exact, "choose", lambda *call, chosen=chosen: chosen)
+        got[algorithm] = launch(x, data, fmt, bias, fmt.planes, device).double()
+    slack = torch.finfo(dtype).eps * oracle.norm() / 2
+    assert (got["split_k"] - oracle).norm() <= 2 * (got["fused"] - oracle).norm() + slack
+    assert not torch.equal(got["split_k"], got["fused"]) or dtype != torch.float32  # it did add in another order
+
+
 def test_the_algorithm_is_chosen_by_rows_and_card():
     """Few rows: small-M. Turing has no tensor-core code. Datacenter cards cannot hide a decode at large M."""
     choices = {(1, (8, 6)): "small_m", (64, (7, 5)): "two_stage", (4608, (8, 9)): "fused", (4608, (12, 0)): "fused"}
     choices |= {(4608, (9, 0)): "two_stage", (512, (9, 0)): "fused", (4608, None): "fused"}
-    assert {key: choose_algorithm(*key) for key in choices} == choices
+    assert {key: choose_algorithm(*key)[0] for key in choices} == choices
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])

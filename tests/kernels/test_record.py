@@ -1,0 +1,125 @@
+"""Tuning records: what is chosen from them, what is refused, and that old ones are used with a warning."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flux_kernels._triton import TRITON_VERSION
+from flux_kernels.formats import FORMATS
+from flux_kernels.kernels import choice, record
+from flux_kernels.kernels.record import TuningRecord, TuningRow, kernel_hash, nearest, order_records
+from flux_kernels.kernels.tuning import Tile
+
+Q4_K = FORMATS["Q4_K"]
+CARD = "NVIDIA GeForce RTX 3090"
+GPU = torch.device("cuda", 0)
+TILE = Tile(64, 128, 256, 4, 3, 2)
+
+
+def row(**changes) -> TuningRow:
+    made = TuningRow(
+        *("exact", "Q4_K", 512, 3072, 3072, "split_k", TILE, 0.2, 0.3, TRITON_VERSION, kernel_hash("exact", Q4_K)),
+    )
+    return replace(made, **changes)
+
+
+def of(*rows: TuningRow, name: str = CARD, capability=(8, 6)) -> TuningRecord:
+    return TuningRecord(dict(name=name, capability=list(capability)), {}, "2026-11-21", {found.key: found for found in rows})
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """Pretend that an RTX 3090 is there, with an empty records folder of its own."""
+    monkeypatch.setenv(record.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD)
+    for module in (record, choice):
+        monkeypatch.setattr(module, "capability_of", lambda device: (8, 6))
+    choice.forget()
+    yield tmp_path
+    choice.forget()
+
+
+def chosen(m: int = 512, n: int = 3072, k: int = 3072) -> choice.Choice:
+    return choice.choose("exact", Q4_K, m, n, k, GPU)
+
+
+def test_a_record_survives_the_file(tmp_path):
+    path = tmp_path / "deeper" / "card.json"
+    of(row(), row(m=4096, algorithm="two_stage", tile=None)).save(path)
+    assert TuningRecord.load(path) == of(row(), row(m=4096, algorithm="two_stage", tile=None))
+    assert [found.name for found in path.parent.iterdir()] == ["card.json"]
+
+
+def test_a_measured_choice_wins_over_the_default_near_its_m_only(card):
+    assert chosen().algorithm == "fused"
+    of(row()).save(record.record_path(CARD))
+    choice.forget()
+    assert (chosen().algorithm, chosen().tile) == ("split_k", TILE)
+    assert "measured on this card type" in chosen().why
+    assert chosen(m=700).algorithm == "split_k"
+    assert chosen(m=750).algorithm == "fused"  # more than half a power of two away
+    assert chosen(n=12288).algorithm == "fused"
+
+
+def test_the_nearest_row_serves():
+    found = of(row(m=4096), row(m=4608, algorithm="fused"))
+    assert [nearest(found, "exact", "Q4_K", m, 3072, 3072).m for m in (4080, 4096, 4592, 5000)] == [4096, 4096, 4608, 4608]
+    assert nearest(found, "int8", "Q4_K", 4096, 3072, 3072) is None
+
+
+def test_a_record_of_the_same_capability_serves_after_the_cards_own(card):
+    kin, other = of(row(), name="RTX 3060"), of(row(), name="RTX 4090", capability=(8, 9))
+    own = of(row(algorithm="fused"))
+    found = order_records([other, kin, own], CARD, (8, 6))
+    assert [first for first, _ in found] == [own, kin]
+    kin.save(card / "kin.json")
+    choice.forget()
+    assert chosen().why.startswith("measured on RTX 3060")
+
+
+@pytest.mark.parametrize("change", [dict(triton="2.0"), dict(kernel_hash="0")], ids=["Triton", "kernel"])
+def test_an_old_row_is_used_with_one_warning(card, change):
+    of(row(**change)).save(record.record_path(CARD))
+    choice.forget()
+    with pytest.warns(UserWarning, match="flux-kernels tune"):
+        assert chosen().algorithm == "split_k"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(m=513).algorithm == "split_k"
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda data: data.update(schema="other/1"),
+        lambda data: data.pop("device"),
+        lambda data: data["rows"][0].update(format="Q9_Z"),
+        lambda data: data["rows"][0].update(tile=None),
+        lambda data: data["rows"][0]["tile"].update(tile_k=100),
+        lambda data: data["rows"][0]["tile"].update(splits=5),
+        lambda data: data["rows"][0]["tile"].update(block_m="many"),
+        lambda data: data["rows"][0].pop("ms"),
+    ],
+)
+def test_a_broken_record_is_left_out_with_a_sentence(card, break_it):
+    path = record.record_path(CARD)
+    of(row()).save(path)
+    data = json.loads(path.read_text())
+    break_it(data)
+    path.write_text(json.dumps(data))
+    choice.forget()
+    with pytest.warns(UserWarning, match="is not a tuning record"):
+        assert chosen().algorithm == "fused"
+
+
+def test_the_kernel_hash_follows_mode_and_format():
+    hashes = {kernel_hash(mode, FORMATS[name]) for mode in choice.ALGORITHMS for name in ("Q4_K", "Q8_0")}
+    assert len(hashes) == 6
+    for files in record._KERNELS.values():
+        for name in files:
+            assert (record._PACKAGED.parent / f"{name}.py").exists()
