@@ -16,6 +16,14 @@ from .formats import get_format
 _VIEWS_OF_ALL = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
+def decode_whole(packed: Tensor, format: str, dtype: torch.dtype, backend: str, planes: bool, branch) -> Tensor:
+    """Decode packed rows and add the branch (down [r, K], up [N, r]) where there is one, rounded to `dtype` once."""
+    if branch is None:
+        return torch.ops.flux_kernels.dequantize(packed, format, dtype, backend, planes)
+    weight = torch.ops.flux_kernels.dequantize(packed, format, torch.float32, backend, planes)
+    return torch.addmm(weight, branch[1].float(), branch[0].float()).to(dtype)
+
+
 class LazyWeight(torch.Tensor):
     """Stand in for the decoded weight [N, K] of a packed layer.
 
@@ -26,19 +34,28 @@ class LazyWeight(torch.Tensor):
     format: str
     backend: str
     planes: bool
+    branch: tuple[Tensor, Tensor] | None  # down [r, K], up [N, r]: the weight includes up @ down
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, packed: Tensor, format: str, dtype: torch.dtype, backend: str = "auto", planes: bool = False):
+    def __new__(
+        cls,
+        packed: Tensor,
+        format: str,
+        dtype: torch.dtype,
+        backend: str = "auto",
+        planes: bool = False,
+        branch: tuple[Tensor, Tensor] | None = None,
+    ):
         shape = (packed.shape[0], get_format(format).row_weights(packed.shape[1]))
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
-        self.packed, self.format, self.backend, self.planes = packed, format, backend, planes
+        self.packed, self.format, self.backend, self.planes, self.branch = packed, format, backend, planes, branch
         return self
 
     def decode(self) -> Tensor:
         """Return the weight as an ordinary tensor."""
-        return torch.ops.flux_kernels.dequantize(self.packed, self.format, self.dtype, self.backend, self.planes)
+        return decode_whole(self.packed, self.format, self.dtype, self.backend, self.planes, self.branch)
 
     @property
     def data(self) -> LazyWeight:
@@ -58,7 +75,7 @@ class LazyWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func in _VIEWS_OF_ALL:
             source = args[0]
-            return cls(source.packed, source.format, source.dtype, source.backend, source.planes)
+            return cls(source.packed, source.format, source.dtype, source.backend, source.planes, source.branch)
         _refuse_writes(func, args, kwargs)
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.decode, (args, kwargs))
         return func(*args, **kwargs)
@@ -85,6 +102,6 @@ def _refuse_writes(func, args, kwargs) -> None:
 
 def _read_only(format: str) -> str:
     return (
-        f"The weight of this layer is packed {format} and cannot be written: the change would be lost. To merge a LoRA, keep "
-        "it as an adapter instead of fusing it; to edit the weight, replace the layer by layer.dequantize() first."
+        f"The weight of this layer is packed {format} and cannot be written: the change would be lost. To merge a LoRA, call "
+        "flux_kernels.fuse_lora(model); to edit the weight, replace the layer by layer.dequantize() first."
     )

@@ -11,13 +11,14 @@ from . import ops
 from .backends import ACTIVATION_DTYPES, check_names, resolve, wants_planes
 from .errors import BackendUnavailable, FormatError
 from .formats import FORMATS, BlockFormat, get_format
-from .lazy_weight import LazyWeight
+from .lazy_weight import LazyWeight, decode_whole
+from .low_rank import LowRankLayer, check_outliers
 from .packing import quantize
 
 _NAMES = {fmt.ggml_type: name for name, fmt in FORMATS.items()}
 
 
-class GGUFLinear(nn.Linear):
+class GGUFLinear(LowRankLayer, nn.Linear):
     """Compute x @ W.T + bias with W packed in a ggml block format.
 
     Attributes:
@@ -29,6 +30,8 @@ class GGUFLinear(nn.Linear):
         compute: "exact", "fp16_accumulate" or "int8".
         compute_dtype: dtype of `weight` and of adapters put on the layer; the product is computed in the dtype of x.
         weight: [out_features, in_features], a stand-in that decodes when computed with (see `LazyWeight`).
+        low_rank_down, low_rank_up: an optional branch beside W, part of `weight` (see `LowRankLayer`).
+        outlier_index, outlier_weight: input channels that "int8" computes in x's dtype, or None.
     """
 
     qweight: nn.Parameter
@@ -68,6 +71,7 @@ class GGUFLinear(nn.Linear):
         self.compute = compute
         self.compute_dtype = compute_dtype
         self.qweight = nn.Parameter(qweight, requires_grad=False)
+        self._no_branch()
         if bias is None or isinstance(bias, nn.Parameter):
             self.bias = bias  # type: ignore[assignment]
         else:
@@ -136,8 +140,8 @@ class GGUFLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """Stand in for the decoded weight [N, K]: metadata is free, computing decodes, writing raises."""
         if torch.compiler.is_compiling():  # compilers cannot trace the stand-in, and drop a decode of which nothing is used
-            return ops.dequantize(self.qweight, self.format, self.compute_dtype, backend=self.backend, planes=self.planes)
-        return LazyWeight(self.qweight, self.format, self.compute_dtype, self.backend, self.planes)
+            return self._decode(self.compute_dtype)
+        return LazyWeight(self.qweight, self.format, self.compute_dtype, self.backend, self.planes, self._branch())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter; refuse one named `weight`, which is computed from `qweight`."""
@@ -149,10 +153,34 @@ class GGUFLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute x @ W.T + bias: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
-        return torch.ops.flux_kernels.linear(
-            input, self.qweight, self.bias, self.format, self.backend, self.compute, self.planes
-        )
+        """Compute x @ W.T + bias + branch: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
+        packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
+        if self.low_rank_down is None and self.outlier_index is None:
+            return torch.ops.flux_kernels.linear(input, *packed)
+        hidden = self._hidden(input)
+        up = None if self.low_rank_up is None or hidden is None else self.low_rank_up.to(hidden.dtype)
+        return torch.ops.flux_kernels.linear(input, *packed, hidden, up, self.outlier_index, self.outlier_weight)
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [N, K], branch included, in `dtype`."""
+        return decode_whole(self.qweight, self.format, dtype, self.backend, self.planes, self._branch())
+
+    def keep_outliers(self, index: Tensor | None) -> None:
+        """Let compute="int8" compute some input channels in x's dtype instead; None undoes it. Other modes ignore it.
+
+        Args:
+            index: the channels, integers [k] without repetition in 0..K-1; kernels pad k to a multiple of 16.
+
+        Raises:
+            FormatError: on an index that does not fit.
+        """
+        if index is None or index.numel() == 0:
+            self.outlier_index = self.outlier_weight = None
+            return
+        channels = check_outliers(index, self.in_features).to(self.qweight.device)
+        decoded = ops.dequantize(self.qweight, self.format, self.compute_dtype, backend=self.backend, planes=self.planes)
+        self.outlier_index = nn.Parameter(channels, requires_grad=False)
+        self.outlier_weight = nn.Parameter(decoded[:, channels].contiguous(), requires_grad=False)
 
     def file_bytes(self) -> Tensor:
         """Return the packed rows as a GGUF file stores them: uint8 [N, row bytes] (`qweight` itself unless planes)."""
@@ -178,9 +206,7 @@ class GGUFLinear(nn.Linear):
         Args:
             dtype: of the weight, `compute_dtype` by default; the bias is shared and keeps its own where it is None.
         """
-        weight = ops.dequantize(
-            self.qweight, self.format, dtype or self.compute_dtype, backend=self.backend, planes=self.planes
-        )
+        weight = self._decode(dtype or self.compute_dtype).detach()
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
@@ -218,6 +244,10 @@ class GGUFLinear(nn.Linear):
             if problem is not None:
                 error_msgs.append(f'"{prefix}weight": {problem}')
                 return
+        problem = self._fit_branch(state_dict, prefix)
+        if problem is not None:
+            error_msgs.append(f'"{prefix}low_rank_down": {problem}')
+            return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _take_descriptor(self, descriptor: Tensor, state_dict: dict[str, Any], prefix: str) -> str | None:
@@ -254,7 +284,10 @@ class GGUFLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Show shape, format, what runs it, and where."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, format={self.format}, backend={self.backend}{self._chosen()}, compute={self.compute}"
+        branch = f", rank={self.rank}" if self.rank else ""
+        outliers = "" if self.outlier_index is None else f", outliers={self.outlier_index.shape[0]}"
+        chosen = f"backend={self.backend}{self._chosen()}, compute={self.compute}"
+        return f"{shape}, format={self.format}, {chosen}{branch}{outliers}"
 
     def _chosen(self) -> str:
         """Tell what "auto" stands for on the device that the layer runs on."""

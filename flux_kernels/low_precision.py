@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .compute import PROMOTE_K, group_width
 from .formats import BlockFormat
+from .low_rank import Branch
 from .reference import dequantize
 
 _SMALLEST = 1e-30  # see kernels/activations.py
@@ -32,8 +33,10 @@ def quantize_groups(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return torch.nan_to_num(torch.round(grouped * inverse), nan=0.0), scale
 
 
-def linear_int8(x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tensor | None, planes: bool) -> Tensor:
-    """Compute x [M, K] @ W.T + bias with both operands quantized to int8 in groups of K; the result has x's dtype."""
+def linear_int8(
+    x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tensor | None, planes: bool, branch: Branch | None = None
+) -> Tensor:
+    """Compute x [M, K] @ W.T + bias + branch with x and W quantized to int8 in groups of K; the result has x's dtype."""
     group = group_width(x.shape[-1])
     codes, scale = quantize_groups(x, group)
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
@@ -43,7 +46,7 @@ def linear_int8(x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tensor | None, 
         w_codes, w_scale = quantize_groups(dequantize(data[rows], fmt, torch.float32, planes), group)
         products = torch.einsum("mgk,ngk->gmn", codes, w_codes)
         scaled = products * scale.permute(1, 0, 2) * w_scale.permute(1, 2, 0)
-        y[:, rows] = _with_bias(scaled.sum(0), bias, rows).to(x.dtype)
+        y[:, rows] = _with_bias(scaled.sum(0), bias, rows, branch).to(x.dtype)
     return y
 
 
@@ -55,8 +58,10 @@ def scale_to_fp16(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * down).half(), up
 
 
-def linear_fp16_accumulate(x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tensor | None, planes: bool) -> Tensor:
-    """Compute x [M, K] @ W.T + bias with fp16 sums over PROMOTE_K of K, added in float32; the result has x's dtype."""
+def linear_fp16_accumulate(
+    x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tensor | None, planes: bool, branch: Branch | None = None
+) -> Tensor:
+    """Compute x [M, K] @ W.T + bias + branch with fp16 sums over PROMOTE_K of K, added in float32, in x's dtype."""
     scaled, up = scale_to_fp16(x)
     steps = PROMOTE_K // _MMA_K
     parts = scaled.float().unflatten(-1, (-1, steps, _MMA_K))
@@ -68,9 +73,11 @@ def linear_fp16_accumulate(x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tens
         sums = torch.zeros((), dtype=torch.float16, device=x.device)
         for i in range(steps):
             sums = (sums.float() + torch.einsum("mgk,ngk->gmn", parts[:, :, i], weight[:, :, i])).half()
-        y[:, rows] = _with_bias(sums.float().sum(0) * up, bias, rows).to(x.dtype)
+        y[:, rows] = _with_bias(sums.float().sum(0) * up, bias, rows, branch).to(x.dtype)
     return y
 
 
-def _with_bias(y: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
-    return y if bias is None else y + bias[rows].float()
+def _with_bias(y: Tensor, bias: Tensor | None, rows: slice, branch: Branch | None) -> Tensor:
+    """Add the bias and the branch of some output rows to y [M, rows] in float32."""
+    y = y if bias is None else y + bias[rows].float()
+    return y if branch is None else torch.addmm(y, branch[0].float(), branch[1][rows].float().T)

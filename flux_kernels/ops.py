@@ -16,7 +16,8 @@ from .formats import BlockFormat, get_format
 
 _library = torch.library.Library("flux_kernels", "DEF")
 _library.define(
-    "linear(Tensor x, Tensor data, Tensor? bias, str format, str backend, str compute, bool planes) -> Tensor",
+    "linear(Tensor x, Tensor data, Tensor? bias, str format, str backend, str compute, bool planes, Tensor? hidden=None, "
+    "Tensor? up=None, Tensor? outlier_index=None, Tensor? outlier_weight=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -36,9 +37,18 @@ def check_data(data: Tensor, format: str) -> tuple[BlockFormat, int]:
 
 
 def check_linear(
-    x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: str, compute: str
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    format: str,
+    backend: str,
+    compute: str,
+    branch: tuple[Tensor | None, ...] = (None, None, None, None),
 ) -> tuple[BlockFormat, int]:
-    """Check everything about a linear call, in eager mode and while tracing; return the format's row and N."""
+    """Check everything about a linear call, in eager mode and while tracing; return the format's row and N.
+
+    `branch` is (hidden, up, outlier_index, outlier_weight).
+    """
     check_names(backend, compute)
     fmt, k = check_data(data, format)
     if data.dim() != 2:
@@ -51,7 +61,31 @@ def check_linear(
         raise FormatError(f"x is on {x.device} and the packed data on {data.device}. Move them to one device.")
     if bias is not None:
         _check_bias(bias, data.shape[0], x.device)
+    _check_branch(x, data.shape[0], *branch)
     return fmt, data.shape[0]
+
+
+def _check_branch(x: Tensor, n: int, hidden, up, outlier_index, outlier_weight) -> None:
+    """Check the low-rank branch (hidden [..., r], up [N, r]) and the outlier channels (index [k], weight [N, k])."""
+    if (hidden is None) != (up is None) or (outlier_index is None) != (outlier_weight is None):
+        raise FormatError("hidden and up, and outlier_index and outlier_weight, are given together or not at all.")
+    if hidden is not None:
+        if hidden.shape != (*x.shape[:-1], up.shape[-1]) or up.shape != (n, up.shape[-1]):
+            wanted = f"{[*x.shape[:-1], 'r']} and [{n}, 'r']".replace("'", "")
+            raise FormatError(f"hidden and up must be {wanted}, got {list(hidden.shape)} and {list(up.shape)}.")
+        if {hidden.dtype, up.dtype} != {x.dtype}:
+            raise FormatError(f"hidden and up must have x's dtype {x.dtype}, got {hidden.dtype} and {up.dtype}.")
+    if outlier_index is not None:
+        if outlier_index.dim() != 1 or outlier_weight.shape != (n, outlier_index.shape[0]):
+            shapes = f"{list(outlier_index.shape)} and {list(outlier_weight.shape)}"
+            raise FormatError(f"outlier_index and outlier_weight must be [k] and [{n}, k], got {shapes}.")
+        if outlier_index.dtype != torch.int32 or not outlier_weight.dtype.is_floating_point:
+            raise FormatError(
+                f"outlier_index must be int32 and outlier_weight floating, got {outlier_index.dtype}, {outlier_weight.dtype}."
+            )
+    for part in (hidden, up, outlier_index, outlier_weight):
+        if part is not None and part.device != x.device:
+            raise FormatError(f"x is on {x.device} and the low-rank branch on {part.device}. Move them to one device.")
 
 
 def _check_bias(bias: Tensor, n: int, device: torch.device) -> None:
@@ -63,11 +97,26 @@ def _check_bias(bias: Tensor, n: int, device: torch.device) -> None:
         raise FormatError(f"x is on {device} and the bias on {bias.device}. Move them to one device.")
 
 
-def _linear(x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: str, compute: str, planes: bool) -> Tensor:
-    fmt, n = check_linear(x, data, bias, format, backend, compute)
+def _linear(
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    format: str,
+    backend: str,
+    compute: str,
+    planes: bool,
+    hidden: Tensor | None = None,
+    up: Tensor | None = None,
+    outlier_index: Tensor | None = None,
+    outlier_weight: Tensor | None = None,
+) -> Tensor:
+    fmt, n = check_linear(x, data, bias, format, backend, compute, (hidden, up, outlier_index, outlier_weight))
     chosen = resolve(backend, compute, x.device, fmt)
     module = chosen.load()
-    out = module.linear(x.reshape(-1, x.shape[-1]), data.contiguous(), bias, fmt, compute, planes)
+    branch = None if hidden is None or up is None else (hidden.reshape(-1, hidden.shape[-1]), up)
+    outliers = None if outlier_index is None else (outlier_index, outlier_weight)
+    rows = x.reshape(-1, x.shape[-1])
+    out = module.linear(rows, data.contiguous(), bias, fmt, compute, planes, branch, outliers)
     return out.view(*x.shape[:-1], n)
 
 
@@ -84,8 +133,8 @@ def _check_dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: st
     return check_data(data, format)
 
 
-def _linear_fake(x, data, bias, format, backend, compute, planes):
-    _, n = check_linear(x, data, bias, format, backend, compute)
+def _linear_fake(x, data, bias, format, backend, compute, planes, *branch):
+    _, n = check_linear(x, data, bias, format, backend, compute, branch or (None,) * 4)
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -95,31 +144,40 @@ def _dequantize_fake(data, format, dtype, backend, planes):
 
 
 def _setup_context(ctx, inputs, output):
-    x, data, bias, ctx.format, ctx.backend, _, ctx.planes = inputs
+    x, data, bias, ctx.format, ctx.backend, _, ctx.planes, hidden, up, *_ = inputs
     ctx.x_dtype = x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(data)
+    ctx.save_for_backward(data, hidden, up)
 
 
 def _backward(ctx, grad):
-    """Return the gradients of x (grad @ W, W decoded in x's dtype) and bias; the packed bytes get none."""
-    (data,) = ctx.saved_tensors
-    grad_x = grad_bias = None
+    """Return the gradients of x (grad @ W, W decoded in x's dtype), bias, hidden and up; the packed bytes get none.
+
+    Outlier channels are part of W, so they need no gradient of their own.
+    """
+    data, hidden, up = ctx.saved_tensors
+    grad_x = grad_bias = grad_hidden = grad_up = None
     if ctx.needs_input_grad[0]:
         grad_x = grad @ torch.ops.flux_kernels.dequantize(data, ctx.format, ctx.x_dtype, ctx.backend, ctx.planes)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
-    return grad_x, None, grad_bias, None, None, None, None
+    if hidden is not None and ctx.needs_input_grad[7]:
+        grad_hidden = grad @ up
+    if hidden is not None and ctx.needs_input_grad[8]:
+        grad_up = grad.reshape(-1, grad.shape[-1]).T @ hidden.reshape(-1, hidden.shape[-1])
+    return grad_x, None, grad_bias, None, None, None, None, grad_hidden, grad_up, None, None
 
 
 def _autocast(device_type: str, key: str):
     """Return the kernel of one autocast key: cast x to the autocast dtype, as F.linear does, and redispatch."""
 
-    def linear_autocast(x, data, bias, format, backend, compute, planes):
+    def linear_autocast(x, data, bias, format, backend, compute, planes, hidden=None, up=None, *outliers):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
             if x.dtype != torch.float64 and x.is_floating_point():
                 x = x.to(torch.get_autocast_dtype(device_type))
-            return torch.ops.flux_kernels.linear(x, data, bias, format, backend, compute, planes)
+            if hidden is not None and up is not None:
+                hidden, up = hidden.to(x.dtype), up.to(x.dtype)
+            return torch.ops.flux_kernels.linear(x, data, bias, format, backend, compute, planes, hidden, up, *outliers)
 
     return linear_autocast
 

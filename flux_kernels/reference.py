@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import BlockFormat
+from .low_rank import Branch
 
 CHUNK_WEIGHTS = 1 << 19  # weights decoded at a time: 2 MiB in float32
 
@@ -50,19 +51,33 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float3
     return out.reshape(shape)
 
 
-def linear(x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tensor | None = None, planes: bool = False) -> Tensor:
-    """Compute x @ W.T + bias with W decoded to x's dtype.
+def linear(
+    x: Tensor,
+    data: Tensor,
+    fmt: BlockFormat,
+    bias: Tensor | None = None,
+    planes: bool = False,
+    branch: Branch | None = None,
+) -> Tensor:
+    """Compute x @ W.T + bias + hidden @ up.T with W decoded to x's dtype.
+
+    The large sum is rounded once: bias and branch, which are small beside it, are rounded on their own and then added inside
+    the product with W.
 
     Args:
-        x: [..., K] of a floating dtype, in which the product is computed.
+        x: [..., K] of a floating dtype, in which the product is computed; [M, K] with a branch.
         data: uint8 [N, row bytes].
         bias: [N] or None, cast to x's dtype.
+        branch: hidden [M, r] and up [N, r] of x's dtype, or None.
 
     Returns:
         [..., N] of x's dtype.
     """
     weight = dequantize(data, fmt, x.dtype, planes)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    if branch is None:
+        return F.linear(x, weight, bias)
+    return torch.addmm(F.linear(*branch, bias), x, weight.T)
 
 
 def _rows_per_chunk(k: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import low_precision, reference
 from .compute import WEIGHT_ONLY_M
 from .formats import BlockFormat
+from .low_rank import Branch, join, outlier_branch
 
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
@@ -18,9 +19,25 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool 
     return reference.dequantize(data, fmt, dtype, planes)
 
 
-def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, compute: str, planes: bool = False) -> Tensor:
-    """Compute x [M, K] @ decode(data [N, row bytes]).T + bias -> [M, N] in x's dtype, in a compute mode."""
+def linear(
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    fmt: BlockFormat,
+    compute: str,
+    planes: bool = False,
+    branch: Branch | None = None,
+    outliers: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Compute x [M, K] @ decode(data [N, row bytes]).T + bias + branch -> [M, N] in x's dtype, in a compute mode.
+
+    `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in x's dtype; the other modes need none.
+    """
     if compute == "exact" or x.shape[0] <= WEIGHT_ONLY_M:
-        return reference.linear(x, data, fmt, bias, planes)
-    twin = low_precision.linear_int8 if compute == "int8" else low_precision.linear_fp16_accumulate
-    return twin(x, data, fmt, bias, planes)
+        return reference.linear(x, data, fmt, bias, planes, branch)
+    if compute == "fp16_accumulate":
+        return low_precision.linear_fp16_accumulate(x, data, fmt, bias, planes, branch)
+    if outliers is not None:
+        branch = join(branch, outlier_branch(x, outliers))
+        x = x.index_fill(1, outliers[0].long(), 0.0)
+    return low_precision.linear_int8(x, data, fmt, bias, planes, branch)
