@@ -6,6 +6,7 @@ from collections import Counter
 
 from torch import nn
 
+from .embedding import GGUFEmbedding
 from .linear import GGUFLinear
 
 
@@ -18,7 +19,7 @@ def memory_footprint(model: nn.Module) -> dict[str, int]:
     Returns:
         ggml type name or torch dtype (such as "bfloat16") -> bytes, largest first, and "total".
     """
-    packed = {id(module.qweight): module.format for module in model.modules() if isinstance(module, GGUFLinear)}
+    packed = {id(module.qweight): module.format for module in model.modules() if isinstance(module, GGUFLinear | GGUFEmbedding)}
     count: Counter[str] = Counter()
     for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values():
         count[packed.get(id(tensor)) or dtype_name(tensor)] += tensor.numel() * tensor.element_size()

@@ -16,25 +16,26 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Layers from the bottom up; a module may import from its own layer and from those before it.
 LAYERS = [
     ("errors", "_triton"),
-    ("formats", "compute"),
-    ("reference", "kernels", "gguf_spec", "gguf_header"),
+    ("formats", "compute", "low_rank"),
+    ("reference", "kernels", "gguf_spec", "gguf_header", "tensor_check"),
     ("low_precision",),
     ("torch_backend",),
     ("backends", "libggml"),
     ("ops", "packing", "gguf_file", "gguf_write"),
     ("lazy_weight",),
-    ("linear",),
+    ("linear", "embedding"),
     ("footprint", "swap_report", "takeover", "fidelity", "fused_linear"),
     ("fuse",),
     ("diffusers_guard", "swap_plan"),
     ("swap",),
-    ("flux",),
+    ("flux", "t5"),
 ]
 CORE = (
     "errors",
     "_triton",
     "formats",
     "compute",
+    "low_rank",
     "reference",
     "low_precision",
     "torch_backend",
@@ -44,6 +45,7 @@ CORE = (
     "packing",
     "lazy_weight",
     "linear",
+    "embedding",
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TOP = len(LAYERS)  # integrations, mixed, cli and what else users touch: may import everything

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GGUFError
-from ..formats import FORMATS, PLAIN_TYPES, PlainType
+from ..formats import PlainType
 from ..gguf_file import GGUFFile, GGUFTensor, read_gguf
 from ..reference import dequantize
+from ..tensor_check import check_weight_type, tensor_problems
 from .config import infer_config
 from .names import Source, sources, stored_shapes
 from .variant import canonical_names, naming_of
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
-_EXAMPLES = 5  # tensors named in one error
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ class StoredFlux:
     def packed(self, parameter: str) -> Tensor:
         """Return a quantized matrix as it is stored, uint8 [N, row bytes]: mapped, unless its rows change order."""
         return _join(self._ranges(self.sources[parameter]))
+
+    def packed_together(self, parameters: list[str]) -> Tensor | None:
+        """Return quantized matrices, mapped, where the file stores them as consecutive rows of one tensor; otherwise None."""
+        located = [self.sources[parameter] for parameter in parameters]
+        ranges = [rows for source in located for rows in source.rows]
+        consecutive = all(before[1] == after[0] for before, after in pairwise(ranges))
+        if len({source.tensor for source in located}) > 1 or not consecutive:
+            return None
+        return _join(self._ranges(Source(located[0].tensor, ((ranges[0][0], ranges[-1][1]),))))
 
     def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
         """Return a plain matrix or any vector in `dtype`; mapped where stored so, a quantized vector decoded in float32."""
@@ -108,7 +118,7 @@ def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
     located = sources(expected, naming)
     _check_tensors(shapes, stored_shapes(located, expected), inferred)
     for bare, name in names.items():
-        _check_type(bare, file.tensors[name].format)
+        check_weight_type(bare, file.tensors[name].format)
     return StoredFlux(file, naming, inferred, names, shapes, located)
 
 
@@ -146,41 +156,14 @@ def _original_shape(key: str, sizes: Any, tensor: GGUFTensor) -> tuple[int, ...]
     return tuple(sizes)
 
 
-def _check_type(bare: str, format: str) -> None:
-    plain = PLAIN_TYPES.get(format)
-    if format in FORMATS or (plain is not None and plain.dtype.is_floating_point):
-        return
-    legal = [name for name, plain in PLAIN_TYPES.items() if plain.dtype.is_floating_point] + list(FORMATS)
-    raise GGUFError(f"{bare!r} has type {format}, which cannot be a weight here. Legal: {', '.join(legal)}.")
-
-
 def _check_tensors(
     got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> None:
     """Raise one GGUFError that names what is missing, superfluous or wrongly shaped."""
-    missing = [name for name in expected if name not in got]
-    superfluous = [name for name in got if name not in expected]
-    wrong = [name for name in expected if name in got and got[name] != expected[name]]
-    problems = [
-        _problem("missing", missing),
-        _problem("superfluous", superfluous),
-        _problem("wrongly shaped", [f"{name} is {_by(got[name])}, should be {_by(expected[name])}" for name in wrong]),
-    ]
-    if missing or superfluous or wrong:
+    problems = tensor_problems(got, expected)
+    if problems:
         raise GGUFError(
-            f"{'; '.join(filter(None, problems))}. A FLUX.1 file with {config['num_layers']} double and "
+            f"{problems}. A FLUX.1 file with {config['num_layers']} double and "
             f"{config['num_single_layers']} single blocks holds exactly {len(expected)} tensors; this one is incomplete, or "
             "its config must be passed as config=..."
         )
-
-
-def _problem(what: str, names: Iterable[str]) -> str:
-    names = list(names)
-    if not names:
-        return ""
-    more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {', '.join(names[:_EXAMPLES])}{more}"
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "a scalar"
