@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,11 +45,11 @@ class FuseReport:
 class _Group:
     """Plan one fused layer: at `home`, named `name`, of the layers at `paths`."""
 
-    home: nn.Module
+    home: Any
     name: str
     paths: tuple[str, ...]
 
-    def layers(self) -> dict[str, nn.Module]:
+    def layers(self) -> dict[str, Any]:
         return {path: _without_adapters(self.home.get_submodule(path)) for path in self.paths}
 
 
@@ -74,6 +75,7 @@ def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: J
     """
     if single_blocks not in _KINDS:
         raise ValueError(f"single_blocks must be one of {', '.join(map(repr, _KINDS))}, got {single_blocks!r}.")
+    _check_no_group_offload(model)
     names = {module: name for name, module in model.named_modules()}
     report, plan = FuseReport(), []
     whole = [module for module in names if single_blocks == "linear1" and type(module).__name__ in _BLOCKS_WITH_LINEAR1]
@@ -101,6 +103,7 @@ def unfuse_projections(model: nn.Module) -> None:
     Raises:
         ValueError: where layers are under offloading hooks, or a fused layer itself carries an adapter.
     """
+    _check_no_group_offload(model)
     fused = [(module, name) for module in model.modules() for name, child in module._modules.items() if _holds_fused(child)]
     for home, name in fused:
         _check_unfusable(home, name)
@@ -130,7 +133,7 @@ class FuseMethod:
             elif reason:
                 warnings.warn(f"{type(attention).__name__} is not fused: {reason}.", stacklevel=2)
         else:
-            _unfuse_attention(attention)
+            unfuse_projections(attention)
 
 
 def offer_fusing(model: nn.Module) -> None:
@@ -148,7 +151,7 @@ class ProjectAfterNorm:
     With an adapter around a part the output goes on as it is, and each part computes its own rows.
     """
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Any):
         self.block = block
 
     def __call__(self, norm: nn.Module, arguments: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -205,6 +208,13 @@ def _check_no_offload(layers: dict[str, nn.Module]) -> None:
             raise ValueError(f"{name} is under offloading or casting hooks. Fuse or unfuse first, then enable offloading.")
 
 
+def _check_no_group_offload(model: nn.Module) -> None:
+    """Raise ValueError where groups hold on to the parameters of whole blocks."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    if any(registry is not None and registry.get_hook("group_offloading") is not None for registry in registries):
+        raise ValueError("The model is under group offloading. Fuse or unfuse first, then enable offloading.")
+
+
 def _is_packed(attention: nn.Module) -> bool:
     return any(isinstance(_without_adapters(child), GGUFLinear) for child in attention.children())
 
@@ -222,10 +232,10 @@ def _part_of_linear1(attention: nn.Module) -> bool:
     return isinstance(part, FusedPart) and part.whole.home is not attention
 
 
-def _without_adapters(module: nn.Module) -> nn.Module:
+def _without_adapters(module: Any) -> Any:
     """Return what peft put its layers around, or the module itself."""
     while "base_layer" in module._modules:
-        module = module.base_layer  # type: ignore[assignment]
+        module = module.base_layer
     return module
 
 
@@ -234,14 +244,14 @@ def _fuse(groups: list[_Group], names: dict[nn.Module, str], rows_of: Join | Non
     for group in groups:
         layers = group.layers()
         rows = rows_of([_join_names(names[group.home], path) for path in group.paths]) if rows_of else None
-        fused = join_layers(layers, group.home, rows)  # type: ignore[arg-type]
-        for rows in fused.parts:
-            _replace(group.home, rows.path, FusedPart(fused, rows, layers[rows.path].training))
+        fused = join_layers(layers, group.home, rows)
+        for part in fused.parts:
+            _replace(group.home, part.path, FusedPart(fused, part, layers[part.path]))
         group.home.add_module(group.name, fused)
         if group.name == "linear1":
             group.home.norm.register_forward_hook(ProjectAfterNorm(group.home))
         else:
-            group.home.fused_projections = True  # type: ignore[assignment]
+            group.home.fused_projections = True
 
 
 def _check_unfusable(home: nn.Module, name: str) -> None:
@@ -251,28 +261,23 @@ def _check_unfusable(home: nn.Module, name: str) -> None:
     _check_no_offload({name: fused})
 
 
-def _unfuse(home: nn.Module, name: str) -> None:
-    fused: FusedLinear = home._modules[name]  # type: ignore[assignment]
+def _unfuse(home: Any, name: str) -> None:
+    fused = home._modules[name]
     for rows in fused.parts:
-        _replace(home, rows.path, fused.separate(_without_adapters(home.get_submodule(rows.path))))  # type: ignore[arg-type]
+        _replace(home, rows.path, fused.separate(_without_adapters(home.get_submodule(rows.path))))
     delattr(home, name)
     if name == "linear1":
         hooks = home.norm._forward_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, ProjectAfterNorm)]:
             del hooks[key]
     elif not any(map(_holds_fused, home.children())):
-        home.fused_projections = False  # type: ignore[assignment]
-
-
-def _unfuse_attention(attention: nn.Module) -> None:
-    """Unfuse one attention module, and the block whose linear1 it is part of."""
-    unfuse_projections(_without_adapters(attention.to_q).whole.home if _part_of_linear1(attention) else attention)
+        home.fused_projections = False
 
 
 def _replace(home: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` at `path`, inside the adapters that stand there."""
     parent_path, _, name = path.rpartition(".")
-    parent = home.get_submodule(parent_path)
+    parent: Any = home.get_submodule(parent_path)
     while "base_layer" in parent._modules[name]._modules:
         parent, name = parent._modules[name], "base_layer"
     parent._modules[name] = new

@@ -7,6 +7,7 @@ The parts stay in the model under their own names: adapters, `save_gguf` and pat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .errors import FormatError
 from .formats import get_format
 from .linear import GGUFLinear
+from .low_rank import PARAMETERS as BRANCH
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,26 @@ class FusedLinear(GGUFLinear):
         return self._home[0]
 
     def adapted(self) -> bool:
-        """Tell whether something, such as an adapter, was put around one of the parts."""
-        return any(type(self.home.get_submodule(rows.path)) is not FusedPart for rows in self.parts)
+        """Tell whether a part has an adapter around it or a branch of its own, so that it must compute for itself."""
+        parts = [self.home.get_submodule(rows.path) for rows in self.parts]
+        return not all(type(part) is FusedPart and part.is_bare() for part in parts)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute all rows in one product, or part by part where adapters stand around parts."""
+        """Compute all rows in one product, or part by part where a part has something of its own."""
         if self.adapted():
             return torch.cat([self.home.get_submodule(rows.path)(input) for rows in self.parts], dim=-1)
         return super().forward(input)
+
+    def set_low_rank(self, down: Tensor | None, up: Tensor | None, *, trainable: bool = False) -> None:
+        """Refuse: a branch belongs to a part, which keeps it when it is separated."""
+        raise FormatError(f"A fused layer takes no low-rank branch. Put it on a part: {', '.join(self._paths())}.")
+
+    def keep_outliers(self, index: Tensor | None) -> None:
+        """Refuse: outlier channels belong to a part, which keeps them when it is separated."""
+        raise FormatError(f"A fused layer takes no outlier channels. Set them on a part: {', '.join(self._paths())}.")
+
+    def _paths(self) -> list[str]:
+        return [rows.path for rows in self.parts]
 
     def separate(self, part: FusedPart) -> GGUFLinear:
         """Make a layer of its own, with its own bytes, of a part."""
@@ -62,24 +76,27 @@ class FusedLinear(GGUFLinear):
         if bias is not None:
             bias = nn.Parameter(bias.detach().clone(), requires_grad=self.bias.requires_grad)
         names = dict(backend=self.backend, compute=self.compute, compute_dtype=self.compute_dtype)
-        return GGUFLinear.from_packed(qweight, self.format, bias, planes=self.planes, **names).train(part.training)
+        layer = GGUFLinear.from_packed(qweight, self.format, bias, planes=self.planes, **names).train(part.training)
+        return _with_branch_of(part, layer)
 
     def extra_repr(self) -> str:
         """Show the layer and its parts."""
-        return f"{super().extra_repr()}, parts={[rows.path for rows in self.parts]}"
+        return f"{super().extra_repr()}, parts={self._paths()}"
 
 
 class FusedPart(GGUFLinear):
-    """Stand where a layer was whose rows a FusedLinear holds; it has no parameters and computes with those rows.
+    """Stand where a layer was whose rows a FusedLinear holds; it computes with those rows and has no parameters but a branch.
 
     An input as wide as the fused layer's output is that output: its columns are selected (see `fuse.ProjectAfterNorm`).
     """
 
-    def __init__(self, whole: FusedLinear, rows: Rows, training: bool = False):
+    def __init__(self, whole: FusedLinear, rows: Rows, layer: GGUFLinear):
+        """Take the place of `layer`, whose rows are these of `whole`."""
         nn.Module.__init__(self)
         self._whole = [whole]  # in a list, so that torch does not register it as a child
         self.rows = rows
-        self.train(training)
+        self.train(layer.training)
+        _with_branch_of(layer, self)
 
     @property
     def whole(self) -> FusedLinear:
@@ -110,6 +127,10 @@ class FusedPart(GGUFLinear):
             return input[..., self.rows.start : self.rows.stop]
         return super().forward(input)
 
+    def is_bare(self) -> bool:
+        """Tell whether there is nothing but the rows: no low-rank branch, no outlier channels."""
+        return all(parameter is None for parameter in self._parameters.values())
+
     def arrange(self) -> FusedPart:
         """Leave the rows as the fused layer arranged them."""
         return self
@@ -118,24 +139,37 @@ class FusedPart(GGUFLinear):
         return nn.Module._apply(self, fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """Save the descriptor alone: LoRA loaders look for a `weight`; the fused layer saves the rows."""
+        """Save the branch, and the descriptor because LoRA loaders look for a `weight`; the fused layer saves the rows."""
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         destination[prefix + "weight"] = self._descriptor()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        """Refuse the rows of an unfused model; there is nothing else to load."""
-        if state_dict.pop(prefix + "weight", None) is None:
-            missing_keys.append(prefix + "weight")
+        """Load the branch; refuse the rows of an unfused model."""
         if prefix + "qweight" in state_dict:
             error_msgs.append(
                 f'"{prefix}qweight": the model is fused and the state dict is not. Call unfuse_projections(model) first, load, '
                 "and fuse again."
             )
-            for name in ("qweight", "bias"):
-                state_dict.pop(prefix + name, None)
+            return
+        if state_dict.pop(prefix + "weight", None) is None:
+            missing_keys.append(prefix + "weight")
+        problem = self._fit_branch(state_dict, prefix)
+        if problem is not None:
+            error_msgs.append(f'"{prefix}low_rank_down": {problem}')
+            return
+        nn.Module._load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         """Show which rows of what these are."""
         return f"rows {self.rows.start} to {self.rows.stop} of a FusedLinear"
+
+
+def _with_branch_of(old: GGUFLinear, new: GGUFLinear) -> GGUFLinear:
+    for name in BRANCH:
+        new.register_parameter(name, old._parameters[name])
+    return new
 
 
 def difference(layers: dict[str, nn.Module]) -> str | None:
@@ -192,5 +226,5 @@ def join_layers(layers: dict[str, GGUFLinear], home: nn.Module, qweight: Tensor 
         trained = any(layer.bias.requires_grad for layer in layers.values())
         bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers.values()]), requires_grad=trained)
     names = dict(backend=first.backend, compute=first.compute, compute_dtype=first.compute_dtype)
-    fused = FusedLinear.from_packed(qweight, first.format, bias, planes=first.planes, **names).train(first.training)
+    fused: Any = FusedLinear.from_packed(qweight, first.format, bias, planes=first.planes, **names).train(first.training)
     return fused.join(home, tuple(rows))

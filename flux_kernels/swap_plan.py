@@ -15,6 +15,7 @@ from .compute import check_mode, compute_of_layer
 from .errors import FormatError
 from .footprint import dtype_name
 from .formats import BlockFormat, get_format
+from .fused_linear import FusedPart
 from .linear import GGUFLinear
 from .swap_report import SwapRow
 from .takeover import carry_over, is_diffusers_gguf, packed_type, quantize_layer, take_over, unpack_plain
@@ -71,17 +72,20 @@ class Request:
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[list[str], nn.Linear, Places, bool]]:
-    """Yield every linear layer once: all its names, itself, all places that hold it, and whether an adapter owns it."""
+    """Yield every linear layer once: its names (and its fused parts'), itself, all places that hold it, whether it is an adapter's."""
     adapters = _adapter_modules(model)
     found: dict[int, tuple[list[str], nn.Linear, Places]] = {}
+    parts: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, FusedPart):  # goes with the layer that holds its rows
+            parts.setdefault(id(module.whole), []).append(path.replace(".base_layer", ""))
+        elif isinstance(module, nn.Linear):
             names, _, places = found.setdefault(id(module), ([], module, []))
             names.append(path.replace(".base_layer", ""))
             prefix, _, attribute = path.rpartition(".")
             places.append((model.get_submodule(prefix), attribute))
     for names, module, places in found.values():
-        yield names, module, places, id(module) in adapters
+        yield names + parts.get(id(module), []), module, places, id(module) in adapters
 
 
 def _adapter_modules(model: nn.Module) -> set[int]:

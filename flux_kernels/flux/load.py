@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import check_activation_dtype, check_names, check_runnable
 from ..compute import compute_of_layer
 from ..diffusers_guard import guard
 from ..formats import FORMATS
+from ..fuse import fuse_projections
 from ..linear import GGUFLinear
 from ..takeover import carry_over
 from .stored import StoredFlux, empty_model, open_flux
@@ -28,6 +30,7 @@ def load_flux(
     config: object | None = None,
     backend: str = "auto",
     compute: str = "exact",
+    fuse: str | None = None,
 ) -> FluxTransformer2DModel:
     """Load the transformer of a FLUX.1 GGUF file.
 
@@ -45,6 +48,8 @@ def load_flux(
             only where heads are not a multiple of 32 wide (see `infer_config`).
         backend: "triton", "torch" or "auto", as in `swap_linear`.
         compute: "exact", "fp16_accumulate" or "int8", as in `swap_linear`.
+        fuse: "qkv" or "linear1" to fuse layers that share an input, as `fuse_projections` does; rows that the file stores
+            together stay mapped.
 
     Returns:
         A diffusers FluxTransformer2DModel in eval mode, to be passed to FluxPipeline as `transformer`.
@@ -66,6 +71,8 @@ def load_flux(
         else:
             _fill(name, module, stored, dtype, place)
     guard(model)
+    if fuse is not None:
+        fuse_projections(model, fuse, rows_of=partial(_rows_together, stored) if place.type == "cpu" else None)
     return model
 
 
@@ -80,6 +87,10 @@ def _linear(name: str, module: nn.Linear, stored: StoredFlux, dtype, device, bac
     layer = GGUFLinear.from_packed(packed, format, bias, backend=backend, compute=mode, compute_dtype=dtype)
     # On the CPU the rows stay mapped as they are; a layer arranges them itself when it is moved.
     return carry_over(module, layer if device.type == "cpu" else layer.arrange())
+
+
+def _rows_together(stored: StoredFlux, layers: list[str]) -> Tensor | None:
+    return stored.packed_together([f"{layer}.weight" for layer in layers])
 
 
 def _fill(name: str, module: nn.Module, stored: StoredFlux, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -1,0 +1,390 @@
+"""fuse_projections: the same numbers and bytes in fewer products, under everything users do to a fused model.
+
+Rows of one product are independent, so fusing changes at most the order of a sum, and on the CPU nothing: outputs are
+compared exactly wherever the same rows go through the same matmul shape, and within `CLOSE` elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import flux_kernels as fk
+from flux_kernels import low_precision
+from flux_kernels.fused_linear import FusedLinear, FusedPart
+
+from .conftest import TINY_FLUX, flux_inputs
+
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+accelerate = pytest.importorskip("accelerate")
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+KINDS = ("qkv", "linear1")
+
+
+def run(model, **inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**(inputs or flux_inputs()))[0]
+
+
+def rows(model) -> dict[str, torch.Tensor]:
+    """Return layer name -> packed rows, as they are under the layers' own names."""
+    return {name: module.qweight.clone() for name, module in model.named_modules() if type(module) is fk.GGUFLinear}
+
+
+@pytest.fixture(scope="module")
+def packed_model():
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(**TINY_FLUX).eval()
+    fk.swap_linear(model, format={"*transformer_blocks*": "Q4_K"})
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(packed_model):
+    return run(packed_model)
+
+
+@pytest.fixture
+def model(packed_model):
+    return copy.deepcopy(packed_model)
+
+
+@pytest.fixture(params=KINDS)
+def fused(model, request):
+    fk.fuse_projections(model, request.param)
+    return model
+
+
+def assert_same(model, expected):
+    assert any(isinstance(module, FusedLinear) for module in model.modules())
+    torch.testing.assert_close(run(model), expected, **CLOSE)
+
+
+def test_the_fused_layers_hold_the_rows_and_nothing_else_does(model, expected):
+    before, footprint = rows(model), fk.memory_footprint(model)
+    report = fk.fuse_projections(model, "linear1")
+    assert not report.left and len(report.fused) == 2 * 2 + 2
+    block = model.single_transformer_blocks[1]
+    parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    joined = torch.cat([before[f"single_transformer_blocks.1.{part}"] for part in parts])
+    assert torch.equal(block.linear1.qweight, joined)
+    assert not list(block.attn.to_q.parameters()) and not list(block.proj_mlp.parameters())
+    assert block.attn.to_k.qweight.data_ptr() == block.linear1.qweight[block.attn.to_q.out_features :].data_ptr()
+    assert fk.memory_footprint(model) == footprint
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unfusing_restores_the_rows_bit_for_bit(model, expected, kind):
+    before = rows(model)
+    fk.fuse_projections(model, kind)
+    fk.unfuse_projections(model)
+    after = rows(model)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(isinstance(module, FusedLinear | FusedPart) for module in model.modules())
+    storages = {module.qweight.untyped_storage().nbytes() - module.qweight.nbytes for module in packed_layers(model)}
+    assert storages == {0}, "a part still shares the fused rows"
+    assert torch.equal(run(model), expected)
+
+
+def packed_layers(model) -> list[fk.GGUFLinear]:
+    return [module for module in model.modules() if isinstance(module, fk.GGUFLinear)]
+
+
+def test_the_methods_of_diffusers_join_packed_rows(model, expected, monkeypatch):
+    decodes = count_decodes(monkeypatch)
+    model.fuse_qkv_projections()
+    for module in (block.attn for block in [*model.transformer_blocks, *model.single_transformer_blocks]):
+        assert module.fused_projections and type(module.to_qkv) is FusedLinear
+    assert type(model.transformer_blocks[0].attn.to_added_qkv) is FusedLinear
+    model.fuse_qkv_projections()  # again: nothing to do
+    assert not decodes
+    assert_same(model, expected)
+    model.unfuse_qkv_projections()
+    for module in (block.attn for block in [*model.transformer_blocks, *model.single_transformer_blocks]):
+        assert not module.fused_projections and not hasattr(module, "to_qkv") and type(module.to_q) is fk.GGUFLinear
+    assert torch.equal(run(model), expected)
+
+
+def count_decodes(monkeypatch) -> list[str]:
+    """Return a list that grows with each whole weight that is decoded outside a product."""
+    from flux_kernels import torch_backend
+
+    calls: list[str] = []
+    original = torch_backend.dequantize
+
+    def counted(data, fmt, *arguments):
+        calls.append(fmt.name)
+        return original(data, fmt, *arguments)
+
+    monkeypatch.setattr(torch_backend, "dequantize", counted)
+    return calls
+
+
+def test_the_methods_of_diffusers_leave_linear1_alone(model, expected):
+    fk.fuse_projections(model, "linear1")
+    block = model.single_transformer_blocks[0]
+    model.fuse_qkv_projections()  # linear1 shares the input already
+    assert not block.attn.fused_projections
+    model.unfuse_qkv_projections()
+    assert type(block.linear1) is FusedLinear and type(model.transformer_blocks[0].attn.to_q) is fk.GGUFLinear
+    assert_same(model, expected)
+    fk.unfuse_projections(model)
+    assert not block.norm._forward_hooks and not hasattr(block, "linear1")
+    assert torch.equal(run(model), expected)
+
+
+def test_plain_layers_still_fuse_as_diffusers_fuses_them(model):
+    model.dequantize()
+    model.fuse_qkv_projections()
+    assert type(model.transformer_blocks[0].attn.to_qkv) is nn.Linear
+    model.unfuse_qkv_projections()
+    assert not hasattr(model.transformer_blocks[0].attn, "to_qkv")
+
+
+def test_parts_of_different_types_stay_as_they_are_and_are_reported(swapped_flux):
+    expected = run(swapped_flux)
+    report = fk.fuse_projections(swapped_flux)
+    assert not report.fused and set(report.left) == {
+        *(f"transformer_blocks.{i}.attn" for i in range(2)),
+        *(f"single_transformer_blocks.{i}.attn" for i in range(2)),
+    }
+    assert "differ in type: to_q Q5_0, to_k Q4_K" in report.left["transformer_blocks.0.attn"]
+    assert "0 fused, 4 left" in str(report)
+    with pytest.warns(UserWarning, match=r"FluxAttention is not fused: they differ in type: to_q"):
+        swapped_flux.fuse_qkv_projections()
+    assert not swapped_flux.transformer_blocks[0].attn.fused_projections
+    assert torch.equal(run(swapped_flux), expected)
+
+
+def test_a_linear1_of_different_types_is_refused_and_nothing_changes(model):
+    block = model.single_transformer_blocks[1]
+    block.proj_mlp = fk.GGUFLinear.from_linear(block.proj_mlp.dequantize(), "Q8_0")
+    with pytest.raises(fk.FormatError, match=r'single_transformer_blocks\.1 cannot have a linear1.*Q8_0.*single_blocks="qkv"'):
+        fk.fuse_projections(model, "linear1")
+    assert not any(isinstance(module, FusedLinear) for module in model.modules())
+    assert len(fk.fuse_projections(model).fused) == 6
+
+
+def test_fusing_qkv_then_linear1_is_refused(model):
+    fk.fuse_projections(model)
+    with pytest.raises(fk.FormatError, match=r"fused already; call unfuse_projections"):
+        fk.fuse_projections(model, "linear1")
+
+
+def test_words_that_are_no_kind_and_layers_under_offloading_are_refused(model):
+    with pytest.raises(ValueError, match=r"'qkv', 'linear1', got 'all'"):
+        fk.fuse_projections(model, "all")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="Fuse or unfuse first, then enable offloading"):
+        fk.fuse_projections(model)
+    with pytest.raises(ValueError, match="Fuse or unfuse first"):
+        model.fuse_qkv_projections()
+
+
+# what users do to a fused model
+
+
+def test_copies_compute_with_their_own_rows(fused, expected):
+    clone = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
+    for layer in packed_layers(fused):
+        layer.qweight.data.zero_()
+    assert_same(clone, expected)
+    fk.unfuse_projections(clone)
+    assert torch.equal(run(clone), expected)
+
+
+def test_state_dicts_go_from_fused_to_fused(fused, expected, tmp_path):
+    torch.save(fused.state_dict(), tmp_path / "fused.pt")
+    other = copy.deepcopy(fused)
+    for layer in packed_layers(other):
+        layer.qweight.data.zero_()
+    other.load_state_dict(torch.load(tmp_path / "fused.pt", weights_only=True))
+    assert_same(other, expected)
+
+
+def test_a_state_dict_of_an_unfused_model_is_refused(fused, packed_model):
+    with pytest.raises(RuntimeError, match=r"Call unfuse_projections\(model\) first, load"):
+        fused.load_state_dict(packed_model.state_dict())
+
+
+def test_save_gguf_writes_the_parts(fused, packed_model, tmp_path):
+    for names in ("bfl", "diffusers"):
+        fk.save_gguf(packed_model, tmp_path / "plain.gguf", names=names)
+        fk.save_gguf(fused, tmp_path / "fused.gguf", names=names)
+        assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "fused.gguf").read_bytes()
+
+
+def test_dequantize_unfuses(fused, expected):
+    fused.dequantize()
+    assert type(fused.single_transformer_blocks[0].proj_mlp) is nn.Linear
+    assert not any(isinstance(module, fk.GGUFLinear) for module in fused.modules())
+    torch.testing.assert_close(run(fused), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("offload", ["sequential", "disk", "block_level", "leaf_level"])
+def test_offloading(fused, expected, offload, tmp_path):
+    cpu = torch.device("cpu")
+    if offload == "sequential":
+        accelerate.cpu_offload(fused, execution_device=cpu)
+    elif offload == "disk":
+        accelerate.disk_offload(fused, tmp_path, execution_device=cpu)
+    else:
+        count = {"num_blocks_per_group": 1} if offload == "block_level" else {}
+        fused.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=offload, **count)
+    assert_same(fused, expected)
+    with pytest.raises(ValueError, match="under .*offloading"):
+        fk.unfuse_projections(fused)
+
+
+def test_moving_and_casting(fused):
+    fused.to(torch.bfloat16)
+    linear = fused.transformer_blocks[0].attn.to_qkv
+    assert linear.qweight.dtype == torch.uint8 and fused.transformer_blocks[0].attn.to_q.compute_dtype == torch.bfloat16
+    assert run(fused, **flux_inputs(dtype=torch.bfloat16)).isfinite().all()
+    fused.to("meta")
+    assert fused.transformer_blocks[0].attn.to_q.weight.device.type == "meta"
+
+
+def test_swap_linear_changes_the_mode_of_a_fused_layer_by_the_names_of_its_parts(fused):
+    report = fk.swap_linear(fused, backend="torch", compute={"*.attn.to_q": "int8"})
+    layers = {name: module for name, module in fused.named_modules() if isinstance(module, FusedLinear)}
+    assert {name for name, layer in layers.items() if layer.compute == "int8"} == {
+        name for name, layer in layers.items() if any(part.path.endswith("to_q") for part in layer.parts)
+    }
+    assert all(layer.backend == "torch" for layer in layers.values())
+    assert not report.unmatched and not any(row.name.endswith(".to_q") for row in report.rows)
+
+
+def test_autograd_through_a_fused_model(fused, packed_model):
+    gradients = []
+    for each in (packed_model, fused):
+        inputs = flux_inputs()
+        inputs["hidden_states"].requires_grad_(True)
+        each(**inputs)[0].square().mean().backward()
+        gradients.append(inputs["hidden_states"].grad)
+    torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
+
+
+def test_ip_adapter_and_controlnet_inputs_reach_a_fused_model(fused, packed_model):
+    residuals = {
+        "controlnet_block_samples": [torch.randn(1, 16, 256)],
+        "controlnet_single_block_samples": [torch.randn(1, 16, 256)],
+    }
+    inputs = {**flux_inputs(), **residuals}
+    torch.testing.assert_close(run(fused, **inputs), run(packed_model, **inputs), **CLOSE)
+
+
+# adapters
+
+
+def adapter(targets=("to_q", "to_v", "proj_mlp", "add_k_proj")):
+    return peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(targets), init_lora_weights=False)
+
+
+@pytest.mark.parametrize("order", ["adapter on fused", "fuse around adapter"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_work_on_parts(model, packed_model, expected, kind, order):
+    plain = copy.deepcopy(packed_model)
+    torch.manual_seed(3)
+    plain.add_adapter(adapter())
+    want = run(plain)
+    assert not torch.allclose(want, expected, **CLOSE)
+    torch.manual_seed(3)
+    if order == "adapter on fused":
+        fk.fuse_projections(model, kind)
+        model.add_adapter(adapter())
+    else:
+        model.add_adapter(adapter())
+        assert not fk.fuse_projections(model, kind).left
+    assert_same(model, want)
+    fk.unfuse_projections(model)
+    torch.testing.assert_close(run(model), want, **CLOSE)
+
+
+def test_adapters_load_and_unload_through_the_pipeline(fused, packed_model, expected):
+    from .test_operations_table import lora_state_dict, pipeline
+
+    plain, outputs = copy.deepcopy(packed_model), []
+    for each in (plain, fused):
+        pipe = pipeline(each)
+        pipe.load_lora_weights(lora_state_dict(1), adapter_name="one")
+        outputs.append(run(each))
+        pipe.unload_lora_weights()
+    torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
+    assert not torch.allclose(outputs[1], expected, **CLOSE)
+    assert_same(fused, expected)
+    assert all(module.is_bare() for module in fused.modules() if isinstance(module, FusedPart))
+
+
+def test_a_branch_on_a_part_counts_and_survives_unfusing(fused, expected):
+    torch.manual_seed(0)
+    part = fused.single_transformer_blocks[0].attn.to_k
+    part.set_low_rank(0.1 * torch.randn(4, part.in_features), 0.1 * torch.randn(part.out_features, 4))
+    with_branch = run(fused)
+    assert not torch.allclose(with_branch, expected, **CLOSE)
+    state = fused.state_dict()
+    assert "single_transformer_blocks.0.attn.to_k.low_rank_down" in state
+    fk.unfuse_projections(fused)
+    assert fused.single_transformer_blocks[0].attn.to_k.rank == 4
+    torch.testing.assert_close(run(fused), with_branch, **CLOSE)
+    with pytest.raises(fk.FormatError, match="Put it on a part: to_q, to_k, to_v"):
+        fk.fuse_projections(fused)
+        fused.transformer_blocks[0].attn.to_qkv.set_low_rank(torch.zeros(4, 256), torch.zeros(768, 4))
+
+
+# int8: each distinct x is quantized once
+
+
+def count_quantizations(monkeypatch, model, compute: str = "int8") -> list[int]:
+    """Return how many activations one forward quantizes, a number for each block of the model."""
+    calls: list[int] = []
+    original = low_precision.linear_int8
+
+    def counted(x, *arguments):
+        calls.append(x.data_ptr())
+        return original(x, *arguments)
+
+    fk.swap_linear(model, compute=compute, backend="torch")
+    marks = []
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    handles = [block.register_forward_hook(lambda *_: marks.append(len(calls))) for block in blocks]
+    with monkeypatch.context() as patch:
+        patch.setattr(low_precision, "linear_int8", counted)
+        run(model, **flux_inputs(tokens=64, text=32))  # more rows than WEIGHT_ONLY_M in both streams
+    for handle in handles:
+        handle.remove()
+    return [after - before for before, after in zip([0, *marks], marks)]
+
+
+def test_int8_quantizes_each_distinct_x_once(model, monkeypatch):
+    """Distinct x of a double block: q/k/v, attention output, MLP input and MLP output, of two streams; of a single block: 2."""
+    assert count_quantizations(monkeypatch, model) == [12, 12, 5, 5]
+    fk.fuse_projections(model)
+    assert count_quantizations(monkeypatch, model) == [8, 8, 3, 3]
+    fk.unfuse_projections(model)
+    fk.fuse_projections(model, "linear1")
+    assert count_quantizations(monkeypatch, model) == [8, 8, 2, 2]
+
+
+@pytest.mark.parametrize("compute", ["exact", "fp16_accumulate", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_compute_mode_gives_the_same_numbers_fused(model, kind, compute):
+    inputs = flux_inputs(tokens=64, text=32)
+    fk.swap_linear(model, compute=compute)
+    want = run(model, **inputs)
+    fk.fuse_projections(model, kind)
+    torch.testing.assert_close(run(model, **inputs), want, **CLOSE)
+
+
+def test_nothing_is_warned_about_where_all_can_be_fused(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fuse_qkv_projections()
