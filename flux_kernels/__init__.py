@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .embedding import GGUFEmbedding
 from .errors import BackendUnavailable, FormatError, GGUFError
 from .fidelity import FidelityReport, fidelity
 from .footprint import memory_footprint
@@ -19,11 +20,13 @@ from .swap_report import SwapReport
 if TYPE_CHECKING:
     from .flux import load_flux, save_gguf
     from .gguf_file import GGUFFile, read_gguf
+    from .t5 import load_t5
 
 _LAZY = {  # names whose modules need more than torch, or are wanted by few: imported when first asked for
     "GGUFFile": "gguf_file",
     "read_gguf": "gguf_file",
     "load_flux": "flux",
+    "load_t5": "t5",
     "save_gguf": "flux",
 }
 
@@ -34,6 +37,7 @@ __all__ = [
     "FidelityReport",
     "FormatError",
     "FuseReport",
+    "GGUFEmbedding",
     "GGUFError",
     "GGUFFile",
     "GGUFLinear",
@@ -43,6 +47,7 @@ __all__ = [
     "fuse_projections",
     "linear",
     "load_flux",
+    "load_t5",
     "memory_footprint",
     "quantize",
     "read_gguf",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from .embedding import GGUFEmbedding
 from .errors import GGUFError
 from .fuse import offer_fusing, unfuse_projections
 from .linear import GGUFLinear
@@ -33,13 +35,21 @@ class SwappedModelQuantizer:
     is_serializable = False
     quantization_config = _UnwritableConfig()
 
-    def dequantize(self, model: nn.Module) -> nn.Module:
-        """Replace every packed layer by the nn.Linear it stands for, in place, and forget the quantizer."""
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Replace every packed layer by the plain layer it stands for, in place, and forget the quantizer.
+
+        Args:
+            model: the model that this stands in for.
+            dtype: of the decoded weights, each layer's own by default (transformers passes it).
+        """
         unfuse_projections(model)
+        plain: dict[nn.Module, nn.Module] = {}  # the token table has two places in a text encoder
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, GGUFLinear):
-                    setattr(parent, name, carry_over(child, child.dequantize()))
+                if isinstance(child, GGUFLinear | GGUFEmbedding):
+                    if child not in plain:
+                        plain[child] = carry_over(child, child.dequantize(dtype))
+                    setattr(parent, name, plain[child])
         del model.hf_quantizer
         return model
 
