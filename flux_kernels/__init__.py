@@ -11,6 +11,7 @@ from .fidelity import FidelityReport, fidelity
 from .footprint import memory_footprint
 from .formats import FORMATS, BlockFormat
 from .fuse import FuseReport, fuse_projections, unfuse_projections
+from .integrations.on_import import after_import
 from .linear import GGUFLinear
 from .ops import dequantize, linear
 from .packing import quantize
@@ -20,9 +21,13 @@ from .swap_report import SwapReport
 if TYPE_CHECKING:
     from .flux import load_flux, save_gguf
     from .gguf_file import GGUFFile, read_gguf
+    from .integrations.config import FluxKernelsConfig
     from .t5 import load_t5
 
+after_import("diffusers.quantizers.auto", lambda: importlib.import_module(f"{__name__}.integrations.registration").register())
+
 _LAZY = {  # names whose modules need more than torch, or are wanted by few: imported when first asked for
+    "FluxKernelsConfig": "integrations.config",
     "GGUFFile": "gguf_file",
     "read_gguf": "gguf_file",
     "load_flux": "flux",
@@ -35,6 +40,7 @@ __all__ = [
     "BackendUnavailable",
     "BlockFormat",
     "FidelityReport",
+    "FluxKernelsConfig",
     "FormatError",
     "FuseReport",
     "GGUFEmbedding",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -10,6 +12,9 @@ from .errors import GGUFError
 from .fuse import offer_fusing, unfuse_projections
 from .linear import GGUFLinear
 from .takeover import carry_over
+
+# Functions that give a model of their library its quantizer and return True, or return False; integrations add theirs.
+QUANTIZERS: list[Callable[[nn.Module], bool]] = []
 
 
 class _UnwritableConfig:
@@ -42,21 +47,27 @@ class SwappedModelQuantizer:
             model: the model that this stands in for.
             dtype: of the decoded weights, each layer's own by default (transformers passes it).
         """
-        unfuse_projections(model)
-        plain: dict[nn.Module, nn.Module] = {}  # the token table has two places in a text encoder
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, GGUFLinear | GGUFEmbedding):
-                    if child not in plain:
-                        plain[child] = carry_over(child, child.dequantize(dtype))
-                    setattr(parent, name, plain[child])
+        decode_layers(model, dtype)
         del model.hf_quantizer
         return model
 
 
+def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every packed layer by the plain layer it stands for, in place; fused ones come apart first."""
+    unfuse_projections(model)
+    plain: dict[nn.Module, nn.Module] = {}  # the token table has two places in a text encoder
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, GGUFLinear | GGUFEmbedding):
+                if child not in plain:
+                    plain[child] = carry_over(child, child.dequantize(dtype))
+                setattr(parent, name, plain[child])
+
+
 def guard(model: nn.Module) -> None:
-    """Give a model that has save_pretrained and packed layers its quantizer stand-in."""
+    """Give a model that has save_pretrained and packed layers its quantizer, or the stand-in."""
     if hasattr(model, "save_pretrained") and any(isinstance(module, GGUFLinear) for module in model.modules()):
-        model.hf_quantizer = SwappedModelQuantizer()  # type: ignore[assignment]
-        model.is_quantized = False  # type: ignore[assignment]  # .to(dtype) is safe: packed bytes stay uint8
         offer_fusing(model)
+        if not any(attach(model) for attach in QUANTIZERS):
+            model.hf_quantizer = SwappedModelQuantizer()  # type: ignore[assignment]
+            model.is_quantized = False  # type: ignore[assignment]  # .to(dtype) is safe: packed bytes stay uint8

@@ -50,13 +50,13 @@ class Request:
 
     def format_of(self, names: list[str]) -> str | None:
         """Return the type to quantize a layer of these names to, or None."""
-        return _first_match(self.format, names, None)
+        return first_match(self.format, names, None)
 
     def compute_of(self, names: list[str]) -> str:
         """Return the compute mode of a layer of these names; one mode for a whole model spares WEIGHT_ONLY_LAYERS."""
         if isinstance(self.compute, str):
             return compute_of_layer(self.compute, names)
-        return _first_match(self.compute, names, "exact")
+        return first_match(self.compute, names, "exact")
 
     def refusal(self, names: list[str]) -> str | None:
         """Return why the patterns leave a layer of these names out, or None."""
@@ -200,7 +200,7 @@ def matches(names: list[str], pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def _first_match(value, names: list[str], default):
+def first_match(value, names: list[str], default):
     """Return `value`, or in a map of patterns the value of the first pattern that matches."""
     if not isinstance(value, Mapping):
         return value

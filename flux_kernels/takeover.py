@@ -40,10 +40,15 @@ def plain_bias(module: Any, compute_dtype: torch.dtype) -> Tensor | None:
     bias = module.bias
     if bias is None or not hasattr(bias, "quant_type"):
         return bias
-    row, data = packed_type(bias, "bias"), plain_bytes(bias)
+    return nn.Parameter(decode_stored(bias, "bias", compute_dtype), requires_grad=False)
+
+
+def decode_stored(parameter: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Decode a diffusers GGUFParameter of any type to `dtype`."""
+    row, data = packed_type(parameter, name), plain_bytes(parameter)
     if isinstance(row, BlockFormat):
-        return nn.Parameter(reference.dequantize(data, row, compute_dtype), requires_grad=False)
-    return nn.Parameter(data.view(row.dtype).to(compute_dtype), requires_grad=False)
+        return reference.dequantize(data, row, dtype)
+    return data.view(row.dtype).to(dtype)
 
 
 def take_over(module: Any, backend: str, compute: str) -> GGUFLinear:

@@ -160,7 +160,8 @@ def _override(config: object | None) -> dict[str, Any]:
     values = config if isinstance(config, Mapping) else getattr(config, "config", None)
     if not isinstance(values, Mapping):
         raise TypeError(f"config is a mapping, a model, or a path to config.json, got {type(config).__name__}.")
-    unknown = [name for name in values if not name.startswith("_") and name not in CONFIG_NAMES]
+    ignored = ("_", "quantization_config")  # a model saved with packed layers describes them there; the file has its own
+    unknown = [name for name in values if not name.startswith(ignored) and name not in CONFIG_NAMES]
     if unknown:
         raise GGUFError(f"FluxTransformer2DModel has no config value {unknown[0]!r}. Known: {', '.join(CONFIG_NAMES)}.")
     return {name: value for name, value in values.items() if name in CONFIG_NAMES}

@@ -1,0 +1,1 @@
+"""What joins the library to others: diffusers' quantizers, adapters, fused projections. Each module says what for."""
