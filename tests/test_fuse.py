@@ -388,3 +388,59 @@ def test_nothing_is_warned_about_where_all_can_be_fused(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.fuse_qkv_projections()
+
+
+def test_the_triton_kernels_quantize_once_for_a_fused_layer(model, monkeypatch):
+    """In Triton's interpreter: one run of the activation quantizer for linear1 where its four parts need four."""
+    from flux_kernels._triton import interpreting
+    from flux_kernels.kernels import int8
+
+    if not interpreting():
+        pytest.skip("kernels are interpreted only where there is no GPU")
+    calls, original = [], int8.quantize_activation
+    monkeypatch.setattr(int8, "quantize_activation", lambda x, *rest: calls.append(x) or original(x, *rest))
+    block = model.single_transformer_blocks[0]
+    x = torch.randn(17, 256)
+    fk.swap_linear(block, backend="triton", compute="int8")
+    with torch.no_grad():
+        apart = torch.cat([block.attn.to_q(x), block.attn.to_k(x), block.attn.to_v(x), block.proj_mlp(x)], -1)
+    assert len(calls) == 4
+    calls.clear()
+    fk.fuse_projections(block, "linear1")
+    with torch.no_grad():
+        together = block.linear1(x)
+    assert len(calls) == 1
+    torch.testing.assert_close(together, apart, **CLOSE)
+
+
+# load_flux(fuse=...)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_the_file_stores_together_stay_mapped(kind, tmp_path, monkeypatch):
+    from .flux_files import Architecture, flux_file, layout_types
+
+    path = flux_file(Architecture(), layout_types("new", "Q4_K")).write(tmp_path / "flux.gguf")
+    copied = []
+    original = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors, *rest: copied.append(tensors[0].dtype) or original(tensors, *rest))
+    model = fk.load_flux(path, dtype=torch.float32, fuse=kind)
+    assert torch.uint8 not in copied, "packed rows were copied"
+    monkeypatch.undo()
+    linear1 = {"qkv": "attn.to_qkv", "linear1": "linear1"}[kind]
+    block = model.single_transformer_blocks[0]
+    stored = fk.read_gguf(path).tensors["single_blocks.0.linear1.weight"]
+    held = block.get_submodule(linear1).qweight
+    assert torch.equal(held, stored.data[: held.shape[0]])
+    plain = fk.load_flux(path, dtype=torch.float32)
+    inputs = flux_inputs()
+    torch.testing.assert_close(run(model, **inputs), run(plain, **inputs), **CLOSE)
+    fk.save_gguf(model, tmp_path / "again.gguf")
+    again = fk.read_gguf(tmp_path / "again.gguf").tensors["single_blocks.0.linear1.weight"]
+    assert torch.equal(again.data, stored.data)
+
+
+def test_rows_that_the_file_stores_apart_are_copied_together(tmp_path, packed_model, expected):
+    fk.save_gguf(packed_model, tmp_path / "apart.gguf", names="diffusers")
+    model = fk.load_flux(tmp_path / "apart.gguf", dtype=torch.float32, fuse="linear1")
+    assert_same(model, expected)
