@@ -11,7 +11,7 @@ import torch
 
 from .backends import BACKENDS, execution_devices, resolve
 from .errors import BackendUnavailable
-from .formats import FORMATS
+from .formats import FORMATS, get_format
 
 GIB = 2**30
 
@@ -78,6 +78,20 @@ class DeviceFact:
 
 
 @dataclass(frozen=True)
+class CallFact:
+    """Tell what one call of a FLUX.1-dev step would run: x [M, K] times w [N, K], `calls` times a step."""
+
+    where: str
+    m: int
+    k: int
+    n: int
+    calls: int
+    algorithm: str
+    tile: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Hold everything `doctor` found; `driver` is the CUDA driver's version where a GPU is seen."""
 
@@ -104,6 +118,32 @@ def diagnose() -> Diagnosis:
         devices=[_device_fact(device) for device in execution_devices(torch.device("cpu"))],
         advice=_advice(packages),
     )
+
+
+def planned_calls(
+    format: str, compute: str, device: torch.device | None = None, capability: tuple[int, int] | None = None
+) -> list[CallFact]:
+    """List what each call of a 1024 x 1024 step runs on a GPU: as measured for `device`, or by default for a `capability`."""
+    from .compute import WEIGHT_ONLY_M
+    from .flux.calls import step_calls
+    from .kernels.choice import choose, default_choice
+
+    fmt, found = get_format(format), []
+    for call in step_calls():
+        mode = compute if call.m > WEIGHT_ONLY_M else "exact"
+        shape = (call.m, call.n, call.k)
+        choice = default_choice(mode, fmt, *shape, capability) if device is None else choose(mode, fmt, *shape, device)
+        tile = str(choice.tile or "")
+        found.append(CallFact(call.where, call.m, call.k, call.n, call.calls, choice.algorithm, tile, choice.why))
+    return found
+
+
+def tuning_record(device: str) -> str | None:
+    """Return the path of the card's own tuning record, or None where `flux-kernels tune` has not run."""
+    from .kernels.record import record_path
+
+    path = record_path(torch.cuda.get_device_name(device))
+    return str(path) if path.exists() else None
 
 
 def own_version() -> str:

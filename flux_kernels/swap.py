@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -12,8 +13,9 @@ from .diffusers_guard import guard
 from .formats import get_format
 from .linear import GGUFLinear
 from .packing import quantizer
+from .runs import runs_as
 from .swap_plan import Request, Step, linear_layers, matches, plan_layer
-from .swap_report import SwapReport
+from .swap_report import SwapReport, SwapRow
 
 Patterns = str | Sequence[str] | None
 
@@ -59,7 +61,15 @@ def swap_linear(
         _carry_out(steps)
     finally:
         guard(model)
-    return SwapReport([step.row for step in steps], unmatched)
+    return SwapReport([_with_runs(step) for step in steps], unmatched)
+
+
+def _with_runs(step: Step) -> SwapRow:
+    """Return a step's row, with what runs the layer that is there now."""
+    layer = step.places[0][0]._modules[step.places[0][1]]
+    return (
+        replace(step.row, runs=runs_as(layer)) if isinstance(layer, GGUFLinear) and step.row.action == "swapped" else step.row
+    )
 
 
 def _check_request(model, backend, compute, format, include, exclude) -> Request:

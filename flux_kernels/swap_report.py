@@ -21,6 +21,7 @@ class SwapRow:
         bytes: of the weight as it is stored now.
         backend: asked for; "" where skipped.
         compute: asked for; "" where skipped.
+        runs: what computes it where it is or may be moved to (see `runs.runs_as`); "" where skipped.
     """
 
     name: str
@@ -31,6 +32,7 @@ class SwapRow:
     bytes: int
     backend: str = ""
     compute: str = ""
+    runs: str = ""
 
     @property
     def bytes_16bit(self) -> int:
@@ -93,14 +95,14 @@ def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
     groups: dict[tuple, list[SwapRow]] = {}
     for row in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-        key = (pattern, row.action, row.detail, row.format, row.shape, row.backend, row.compute)
+        key = (pattern, row.action, row.detail, row.format, row.shape, row.compute, row.runs)
         groups.setdefault(key, []).append(row)
     return [(key[0] if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
 
 
 def _line(pattern: str, rows: list[SwapRow]) -> tuple[str, ...]:
     first = rows[0]
-    runs = f"{first.backend}, {first.compute} ({first.detail})" if first.action == "swapped" else f"skipped: {first.detail}"
+    runs = f"{first.compute}, {first.runs} ({first.detail})" if first.action == "swapped" else f"skipped: {first.detail}"
     return (
         pattern,
         str(len(rows)),

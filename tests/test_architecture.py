@@ -15,16 +15,16 @@ PACKAGE = Path(flux_kernels.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Layers from the bottom up; a module may import from its own layer and from those before it.
 LAYERS = [
-    ("errors", "_triton"),
-    ("formats", "compute", "low_rank"),
+    ("errors", "_triton", "clock"),
+    ("formats", "compute", "low_rank", "random_rows"),
     ("reference", "kernels", "gguf_spec", "gguf_header", "tensor_check"),
-    ("low_precision",),
+    ("low_precision", "tune_candidates", "tune"),
     ("torch_backend",),
     ("backends", "libggml"),
     ("ops", "packing", "gguf_file", "gguf_write"),
     ("lazy_weight",),
     ("linear", "embedding"),
-    ("footprint", "swap_report", "takeover", "fidelity", "fused_linear"),
+    ("footprint", "swap_report", "takeover", "fidelity", "runs", "fused_linear"),
     ("fuse",),
     ("diffusers_guard", "swap_plan"),
     ("swap",),
@@ -33,6 +33,10 @@ LAYERS = [
 CORE = (
     "errors",
     "_triton",
+    "clock",
+    "random_rows",
+    "tune_candidates",
+    "tune",
     "formats",
     "compute",
     "low_rank",

@@ -11,6 +11,8 @@ from .demo import demo
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
+from .tune import tune
+from .warmup import warmup
 
 __all__ = ["app"]
 
@@ -44,5 +46,5 @@ def main(
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
 
 
-for _command in (demo, generate, inspect, doctor):
+for _command in (demo, generate, inspect, doctor, tune, warmup):
     app.command()(_command)

@@ -1,0 +1,72 @@
+"""`flux-kernels tune`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def tune(
+    formats: Annotated[str, typer.Option(help="ggml types, comma-separated.")] = "Q4_K,Q6_K,Q8_0",
+    computes: Annotated[str, typer.Option("--compute", help="Compute modes, comma-separated.")] = "exact,int8,fp16_accumulate",
+    width: Annotated[int, typer.Option(help="Picture width in pixels.")] = 1024,
+    height: Annotated[int, typer.Option(help="Picture height in pixels.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Begin no new call after this time; a second run goes on.")] = 10.0,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what is up to date.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record's path and rows as JSON.")] = False,
+) -> None:
+    """Measure which kernel and tile is fastest for each call of a FLUX.1 step on this card, and remember it.
+
+    Without it a table of defaults is used; with it the measured choice, from then on and in every program. The result is
+    one file per card (flux-kernels doctor shows where); contribute it, so that others with this card need not measure.
+
+    [bold]Examples[/]
+
+      flux-kernels tune
+      flux-kernels tune --formats Q4_K --compute exact --minutes 3
+      flux-kernels tune --width 1360 --height 768
+    """
+    import torch
+
+    from ..backends import BACKENDS, check_names
+    from ..errors import BackendUnavailable
+    from ..flux.calls import step_calls
+    from ..formats import get_format
+    from ..tune import Job, tune
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names, modes = [get_format(name).name for name in formats.split(",")], computes.split(",")
+    for mode in modes:
+        check_names("triton", mode)
+    refusal = "no GPU is seen" if device.type == "cpu" else BACKENDS["triton"].refusal(device, get_format(names[0]))
+    if refusal:
+        raise BackendUnavailable(f"There is nothing to tune: {refusal}. `flux-kernels doctor` tells more.")
+    calls = sorted(step_calls(height, width, batch), key=lambda call: -call.flops * call.calls)
+    jobs = [Job(mode, name, call.m, call.n, call.k) for mode in modes for name in names for call in calls]
+    jobs = [job for job in dict.fromkeys(jobs) if job.compute == "exact" or job.m > 16]
+    console = Console(highlight=False, stderr=as_json)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("tuning", total=len(jobs))
+
+        def show(job, row):
+            progress.update(task, advance=1, description=f"{job.format} {job.compute} {job.m} x {job.k} x {job.n}")
+            if row is not None:
+                rows.append(row)
+                gain = row.default_ms / row.ms
+                progress.console.print(
+                    f"{job.format} {job.compute} {job.m} x {job.k} x {job.n}: {row.algorithm} {row.tile or ''} "
+                    f"{row.ms:.3f} ms, {gain:.2f} x the default"
+                )
+
+        path = tune(jobs, device, minutes=minutes, again=again, on_row=show)
+    if as_json:
+        typer.echo(json.dumps(dict(record=str(path), measured=len(rows), jobs=len(jobs))))
+    else:
+        console.print(f"Written to {path}, {len(rows)} calls measured of {len(jobs)}.")
