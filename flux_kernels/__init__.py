@@ -19,6 +19,7 @@ from .swap import swap_linear
 from .swap_report import SwapReport
 
 if TYPE_CHECKING:
+    from .compile_ahead import warmup
     from .flux import load_flux, save_gguf
     from .gguf_file import GGUFFile, read_gguf
     from .integrations.config import FluxKernelsConfig
@@ -33,6 +34,7 @@ _LAZY = {  # names whose modules need more than torch, or are wanted by few: imp
     "load_flux": "flux",
     "load_t5": "t5",
     "save_gguf": "flux",
+    "warmup": "compile_ahead",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "save_gguf",
     "swap_linear",
     "unfuse_projections",
+    "warmup",
 ]
 
 

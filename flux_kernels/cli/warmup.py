@@ -35,7 +35,7 @@ def warmup(
 
     go_offline_quietly()
     from ..flux import load_flux
-    from ..warmup import warmup
+    from ..compile_ahead import warmup
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:

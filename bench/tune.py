@@ -1,0 +1,48 @@
+"""Tune this card without the command line's packages: torch and triton are enough (`flux-kernels tune` is the same, nicer).
+
+    python -m bench.tune --formats Q4_K,Q8_0 --minutes 8 --out results/tuning.json
+
+The most important calls come first, each result is written at once, and a second run goes on where the first was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from flux_kernels.flux.calls import STEPS, step_calls
+from flux_kernels.tune import Job, tune
+
+
+def main() -> None:
+    """Parse the command line and tune, printing a line for each call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default="Q4_K,Q8_0,Q6_K")
+    parser.add_argument("--compute", default="exact,int8")
+    parser.add_argument("--step", default="1024x1024", choices=STEPS)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--out", type=Path, help="the record to write; default: the card's own in the user's folder")
+    arguments = parser.parse_args()
+    calls = sorted(step_calls(**STEPS[arguments.step]), key=lambda call: -call.flops * call.calls)
+    jobs = [
+        Job(mode, name, call.m, call.n, call.k)
+        for mode in arguments.compute.split(",")
+        for name in arguments.formats.split(",")
+        for call in calls
+        if mode == "exact" or call.m > 16
+    ]
+    path = tune(list(dict.fromkeys(jobs)), torch.device("cuda"), path=arguments.out, minutes=arguments.minutes, on_row=_show)
+    print(f"written to {path}")
+
+
+def _show(job, row) -> None:
+    if row is None:
+        print(f"{job}: up to date", flush=True)
+    else:
+        print(f"{job}: {row.algorithm} {row.tile or ''} {row.ms:.4f} ms, default {row.default_ms:.4f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()
