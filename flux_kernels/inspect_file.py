@@ -15,20 +15,32 @@ from .flux.types import BLOCK, tensor_kind
 from .flux.variant import layout_of, variant_name
 from .formats import FORMATS
 from .gguf_file import GGUFFile, GGUFTensor, read_gguf
+from .memory_plan import (
+    CONTEXT_BYTES,
+    GIB,
+    LIVE_WIDTHS,
+    T5_WIDTH,
+    TEXT_TOKENS,
+    USABLE,
+    Part,
+    companions,
+    free_on_card,
+    image_tokens,
+    plan_memory,
+    transformer_working,
+)
 
-GIB = 2**30
 _SHORT_VALUE = 200  # characters of a key-value worth showing
 CARDS_GIB = (6, 8, 12, 16, 24)
-# The overhead model, stated to the user in OVERHEAD. None of it is measured on the user's card.
-USABLE = 0.95  # of a card's memory; the rest is the desktop's
-CONTEXT_BYTES = 0.5 * GIB  # CUDA context and library workspaces
-IMAGE_TOKENS, TEXT_TOKENS = 4096, 512  # 1024 x 1024 pixels, the longest prompt
-LIVE_WIDTHS = 20  # activations alive at once, in hidden widths a token: residual, q, k, v, MLP in and out, modulated copies
+# The overhead model, stated to the user in OVERHEAD; its arithmetic is memory_plan's.
+SIDE = 1024  # pixels of the picture that `fits` and `offloads` are about
+T5_BITS = {"T5 in 16 bit": 16.0, "T5 in Q8_0": 8.5}
 ACTIVATION_BYTES = 2
 OVERHEAD = (
-    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {IMAGE_TOKENS} image and "
-    f"{TEXT_TOKENS} text tokens (1024 x 1024), batch 1, {LIVE_WIDTHS} hidden widths a token in 16 bit; the transformer alone "
-    "(text encoders and VAE off the card while it runs, as under model offload); plain tensors in 16 bit; an estimate"
+    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {image_tokens(SIDE, SIDE)} image and "
+    f"{TEXT_TOKENS} text tokens ({SIDE} x {SIDE}), batch 1, {LIVE_WIDTHS} hidden widths a token in 16 bit and a tenth more; the "
+    "largest matrix decoded; the transformer alone (text encoders and VAE off the card while it runs, as under model offload); "
+    "plain tensors in 16 bit; an estimate"
 )
 
 
@@ -64,6 +76,8 @@ class FileFacts:
         resident_bytes: bytes of the loaded model (quantized matrices packed, all else in 16 bit).
         overhead_bytes: bytes beside it while it runs, see `overhead_model`.
         fits: GiB of card memory -> whether the model runs on it, see `overhead_model`.
+        offloads: how T5 is held -> GiB of card memory -> the offload that `generate --offload auto` would choose there; empty
+            where the text encoder is not FLUX.1's.
         overhead_model: the assumptions behind `overhead_bytes` and `fits`.
     """
 
@@ -82,6 +96,7 @@ class FileFacts:
     resident_bytes: int = 0
     overhead_bytes: int = 0
     fits: dict[int, bool] = field(default_factory=dict)
+    offloads: dict[str, dict[int, str]] = field(default_factory=dict)
     overhead_model: str = OVERHEAD
 
 
@@ -100,17 +115,17 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         stored = understand(file, config)
     except GGUFError as error:
         return FileFacts(**known, refused=str(error))
-    overhead = _overhead(stored.config)
-    resident = sum(_resident(tensor) for tensor in file.tensors.values())
+    part = _part(file, stored.config)
     return FileFacts(
         **known,
         variant=variant_name(stored.config),
         layout=layout_of(stored.types, stored.shapes),
         naming=stored.naming,
         config=stored.config,
-        resident_bytes=resident,
-        overhead_bytes=overhead,
-        fits={card: resident + overhead <= card * GIB * USABLE for card in CARDS_GIB},
+        resident_bytes=part.weights,
+        overhead_bytes=part.working + CONTEXT_BYTES,
+        fits={card: part.weights + part.working <= free_on_card(card) for card in CARDS_GIB},
+        offloads=_offloads(part) if stored.config["joint_attention_dim"] == T5_WIDTH else {},
     )
 
 
@@ -157,6 +172,21 @@ def _resident(tensor: GGUFTensor) -> int:
     return tensor.nbytes if packed else prod(tensor.shape) * ACTIVATION_BYTES
 
 
-def _overhead(config: Mapping[str, Any]) -> int:
+def _part(file: GGUFFile, config: Mapping[str, Any]) -> Part:
+    """Return what the transformer needs on a card for one picture."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return int(CONTEXT_BYTES) + (IMAGE_TOKENS + TEXT_TOKENS) * LIVE_WIDTHS * width * ACTIVATION_BYTES
+    sizes = [_resident(tensor) for tensor in file.tensors.values()]
+    packed = (tensor for tensor in file.tensors.values() if tensor.format in FORMATS)
+    decoded = max((prod(tensor.shape) for tensor in packed), default=0) * ACTIVATION_BYTES
+    tokens = image_tokens(SIDE, SIDE) + TEXT_TOKENS
+    return Part("transformer", sum(sizes), max(sizes), transformer_working(width, tokens, decoded=decoded))
+
+
+def _offloads(part: Part) -> dict[str, dict[int, str]]:
+    return {
+        held: {
+            card: plan_memory([part, *companions(SIDE, SIDE, bits)], free_on_card(card), SIDE, SIDE).offload
+            for card in CARDS_GIB
+        }
+        for held, bits in T5_BITS.items()
+    }

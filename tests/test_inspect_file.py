@@ -54,9 +54,18 @@ def test_bigger_files_need_bigger_cards(tmp_path):
     assert smallest == {"Q2_K": 6, "Q4_K_S": 8, "Q8_0": 16, "F16": None}
 
 
+def test_offload_by_card_and_text_encoder(tmp_path, tiny):
+    """An 8 GB card runs Q4_K model by model only where the T5 is packed too."""
+    offloads = dev(tmp_path, "old", "Q4_K_S").offloads
+    assert offloads["T5 in 16 bit"] == {6: "group", 8: "group", 12: "model", 16: "model", 24: "none"}
+    assert offloads["T5 in Q8_0"] == {6: "group", 8: "model", 12: "model", 16: "none", 24: "none"}
+    assert inspect_file(tiny).offloads == {}
+
+
 def test_the_overhead_model_is_stated_in_words_with_its_numbers(tiny):
     facts = inspect_file(tiny)
-    assert facts.overhead_bytes == 0.5 * GIB + (4096 + 512) * 20 * 256 * 2
+    largest = 7 * 256 * 256  # the packed linear1, decoded
+    assert facts.overhead_bytes == 0.5 * GIB + round((4096 + 512) * 20 * 256 * 2 * 1.1) + 2 * largest
     for words in ("95% of the card", "0.5 GiB for CUDA", "4096 image and 512 text tokens", "20 hidden widths", "an estimate"):
         assert words in facts.overhead_model
 

@@ -108,4 +108,7 @@ def _print_fits(console: Console, facts: FileFacts) -> None:
     need = facts.resident_bytes + facts.overhead_bytes
     cards = "  ".join(f"{card} GB [{'green]fits' if fits else 'red]no'}[/]" for card, fits in facts.fits.items())
     console.print(f"Needs about {need / GIB:.2f} GiB of GPU memory while it runs: {cards}", highlight=False, soft_wrap=True)
+    for held, by_card in facts.offloads.items():
+        modes = "  ".join(f"{card} GB {mode}" for card, mode in by_card.items())
+        console.print(f"generate --offload auto, {held}: {modes}", highlight=False, soft_wrap=True)
     console.print(f"[dim]Assumed: {facts.overhead_model}.[/]", highlight=False, soft_wrap=True)
