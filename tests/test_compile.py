@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flux_kernels as fk
 from flux_kernels import torch_backend
@@ -169,13 +168,13 @@ def test_ahead_of_time_package(tmp_path):
 
 @pytest.mark.parametrize("compute", COMPUTE_MODES)
 def test_the_torch_backend_never_reads_a_result_back(compute):
-    """Fake GPU tensors have no data: an `.item()`, or a branch on a value, raises."""
+    """Tensors on the meta device have no data: an `.item()`, or a branch on a value, raises."""
     for name in ("Q4_K", "Q6_K", "Q8_0"):  # types without a table, which would be cached
         fmt = FORMATS[name]
-        with FakeTensorMode(), torch.device("cuda"):
+        with torch.device("meta"):
             data = torch.empty(32, fmt.row_bytes(512), dtype=torch.uint8)
             y = torch_backend.linear(torch.empty(40, 512), data, torch.empty(32), fmt, compute)
-        assert y.shape == (40, 32) and y.device.type == "cuda"
+        assert y.shape == (40, 32) and y.is_meta
 
 
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "is_nonzero", "masked_select", "unique"}
