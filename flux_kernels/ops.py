@@ -133,8 +133,10 @@ def _check_dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: st
     return check_data(data, format)
 
 
-def _linear_fake(x, data, bias, format, backend, compute, planes, *branch):
-    _, n = check_linear(x, data, bias, format, backend, compute, branch or (None,) * 4)
+def _linear_fake(
+    x, data, bias, format, backend, compute, planes, hidden=None, up=None, outlier_index=None, outlier_weight=None
+):
+    _, n = check_linear(x, data, bias, format, backend, compute, (hidden, up, outlier_index, outlier_weight))
     return x.new_empty(*x.shape[:-1], n)
 
 

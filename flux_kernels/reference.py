@@ -61,23 +61,25 @@ def linear(
 ) -> Tensor:
     """Compute x @ W.T + bias + hidden @ up.T with W decoded to x's dtype.
 
-    The large sum is rounded once: bias and branch, which are small beside it, are rounded on their own and then added inside
-    the product with W.
+    A branch runs as further columns of K, x beside hidden and W beside up: one product, rounded once.
 
     Args:
-        x: [..., K] of a floating dtype, in which the product is computed; [M, K] with a branch.
+        x: [..., K] of a floating dtype, in which the product is computed.
         data: uint8 [N, row bytes].
         bias: [N] or None, cast to x's dtype.
-        branch: hidden [M, r] and up [N, r] of x's dtype, or None.
+        branch: hidden [..., r] and up [N, r] of x's dtype, or None.
 
     Returns:
         [..., N] of x's dtype.
     """
-    weight = dequantize(data, fmt, x.dtype, planes)
-    bias = None if bias is None else bias.to(x.dtype)
-    if branch is None:
-        return F.linear(x, weight, bias)
-    return torch.addmm(F.linear(*branch, bias), x, weight.T)
+    return multiply(x, dequantize(data, fmt, x.dtype, planes), bias, branch)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch | None) -> Tensor:
+    """Compute x @ weight.T + bias + hidden @ up.T of a weight [N, K] that was decoded to x's dtype."""
+    if branch is not None:
+        x, weight = torch.cat([x, branch[0]], -1), torch.cat([weight, branch[1]], -1)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _rows_per_chunk(k: int) -> int:

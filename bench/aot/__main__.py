@@ -24,7 +24,10 @@ def main(
     capabilities: Annotated[str, typer.Option(help="Comma-separated, such as 86,89; empty means all.")] = "",
     kernels: Annotated[
         str,
-        typer.Option(help="wide, medium, narrow (fused GEMM), small_m, fp16, int8, int8_branch, dequantize, unpack_int8; empty means all."),
+        typer.Option(
+            help="wide, medium, narrow, split_k (fused GEMM), small_m, fp16, int8, dequantize, unpack_int8; wide_branch, "
+            "fp16_branch and int8_branch have a low-rank branch; empty means all."
+        ),
     ] = "",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     check: Annotated[

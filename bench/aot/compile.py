@@ -58,14 +58,22 @@ def format_constants(fmt: BlockFormat, k: int, planes: bool | None = None) -> di
     )
 
 
-def compile_fused(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
-    """Compile the fused GEMM for one format, card and tile."""
+def compile_fused(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072, branch: bool = False) -> Compiled:
+    """Compile the fused GEMM for one format, card and tile, with or without a low-rank branch in its epilogue."""
     x = _DTYPES[dtype]
     pointers = dict(x_ptr=x, w_ptr="*u8", table_ptr="*u8", bias_ptr=x, y_ptr=x)
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
     constants = format_constants(FORMATS[name], k) | blocks
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return compile_kernel(fused_gemm_kernel, pointers, ("M", "N", "stride_xm"), constants, capability, **options)
+    _branch(pointers, constants, branch, dtype)
+    return compile_kernel(fused_gemm_kernel, pointers, ("M", "N", "R", "stride_xm"), constants, capability, **options)
+
+
+def _branch(pointers: dict, constants: dict, branch: bool, dtype: str) -> None:
+    """Give a kernel the pointers of a low-rank branch, or none."""
+    names = ("hidden_ptr", "up_ptr")
+    pointers.update(dict.fromkeys(names, _DTYPES[dtype]) if branch else {})
+    constants.update({} if branch else dict.fromkeys(names))
 
 
 def compile_split_k(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
@@ -74,24 +82,26 @@ def compile_split_k(name: str, capability: int, tile: Tile, dtype: str = "bf16",
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, SPLITS=tile.splits)
     constants = format_constants(FORMATS[name], k) | blocks
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return compile_kernel(split_k_kernel, pointers, ("M", "N", "stride_xm"), constants, capability, **options)
+    _branch(pointers, constants, False, dtype)
+    return compile_kernel(split_k_kernel, pointers, ("M", "N", "R", "stride_xm"), constants, capability, **options)
 
 
-def compile_fp16(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
-    """Compile the GEMM with fp16 accumulation for one format, card and tile."""
+def compile_fp16(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072, branch: bool = False) -> Compiled:
+    """Compile the GEMM with fp16 accumulation for one format, card and tile, with or without a low-rank branch."""
     pointers = dict(x_ptr="*fp16", x_scale_ptr="*fp32", w_ptr="*u8", table_ptr="*u8", bias_ptr=_DTYPES[dtype])
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
     constants = format_constants(FORMATS[name], k) | blocks
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return compile_kernel(fp16_gemm_kernel, pointers | {"y_ptr": _DTYPES[dtype]}, ("M", "N"), constants, capability, **options)
+    pointers |= {"y_ptr": _DTYPES[dtype]}
+    _branch(pointers, constants, branch, dtype)
+    return compile_kernel(fp16_gemm_kernel, pointers, ("M", "N", "R"), constants, capability, **options)
 
 
 def compile_int8(capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072, branch: bool = False) -> Compiled:
     """Compile the int8 GEMM for one card and tile, with or without a low-rank branch in its epilogue."""
     pointers = dict(x_ptr="*i8", x_scale_ptr="*fp32", w_ptr="*i8", w_scale_ptr="*fp32", bias_ptr=_DTYPES[dtype])
     constants = dict(K=k, GROUP=tile.tile_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
-    pointers |= dict.fromkeys(("hidden_ptr", "up_ptr"), _DTYPES[dtype]) if branch else {}
-    constants |= {} if branch else dict(hidden_ptr=None, up_ptr=None)
+    _branch(pointers, constants, branch, dtype)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     pointers |= {"y_ptr": _DTYPES[dtype]}
     return compile_kernel(int8_gemm_kernel, pointers, ("M", "N", "R", "stride_ym"), constants, capability, **options)
@@ -102,7 +112,8 @@ def compile_small_m(name: str, capability: int, tile: Tile, dtype: str = "bf16",
     x = _DTYPES[dtype]
     pointers = dict(x_ptr=x, w_ptr="*u8", table_ptr="*u8", bias_ptr=x, y_ptr=x)
     constants = format_constants(FORMATS[name], k) | dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
-    return compile_kernel(small_m_kernel, pointers, ("N", "stride_xm"), constants, capability, num_warps=tile.num_warps)
+    _branch(pointers, constants, False, dtype)
+    return compile_kernel(small_m_kernel, pointers, ("N", "R", "stride_xm"), constants, capability, num_warps=tile.num_warps)
 
 
 def compile_dequantize(name: str, capability: int, dtype: str = "bf16", k: int = 3072) -> Compiled:

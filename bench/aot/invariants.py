@@ -10,7 +10,8 @@ from flux_kernels.kernels.tuning import GRID_FORMATS
 from .cards import CARDS
 from .report import Row
 
-FUSED_KERNELS = ("fused_gemm", "split_k", "fp16_gemm")  # packed bytes to tensor cores in one loop
+# Packed bytes to tensor cores in one loop.
+FUSED_KERNELS = ("fused_gemm", "split_k", "fp16_gemm", "fused_gemm_branch", "fp16_gemm_branch")
 TENSOR_CORE_KERNELS = (*FUSED_KERNELS, "int8_gemm", "int8_gemm_branch")
 RATCHET = 1.05  # main-loop instructions may grow by this factor before the record must be changed on purpose
 

@@ -52,15 +52,17 @@ class Row:
     convert_clocks: int
 
 
-def fused_row(name: str, capability: int, tile: Tile, dtype: str = "bf16") -> Row:
+def fused_row(name: str, capability: int, tile: Tile, dtype: str = "bf16", branch: bool = False) -> Row:
     """Compile the fused GEMM with a tile and describe it."""
-    built = compile_fused(name, capability, tile, dtype)
-    return _row("fused_gemm", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
+    built = compile_fused(name, capability, tile, dtype, branch=branch)
+    return _row(
+        "fused_gemm_branch" if branch else "fused_gemm", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k
+    )
 
 
-def _shipped_fused(m: int):
+def _shipped_fused(m: int, branch: bool = False):
     def row(name: str, capability: int, dtype: str) -> Row:
-        return fused_row(name, capability, fused_tile(FORMATS[name], m, _N, _K), dtype)
+        return fused_row(name, capability, fused_tile(FORMATS[name], m, _N, _K), dtype, branch)
 
     return row
 
@@ -71,10 +73,13 @@ def _split_k(name: str, capability: int, dtype: str) -> Row:
     return _row("split_k", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
 
 
-def _shipped_fp16(name: str, capability: int, dtype: str) -> Row:
-    tile = fp16_tile(FORMATS[name], _K)
-    built = compile_fp16(name, capability, tile, dtype)
-    return _row("fp16_gemm", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
+def _shipped_fp16(kernel: str, branch: bool):
+    def row(name: str, capability: int, dtype: str) -> Row:
+        tile = fp16_tile(FORMATS[name], _K)
+        built = compile_fp16(name, capability, tile, dtype, branch=branch)
+        return _row(kernel, name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
+
+    return row
 
 
 def _shipped_int8(kernel: str, branch: bool):
@@ -106,9 +111,11 @@ SHIPPED = {
     "wide": _shipped_fused(4608),
     "medium": _shipped_fused(64),
     "narrow": _shipped_fused(16),
+    "wide_branch": _shipped_fused(4608, branch=True),
     "split_k": _split_k,
     "small_m": _shipped_small_m,
-    "fp16": _shipped_fp16,
+    "fp16": _shipped_fp16("fp16_gemm", branch=False),
+    "fp16_branch": _shipped_fp16("fp16_gemm_branch", branch=True),
     "int8": _shipped_int8("int8_gemm", branch=False),
     "int8_branch": _shipped_int8("int8_gemm_branch", branch=True),
     "dequantize": _shipped_unpack("dequantize", compile_dequantize),

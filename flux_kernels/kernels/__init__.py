@@ -46,8 +46,8 @@ def linear(
 ) -> Tensor:
     """Compute x [M, K] @ decode(data [N, row bytes]).T + bias + branch -> [M, N] in x's dtype, in a compute mode.
 
-    "int8" adds the branch in its epilogue; the other modes by a second product, which rounds y once more. `outliers` (index
-    [k], weight [N, k]) are input channels that "int8" computes in x's dtype; the other modes need none.
+    The branch is added before y is rounded. `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in
+    x's dtype; the other modes need none.
     """
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
     if y.numel():
@@ -58,8 +58,6 @@ def linear(
         with device_of(data):
             if compute == "int8":
                 int8.linear(x, data, bias, y, fmt, planes, branch, outliers)
-                return y
-            _MODES[compute](x, data, bias, y, fmt, planes)
-            if branch is not None:
-                y.addmm_(branch[0], branch[1].T)
+            else:
+                _MODES[compute](x, data, bias, y, fmt, planes, branch)
     return y

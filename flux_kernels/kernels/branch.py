@@ -8,13 +8,22 @@ STEP = tl.constexpr(16)  # of r at a time, the shortest K of a tensor-core produ
 
 
 @jit
-def add_branch(acc, hidden_ptr, up_ptr, rows_m, rows_n, R):
-    """Return acc [BLOCK_M, BLOCK_N] + hidden[rows_m] @ up[rows_n].T; hidden [M, R] and up [N, R] are contiguous."""
-    hidden_row = hidden_ptr + rows_m.to(tl.int64)[:, None] * R
-    up_row = up_ptr + rows_n.to(tl.int64)[:, None] * R
+def add_branch(acc, left_ptr, right_ptr, rows_left, rows_right, R):
+    """Return acc + left[rows_left] @ right[rows_right].T: hidden [M, R] and up [N, R], both contiguous, in acc's order."""
+    left_row = left_ptr + rows_left.to(tl.int64)[:, None] * R
+    right_row = right_ptr + rows_right.to(tl.int64)[:, None] * R
     for start in tl.range(0, R, STEP, num_stages=1):
         offs_r = start + tl.arange(0, STEP)[None, :]
-        hidden = tl.load(hidden_row + offs_r, mask=offs_r < R, other=0.0)
-        up = tl.load(up_row + offs_r, mask=offs_r < R, other=0.0)
-        acc = tl.dot(hidden, up.T, acc, input_precision="ieee")
+        left = tl.load(left_row + offs_r, mask=offs_r < R, other=0.0)
+        right = tl.load(right_row + offs_r, mask=offs_r < R, other=0.0)
+        acc = tl.dot(left, right.T, acc, input_precision="ieee")
+    return acc
+
+
+@jit
+def add_branch_to_row(acc, hidden_ptr, up_ptr, row, rows_n, R):
+    """Return acc [BLOCK_N] + up[rows_n] @ hidden[row], products in float32."""
+    for r in range(R):
+        up = tl.load(up_ptr + rows_n.to(tl.int64) * R + r).to(tl.float32)
+        acc += up * tl.load(hidden_ptr + row * R + r).to(tl.float32)
     return acc

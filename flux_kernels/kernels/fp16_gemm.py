@@ -7,6 +7,7 @@ power-of-two scale per token, so that no sum of 64 products overflows while |w| 
 from __future__ import annotations
 
 from .._triton import jit, tl
+from .branch import add_branch
 from .fused_gemm import tile_position
 
 
@@ -17,9 +18,12 @@ def fp16_gemm_kernel(
     w_ptr,
     table_ptr,
     bias_ptr,
+    hidden_ptr,
+    up_ptr,
     y_ptr,
     M,
     N,
+    R,
     K: tl.constexpr,
     DECODE: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -50,6 +54,8 @@ def fp16_gemm_kernel(
     acc *= tl.load(x_scale_ptr + rows_m)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(offs_n, N - 1)).to(tl.float32)[:, None]
+    if hidden_ptr is not None:
+        acc = add_branch(acc, up_ptr, hidden_ptr, tl.minimum(offs_n, N - 1), rows_m, R)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(y_ptrs, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,6 +1,6 @@
 """Fused dequant-GEMM: packed bytes -> registers -> MMA, one kernel for every block format.
 
-y[M, N] = x[M, K] @ decode(w)[N, K].T + bias, fp32 accumulation, the decoded weight rounded once to x's dtype.
+y[M, N] = x[M, K] @ decode(w)[N, K].T + bias + hidden[M, R] @ up[N, R].T, fp32 accumulation, the decoded weight rounded once to x's dtype.
 The weight is the *left* MMA operand (y.T = W @ x.T): as the right operand it would be replicated across the warps along M
 and decoded up to eight times. One loop iteration covers one TILE_K of the row as static 32-wide slices, so that shifts and
 masks are immediates. Rows of x and w are clamped instead of masked: loads past the edge read a valid row whose result is
@@ -10,6 +10,7 @@ never stored.
 from __future__ import annotations
 
 from .._triton import jit, tl
+from .branch import add_branch
 
 GROUP_M = tl.constexpr(8)  # programs that share a band of x rows in L2 before moving on
 
@@ -58,9 +59,12 @@ def fused_gemm_kernel(
     w_ptr,
     table_ptr,
     bias_ptr,
+    hidden_ptr,
+    up_ptr,
     y_ptr,
     M,
     N,
+    R,
     stride_xm,
     K: tl.constexpr,
     DECODE: tl.constexpr,
@@ -82,6 +86,8 @@ def fused_gemm_kernel(
     acc = decoded_product(x_ptrs, row_ptr, table_ptr, 0, STEPS, K, DECODE, NUM_BLOCKS, PLANES, BLOCK_M, BLOCK_N, TILE_K)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(offs_n, N - 1)).to(tl.float32)[:, None]
+    if hidden_ptr is not None:
+        acc = add_branch(acc, up_ptr, hidden_ptr, tl.minimum(offs_n, N - 1), tl.minimum(offs_m, M - 1), R)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(y_ptrs, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=mask)

@@ -13,9 +13,9 @@ from ..compute import group_width
 from ..formats import BlockFormat
 from ..low_rank import Branch, join, outlier_branch
 from .activations import quantize_activation_kernel
-from .choice import choose
+from .choice import Choice, choose
 from .int8_gemm import int8_gemm_kernel
-from .launching import format_constants, table_of
+from .launching import format_constants, pointers, table_of
 from .tuning import UNPACK_ROWS, Tile, largest_tile_k
 from .two_stage import rows_per_chunk
 from .unpack_int8 import unpack_int8_kernel
@@ -32,6 +32,7 @@ def linear(
     planes: bool,
     branch: Branch | None = None,
     outliers: tuple[Tensor, Tensor] | None = None,
+    choice: Choice | None = None,
 ) -> None:
     """Write x [M, K] @ decode(data).T + bias + branch to y [M, N], both operands rounded to int8 with group scales.
 
@@ -42,10 +43,10 @@ def linear(
     if outliers is not None:
         branch = join(branch, outlier_branch(x, outliers))
         keep = torch.ones(k, dtype=torch.uint8, device=x.device).index_fill_(0, outliers[0].long(), 0)
-    hidden, up = (None, None) if branch is None else (branch[0].contiguous(), branch[1].contiguous())
+    hidden, up, _ = pointers(branch)
     x_codes, x_scale = quantize_activation(x, group_width(k), keep)
     rows = rows_per_chunk(k, 1, x.device)
-    tile = choose("int8", fmt, x.shape[0], n, k, x.device).tile
+    tile = (choice or choose("int8", fmt, x.shape[0], n, k, x.device)).tile
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
         w_codes, w_scale = unpack_weight(data[chunk], fmt, group_width(k), planes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats import BlockFormat
+from ..low_rank import Branch
 
 _WIDEST_LOAD = 16  # bytes
 
@@ -31,6 +32,14 @@ def format_constants(fmt: BlockFormat, row_bytes: int, planes: bool) -> dict:
     num_blocks = row_bytes // fmt.type_size
     k = num_blocks * fmt.block_size
     return dict(K=k, DECODE=fmt.decode_tile, NUM_BLOCKS=num_blocks, ROW_BYTES=row_bytes, PLANES=planes)
+
+
+def pointers(branch: Branch | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """Return the hidden [M, r] and up [N, r] of a branch, contiguous, and r; (None, None, 0) without one."""
+    if branch is None:
+        return None, None, 0
+    hidden, up = branch
+    return hidden.contiguous(), up.contiguous(), hidden.shape[1]
 
 
 @cache

@@ -8,6 +8,7 @@ shared memory) and reduces every slice at once: one fixed order of additions, so
 from __future__ import annotations
 
 from .._triton import jit, tl
+from .branch import add_branch_to_row
 
 
 @jit
@@ -16,8 +17,11 @@ def small_m_kernel(
     w_ptr,
     table_ptr,
     bias_ptr,
+    hidden_ptr,
+    up_ptr,
     y_ptr,
     N,
+    R,
     stride_xm,
     K: tl.constexpr,
     DECODE: tl.constexpr,
@@ -42,4 +46,6 @@ def small_m_kernel(
             acc += tl.sum(w.to(x.dtype).to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + rows).to(tl.float32)
+    if hidden_ptr is not None:
+        acc = add_branch_to_row(acc, hidden_ptr, up_ptr, row, rows, R)
     tl.store(y_ptr + row * N + offs_n, acc.to(y_ptr.dtype.element_ty), mask=offs_n < N)

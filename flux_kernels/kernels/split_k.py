@@ -8,6 +8,7 @@ partial sums; a second kernel adds them in a fixed order (the same bits on every
 from __future__ import annotations
 
 from .._triton import jit, tl
+from .branch import add_branch
 from .fused_gemm import decoded_product, tile_position
 
 
@@ -16,9 +17,12 @@ def split_k_kernel(
     x_ptr,
     w_ptr,
     table_ptr,
+    hidden_ptr,
+    up_ptr,
     partial_ptr,
     M,
     N,
+    R,
     stride_xm,
     K: tl.constexpr,
     DECODE: tl.constexpr,
@@ -42,6 +46,9 @@ def split_k_kernel(
     acc = decoded_product(
         x_ptrs, row_ptr, table_ptr, split * STEPS, STEPS, K, DECODE, NUM_BLOCKS, PLANES, BLOCK_M, BLOCK_N, TILE_K
     )
+    if hidden_ptr is not None:  # noqa: SIM102  (known when compiling, split when running)
+        if split == 0:
+            acc = add_branch(acc, up_ptr, hidden_ptr, tl.minimum(offs_n, N - 1), tl.minimum(offs_m, M - 1), R)
     rows = split.to(tl.int64) * M + offs_m
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(partial_ptr + rows[:, None] * N + offs_n[None, :], tl.trans(acc), mask=mask)

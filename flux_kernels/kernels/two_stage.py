@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._triton import triton
 from ..formats import BlockFormat
+from ..low_rank import Branch
 from .dequantize import dequantize_kernel
 from .launching import format_constants, table_of
 from .tuning import UNPACK_ROWS, largest_tile_k
@@ -22,13 +23,23 @@ _UNKNOWN_L2 = 24 << 20  # bytes, where the device does not tell
 _WHOLE_TILES = 128  # chunks are multiples of this many rows, as GEMM tiles are
 
 
-def linear(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool) -> None:
-    """Write x [M, K] @ decode(data).T + bias to y [M, N] chunk by chunk along N."""
+def linear(
+    x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool, branch: Branch | None = None
+) -> None:
+    """Write x [M, K] @ decode(data).T + bias + branch to y [M, N] chunk by chunk along N.
+
+    A branch is written to y first, rounded on its own, and added inside the product (cuBLAS adds in float32, rounds once).
+    """
+    if branch is not None:
+        hidden, up = branch
+        torch.mm(hidden, up.T, out=y) if bias is None else torch.addmm(bias.to(x.dtype), hidden, up.T, out=y)
     rows = rows_per_chunk(x.shape[1], x.element_size(), x.device)
     for start in range(0, data.shape[0], rows):
         chunk = slice(start, start + rows)
         weight = unpack(data[chunk], fmt, x.dtype, planes)
-        if bias is None:
+        if branch is not None:
+            y[:, chunk].addmm_(x, weight.T)
+        elif bias is None:
             torch.mm(x, weight.T, out=y[:, chunk])
         else:
             torch.addmm(bias[chunk].to(x.dtype), x, weight.T, out=y[:, chunk])
