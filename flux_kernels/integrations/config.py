@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -136,8 +137,18 @@ class FluxKernelsConfig(QuantizationConfigMixin):
         """The dtype to load in where none is asked for."""
         return None if self.dtype is None else getattr(torch, self.dtype)
 
+    def __deepcopy__(self, memo: dict) -> FluxKernelsConfig:
+        """Copy; where the model is being copied, describe the copy of the model."""
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        clone = memo.get(id(self.model))
+        if self.model is not None and clone is not None:
+            new._model = weakref.ref(clone)
+        return new
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model behind in copies and pickles, which tell what it was when they were made."""
+        """Leave the model behind in pickles and copies of the config alone, which tell what it was when they were made."""
         self.refresh()
         return {**self.__dict__, "_model": None}
 

@@ -27,8 +27,9 @@ from ..packing import quantize, quantizer
 from ..takeover import carry_over, decode_stored, packed_type, plain_bytes, quantize_layer
 from .config import FluxKernelsConfig, Method
 from .layer_table import check_writable
+from .mapped_pages import page_out
 from .parameter_count import count_logical_weights
-from .stored_rows import expected_descriptor, in_file_order
+from .stored_rows import expected_descriptor, holds_rows, in_file_order, without_descriptors
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +53,7 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         self.modules_to_not_convert = quantization_config.modules_to_not_convert or []
         self._dtype = torch.float32
         self._progress: Any = None
+        self._total: int | None = None
         count_logical_weights()
 
     def validate_environment(self, *args, device_map: Any = None, **kwargs) -> None:
@@ -80,6 +82,14 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
     def supports_parallel_loading(self) -> bool:
         """Quantizing uses all cores already."""
         return self.stored
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the descriptors; refuse rows where there is no model to put them in, as in from_single_file."""
+        if not holds_rows(state_dict):
+            return state_dict
+        if self._total is None:
+            raise GGUFError("This file was written by save_pretrained. Load its folder with from_pretrained instead.")
+        return without_descriptors(state_dict)
 
     def _process_model_before_weight_loading(
         self, model, device_map=None, keep_in_fp32_modules: Iterable[str] = (), state_dict=None, **kwargs
@@ -113,7 +123,8 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         weight = state_dict.get(f"{name}.weight")
         if weight is not None and hasattr(weight, "quant_type"):
             found = packed_type(weight, name)
-            return found if isinstance(found, BlockFormat) else None
+            if isinstance(found, BlockFormat):
+                return found
         format = self.quantization_config.format_of(name)
         return None if format is None else get_format(format)
 
@@ -164,12 +175,15 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
             setattr(module, kind, nn.Parameter(value, requires_grad=getattr(module, kind).requires_grad))
         elif kind == "qweight":
             self._fill(module, param_name, param_value, target_device)
-        elif hasattr(param_value, "quant_type"):
+        elif hasattr(param_value, "quant_type") and packed_type(param_value, param_name).name == module.format:
             self._fill(module, param_name, plain_bytes(param_value), target_device)
+        elif hasattr(param_value, "quant_type"):
+            self._quantize(module, param_name, decode_stored(param_value, param_name, self._dtype), target_device)
         elif param_value.dtype == torch.int64:
             self._check_descriptor(module, param_name, param_value)
         else:
             self._quantize(module, param_name, param_value, target_device)
+            page_out((state_dict or {}).get(param_name, param_value))  # so that the 16-bit model is never in memory as a whole
 
     def _fill(self, layer: GGUFLinear, name: str, rows: Tensor, device) -> None:
         if rows.dtype != torch.uint8 or rows.shape != layer.qweight.shape:
@@ -211,7 +225,8 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
 
     def get_state_dict_and_metadata(self, state_dict: dict[str, Any], safe_serialization: bool = False):
         """Return the state dict with all rows in the order of GGUF files, and no metadata."""
-        return in_file_order(state_dict, self.quantization_config.format_of), {}
+        config = self.quantization_config
+        return in_file_order(state_dict, config.format_of, config.extra_parameters or ()), {}
 
     def _dequantize(self, model):
         """Decode every packed layer, and forget the config."""

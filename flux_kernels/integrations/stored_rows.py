@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import GGUFError
 from ..formats import FORMATS
 from ..linear import GGUFLinear
 
@@ -20,12 +21,13 @@ def expected_descriptor(layer: GGUFLinear) -> list[int]:
     return [FORMATS[layer.format].ggml_type, layer.out_features, layer.in_features, 0]
 
 
-def in_file_order(state_dict: dict[str, Any], format_of: Callable[[str], str | None]) -> dict[str, Any]:
+def in_file_order(state_dict: dict[str, Any], format_of: Callable[[str], str | None], extra: Collection[str]) -> dict[str, Any]:
     """Return the state dict of a packed model with all rows as a GGUF file has them; others are on the CPU afterwards.
 
     Args:
         state_dict: of the whole model.
-        format_of: layer name -> type that config.json will tell.
+        format_of: layer name -> type that config.json tells.
+        extra: parameters of packed layers beside rows and bias that config.json tells.
 
     Raises:
         ValueError: where the state dict cannot be a checkpoint, with the reason and what to do.
@@ -43,12 +45,42 @@ def in_file_order(state_dict: dict[str, Any], format_of: Callable[[str], str | N
         name = key.removesuffix(_ROWS)
         number, n, k, planes = state_dict[name + _DESCRIPTOR].tolist()
         row = _ROWS_BY_NUMBER[number]
-        if format_of(name) != row.name:
+        own = {name + part for part in (_ROWS, _DESCRIPTOR, ".bias")}
+        beside = {key for key in state_dict if key.rpartition(".")[0] == name and key not in own}
+        if format_of(name) != row.name or not beside <= set(extra):
             raise ValueError(
-                f"{name} is packed {row.name} and was {format_of(name)} when this copy of the model was made. Call "
+                f"{name} was changed after the model was unpickled, and config.json would not say so. Call "
                 "flux_kernels.swap_linear(model), then save it."
             )
         if planes:
             result[key] = row.layout.from_planes(rows.detach().cpu())
             result[name + _DESCRIPTOR] = torch.tensor([number, n, k, 0])
     return result
+
+
+def holds_rows(state_dict: dict[str, Any]) -> bool:
+    """Tell whether a state dict was written from packed layers."""
+    return any(key.endswith(_ROWS) for key in state_dict)
+
+
+def without_descriptors(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the descriptors, which are no parameters: offloading to the disk would look for a place for each.
+
+    Raises:
+        GGUFError: where one does not belong to the rows beside it.
+    """
+    left_out = set()
+    for key, rows in state_dict.items():
+        name = key.removesuffix(_ROWS)
+        descriptor = state_dict.get(name + _DESCRIPTOR)
+        if not key.endswith(_ROWS) or descriptor is None:
+            continue
+        number, n, k, _ = descriptor.tolist()
+        row = _ROWS_BY_NUMBER.get(number)
+        if row is None or rows.shape != (n, row.row_bytes(k)):
+            raise GGUFError(
+                f"{name} is described as [ggml type, N, K, planes] {descriptor.tolist()}, its rows are {list(rows.shape)} bytes. "
+                "The checkpoint is damaged, or was written by a newer flux_kernels."
+            )
+        left_out.add(name + _DESCRIPTOR)
+    return {key: value for key, value in state_dict.items() if key not in left_out}
