@@ -59,6 +59,14 @@ def quantize(rows: Tensor, fmt: BlockFormat, importance: Tensor | None = None) -
     return packed.to(rows.device)
 
 
+def library() -> ctypes.CDLL:
+    """Load libggml; raise FormatError where it is not installed."""
+    path = _file()
+    if path is None:
+        raise FormatError(f"libggml is not installed. {_INSTALL}.")
+    return _load(path)
+
+
 def _chunk(library: ctypes.CDLL, fmt: BlockFormat, x: Tensor, packed: Tensor, weights: Tensor | None) -> None:
     if not x.numel():
         return
@@ -70,8 +78,12 @@ def _chunk(library: ctypes.CDLL, fmt: BlockFormat, x: Tensor, packed: Tensor, we
         )
 
 
+@cache
 def _file() -> Path | None:
-    spec = importlib.util.find_spec("libggml")
+    try:
+        spec = importlib.util.find_spec("libggml")
+    except ModuleNotFoundError:  # an import hook refuses it
+        spec = None
     folders = spec.submodule_search_locations if spec else None
     found = [path for folder in folders or () for pattern in _FILES for path in Path(folder).glob(pattern)]
     return found[0] if found else None

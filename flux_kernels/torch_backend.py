@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import low_precision, reference
+from . import cpu_decode, low_precision, reference
 from .compute import WEIGHT_ONLY_M
 from .formats import BlockFormat
 from .low_rank import Branch, join, outlier_branch
@@ -16,6 +16,8 @@ from .low_rank import Branch, join, outlier_branch
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
     """Decode packed rows uint8 [N, row bytes] to [N, K] of `dtype`."""
+    if cpu_decode.serves(data, fmt, dtype, planes):
+        return cpu_decode.dequantize(data, fmt, dtype)
     return reference.dequantize(data, fmt, dtype, planes)
 
 
@@ -34,10 +36,18 @@ def linear(
     `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in x's dtype; the other modes need none.
     """
     if compute == "exact" or x.shape[0] <= WEIGHT_ONLY_M:
-        return reference.linear(x, data, fmt, bias, planes, branch)
+        return reference.multiply(x, _weight(data, fmt, x.dtype, planes), bias, branch)
     if compute == "fp16_accumulate":
         return low_precision.linear_fp16_accumulate(x, data, fmt, bias, planes, branch)
     if outliers is not None:
         branch = join(branch, outlier_branch(x, outliers))
         x = x.index_fill(1, outliers[0].long(), 0.0)
     return low_precision.linear_int8(x, data, fmt, bias, planes, branch)
+
+
+def _weight(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool) -> Tensor:
+    """Decode a weight for one product; the result may be this thread's scratch, which the next call overwrites."""
+    if cpu_decode.serves(data, fmt, dtype, planes):
+        scratch = cpu_decode.weight_scratch(data.shape[0], fmt.row_weights(data.shape[1]), dtype)
+        return cpu_decode.dequantize(data, fmt, dtype, scratch)
+    return reference.dequantize(data, fmt, dtype, planes)

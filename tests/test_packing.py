@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
 import flux_kernels as fk
+from flux_kernels import libggml
 
 
 def test_any_leading_shape_and_dtype():
@@ -38,6 +37,6 @@ def test_a_format_without_a_quantizer_says_what_to_install(monkeypatch):
     formats = [name for name, fmt in fk.FORMATS.items() if fmt.quantize is None]
     if not formats:
         pytest.skip("every format has a quantizer of its own")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(libggml, "_file", lambda: None)
     with pytest.raises(fk.FormatError, match="pip install libggml-python"):
         fk.quantize(torch.zeros(2, 512), formats[0])
