@@ -7,31 +7,28 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from .base_pipeline import check_base, check_fit, load_pipeline, one_thread
+from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one_thread
 from .embedded import PIPELINE_KWARGS, embedded_model_path
-from .errors import BackendUnavailable, FormatError, GGUFError
+from .errors import FormatError, GGUFError
 from .flux import load_flux
-from .footprint import memory_footprint
 from .inspect_file import FileFacts, inspect_file
+from .memory_plan import MemoryPlan
+from .placement import check_offload, measured_parts, place
 from .swap import swap_linear
 from .swap_report import SwapReport
+from .t5 import load_t5
+from .t5.load import open_t5
+from .tasks import IMAGE_OPTIONS, KONTEXT, TEXT, Task, choose_task, fitted_size, read_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-OFFLOADS = {
-    "none": "everything on the GPU (or on the CPU where there is no GPU)",
-    "model": "one model at a time on the GPU: text encoders, transformer, VAE",
-    "sequential": "one layer at a time on the GPU: slow, least memory",
-    "auto": "the first of none, model, sequential that fits the GPU's free memory",
-}
 # Defaults of the published models: diffusers' documentation of FLUX.1-dev and FLUX.1-schnell.
 _DEV = {"height": 1024, "width": 1024, "num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 512}
 _SCHNELL = {**_DEV, "num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
@@ -63,7 +60,14 @@ class Request:
         base: diffusers folder with the rest of the pipeline.
         negative: negative prompt; costs a second pass a step.
         true_cfg: strength of the negative prompt.
+        t5: GGUF file of the T5 encoder, instead of the base's text_encoder_2.
+        image: picture to edit, repaint or redraw.
+        mask: picture whose white part is repainted (Fill).
+        control_image: edges or depth map to draw along (Canny, Depth).
+        kontext: whether the file is a Kontext, which its tensors do not tell.
+        strength: of redrawing `image` with a dev file, 0 to 1.
         offload: a key of OFFLOADS.
+        pin: whether weights that are copied to the GPU at every step are pinned in host memory.
         loras: LoRA files, applied together.
         backend: as in `swap_linear`.
         compute: as in `swap_linear`.
@@ -80,7 +84,14 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
+    t5: Path | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    control_image: Path | None = None
+    kontext: bool = False
+    strength: float | None = None
     offload: str = "auto"
+    pin: bool = False
     loras: Sequence[Lora] = ()
     backend: str = "auto"
     compute: str = "exact"
@@ -88,13 +99,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Job:
+    """Hold a checked request: facts about the file, what to do with it, and the pictures (argument -> picture)."""
+
+    facts: FileFacts
+    task: Task = TEXT
+    pictures: dict[str, Image] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Made:
-    """Hold an image, the parameters to write into its file, and what was done: layers swapped, offload, seconds."""
+    """Hold an image, the parameters to write into its file, and what was done: layers swapped, offload, task, seconds."""
 
     image: Image
     parameters: dict[str, Any]
     report: SwapReport
-    offload: str
+    plan: MemoryPlan
+    task: str
     load_seconds: float
     draw_seconds: float
 
@@ -114,59 +135,66 @@ def generate(
 
     Raises:
         FileNotFoundError: for files and folders that are missing or incomplete.
-        GGUFError: for a file that is no FLUX.1 transformer, or does not fit the base.
+        GGUFError: for a file that is no FLUX.1 transformer or T5 encoder, does not fit the base, or not the pictures given.
         FormatError: for a LoRA that does not fit.
         BackendUnavailable: where backend, compute mode or offload cannot run here.
     """
-    facts = check_request(request)
+    job = check_request(request)
+    settings = call_settings(request, job)
     started = time.perf_counter()
-    status(f"loading {request.gguf.name}: {facts.variant}")
-    transformer = load_flux(request.gguf, dtype=request.dtype)
-    report = swap_linear(transformer, backend=request.backend, compute=request.compute)
-    status(f"loading text encoders and VAE from {request.base}")
-    pipeline = load_pipeline(request.base, transformer, request.dtype)
-    check_fit(pipeline, transformer.config)
-    for number, lora in enumerate(request.loras):
-        status(f"loading {lora.file.name}")
-        _load_lora(pipeline, lora, f"lora{number}")
-    if request.loras:
-        pipeline.set_adapters([f"lora{i}" for i in range(len(request.loras))], [lora.scale for lora in request.loras])
-    offload = place(pipeline, request.offload, facts.overhead_bytes)
+    pipeline, report = _load(request, job, status)
+    width, height = settings["width"], settings["height"]
+    parts = measured_parts(pipeline, width, height, job.task.references, settings["max_sequence_length"])
+    plan = place(pipeline, request.offload, parts, width, height, pin=request.pin)
     loaded = time.perf_counter()
-    settings = call_settings(request, facts)
-    status(f"drawing, offload {offload}")
-    image = _draw(pipeline, request, settings, step)
-    parameters = _parameters(request, settings, facts)
-    return Made(image, parameters, report, offload, loaded - started, time.perf_counter() - loaded)
+    status(f"drawing, offload {plan.offload}")
+    image = _draw(pipeline, request, {**settings, **job.pictures}, step)
+    parameters = _parameters(request, settings, job)
+    return Made(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded)
 
 
-def check_request(request: Request) -> FileFacts:
-    """Check files and folders before anything large is read; return the facts about the GGUF file."""
+def check_request(request: Request) -> Job:
+    """Check files, folders and what goes together before anything large is read; return what is to be done."""
     if not request.gguf.is_file():
         raise FileNotFoundError(f"{request.gguf} is no file. --gguf is a FLUX.1 transformer in a GGUF file.")
     for lora in request.loras:
         if not lora.file.is_file():
             raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")
-    if request.offload not in OFFLOADS:
-        raise BackendUnavailable(f"Unknown offload {request.offload!r}. Known: {', '.join(OFFLOADS)}.")
-    check_base(request.base)
+    check_offload(request.offload, request.pin)
+    check_base(request.base, given=() if request.t5 is None else ("text_encoder_2",))
     facts = inspect_file(request.gguf)
     if facts.refused:
         raise GGUFError(f"{request.gguf}: {facts.refused}")
-    return facts
+    task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
+    check_fit(base_sizes(request.base, _t5_width(request.t5)), facts.config)
+    return Job(facts, task, read_pictures(task, request))
 
 
-def call_settings(request: Request, facts: FileFacts) -> dict[str, Any]:
+def _t5_width(path: Path | None) -> int | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file. --t5 is a T5 encoder in a GGUF file.")
+    return open_t5(path).config["d_model"]
+
+
+def call_settings(request: Request, job: Job) -> dict[str, Any]:
     """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
     if _embedded(request):
         settings = dict(PIPELINE_KWARGS)
     else:
-        settings = dict(_DEV if facts.config["guidance_embeds"] else _SCHNELL)
+        settings = {**(_DEV if job.facts.config["guidance_embeds"] else _SCHNELL), **job.task.defaults}
+    if job.pictures:
+        area = settings["width"] * settings["height"]
+        picture = next(iter(job.pictures.values()))
+        size = fitted_size(picture, area, enlarge=job.task is KONTEXT, width=request.width, height=request.height)
+        settings.update(width=size[0], height=size[1])
     asked = {
         "height": request.height,
         "width": request.width,
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
+        "strength": request.strength,
     }
     settings.update({name: value for name, value in asked.items() if value is not None})
     if request.negative is not None:
@@ -174,39 +202,33 @@ def call_settings(request: Request, facts: FileFacts) -> dict[str, Any]:
     return settings
 
 
+def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[Any, SwapReport]:
+    """Load the pipeline on the CPU, with its LoRAs."""
+    status(f"loading {request.gguf.name}: {job.facts.variant}")
+    transformer = load_flux(request.gguf, dtype=request.dtype)
+    report = swap_linear(transformer, backend=request.backend, compute=request.compute)
+    t5 = None
+    if request.t5 is not None:
+        status(f"loading {request.t5.name}")
+        t5 = load_t5(request.t5, dtype=request.dtype, backend=request.backend)
+        swap_linear(t5, backend=request.backend)  # arranges packed rows as a GPU wants them, before offloading moves them
+    status(f"loading text encoders and VAE from {request.base}")
+    pipeline = load_pipeline(request.base, transformer, request.dtype, kind=job.task.pipeline, text_encoder_2=t5)
+    if t5 is not None and len(pipeline.tokenizer_2) > t5.config.vocab_size:
+        raise GGUFError(
+            f"{request.t5} has a table of {t5.config.vocab_size} tokens, the tokenizer_2 of {request.base} has "
+            f"{len(pipeline.tokenizer_2)}. Take the T5 encoder of that model."
+        )
+    for number, lora in enumerate(request.loras):
+        status(f"loading {lora.file.name}")
+        _load_lora(pipeline, lora, f"lora{number}")
+    if request.loras:
+        pipeline.set_adapters([f"lora{i}" for i in range(len(request.loras))], [lora.scale for lora in request.loras])
+    return pipeline, report
+
+
 def _embedded(request: Request) -> bool:
     return request.base.resolve() == embedded_model_path().resolve()
-
-
-def place(pipeline: Any, offload: str, overhead: int) -> str:
-    """Put the pipeline where it runs; return the offload that was chosen.
-
-    Args:
-        pipeline: a diffusers pipeline on the CPU.
-        offload: a key of OFFLOADS.
-        overhead: bytes a GPU needs beside the weights, for "auto".
-    """
-    if not torch.cuda.is_available():
-        if offload in ("model", "sequential"):
-            raise BackendUnavailable(f"--offload {offload} moves weights to a GPU, and torch sees none. Use --offload none.")
-        return "none"
-    if offload == "auto":
-        sizes = [memory_footprint(part)["total"] for part in pipeline.components.values() if isinstance(part, nn.Module)]
-        offload = choose_offload(sizes, overhead, free=torch.cuda.mem_get_info()[0])
-    if offload == "none":
-        pipeline.to("cuda")
-    elif offload == "model":
-        pipeline.enable_model_cpu_offload()
-    else:
-        pipeline.enable_sequential_cpu_offload()
-    return offload
-
-
-def choose_offload(sizes: Sequence[int], overhead: int, free: int) -> str:
-    """Choose the fastest offload that fits: all parts at once, the largest part alone, or layer by layer (all bytes)."""
-    if sum(sizes) + overhead <= free:
-        return "none"
-    return "model" if max(sizes) + overhead <= free else "sequential"
 
 
 def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
@@ -219,23 +241,29 @@ def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
         raise FormatError(f"{lora.file} does not load as a LoRA of this FLUX.1 model: {error}") from error
 
 
-def _draw(pipeline: Any, request: Request, settings: dict[str, Any], step: Callable[[int, int], None]) -> Image:
-    def after_step(_pipeline, index, _timestep, tensors):
-        step(index + 1, settings["num_inference_steps"])
+def _draw(pipeline: Any, request: Request, arguments: dict[str, Any], step: Callable[[int, int], None]) -> Image:
+    def after_step(running, index, _timestep, tensors):
+        step(index + 1, running.num_timesteps)  # fewer than asked for where a strength skips the first
         return tensors
 
+    if "FluxKontext" in type(pipeline).__name__:
+        # Its own sizes are about 1024 x 1024 pixels: what the user asks for counts, and the embedded model needs small ones
+        arguments = {**arguments, "max_area": arguments["width"] * arguments["height"], "_auto_resize": not _embedded(request)}
     generator = torch.Generator("cpu").manual_seed(request.seed)  # the same noise with and without a GPU
     with torch.inference_mode(), one_thread() if _embedded(request) else nullcontext():
-        return pipeline(request.prompt, generator=generator, callback_on_step_end=after_step, **settings).images[0]
+        return pipeline(prompt=request.prompt, generator=generator, callback_on_step_end=after_step, **arguments).images[0]
 
 
-def _parameters(request: Request, settings: dict[str, Any], facts: FileFacts) -> dict[str, Any]:
+def _parameters(request: Request, settings: dict[str, Any], job: Job) -> dict[str, Any]:
     return {
         "prompt": request.prompt,
         **settings,
         "seed": request.seed,
+        "task": job.task.name,
+        **{name: getattr(request, name).name for name in IMAGE_OPTIONS if getattr(request, name) is not None},
         "gguf": request.gguf.name,
-        "bits_per_weight": round(facts.block_bits_per_weight, 3),
+        **({} if request.t5 is None else {"t5": request.t5.name}),
+        "bits_per_weight": round(job.facts.block_bits_per_weight, 3),
         "loras": [(lora.file.name, lora.scale) for lora in request.loras],
         "backend": request.backend,
         "compute": request.compute,

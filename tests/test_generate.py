@@ -1,21 +1,20 @@
-"""The decisions inside `generate`: LoRA arguments, defaults by model, offload by memory, what a base folder must hold."""
+"""The decisions inside `generate`: LoRA arguments, defaults by model, sizes by picture, what a base folder must hold."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from flux_kernels import GGUFError
-from flux_kernels.base_pipeline import PARTS, check_base, check_fit
+from flux_kernels.base_pipeline import PARTS, base_sizes, check_base, check_fit
 from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.generate import Lora, Request, call_settings, choose_offload
+from flux_kernels.generate import Job, Lora, Request, call_settings
 from flux_kernels.inspect_file import FileFacts
-
-GIB = 2**30
+from flux_kernels.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
 
 
 @pytest.mark.parametrize(
@@ -32,35 +31,52 @@ def test_lora_argument(text, file, scale):
     assert Lora.parse(text) == Lora(Path(file), scale)
 
 
-@pytest.mark.parametrize(
-    ("free", "chosen"),
-    [(30, "none"), (24.5, "none"), (24.4, "model"), (12.5, "model"), (12.4, "sequential"), (2, "sequential")],
-)
-def test_offload_by_free_memory(free, chosen):
-    sizes = [12 * GIB, 10 * GIB, 2 * GIB]  # transformer, T5, the rest; half a GiB of overhead
-    assert choose_offload(sizes, GIB // 2, int(free * GIB)) == chosen
-
-
 def request(**changes) -> Request:
     return Request(**{"gguf": Path("x.gguf"), "base": Path("elsewhere"), "prompt": "a fox", **changes})
 
 
-def facts(guidance: bool) -> FileFacts:
-    return FileFacts("x.gguf", 0, config={"guidance_embeds": guidance})
+def job(guidance: bool = True, **changes) -> Job:
+    return Job(FileFacts("x.gguf", 0, config={"guidance_embeds": guidance}), **changes)
 
 
 def test_defaults_follow_the_model():
-    dev, schnell = call_settings(request(), facts(True)), call_settings(request(), facts(False))
+    dev, schnell = call_settings(request(), job()), call_settings(request(), job(guidance=False))
     assert (dev["num_inference_steps"], dev["guidance_scale"], dev["max_sequence_length"]) == (28, 3.5, 512)
     assert (schnell["num_inference_steps"], schnell["guidance_scale"], schnell["max_sequence_length"]) == (4, 0.0, 256)
-    assert call_settings(request(base=embedded_model_path()), facts(True)) == PIPELINE_KWARGS
+    assert call_settings(request(base=embedded_model_path()), job()) == PIPELINE_KWARGS
+
+
+@pytest.mark.parametrize(
+    ("task", "guidance", "steps"), [(FILL, 30, 50), (CANNY, 30, 28), (DEPTH, 10, 28), (KONTEXT, 2.5, 28), (IMAGE, 3.5, 28)]
+)
+def test_defaults_follow_the_task(task, guidance, steps):
+    settings = call_settings(request(), job(task=task))
+    assert (settings["guidance_scale"], settings["num_inference_steps"]) == (guidance, steps)
+
+
+SIZES = [  # task, size of the picture, what is asked for -> size of the result
+    (FILL, (640, 480), {}, (640, 480)),
+    (FILL, (4000, 3000), {}, (1184, 880)),
+    (KONTEXT, (64, 64), {}, (1024, 1024)),
+    (KONTEXT, (300, 200), {}, (1248, 832)),
+    (FILL, (640, 480), {"width": 320}, (320, 240)),
+    (FILL, (640, 480), {"height": 960}, (1280, 960)),
+    (FILL, (640, 480), {"width": 512, "height": 512}, (512, 512)),
+    (IMAGE, (3000, 4), {}, (3008, 16)),
+]
+
+
+@pytest.mark.parametrize(("task", "picture", "asked", "size"), SIZES)
+def test_the_result_is_as_large_as_its_picture(task, picture, asked, size):
+    settings = call_settings(request(**asked), job(task=task, pictures={"image": Image.new("L", picture)}))
+    assert (settings["width"], settings["height"]) == size
 
 
 def test_what_is_asked_for_wins():
-    settings = call_settings(request(width=512, steps=9, guidance=0.0, negative="rain", true_cfg=2.0), facts(True))
+    settings = call_settings(request(width=512, steps=9, guidance=0.0, negative="rain", true_cfg=2.0), job())
     asked = {"width": 512, "num_inference_steps": 9, "guidance_scale": 0.0, "negative_prompt": "rain", "true_cfg_scale": 2.0}
     assert settings.items() >= asked.items() and settings["height"] == 1024
-    assert "true_cfg_scale" not in call_settings(request(true_cfg=2.0), facts(True))
+    assert "true_cfg_scale" not in call_settings(request(true_cfg=2.0), job())
 
 
 @pytest.fixture
@@ -88,14 +104,23 @@ def test_base_of_another_pipeline_is_named(base):
         check_base(base)
 
 
-def test_parts_that_do_not_fit_are_named():
-    pipeline = SimpleNamespace(
-        text_encoder=SimpleNamespace(config=SimpleNamespace(hidden_size=256)),
-        text_encoder_2=SimpleNamespace(config=SimpleNamespace(d_model=256)),
-        vae=SimpleNamespace(config=SimpleNamespace(latent_channels=16)),
-    )
-    check_fit(pipeline, {"joint_attention_dim": 256, "pooled_projection_dim": 256, "in_channels": 64})
+def test_a_t5_file_stands_in_for_the_folder(base):
+    shutil.rmtree(base / "text_encoder_2")
+    check_base(base, given=("text_encoder_2",))
+    with pytest.raises(FileNotFoundError, match=r"lacks text_encoder_2\..* Or give the T5 encoder as a GGUF file with --t5\.$"):
+        check_base(base)
+
+
+def test_parts_that_do_not_fit_are_named_before_they_are_read(base):
+    config = {"joint_attention_dim": 256, "pooled_projection_dim": 256, "in_channels": 64, "out_channels": None}
+    check_fit(base_sizes(base), config)
+    check_fit(base_sizes(base), {**config, "in_channels": 384, "out_channels": 64})
     with pytest.raises(
-        GGUFError, match="text_encoder_2 gives 256, the file's joint_attention_dim is 4096; .*in_channels is 384"
+        GGUFError, match="text_encoder_2 gives 256, the file's joint_attention_dim is 4096; .*out_channels is 16"
     ):
-        check_fit(pipeline, {"joint_attention_dim": 4096, "pooled_projection_dim": 256, "in_channels": 384})
+        check_fit(base_sizes(base), {**config, "joint_attention_dim": 4096, "in_channels": 16})
+    with pytest.raises(GGUFError, match="its text_encoder_2 gives 4096"):
+        check_fit(base_sizes(base, t5_width=4096), config)
+    (base / "vae" / "config.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing or no JSON"):
+        base_sizes(base)

@@ -30,7 +30,7 @@ class OneLineErrors(TyperGroup):
         except torch.OutOfMemoryError as error:
             if ctx.params.get("traceback"):
                 raise
-            _fail(f"Out of GPU memory: {str(error).splitlines()[0]} Try --offload model, then --offload sequential.")
+            _fail(f"Out of GPU memory: {str(error).splitlines()[0]} Try --offload model, then --offload group.")
         except _OURS as error:
             if ctx.params.get("traceback"):
                 raise

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Offload(str, Enum):
     """Name the ways to spread a pipeline over GPU and CPU memory."""
 
+    auto = "auto"
     none = "none"
     model = "model"
+    group = "group"
     sequential = "sequential"
-    auto = "auto"
 
 
 class Dtype(str, Enum):
@@ -29,41 +30,122 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
+_FILES, _PICTURE, _IMAGES, _RUN, _OUTPUT = "Files", "The picture", "Pictures to start from", "How it runs", "Output"
+
+
 def generate(
-    gguf: Annotated[Path, typer.Option(help="The FLUX.1 transformer, a GGUF file.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
+    gguf: Annotated[Path, typer.Option(help="The FLUX.1 transformer, a GGUF file.", rich_help_panel=_FILES)],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.", rich_help_panel=_PICTURE)],
     base: Annotated[
         Path | None,
         typer.Option(
             help="Folder in the diffusers layout with text encoders, tokenizers, VAE and scheduler; its transformer is not "
-            "read. The embedded model's own by default, which fits files made by `demo`."
+            "read. The embedded model's own by default, which fits files made by `demo`.",
+            rich_help_panel=_FILES,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write; the parameters are stored inside it.")] = Path("out.png"),
-    negative: Annotated[str | None, typer.Option(help="What not to draw; doubles the time.")] = None,
-    true_cfg: Annotated[float, typer.Option(help="Strength of the negative prompt.")] = 4.0,
-    width: Annotated[int | None, typer.Option(min=16, help="Pixels; 1024 by default, rounded down to 16.")] = None,
-    height: Annotated[int | None, typer.Option(min=16, help="Pixels; 1024 by default, rounded down to 16.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; 28 by default, 4 for schnell.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance; 3.5 by default, none for schnell.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise; it is drawn on the CPU, the same everywhere.")] = 0,
+    t5: Annotated[
+        Path | None,
+        typer.Option(
+            "--t5", help="The T5 encoder, a GGUF file; --base then needs no text_encoder_2 folder.", rich_help_panel=_FILES
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE or FILE:SCALE, .safetensors; give it several times.", rich_help_panel=_FILES),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw; doubles the time.", rich_help_panel=_PICTURE)] = None,
+    true_cfg: Annotated[float, typer.Option(help="Strength of the negative prompt.", rich_help_panel=_PICTURE)] = 4.0,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            min=16, help="Pixels, rounded down to 16; 1024 or as the input picture by default.", rich_help_panel=_PICTURE
+        ),
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="Pixels, as --width.", rich_help_panel=_PICTURE)] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Denoising steps; 28 by default, 4 for schnell, 50 for Fill.", rich_help_panel=_PICTURE),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance; by default 3.5 for dev, 2.5 Kontext, 30 Fill and Canny, 10 Depth, none for schnell.",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Seed of the noise; it is drawn on the CPU, the same everywhere.", rich_help_panel=_PICTURE),
+    ] = 0,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture to edit (Kontext), repaint (Fill) or redraw (dev, with --strength).", rich_help_panel=_IMAGES
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="White where Fill shall repaint --image, black where not.", rich_help_panel=_IMAGES)
+    ] = None,
+    control_image: Annotated[
+        Path | None, typer.Option(help="Edges or a depth map to draw along (Canny, Depth).", rich_help_panel=_IMAGES)
+    ] = None,
+    kontext: Annotated[
+        bool,
+        typer.Option(
+            "--kontext", help="The file is a Kontext; needed where its name does not say so.", rich_help_panel=_IMAGES
+        ),
+    ] = False,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1, help="How much a dev file changes --image: 0.3 little, 0.9 much.", rich_help_panel=_IMAGES
+        ),
+    ] = None,
     offload: Annotated[
-        Offload, typer.Option(help="none, model or sequential; auto takes the first that fits the GPU's free memory.")
+        Offload,
+        typer.Option(
+            help="What stays on the GPU: none offloads nothing, model keeps one model at a time there, group and sequential one "
+            "layer; auto takes the first that fits the free memory and says why.",
+            rich_help_panel=_RUN,
+        ),
     ] = Offload.auto,
-    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE, .safetensors; give it several times.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
-    compute: Annotated[str, typer.Option(help="exact, fp16_accumulate or int8: less exact, meant to be faster.")] = "exact",
-    dtype: Annotated[Dtype, typer.Option(help="Of activations, text encoders and VAE.")] = Dtype.bfloat16,
-    report: Annotated[bool, typer.Option("--report", help="Show what was done with each layer.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON, for machines.")] = False,
+    pin: Annotated[
+        bool,
+        typer.Option(
+            "--pin",
+            help="Pin host memory for group and sequential offload: faster copies, but all weights must fit in RAM.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    backend: Annotated[str, typer.Option(help="auto, triton or torch.", rich_help_panel=_RUN)] = "auto",
+    compute: Annotated[
+        str, typer.Option(help="exact, fp16_accumulate or int8: less exact, meant to be faster.", rich_help_panel=_RUN)
+    ] = "exact",
+    dtype: Annotated[Dtype, typer.Option(help="Of activations, text encoders and VAE.", rich_help_panel=_RUN)] = Dtype.bfloat16,
+    out: Annotated[
+        Path, typer.Option(help="PNG to write; the parameters are stored inside it.", rich_help_panel=_OUTPUT)
+    ] = Path("out.png"),
+    report: Annotated[
+        bool, typer.Option("--report", help="Show what was done with each layer.", rich_help_panel=_OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was done as JSON, for machines.", rich_help_panel=_OUTPUT)
+    ] = False,
 ) -> None:
     """Draw an image with your own GGUF file. Everything is local: nothing is downloaded.
+
+    The file decides what can be done: Fill repaints, Canny and Depth draw along lines, Kontext edits, all others draw from text.
 
     [bold]Examples[/]
 
       flux-kernels generate --gguf flux1-dev-Q4_K_S.gguf --base FLUX.1-dev -p "a lighthouse in a storm"
       flux-kernels generate --gguf flux1-schnell-Q8_0.gguf --base FLUX.1-schnell -p "a fox" --width 768 --seed 7
+      flux-kernels generate --gguf dev-Q4_K_S.gguf --t5 t5-v1_1-xxl-encoder-Q8_0.gguf --base FLUX.1-dev -p "a fox"
       flux-kernels generate --gguf dev-Q6_K.gguf --base FLUX.1-dev -p "a fox" --lora style.safetensors:0.8 --offload model
+      flux-kernels generate --gguf flux1-kontext-Q4_K_S.gguf --base FLUX.1-dev -p "make it night" --image day.png
+      flux-kernels generate --gguf flux1-fill-Q6_K.gguf --base FLUX.1-dev -p "a hat" --image man.png --mask head.png
+      flux-kernels generate --gguf flux1-depth-Q6_K.gguf --base FLUX.1-dev -p "a robot" --control-image depth.png
       flux-kernels generate --gguf demo-Q4_K.gguf -p "a red seven"
     """
     from ..base_pipeline import go_offline_quietly
@@ -86,14 +168,21 @@ def generate(
         steps=steps,
         guidance=guidance,
         seed=seed,
+        t5=t5,
+        image=image,
+        mask=mask,
+        control_image=control_image,
+        kontext=kontext,
+        strength=strength,
         offload=offload.value,
+        pin=pin,
         loras=[work.Lora.parse(text) for text in lora or ()],
         backend=backend,
         compute=compute,
         dtype=getattr(torch, dtype.value),
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checking files", total=None)
         made = work.generate(
             request,
@@ -102,13 +191,19 @@ def generate(
         )
     work.save_png(made, out)
     if as_json:
-        done = {"offload": made.offload, "load_seconds": made.load_seconds, "draw_seconds": made.draw_seconds}
+        done = {
+            "offload": made.plan.offload,
+            "offload_reason": made.plan.sentence,
+            "load_seconds": made.load_seconds,
+            "draw_seconds": made.draw_seconds,
+        }
         typer.echo(json.dumps({"out": str(out), **made.parameters, **done}))
         return
     lines = str(made.report).splitlines()
     console.print("\n".join(lines if report else lines[-1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"[bold]{out}[/]: {made.image.width} x {made.image.height}, {made.parameters['num_inference_steps']} steps in "
-        f"{made.draw_seconds:.1f} s after {made.load_seconds:.1f} s of loading; offload {made.offload}, seed {seed}",
+        f"{made.draw_seconds:.1f} s after {made.load_seconds:.1f} s of loading; {made.task}, seed {seed}",
         soft_wrap=True,
     )
+    console.print(f"[dim]{made.plan.sentence[0].upper()}{made.plan.sentence[1:]}[/]", highlight=False, soft_wrap=True)

@@ -25,6 +25,7 @@ class Mark:
 
 _DIFFUSERS_GGUF = "Load it with the diffusers class of that model and GGUFQuantizationConfig, then call swap_linear on it."
 _TEXT_ENCODER = "It belongs to the pipeline's text encoder, not its transformer."
+_T5 = "Load it with flux_kernels.load_t5(path), or give it to `flux-kernels generate` as --t5."
 # First match wins: the finer marks stand before the coarser ones.
 OTHER_TRANSFORMERS: tuple[Mark, ...] = (
     Mark("a LoRA", r".*(lora_[AB]\b|lora_(up|down)\b).*", "Load the base model, then pipeline.load_lora_weights(...)."),
@@ -50,7 +51,7 @@ OTHER_TRANSFORMERS: tuple[Mark, ...] = (
 )
 # What may also lie beside FLUX.1's transformer in one file, and is only asked about where no such transformer is found.
 OTHER_PARTS: tuple[Mark, ...] = (
-    Mark("a T5 encoder", r"(enc\.blk\.\d+\..*|encoder\.block\.\d+\.layer\.\d+\..*)", _TEXT_ENCODER),
+    Mark("a T5 encoder", r"(enc\.blk\.\d+\..*|encoder\.block\.\d+\.layer\.\d+\..*)", _T5),
     Mark("a CLIP model", r"(text_model\..*|v\.blk\.\d+\..*|vision_model\..*)", _TEXT_ENCODER),
     Mark("a language model", r"(blk\.\d+\..*|token_embd\.weight|model\.layers\.\d+\..*)", _TEXT_ENCODER),
     Mark("a VAE", r"(decoder|encoder|first_stage_model)\..*", "It belongs to the pipeline's vae, not its transformer."),
