@@ -15,6 +15,7 @@ from .integrations.on_import import after_import
 from .linear import GGUFLinear
 from .ops import dequantize, linear
 from .packing import quantize
+from .pinned import pin_memory
 from .swap import swap_linear
 from .swap_report import SwapReport
 
@@ -57,6 +58,7 @@ __all__ = [
     "load_flux",
     "load_t5",
     "memory_footprint",
+    "pin_memory",
     "quantize",
     "read_gguf",
     "save_gguf",
