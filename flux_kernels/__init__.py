@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .flux import load_flux, save_gguf
     from .gguf_file import GGUFFile, read_gguf
     from .integrations.config import FluxKernelsConfig
-    from .t5 import load_t5
+    from .t5 import load_t5, save_t5
 
 after_import("diffusers.quantizers.auto", lambda: importlib.import_module(f"{__name__}.integrations.registration").register())
 
@@ -34,6 +34,7 @@ _LAZY = {  # names whose modules need more than torch, or are wanted by few: imp
     "read_gguf": "gguf_file",
     "load_flux": "flux",
     "load_t5": "t5",
+    "save_t5": "t5",
     "save_gguf": "flux",
     "warmup": "compile_ahead",
 }
@@ -62,6 +63,7 @@ __all__ = [
     "quantize",
     "read_gguf",
     "save_gguf",
+    "save_t5",
     "swap_linear",
     "unfuse_projections",
     "warmup",

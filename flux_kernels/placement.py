@@ -57,9 +57,9 @@ def _largest_layer(model: nn.Module) -> int:
     return max(sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)) for module in model.modules())
 
 
-def _working(model: nn.Module, width: int, height: int, tokens: int, text_tokens: int) -> int:
+def _working(model: Any, width: int, height: int, tokens: int, text_tokens: int) -> int:
     """Return the bytes of the activations of one model of a pipeline."""
-    config, itemsize = model.config, model.dtype.itemsize  # type: ignore[union-attr]
+    config, itemsize = model.config, model.dtype.itemsize
     if hasattr(config, "block_out_channels"):
         return vae_working(config.block_out_channels[:2][-1], width, height, itemsize=itemsize)
     decoded = max((module.weight.numel() for module in model.modules() if isinstance(module, GGUFLinear)), default=0) * itemsize
