@@ -17,7 +17,7 @@ from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one
 from .embedded import PIPELINE_KWARGS, embedded_model_path
 from .errors import FormatError, GGUFError
 from .flux import load_flux
-from .inspect_file import FileFacts, inspect_file
+from .inspect_file import TRANSFORMER, FileFacts, inspect_file
 from .memory_plan import MemoryPlan
 from .placement import check_offload, measured_parts, place
 from .swap import swap_linear
@@ -165,6 +165,8 @@ def check_request(request: Request) -> Job:
     facts = inspect_file(request.gguf)
     if facts.refused:
         raise GGUFError(f"{request.gguf}: {facts.refused}")
+    if facts.role != TRANSFORMER:
+        raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a FLUX.1 transformer as --gguf.")
     task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
     check_fit(base_sizes(request.base, _t5_width(request.t5)), facts.config)
     return Job(facts, task, read_pictures(task, request))

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from .errors import GGUFError
-from .flux.names import strip_prefix, tensor_class
+from .flux.names import block_of, strip_prefix, tensor_class
 from .flux.stored import understand
 from .flux.types import BLOCK, tensor_kind
 from .flux.variant import layout_of, variant_name
@@ -27,8 +27,11 @@ from .memory_plan import (
     free_on_card,
     image_tokens,
     plan_memory,
+    text_working,
     transformer_working,
 )
+from .t5.load import understand_t5
+from .t5.names import block_name as t5_block_name
 
 _SHORT_VALUE = 200  # characters of a key-value worth showing
 CARDS_GIB = (6, 8, 12, 16, 24)
@@ -42,6 +45,13 @@ OVERHEAD = (
     "largest matrix decoded; the transformer alone (text encoders and VAE off the card while it runs, as under model offload); "
     "plain tensors in 16 bit; an estimate"
 )
+
+
+T5_OVERHEAD = (
+    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {TEXT_TOKENS} tokens; the largest "
+    "matrix decoded; the encoder alone (as under model offload); an estimate"
+)
+TRANSFORMER, T5_ENCODER = "transformer", "T5 encoder"
 
 
 @dataclass(frozen=True)
@@ -63,10 +73,11 @@ class FileFacts:
     Attributes:
         path: the file.
         nbytes: its size in bytes.
-        refused: why `load_flux` would refuse it; None where it loads.
-        variant: the FLUX.1 variant; None where refused.
-        layout: "legacy", "old", "new", "mixed" or "other"; None where refused.
-        naming: "bfl" or "diffusers"; None where refused.
+        role: TRANSFORMER or T5_ENCODER.
+        refused: why `load_flux` (or `load_t5`) would refuse it; None where it loads.
+        variant: the FLUX.1 variant, or the encoder's size; None where refused.
+        layout: "legacy", "old", "new", "mixed" or "other"; None where refused, and for a T5 encoder.
+        naming: "bfl" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
         config: the inferred config; empty where refused.
         metadata: the file's short key-values.
         types: tensors by class and type.
@@ -83,6 +94,7 @@ class FileFacts:
 
     path: str
     nbytes: int
+    role: str = TRANSFORMER
     refused: str | None = None
     variant: str | None = None
     layout: str | None = None
@@ -111,6 +123,8 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
     except GGUFError as error:
         return FileFacts(name, nbytes, refused=str(error))
     known = _known_of_any(name, nbytes, file)
+    if any(map(t5_block_name, file.tensors)) and not any(block_of(strip_prefix(name)) for name in file.tensors):
+        return _t5_facts(known, file)
     try:
         stored = understand(file, config)
     except GGUFError as error:
@@ -122,11 +136,36 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         layout=layout_of(stored.types, stored.shapes),
         naming=stored.naming,
         config=stored.config,
-        resident_bytes=part.weights,
-        overhead_bytes=part.working + CONTEXT_BYTES,
-        fits={card: part.weights + part.working <= free_on_card(card) for card in CARDS_GIB},
+        **_fits(part),
         offloads=_offloads(part) if stored.config["joint_attention_dim"] == T5_WIDTH else {},
     )
+
+
+def _t5_facts(known: dict[str, Any], file: GGUFFile) -> FileFacts:
+    try:
+        config = understand_t5(file).config
+    except GGUFError as error:
+        return FileFacts(**known, role=T5_ENCODER, refused=str(error))
+    sizes, decoded = _sizes(file)
+    blocks = f"{config['num_layers']} block{'s' * (config['num_layers'] != 1)}"
+    working = text_working(config["d_model"], config["num_heads"], TEXT_TOKENS, decoded=decoded)
+    return FileFacts(
+        **known,
+        role=T5_ENCODER,
+        variant=f"T5 encoder with {blocks}, width {config['d_model']}",
+        naming="llama.cpp" if any(name.startswith("enc.") for name in file.tensors) else "transformers",
+        config=config,
+        **_fits(Part("text_encoder_2", sum(sizes), max(sizes), working)),
+        overhead_model=T5_OVERHEAD,
+    )
+
+
+def _fits(part: Part) -> dict[str, Any]:
+    return {
+        "resident_bytes": part.weights,
+        "overhead_bytes": part.working + CONTEXT_BYTES,
+        "fits": {card: part.weights + part.working <= free_on_card(card) for card in CARDS_GIB},
+    }
 
 
 def _known_of_any(path: str, nbytes: int, file: GGUFFile) -> dict[str, Any]:
@@ -151,13 +190,20 @@ def _is_short(value: Any) -> bool:
 def _count_types(file: GGUFFile) -> tuple[TypeCount, ...]:
     counts: dict[tuple[str, str, str], list[int]] = {}
     for name, tensor in file.tensors.items():
-        bare = strip_prefix(name)
-        key = (tensor_kind(bare, tensor.shape), tensor_class(bare), tensor.format)
+        key = (*_kind_and_class(name, tensor.shape), tensor.format)
         count = counts.setdefault(key, [0, 0, 0])
         parameters = prod(tensor.shape)
         for index, value in enumerate((1, parameters, tensor.nbytes)):
             count[index] += value
     return tuple(TypeCount(*key, *count) for key, count in sorted(counts.items()))
+
+
+def _kind_and_class(name: str, shape: tuple[int, ...]) -> tuple[str, str]:
+    t5 = t5_block_name(name)
+    if t5 is not None and len(shape) > 1:
+        return BLOCK, t5
+    bare = strip_prefix(name)
+    return tensor_kind(bare, shape), tensor_class(bare)
 
 
 def _bits(counts: Iterable[TypeCount]) -> float:
@@ -175,11 +221,16 @@ def _resident(tensor: GGUFTensor) -> int:
 def _part(file: GGUFFile, config: Mapping[str, Any]) -> Part:
     """Return what the transformer needs on a card for one picture."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    sizes = [_resident(tensor) for tensor in file.tensors.values()]
-    packed = (tensor for tensor in file.tensors.values() if tensor.format in FORMATS)
-    decoded = max((prod(tensor.shape) for tensor in packed), default=0) * ACTIVATION_BYTES
+    sizes, decoded = _sizes(file)
     tokens = image_tokens(SIDE, SIDE) + TEXT_TOKENS
     return Part("transformer", sum(sizes), max(sizes), transformer_working(width, tokens, decoded=decoded))
+
+
+def _sizes(file: GGUFFile) -> tuple[list[int], int]:
+    """Return the bytes of each tensor in the loaded model, and those of the largest packed matrix once decoded."""
+    packed = (tensor for tensor in file.tensors.values() if tensor.format in FORMATS)
+    decoded = max((prod(tensor.shape) for tensor in packed), default=0) * ACTIVATION_BYTES
+    return [_resident(tensor) for tensor in file.tensors.values()], decoded
 
 
 def _offloads(part: Part) -> dict[str, dict[int, str]]:

@@ -118,7 +118,7 @@ REFUSALS = [  # transformer, options, the sentence
     ("kontext", ("--image", "@text.png"), r"text\.png is no picture that can be read"),
     ("digits", ("--t5", "@none.gguf"), r"none\.gguf is no file\. --t5 is a T5 encoder in a GGUF file"),
     ("digits", ("--t5", "@dev.gguf"), r"This is no T5 encoder"),
-    ("t5", (), r"This is a T5 encoder, not FLUX\.1.*give it to `flux-kernels generate` as --t5"),
+    ("t5", (), r"t5\.gguf is a T5 encoder with 1 block, width 256: give it as --t5, and a FLUX\.1 transformer"),
 ]
 
 

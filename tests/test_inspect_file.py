@@ -94,3 +94,17 @@ def test_a_damaged_file_is_refused_with_the_readers_words(tmp_path, tiny):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         inspect_file(tmp_path / "none.gguf")
+
+
+def test_a_t5_encoder_is_described(tmp_path):
+    from t5_files import tiny_t5, write_t5
+
+    model = tiny_t5()
+    write_t5(model, tmp_path / "t5.gguf", leave_out=())
+    facts = inspect_file(tmp_path / "t5.gguf")
+    assert (facts.role, facts.refused, facts.layout, facts.naming) == ("T5 encoder", None, None, "llama.cpp")
+    assert facts.variant == "T5 encoder with 2 blocks, width 256" and facts.config["d_ff"] == 512 and facts.fits[6]
+    assert sum(count.tensors for count in facts.types) == len(list(model.parameters()))
+    assert {count.tensor_class for count in facts.types if count.kind == "block"} >= {"enc.blk.*.attn_q.weight"}
+    write_t5(model, tmp_path / "cut.gguf", leave_out=("encoder.block.1.layer.0.SelfAttention.k.weight",))
+    assert "1 tensor missing" in inspect_file(tmp_path / "cut.gguf").refused

@@ -26,6 +26,8 @@ def inspect(
 ) -> None:
     """Tell what a GGUF file holds: variant, layout, types, bits per weight, which card it fits, or why it is refused.
 
+    A FLUX.1 transformer, or the T5 encoder of its pipeline.
+
     Only the header is read, so it is quick on any size. The exit code is 1 for a file that would be refused.
 
     [bold]Examples[/]
@@ -63,7 +65,8 @@ def _print(console: Console, facts: FileFacts, rows: list[dict]) -> None:
     if facts.refused:
         console.print(f"[bold red]Refused:[/] {facts.refused}", highlight=False, soft_wrap=True)
     else:
-        console.print(f"{facts.variant}; layout {facts.layout}, {facts.naming} names", highlight=False, soft_wrap=True)
+        layout = f"layout {facts.layout}, " if facts.layout else ""
+        console.print(f"{facts.variant}; {layout}{facts.naming} names", highlight=False, soft_wrap=True)
     if facts.types:
         console.print(
             f"{facts.parameters / 1e6:,.1f} M weights, {facts.bits_per_weight:.2f} bits per weight "

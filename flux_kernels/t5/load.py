@@ -94,12 +94,13 @@ def open_t5(path: str | os.PathLike) -> StoredT5:
     """
     file = read_gguf(path)
     try:
-        return _understand(file)
+        return understand_t5(file)
     except GGUFError as error:
         raise GGUFError(f"{os.fspath(path)}: {error}") from None
 
 
-def _understand(file: GGUFFile) -> StoredT5:
+def understand_t5(file: GGUFFile) -> StoredT5:
+    """Locate every parameter of the encoder in an opened file, or raise GGUFError saying why it cannot be loaded."""
     tensors = {parameter: file.tensors[name] for parameter, name in parameter_names(file.tensors).items()}
     shapes = {parameter: tuple(tensor.shape) for parameter, tensor in tensors.items()}
     config = infer_config(shapes, file.metadata)

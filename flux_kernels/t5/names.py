@@ -31,12 +31,19 @@ _GATE, _UP_WITHOUT_GATE = "ffn_gate", f"{_FEED_FORWARD}.wi"
 _OUTSIDE = {"token_embd.weight": TABLE, "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
 # Parts of a whole T5 that its encoder has no use for: the decoder and the output head.
 _NOT_ENCODER = re.compile(r"(dec\.|decoder\.|output\.weight|lm_head\.)")
+_IN_ANY_BLOCK = re.compile(r"(enc\.blk|encoder\.block)\.\d+\.(.+)")
 _BLOCK = re.compile(r"enc\.blk\.(\d+)\.(\w+)\.weight")
 
 
 def strip_prefix(name: str) -> str:
     """Drop the prefix that single-file checkpoints put before a text encoder's names."""
     return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+
+
+def block_name(name: str) -> str | None:
+    """Return the name of a tensor inside a block of the encoder with "*" for the block's index; None for any other."""
+    match = _IN_ANY_BLOCK.fullmatch(strip_prefix(name))
+    return match and f"{match[1]}.*.{match[2]}"
 
 
 def parameter_names(names: Collection[str]) -> dict[str, str]:
