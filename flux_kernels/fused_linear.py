@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import FormatError
@@ -49,15 +50,24 @@ class FusedLinear(GGUFLinear):
         return self._home[0]
 
     def adapted(self) -> bool:
-        """Tell whether a part has an adapter around it or a branch of its own, so that it must compute for itself."""
-        parts = [self.home.get_submodule(rows.path) for rows in self.parts]
-        return not all(type(part) is FusedPart and part.is_bare() for part in parts)
+        """Tell whether a part has an adapter around it or outlier channels, so that it must compute for itself."""
+        return not all(type(part) is FusedPart and part.outlier_index is None for part in self._modules_of_parts())
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute all rows in one product, or part by part where a part has something of its own."""
+        """Compute all rows in one product, low-rank branches of parts included, or part by part where `adapted`."""
+        parts = self._modules_of_parts()
         if self.adapted():
-            return torch.cat([self.home.get_submodule(rows.path)(input) for rows in self.parts], dim=-1)
-        return super().forward(input)
+            return torch.cat([part(input) for part in parts], dim=-1)
+        branches = [part._branch() for part in parts]
+        if not any(branches):
+            return super().forward(input)
+        hidden = F.linear(input, torch.cat([branch[0].to(input.dtype) for branch in branches if branch]))
+        up = [branch[1] if branch else input.new_empty(part.out_features, 0) for branch, part in zip(branches, parts)]
+        packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
+        return torch.ops.flux_kernels.linear(input, *packed, hidden, torch.block_diag(*up).to(hidden.dtype))
+
+    def _modules_of_parts(self) -> list[Any]:
+        return [self.home.get_submodule(rows.path) for rows in self.parts]
 
     def set_low_rank(self, down: Tensor | None, up: Tensor | None, *, trainable: bool = False) -> None:
         """Refuse: a branch belongs to a part, which keeps it when it is separated."""
@@ -127,9 +137,13 @@ class FusedPart(GGUFLinear):
             return input[..., self.rows.start : self.rows.stop]
         return super().forward(input)
 
-    def is_bare(self) -> bool:
-        """Tell whether there is nothing but the rows: no low-rank branch, no outlier channels."""
-        return all(parameter is None for parameter in self._parameters.values())
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter of a branch; refuse rows and bias, which the fused layer holds."""
+        if name in ("qweight", "bias"):
+            raise FormatError(
+                f"The {name} of this layer is part of a fused one and cannot be replaced. Call unfuse_projections(model) first."
+            )
+        super().register_parameter(name, param)
 
     def arrange(self) -> FusedPart:
         """Leave the rows as the fused layer arranged them."""
