@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from .errors import BackendUnavailable
 from .footprint import memory_footprint
 from .linear import GGUFLinear
 from .memory_plan import OFFLOADS, MemoryPlan, Part, image_tokens, plan_memory, text_working, transformer_working, vae_working
+from .pinned import pin_memory
 
 STREAMED = ("group", "sequential")  # what reads weights from host memory at every step, and gains by pinning it
 _NO_GPU = "torch sees no GPU: everything runs on the CPU, and nothing is offloaded."
@@ -100,7 +100,7 @@ def apply_offload(pipeline: Any, offload: str, device: torch.device, pin: bool =
     if pin and offload in STREAMED:
         for model in pipeline.components.values():
             if isinstance(model, nn.Module):
-                pin_host_memory(model)
+                pin_memory(model)
     if offload == "none":
         pipeline.to(device)
     elif offload == "model":
@@ -111,22 +111,3 @@ def apply_offload(pipeline: Any, offload: str, device: torch.device, pin: bool =
         pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, low_cpu_mem_usage=stream)
     else:
         pipeline.enable_sequential_cpu_offload(device=device)
-
-
-def pin_host_memory(model: nn.Module) -> int:
-    """Pin a model's tensors in host memory, one at a time; return the bytes that were pinned.
-
-    Tensors mapped from a file are read and copied: host memory for all of them is needed. Copies to the GPU are then
-    faster and can overlap with computing.
-    """
-    pinned = 0
-    for tensor in _own_tensors(model):
-        if tensor.device.type == "cpu" and tensor.numel() and not tensor.is_pinned():
-            tensor.data = tensor.data.pin_memory()
-            pinned += tensor.numel() * tensor.element_size()
-    return pinned
-
-
-def _own_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

@@ -14,7 +14,7 @@ from flux_kernels.demo import Variant, write_variant
 from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
 from flux_kernels.flux import load_flux
 from flux_kernels.memory_plan import GIB
-from flux_kernels.placement import apply_offload, check_offload, measured_parts, pin_host_memory, place
+from flux_kernels.placement import apply_offload, check_offload, measured_parts, place
 from flux_kernels.t5 import load_t5
 
 from .task_files import write_embedded_t5
@@ -129,19 +129,9 @@ def test_group_offload_streams_without_a_second_copy(gpu):
     assert recorder.calls == [("enable_group_offload", options)]
 
 
-def test_pinning_replaces_each_tensor_once(monkeypatch, pipeline):
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor.clone())
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
-    model = pipeline.text_encoder_2
-    expected = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-    assert pin_host_memory(model) == expected and len(pinned) == len(list(model.parameters()))
-    assert model.shared.qweight is model.encoder.embed_tokens.qweight
-
-
 def test_pinning_happens_where_weights_are_streamed(gpu, monkeypatch):
     pinned = []
-    monkeypatch.setattr(placement, "pin_host_memory", pinned.append)
+    monkeypatch.setattr(placement, "pin_memory", pinned.append)
     for offload, expected in (("group", 1), ("sequential", 1), ("model", 0), ("none", 0)):
         pinned.clear()
         recorder = Recorder()
