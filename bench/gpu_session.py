@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = [  # name, command; {out} is the output folder
     (
         "gpu_tests",
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-x", "--no-header", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "tests/gpu", "-x", "--no-header", "-p", "no:cacheprovider"],
     ),
     ("q4_k_q8_0", [sys.executable, "-m", "bench.run", "--formats", "Q4_K,Q8_0", "--write", "{out}/linear.csv"]),
     ("q6_k", [sys.executable, "-m", "bench.run", "--formats", "Q6_K", "--write", "{out}/linear.csv"]),
