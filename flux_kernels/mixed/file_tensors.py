@@ -1,0 +1,106 @@
+"""The matrices of a Flux file as they lie in the model: one file tensor, such as a fused qkv, is several parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FormatError
+from ..flux.names import BFL, Source, sources
+from ..formats import PLAIN_TYPES, get_format
+from ..packing import quantize
+from ..reference import dequantize
+
+BLOCKS = ("double_blocks.*", "single_blocks.*")
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """Hold one matrix of the file.
+
+    Attributes:
+        name: in a file of BFL names.
+        parts: parameter names of the model and where their rows lie in the file's tensor.
+        shape: (N, K) of the file's tensor.
+    """
+
+    name: str
+    parts: dict[str, Source]
+    shape: tuple[int, int]
+
+    @property
+    def module(self) -> str:
+        """Name of the first module that holds rows of it; all of them have the same input."""
+        return next(iter(self.parts)).removesuffix(".weight")
+
+    def types(self, wanted: Iterable[str]) -> list[str]:
+        """Return those of the wanted types that this tensor's rows are whole blocks of."""
+        return [name for name in wanted if self.shape[1] % get_format(name).block_size == 0]
+
+    def packed_bytes(self, type_name: str) -> int:
+        """Return the bytes of the tensor in a block type or a plain one, without padding."""
+        fmt = PLAIN_TYPES[type_name] if type_name in PLAIN_TYPES else get_format(type_name)
+        return self.shape[0] * self.shape[1] // fmt.block_size * fmt.type_size
+
+
+def file_tensors(model: nn.Module, include: Iterable[str] = BLOCKS) -> dict[str, FileTensor]:
+    """List the matrices of the file a model would be written to, by name, in the order of the file.
+
+    Args:
+        model: a FluxTransformer2DModel of plain layers.
+        include: fnmatch patterns of file names; by default the matrices of the blocks.
+
+    Raises:
+        FormatError: where the model has packed layers: costs are measured against 16 bit.
+    """
+    packed = [name for name, _ in model.named_parameters() if name.endswith(".qweight")]
+    if packed:
+        raise FormatError(
+            f"{packed[0].removesuffix('.qweight')} is quantized already. Costs are measured against the 16-bit model: give that."
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    grouped: dict[str, dict[str, Source]] = {}
+    for parameter, source in sources(shapes, BFL).items():
+        if len(shapes[parameter]) == 2 and any(fnmatchcase(source.tensor, pattern) for pattern in include):
+            grouped.setdefault(source.tensor, {})[parameter] = source
+    found = {}
+    for name, parts in grouped.items():
+        rows = max(stop for source in parts.values() for _, stop in source.rows)
+        found[name] = FileTensor(name, parts, (rows, shapes[next(iter(parts))][1]))
+    return found
+
+
+def quantized(
+    model: nn.Module, tensor: FileTensor, type_name: str, importance: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantize a tensor of the file and decode it again.
+
+    Returns:
+        Parameter name -> (its decoded weights in its dtype, its squared weight error as a float64 scalar).
+    """
+    found = {}
+    for parameter, weight in ((name, model.get_parameter(name)) for name in tensor.parts):
+        # A row's bytes depend on that row alone, so the parts can be quantized one by one.
+        packed = quantize(weight.detach(), type_name, importance, name=tensor.name)
+        decoded = dequantize(packed, get_format(type_name))
+        error = (decoded - weight.detach().float()).square().sum(dtype=torch.float64)
+        found[parameter] = decoded.to(weight.dtype), error
+    return found
+
+
+@contextmanager
+def replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other weights into a model's parameters, and the own ones back at the end."""
+    own = {name: model.get_parameter(name).data for name in weights}
+    try:
+        for name, weight in weights.items():
+            model.get_parameter(name).data = weight
+        yield
+    finally:
+        for name, weight in own.items():
+            model.get_parameter(name).data = weight
