@@ -180,12 +180,17 @@ def _t5_width(path: Path | None) -> int | None:
     return open_t5(path).config["d_model"]
 
 
+def default_settings(guidance_embeds: bool) -> dict[str, Any]:
+    """Return the published pipeline arguments of FLUX.1-dev (with guidance embedding) or FLUX.1-schnell."""
+    return dict(_DEV if guidance_embeds else _SCHNELL)
+
+
 def call_settings(request: Request, job: Job) -> dict[str, Any]:
     """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
     if _embedded(request):
         settings = dict(PIPELINE_KWARGS)
     else:
-        settings = {**(_DEV if job.facts.config["guidance_embeds"] else _SCHNELL), **job.task.defaults}
+        settings = {**default_settings(job.facts.config["guidance_embeds"]), **job.task.defaults}
     if job.pictures:
         area = settings["width"] * settings["height"]
         picture = next(iter(job.pictures.values()))
