@@ -492,3 +492,56 @@ def test_rows_that_the_file_stores_apart_are_copied_together(tmp_path, packed_mo
     fk.save_gguf(packed_model, tmp_path / "apart.gguf", names="diffusers")
     model = fk.load_flux(tmp_path / "apart.gguf", dtype=torch.float32, fuse="linear1")
     assert_same(model, expected)
+
+
+# other models of diffusers
+
+
+def other_models() -> dict:
+    """Return name -> (model class, arguments, inputs, the fused layers it gets)."""
+    text = {"encoder_hidden_states": torch.randn(1, 7, 64), "timestep": torch.tensor([0.5])}
+    width = {"num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 4, "in_channels": 4}
+    flux = {**width, "patch_size": 1, "num_single_layers": 1, "joint_attention_dim": 64}
+    image = {**text, "hidden_states": torch.randn(1, 16, 4)}
+    sd3 = {**width, "patch_size": 1, "sample_size": 32, "caption_projection_dim": 128, "joint_attention_dim": 64}
+    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 32, "approximator_layers": 1}
+    wan = {
+        **width,
+        "patch_size": (1, 2, 2),
+        "out_channels": 4,
+        "text_dim": 64,
+        "freq_dim": 64,
+        "ffn_dim": 128,
+        "rope_max_seq_len": 32,
+    }
+    ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(7, 3)}
+    return {
+        "SD3Transformer2DModel": (
+            {**sd3, "pooled_projection_dim": 64, "out_channels": 4},
+            {**text, "hidden_states": torch.randn(1, 4, 8, 8), "pooled_projections": torch.randn(1, 64)},
+            {"to_qkv", "to_added_qkv"},
+        ),
+        "WanTransformer3DModel": (wan, {**text, "hidden_states": torch.randn(1, 4, 2, 8, 8)}, {"to_qkv", "to_kv"}),
+        "ChromaTransformer2DModel": (
+            {**flux, "axes_dims_rope": (4, 12, 16), **approximator},
+            {**image, **ids},
+            {"to_qkv", "to_added_qkv", "linear1"},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "WanTransformer3DModel", "ChromaTransformer2DModel"])
+def test_other_models_fuse_as_diffusers_names_it(name):
+    torch.manual_seed(0)
+    arguments, inputs, layers = other_models()[name]
+    model = getattr(diffusers, name)(**arguments).eval()
+    fk.swap_linear(model, format={"*blocks*": "Q8_0"})
+    want = run(model, **inputs, return_dict=False)
+    for kind, expected in (("qkv", layers - {"linear1"}), ("linear1", layers)):
+        report = fk.fuse_projections(model, kind)
+        assert {path.split(".")[-1] for path in report.fused} == expected and not report.left
+        torch.testing.assert_close(run(model, **inputs, return_dict=False), want, **CLOSE)
+        fk.unfuse_projections(model)
+    model.fuse_qkv_projections()
+    assert any(isinstance(module, FusedLinear) for module in model.modules())
+    torch.testing.assert_close(run(model, **inputs, return_dict=False), want, **CLOSE)
