@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 
 import flux_kernels as fk
 from flux_kernels import GGUFEmbedding, GGUFError, GGUFLinear, load_t5
+from flux_kernels.memory_plan import companions
 from flux_kernels.t5.names import written_name
 
 from .conftest import random_packed
@@ -131,6 +134,76 @@ def write_random_q8_0(model, path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+
+
+def test_a_full_size_file_loads_at_once_and_stays_mapped(tmp_path):
+    """T5 XXL in Q8_0, 5.06 GB as published, its data a hole in the file: nothing is read and nothing is copied."""
+    with torch.device("meta"):
+        model = tiny_t5(**XXL)
+    path = write_header(model, tmp_path / "xxl.gguf")
+    assert round(path.stat().st_size / 1e7) == 506
+    before = anonymous_bytes()
+    started = time.perf_counter()
+    loaded = load_t5(path)
+    assert time.perf_counter() - started < 20  # about 0.3 s alone on a core
+    assert anonymous_bytes() - before < 100e6  # less than the largest tensor's 140 MB
+    footprint = fk.memory_footprint(loaded)
+    assert footprint["Q8_0"] > 0.999 * footprint["total"] and loaded.config.num_layers == 24
+    assert footprint["total"] == pytest.approx(companions(1024, 1024, 8.5)[1].weights, rel=1e-3)  # what `inspect` counts with
+
+
+def anonymous_bytes() -> int:
+    """Return the process's memory that is not mapped from files."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("memory by kind is read from /proc, which only Linux has")
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
+def write_header(model, path):
+    """Write the header of a Q8_0 file of a model on the meta device and leave the data a hole."""
+    writer = gguf.GGUFWriter(None, "t5encoder")
+    size = 0
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        kind = gguf.GGMLQuantizationType[type_of(name, shape, ("Q8_0",))]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = parameter.numel() // block * block_bytes
+        size += writer.ggml_pad(nbytes, 32)
+        plain = kind is gguf.GGMLQuantizationType.F32
+        stored = shape if plain else gguf.quant_shape_to_byte_shape(shape, kind)
+        writer.add_tensor_info(llama_name(name), stored, np.dtype(np.float32 if plain else np.uint8), nbytes, raw_dtype=kind)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(writer.fout[0], writer.fout[0].tell())
+    size += writer.fout[0].tell()
+    writer.close()
+    with open(path, "r+b") as file:
+        file.truncate(size)
+    return path
+
+
+def test_damaged_headers_raise_one_error(tmp_path):
+    path, _ = written(tmp_path)
+    whole = path.read_bytes()
+    header = whole.index(b"enc.output_norm.weight") + 40
+    rng = np.random.default_rng(5)
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for place in rng.integers(header, size=rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            load_t5(path)
+        except GGUFError:
+            refused += 1
+    assert refused > 30  # the rest hit texts that nobody reads, or values that stay legal
 
 
 def test_sixteen_bit_runs_as_in_transformers(tmp_path):
