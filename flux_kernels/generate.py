@@ -212,7 +212,8 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
 def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[Any, SwapReport]:
     """Load the pipeline on the CPU, with its LoRAs."""
     status(f"loading {request.gguf.name}: {job.facts.variant}")
-    transformer = load_flux(request.gguf, dtype=request.dtype)
+    fuse = None if request.compute == "exact" else "qkv"  # the other modes scale each activation: once for q, k and v
+    transformer = load_flux(request.gguf, dtype=request.dtype, fuse=fuse)
     report = swap_linear(transformer, backend=request.backend, compute=request.compute)
     t5 = None
     if request.t5 is not None:

@@ -58,6 +58,16 @@ def generate(gguf_file, out, *more):
     )
 
 
+def test_generate_fuses_q_k_and_v_in_modes_that_scale_activations(gguf_file, tmp_path, monkeypatch):
+    from flux_kernels import generate as module
+
+    fused, original = [], module.load_flux
+    monkeypatch.setattr(module, "load_flux", lambda *paths, **options: fused.append(options["fuse"]) or original(*paths, **options))
+    for compute in ("exact", "int8"):
+        generate(gguf_file, tmp_path / f"{compute}.png", "--compute", compute)
+    assert fused == [None, "qkv"] and all((tmp_path / f"{compute}.png").stat().st_size for compute in ("exact", "int8"))
+
+
 @pytest.mark.parametrize("command", ["demo", "generate", "inspect", "doctor"])
 def test_help_teaches_with_examples(command):
     text = ok(command, "--help")
