@@ -11,6 +11,7 @@ from .demo import demo
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
+from .measure import measure
 from .tune import tune
 from .warmup import warmup
 
@@ -46,5 +47,5 @@ def main(
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
 
 
-for _command in (demo, generate, inspect, doctor, tune, warmup):
+for _command in (demo, generate, inspect, measure, doctor, tune, warmup):
     app.command()(_command)

@@ -1,0 +1,217 @@
+"""`flux-kernels measure`."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_SHOWN = 10  # tensors in the table on the screen
+
+
+def measure(
+    out: Annotated[Path, typer.Option(help="Cost table to write (CSV); logs, states and importance go beside it.")] = Path(
+        "costs.csv"
+    ),
+    model: Annotated[
+        Path | None,
+        typer.Option(help="16-bit transformer: safetensors file or diffusers folder. Without it the embedded model."),
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="16-bit transformer as a GGUF file (F16 or BF16).")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Diffusers folder with text encoders and VAE, to capture states with.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line: what the model is used for.")] = None,
+    states: Annotated[int, typer.Option(min=1, help="States to capture: one random step of one picture each.")] = 64,
+    states_file: Annotated[
+        Path | None, typer.Option(help="Captured states; made if it is not there. Default: beside --out.")
+    ] = None,
+    sizes: Annotated[str, typer.Option(help="Picture sizes to choose from: 1024x1024,832x1216. Default: the model's.")] = "",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the runs; the model's own number by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choices and the first picture's noise.")] = 0,
+    types: Annotated[str, typer.Option(help="ggml types, comma-separated. Default: Q8_0 to Q2_K, 13 types.")] = "",
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Ready importance matrices; collected from the states by default.")
+    ] = None,
+    weighted: Annotated[
+        bool, typer.Option("--importance/--no-importance", help="Weigh the quantizers' errors by importance.")
+    ] = True,
+    plan: Annotated[
+        Path | None, typer.Option(help="Measure this plan as a whole, instead of single tensors; costs do not add.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16 to compute in. Default: float32 on a CPU, bfloat16 on a GPU.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... Default: this process's GPU, or the CPU.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")] = False,
+) -> None:
+    """Measure what every type costs for every tensor of your 16-bit model: the table that `plan` chooses from.
+
+    Pictures are drawn from your prompts, each up to a random step. Then one tensor at a time is quantized, and the error of
+    the model's velocity on those states is its cost. Importance matrices are collected on the way. Every result is logged:
+    the same command goes on where it was stopped.
+
+    [bold]Examples[/]
+
+      flux-kernels measure                                   # the embedded model, a minute or two
+      flux-kernels measure --model flux1-dev.safetensors --base FLUX.1-dev --prompts prompts.txt
+      torchrun --nproc-per-node 4 -m flux_kernels measure --model FLUX.1-dev --prompts prompts.txt
+      flux-kernels measure --plan plan.json                  # what the plan costs as a whole
+
+    Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs memory
+    for the whole 16-bit model.
+    """
+    from ..base_pipeline import go_offline_quietly, one_thread
+
+    console = Console(stderr=as_json, highlight=False)
+    with console.status("loading diffusers"):
+        go_offline_quietly()
+        from ..mixed import measure_run as work
+        from ..mixed.capture import read_prompts
+        from ..mixed.measured_model import find_source
+        from ..mixed.plan_file import Plan
+    request = work.Request(
+        out=out,
+        source=find_source(gguf, model, base),
+        types=tuple(types.split(",")) if types else work.TYPES,
+        prompts=None if prompts is None else read_prompts(prompts),
+        states_file=states_file,
+        count=states,
+        sizes=_sizes(sizes),
+        steps=steps,
+        seed=seed,
+        imatrix=imatrix,
+        weighted=weighted,
+        device=_device(device),
+        dtype=_dtype(dtype),
+    )
+    types_of_plan = None if plan is None else Plan.load(plan).types
+    world = work.World.from_environment()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
+    with (
+        one_thread_if(request.source.embedded, one_thread),
+        Progress(
+            *columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True, disable=world.rank > 0
+        ) as bar,
+    ):
+        show = _show(bar)
+        opened = work.open_measurement(request, world, show)
+        if types_of_plan is not None:
+            show("measuring the plan", 0, 0)
+            found = work.measure_plan(opened, types_of_plan) if world.rank == 0 else None
+        else:
+            found = work.measure(opened, world, show)
+    if types_of_plan is not None:
+        if found is not None:
+            _report_plan(console, found, out, as_json)
+        return
+    _report_table(console, found, request, as_json)
+
+
+def one_thread_if(wanted: bool, one_thread: Any) -> Any:
+    """Return the context to measure in: the embedded model is so small that a second thread only waits."""
+    from contextlib import nullcontext
+
+    return one_thread() if wanted else nullcontext()
+
+
+def _show(bar: Progress) -> Any:
+    """Return what draws progress: a new bar whenever another stage begins."""
+    tasks: dict[float, Any] = {}
+
+    def show(what: str, done: float, total: float) -> None:
+        if total not in tasks:
+            for task in tasks.values():
+                bar.remove_task(task)
+            tasks.clear()
+            tasks[total] = bar.add_task(what, total=total or None)
+        bar.update(tasks[total], completed=done, description=what)
+
+    return show
+
+
+def _report_plan(console: Console, row: Any, out: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(asdict(row)))
+        return
+    console.print(
+        f"The plan as a whole costs {row.cost:.3e} (95 % of resampled states: {row.cost_low:.3e} to {row.cost_high:.3e}); "
+        f"by MixedQuantFlux's metric {row.mfq_cost:.4g}."
+    )
+    if out.exists():
+        console.print(f"Kept in [bold]{out}.json[/].", soft_wrap=True)
+
+
+def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> None:
+    if as_json:
+        facts = dict(table=str(request.out), complete=table is not None, rows=0 if table is None else len(table.rows))
+        typer.echo(json.dumps({**facts, "states": str(request.states_path)}))
+        return
+    if table is None:
+        console.print("This process's share is measured. The table is written when the others have finished theirs.")
+        return
+    console.print(_cost_table(table, request.types))
+    console.print(
+        f"{len(table.rows)} costs in [bold]{request.out}[/]. Next: flux-kernels plan {request.out} --bpw 5", soft_wrap=True
+    )
+
+
+def _cost_table(table: Any, types: tuple[str, ...]) -> Table:
+    """List the tensors that are dearest in the middle type, with a few types beside it."""
+    shown = [name for name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K") if name in types] or list(types)[:6]
+    by_tensor = table.by_tensor()
+    middle = shown[len(shown) // 2]
+    ranked = sorted(by_tensor, key=lambda name: -by_tensor[name][middle].cost if middle in by_tensor[name] else 0)
+    drawn = Table(title=f"Cost (squared error of the velocity, fraction): the {min(_SHOWN, len(ranked))} dearest tensors")
+    drawn.add_column("tensor")
+    for name in shown:
+        drawn.add_column(name, justify="right")
+    for tensor in ranked[:_SHOWN]:
+        costs = (by_tensor[tensor].get(name) for name in shown)
+        drawn.add_row(tensor, *("" if row is None else f"{row.cost:.1e}" for row in costs))
+    return drawn
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    from ..errors import FormatError
+
+    found = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", part)
+        if match is None or any(int(side) % 16 or not int(side) for side in match.groups()):
+            raise FormatError(
+                f"--sizes has {part!r}; sizes are WIDTHxHEIGHT in multiples of 16 pixels, such as 1024x1024,832x1216."
+            )
+        found.append((int(match[1]), int(match[2])))
+    return tuple(found)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    from ..errors import FormatError
+
+    if name not in ("", "float32", "bfloat16", "float16"):
+        raise FormatError(f"--dtype is float32, bfloat16 or float16, got {name!r}.")
+    return getattr(torch, name) if name else None
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    from ..errors import BackendUnavailable, FormatError
+
+    try:
+        device = torch.device(name) if name else None
+    except RuntimeError:
+        raise FormatError(f"--device is cpu, cuda or cuda:N, got {name!r}.") from None
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("--device cuda: torch sees no GPU. `flux-kernels doctor` tells why.")
+    return device

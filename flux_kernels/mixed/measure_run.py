@@ -1,0 +1,308 @@
+"""A whole measurement: states, every tensor times type over several processes, resumed from its logs, merged into the table.
+
+Processes agree through files alone: process r takes every n-th item, appends to a log of its own, and whoever finds all
+items in the logs writes the table. So torchrun, accelerate and shells on several machines with one folder all work, and a
+process that died is resumed by starting it again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..doctor import own_version
+from ..embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS
+from ..errors import FormatError
+from ..formats import PLAIN_TYPES, get_format
+from .capture import Size, capture
+from .cost import CostRow, CostTable, sidecar
+from .measure import Importance, Measurer
+from .measure_log import MeasureLog, missing, read_logs
+from .measured_model import Source16, open_pipeline, open_transformer
+from .states import States
+
+TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")
+STATES = 64
+SIZES: tuple[Size, ...] = ((1024, 1024), (832, 1216), (1216, 832), (768, 1344), (1344, 768), (768, 768))
+_POLL_SECONDS = 0.5
+
+Progress = Callable[[str, float, float], None]  # what is being done, done, in all
+
+
+@dataclass(frozen=True)
+class Request:
+    """Say what to measure.
+
+    Attributes:
+        out: the cost table to write; logs and the JSON lie beside it.
+        source: the 16-bit transformer.
+        types: ggml type names; a tensor whose rows are not whole blocks of one is left out of that type.
+        prompts: to capture with; None takes the embedded model's, which only it has.
+        states_file: of captured states; made where it is not there.
+        count: of states to capture.
+        sizes: (width, height) in pixels; () takes those of the model.
+        steps: of the denoising runs, None for the model's number.
+        seed: of the capture.
+        imatrix: file with ready importance; None collects it from the states.
+        weighted: whether the quantizers are weighted by importance at all.
+        device: to measure on; None takes the process's GPU, or the CPU.
+        dtype: to measure in; None takes float32 on the CPU and bfloat16 on a GPU.
+    """
+
+    out: Path
+    source: Source16
+    types: Sequence[str] = TYPES
+    prompts: Sequence[str] | None = None
+    states_file: Path | None = None
+    count: int = STATES
+    sizes: Sequence[Size] = ()
+    steps: int | None = None
+    seed: int = 0
+    imatrix: Path | None = None
+    weighted: bool = True
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def states_path(self) -> Path:
+        """Path of the captured states."""
+        return self.states_file or self.out.with_suffix(".states.safetensors")
+
+    @property
+    def imatrix_path(self) -> Path:
+        """Path of the importance that is collected."""
+        return self.out.with_suffix(".imatrix.gguf")
+
+
+@dataclass(frozen=True)
+class World:
+    """Number this process among those that measure together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun and accelerate set them."""
+        try:
+            rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            world = cls(rank, size, int(os.environ.get("LOCAL_RANK", str(rank))))
+        except ValueError as error:
+            raise FormatError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK are numbers ({error}). torchrun and accelerate set them."
+            ) from None
+        if not 0 <= world.rank < world.size:
+            raise FormatError(f"RANK is {world.rank} of WORLD_SIZE {world.size}; legal is 0 to {world.size - 1}.")
+        return world
+
+    def device(self) -> torch.device:
+        """Return this process's GPU, or the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+
+@dataclass
+class Opened:
+    """Hold what measuring needs: model, states, Measurer and what identifies them."""
+
+    request: Request
+    measurer: Measurer
+    states: States
+    source_type: str
+    identity: dict[str, str] = field(default_factory=dict)
+
+    def items(self) -> list[tuple[str, str]]:
+        """List (tensor, type) in the order of measuring: block by block."""
+        return [(name, kind) for name, tensor in self.measurer.tensors.items() for kind in tensor.types(self.request.types)]
+
+
+def open_measurement(request: Request, world: World = World(), progress: Progress = lambda what, done, total: None) -> Opened:
+    """Load the model, get the states (the first process captures, the others wait for its file) and run the reference.
+
+    Raises:
+        FormatError: for unknown types, states of another model, a quantized model.
+        GGUFError, FileNotFoundError: where the model or the base cannot be read.
+    """
+    for name in request.types:
+        get_format(name)
+    device = request.device or world.device()
+    dtype = request.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    progress("hashing the model", 0, 0)
+    sha256 = request.source.sha256()
+    progress("loading the model", 0, 0)
+    model, source_type = open_transformer(request.source, device, dtype)
+    states = _states(request, world, model, sha256, progress)
+    measurer = Measurer(
+        model,
+        states.items,
+        importance=_importance(request),
+        on_batch=lambda done, total: progress("running the 16-bit model on the states", done, total),
+    )
+    identity = dict(
+        model=sha256,
+        states=states.sha256,
+        importance=_importance_hash(measurer.importance),
+        dtype=str(dtype).removeprefix("torch."),
+        version=own_version(),
+    )
+    if request.weighted and request.imatrix is None and world.rank == 0:
+        from .imatrix import save_imatrix
+
+        save_imatrix(request.imatrix_path, dict(measurer.importance))
+    return Opened(request, measurer, states, source_type, identity)
+
+
+def _states(request: Request, world: World, model, sha256: str, progress: Progress) -> States:
+    path = request.states_path
+    if not path.exists() and world.rank == 0:
+        items = _capture(request, model, progress)
+        States(items, request.source.name, sha256).save(path)
+    while not path.exists():
+        progress("waiting for the first process to capture states", 0, 0)
+        time.sleep(_POLL_SECONDS)
+    states = States.load(path)
+    if states.source_sha256 != sha256:
+        raise FormatError(
+            f"{path} was captured with another model ({states.model}, sha256 {states.source_sha256[:12]}..., this one has "
+            f"{sha256[:12]}...). Remove it to capture anew, or choose another --states-file."
+        )
+    return states
+
+
+def _capture(request: Request, model, progress: Progress):
+    embedded = request.source.embedded
+    if request.prompts is None and not embedded:
+        raise FormatError(
+            "States are captured by drawing: give --prompts FILE, one a line, of the kind the model is used with."
+        )
+    pipeline, settings = open_pipeline(request.source, model)
+    if request.steps is not None:
+        settings["num_inference_steps"] = request.steps
+    own_size = ((PIPELINE_KWARGS["width"], PIPELINE_KWARGS["height"]),)
+    done = 0
+
+    def on_state() -> None:
+        nonlocal done
+        done += 1
+        progress("capturing states", done, request.count)
+
+    return capture(
+        pipeline,
+        list(request.prompts or EMBEDDED_PROMPTS),
+        request.count,
+        settings=settings,
+        sizes=list(request.sizes) or list(own_size if embedded else SIZES),
+        seed=request.seed,
+        on_state=on_state,
+    )
+
+
+def _importance(request: Request) -> Importance | str | None:
+    if not request.weighted:
+        return None
+    if request.imatrix is None:
+        return "collect"
+    from .imatrix import load_imatrix
+
+    return {name: (mean, 1.0) for name, mean in load_imatrix(request.imatrix).items()}
+
+
+def _importance_hash(importance: Importance) -> str:
+    digest = hashlib.sha256()
+    for name, (sums, count) in sorted(importance.items()):
+        digest.update(f"{name} {count}".encode() + sums.float().cpu().numpy().tobytes())
+    return digest.hexdigest() if importance else "none"
+
+
+def measure(opened: Opened, world: World = World(), progress: Progress = lambda what, done, total: None) -> CostTable | None:
+    """Measure this process's share of what the logs lack; write and return the table once the logs hold everything.
+
+    Returns:
+        The table, or None where other processes still have work to do.
+    """
+    request, measurer = opened.request, opened.measurer
+    items = opened.items()
+    found = read_logs(request.out, opened.identity)
+    share = missing(items[world.rank :: world.size], found)
+    total = sum(measurer.effort(tensor) for tensor, _ in share)
+    done = 0
+    log = MeasureLog(request.out, world.rank, opened.identity)
+    try:
+        for tensor, kind in share:
+            progress(f"{tensor} {kind}", done, total)
+            log.append(measurer.measure_one(tensor, kind))
+            done += measurer.effort(tensor)
+        progress("measured", done, total)
+    finally:
+        log.close()
+    found = read_logs(request.out, opened.identity)
+    if missing(items, found):
+        return None
+    table = _table(opened, [found[item] for item in items])
+    table.save(request.out)
+    return table
+
+
+def _table(opened: Opened, rows: Sequence[CostRow]) -> CostTable:
+    request, states = opened.request, opened.states
+    by_tensor: dict[str, list[CostRow]] = {}
+    for row in rows:
+        by_tensor.setdefault(row.tensor, []).append(row)
+    complete = []
+    for name, tensor in opened.measurer.tensors.items():
+        complete.append(CostRow(name, opened.source_type, 0.0, 0.0, tensor.packed_bytes(opened.source_type), 0.0))
+        complete += by_tensor.get(name, [])
+    before = CostTable.load(request.out).joint if request.out.exists() and sidecar(request.out).exists() else []
+    return CostTable(
+        rows=complete,
+        model=request.source.name,
+        source_sha256=states.source_sha256,
+        states=states.summary(),
+        prompts=sorted({state.prompt for state in states.items}),
+        seed=states.items[0].seed,
+        date=datetime.date.today().isoformat(),
+        versions=dict(flux_kernels=own_version(), torch=torch.__version__),
+        importance=_importance_name(request),
+        joint=before,
+    )
+
+
+def _importance_name(request: Request) -> str:
+    if not request.weighted:
+        return "none"
+    return "collected" if request.imatrix is None else request.imatrix.name
+
+
+def measure_plan(opened: Opened, types: dict[str, str]) -> Any:
+    """Measure a plan as a whole, and keep the result in the table's JSON where the table is there.
+
+    Args:
+        types: tensor of the file -> ggml type. Tensors in a plain type, and those outside the blocks, count as unquantized.
+
+    Returns:
+        A JointRow.
+    """
+    known = opened.measurer.tensors
+    packed = {name: kind for name, kind in types.items() if name in known and kind not in PLAIN_TYPES}
+    unknown = [name for name in packed if not known[name].types([packed[name]])]
+    if unknown or not packed:
+        what = (
+            f"{unknown[0]} cannot be {packed[unknown[0]]}" if unknown else "it names no quantized matrix of this model's blocks"
+        )
+        raise FormatError(f"The plan does not fit the model: {what}.")
+    row = opened.measurer.measure_joint(packed, opened.states.sha256)
+    if opened.request.out.exists():
+        table = CostTable.load(opened.request.out)
+        table.joint = [one for one in table.joint if (one.types, one.states) != (row.types, row.states)] + [row]
+        table.save(opened.request.out)
+    return row
