@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +16,12 @@ from ..formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType
 from ..gguf_file import read_gguf
 from ..gguf_spec import DEFAULT_ALIGNMENT, padded, tensor_nbytes
 from ..gguf_write import planned_size
+from .safetensors_header import join_scales, read_safetensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 KEY_VALUE_BYTES = 4096  # kept free for the key-values that tell where a file comes from
 RANK_TYPE = "BF16"  # of a low-rank correction: 16 bit, like what it corrects
 _IMAGE_INPUT = {"img_in.weight": "F32"}  # in BF16, diffusers takes its bytes for columns (see flux/save.py)
-_MAX_HEADER = 2**28  # bytes of a safetensors header: bounds what a hostile file can ask for
 _OPTION = re.compile(r"(?P<type>\w+?)(\+r(?P<rank>[1-9]\d*))?")
 _USUAL_KEYS = {
     "general.architecture": ("STRING", "flux"),
@@ -167,19 +165,8 @@ def shapes_of_model(path: Path) -> dict[str, tuple[int, ...]]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"{path} holds no .safetensors file. Name the model's file or folder.")
-    return _as_bfl({strip_prefix(name): shape for file in files for name, shape in _safetensors_header(file).items()})
-
-
-def _safetensors_header(path: Path) -> dict[str, tuple[int, ...]]:
-    with path.open("rb") as file:
-        start = file.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        text = file.read(size) if 0 < size <= _MAX_HEADER else b""
-    try:
-        header = json.loads(text)
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise FormatError(f"{path} is neither a GGUF nor a safetensors file. Name the model's file or folder.") from None
+    stored = {name: tensor for file in files for name, tensor in read_safetensors(str(file)).items()}
+    return _as_bfl({strip_prefix(name): tensor.shape for name, tensor in join_scales(stored).items()})
 
 
 def _as_bfl(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,137 @@
+"""Read and write MixedQuantFlux's casting_cost tables: a cost for every block ("layer") and type.
+
+Their metric is the mean squared error of the last block's output with one block quantized, text tokens included. Layers
+count through the double blocks and then the single blocks. A block's cost is spread over its matrices in proportion to
+their weights, so that a block with one type has exactly the cost of the table; what its matrices cost in different types is
+not in the table, so such plans belong to `Constraints(per_block=True)`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+from ..errors import FormatError
+from ..flux.names import block_of
+from ..flux.types import BLOCK, tensor_kind
+from ..formats import FORMATS, PLAIN_TYPES, get_format
+from .cost import CostRow, CostTable
+from .file_layout import FileLayout
+
+COLUMNS = ("layer", "quant", "cost_mse")
+_FULL = "BF16"  # what costs are measured against
+_PATCHED = "patched"
+
+
+def is_casting_cost(path: Path) -> bool:
+    """Tell whether a CSV file has the columns of a casting_cost table."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return set(COLUMNS) <= set(next(csv.reader(file), ()))
+
+
+def read_casting_cost(path: Path, layout: FileLayout, *, patched: bool = False) -> CostTable:
+    """Read a casting_cost table as costs of tensors.
+
+    Args:
+        path: CSV with the columns layer, quant, cost_mse, and optionally note.
+        layout: the model that was measured.
+        patched: whether rows noted "patched" count where a type was measured twice; otherwise the others do.
+
+    Returns:
+        A table of ggml types; both cost columns hold MixedQuantFlux's metric, and `error_weight_rms` is 0. Types of other
+        libraries (bnb) are left out; 16 bit is added with a cost of 0.
+    """
+    blocks = _blocks(layout)
+    measured = _read(path, patched)
+    unknown = sorted(set(measured) - set(range(len(blocks))))
+    if unknown or len(measured) < len(blocks):
+        missing = sorted(set(range(len(blocks))) - set(measured))
+        raise FormatError(
+            f"{path} has costs of {len(measured)} layers, {layout.model or 'the model'} has {len(blocks)} blocks"
+            f"{f'; missing: {missing}' if missing else ''}{f'; unknown: {unknown}' if unknown else ''}."
+        )
+    rows = []
+    for layer, names in enumerate(blocks):
+        weights = sum(prod(layout.shapes[name]) for name in names)
+        for name in names:
+            share = prod(layout.shapes[name]) / weights
+            for kind, cost in {_FULL: 0.0, **measured[layer]}.items():
+                rows.append(CostRow(name, kind, cost * share, cost * share, _bytes(layout, name, kind), 0.0))
+    return CostTable(rows, model=layout.model)
+
+
+def write_casting_cost(table: CostTable, layout: FileLayout, path: Path) -> None:
+    """Write a cost table as a casting_cost table: per block and type, the sum of MixedQuantFlux's metric over the block's matrices.
+
+    The sum is above what the whole block costs at once where errors overlap (published: the six parts of layer 10 in Q8_0
+    cost 26 to 41 each, together 42).
+    """
+    by_tensor = table.by_tensor()
+    lines: list[tuple[int, str, str]] = []
+    for layer, names in enumerate(_blocks(layout)):
+        measured = [by_tensor[name] for name in names if name in by_tensor]
+        if len(measured) < len(names):
+            lacking = next(name for name in names if name not in by_tensor)
+            raise FormatError(f"The cost table lacks {lacking}; a casting_cost table needs every matrix of a block.")
+        shared = [kind for kind in measured[0] if kind in FORMATS and all(kind in rows for rows in measured)]
+        lines += [(layer, _quant(kind), f"{sum(rows[kind].mfq_cost for rows in measured):.6g}") for kind in shared]
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(lines)
+    beside.replace(path)
+
+
+def _read(path: Path, patched: bool) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not set(COLUMNS) <= set(reader.fieldnames or ()):
+            raise FormatError(f"{path} is no casting_cost table: its columns are {reader.fieldnames}, needed are {COLUMNS}.")
+        for line in reader:
+            kind = _ggml_type(line["quant"])
+            if kind is None:
+                continue
+            layer, cost = _numbers(line, f"{path}, line {reader.line_num}")
+            costs = found.setdefault(layer, {})
+            if kind not in costs or (line.get("note") == _PATCHED) == patched:
+                costs[kind] = cost
+    return found
+
+
+def _numbers(line: Mapping[str, str], where: str) -> tuple[int, float]:
+    try:
+        layer, cost = int(line["layer"]), float(line["cost_mse"])
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{where}: {error}. layer is a whole number, cost_mse a number.") from None
+    if layer < 0 or not math.isfinite(cost) or cost < 0:
+        raise FormatError(f"{where}: layer and cost_mse are finite and not negative, got {layer} and {cost}.")
+    return layer, cost
+
+
+def _ggml_type(quant: str) -> str | None:
+    name = quant.removesuffix("_S").removesuffix("_M") if "_K_" in quant else quant
+    return name if name in FORMATS else None
+
+
+def _quant(kind: str) -> str:
+    return f"{kind}_S" if kind in ("Q3_K", "Q4_K", "Q5_K") else kind
+
+
+def _blocks(layout: FileLayout) -> list[list[str]]:
+    """Return the matrices of every block, double blocks first."""
+    found: dict[tuple[bool, int], list[str]] = {}
+    for name, shape in layout.shapes.items():
+        block = block_of(name)
+        if block and tensor_kind(name, shape) == BLOCK:
+            found.setdefault((block[0] == "single_blocks", block[1]), []).append(name)
+    return [found[key] for key in sorted(found)]
+
+
+def _bytes(layout: FileLayout, name: str, kind: str) -> int:
+    row = PLAIN_TYPES[kind] if kind in PLAIN_TYPES else get_format(kind)
+    return prod(layout.shapes[name]) // row.block_size * row.type_size
