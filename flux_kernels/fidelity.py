@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .compute import COMPUTE_MODES, check_mode, compute_of_layer
 from .errors import FormatError
+from .fused_linear import FusedPart
 from .linear import GGUFLinear
 
 FASTEST_FIRST = ("int8", "fp16_accumulate", "exact")
@@ -78,7 +79,8 @@ def fidelity(
         FormatError: where the model has no packed layers.
         BackendUnavailable: where a mode cannot run on the layer's device and backend.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    layers = {name: layer for name, layer in packed.items() if not isinstance(layer, FusedPart)}  # measured as one layer
     if not layers:
         raise FormatError("fidelity measures GGUFLinear layers and the model has none. Call swap_linear on it first.")
     sums = {(name, mode): [0.0, 0.0, 0] for name in layers for mode in computes}
