@@ -85,7 +85,7 @@ class States:
         facts = dict(model=self.model, source_sha256=self.source_sha256, states=[state.facts() for state in self.items])
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
-        save_file(tensors, beside, {"schema": SCHEMA, "facts": json.dumps(facts, ensure_ascii=False)})
+        save_file(tensors, beside, {SCHEMA: json.dumps(facts, ensure_ascii=False)})  # one key: several have no fixed order
         beside.replace(path)
         self.sha256 = file_sha256(path)
 
@@ -96,14 +96,14 @@ class States:
 
         try:
             with safe_open(path, framework="pt") as stored:
-                about = stored.metadata() or {}
-                names = stored.keys() if about.get("schema") == SCHEMA else []
+                about = (stored.metadata() or {}).get(SCHEMA)
+                names = stored.keys() if about else []
                 tensors = {name: stored.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise FormatError(f"{path} is no file of captured states ({error}). Remove it; `measure` captures anew.") from None
         if not tensors:
             raise FormatError(f"{path} holds no captured states of the schema {SCHEMA}. Remove it; `measure` captures anew.")
-        facts = json.loads(about["facts"])
+        facts = json.loads(about)
         items = []
         for number, state in enumerate(facts["states"]):
             own = {name: tensors[f"{number}.{name}"] for name in (*PER_PICTURE, *SHARED) if f"{number}.{name}" in tensors}
