@@ -7,7 +7,8 @@ sizes of the picture:
 - transformer: (image + text tokens) x LIVE_WIDTHS hidden widths. Counted on the CPU, allocation by allocation: 18.0.
 - VAE: pixels x LIVE_VAE_WIDTHS x the channels that reach full resolution (256). Counted: 3.0, and one more for the
   workspace of a convolution library.
-- T5: tokens x LIVE_WIDTHS hidden widths, and SCORE_BYTES for each attention score. Counted: 0.6 of that.
+- T5: tokens x LIVE_WIDTHS hidden widths, and SCORE_BYTES for each attention score. Counted: 0.4 to 0.8 of that,
+  by the release of transformers.
 
 What a GPU really takes was not measured; SLACK covers what its allocator cannot reuse.
 """
@@ -22,7 +23,7 @@ USABLE = 0.95  # of a card's memory; the rest is the desktop's
 CONTEXT_BYTES = GIB // 2  # CUDA context and library workspaces; a measured amount of free memory is already without them
 LIVE_WIDTHS = 20  # activations alive at once, in hidden widths a token: residual, q, k, v, MLP in and out, modulated copies
 LIVE_VAE_WIDTHS = 4
-SCORE_BYTES = 8  # position bias, scores and their softmax, beside one another
+SCORE_BYTES = 12  # position bias, scores and their softmax, beside one another
 SLACK = 1.1  # of the activations
 PREFETCH = 2  # layers on the GPU at once under group offload: one computes while the next arrives
 PIXELS_A_TOKEN = 16  # in each direction: the VAE shrinks by 8, the transformer takes 2 x 2 of what is left

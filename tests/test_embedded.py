@@ -54,6 +54,13 @@ def test_weights_are_stored_in_16_bit(part):
     assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F16", "BF16"}
 
 
+def test_clip_is_named_as_every_release_of_transformers_5_reads_it():
+    """transformers 5.0 finds no weight without the prefix, and draws random ones without a word; later ones take both."""
+    raw = (embedded_model_path() / "text_encoder" / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert all(name.startswith("text_model.") for name in header if name != "__metadata__")
+
+
 def test_every_linear_of_the_blocks_fits_256_weight_blocks(pipeline):
     linears = {name: m for name, m in pipeline.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     in_blocks = {name: m for name, m in linears.items() if "transformer_blocks." in name}

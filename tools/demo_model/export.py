@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from . import reader
 from .prompts import COLOURS, DIGIT_WORDS
@@ -45,12 +45,19 @@ def save(pipeline: FluxPipeline, weights: dict[str, np.ndarray], dtype: torch.dt
     beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=".demo_model_"))
     beside.chmod(0o755)
     pipeline.to(dtype).save_pretrained(beside, safe_serialization=True)
+    _name_as_older_readers_do(beside / "text_encoder" / "model.safetensors")
     save_file(weights, beside / "reader.safetensors")
     if (out / "README.md").exists():
         shutil.copy2(out / "README.md", beside / "README.md")
     if out.exists():
         shutil.rmtree(out)
     beside.rename(out)
+
+
+def _name_as_older_readers_do(path: Path) -> None:
+    """Put CLIP's prefix back, which later releases of transformers 5 leave out and read with or without: 5.0 needs it."""
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def size(folder: Path) -> int:
