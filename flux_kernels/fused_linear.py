@@ -67,7 +67,14 @@ class FusedLinear(GGUFLinear):
         return torch.ops.flux_kernels.linear(input, *packed, hidden, torch.block_diag(*up).to(hidden.dtype))
 
     def _modules_of_parts(self) -> list[Any]:
-        return [self.home.get_submodule(rows.path) for rows in self.parts]
+        """Look the parts up as they are now; `get_submodule` would take 27 us for four, every call."""
+        found = []
+        for rows in self.parts:
+            module: Any = self._home[0]
+            for name in rows.path.split("."):
+                module = module._modules[name]
+            found.append(module)
+        return found
 
     def set_low_rank(self, down: Tensor | None, up: Tensor | None, *, trainable: bool = False) -> None:
         """Refuse: a branch belongs to a part, which keeps it when it is separated."""

@@ -118,6 +118,25 @@ def test_swapping_the_mode_compiles_once_more_and_no_stale_graph_runs(packed_flu
         assert torch.equal(int8, model(**flux_inputs(**MANY))[0]) and not torch.equal(int8, exact)
 
 
+@pytest.mark.parametrize("late", ["adapter", "branch"])
+def test_what_is_put_on_a_compiled_fused_model_is_not_missed(packed_flux, late):
+    """Graphs are guarded by what the parts are: an adapter around one, or a branch on one, compiles anew."""
+    peft = pytest.importorskip("peft")
+    model = prepared(packed_flux, "fused")
+    fk.swap_linear(model, compute="exact")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = compiled(**flux_inputs())[0]
+        part = model.single_transformer_blocks[0].attn.to_q
+        if late == "adapter":
+            model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+        else:
+            part.set_low_rank(0.1 * torch.ones(1, part.in_features), 0.1 * torch.ones(part.out_features, 1))
+        after = compiled(**flux_inputs())[0]
+        torch.testing.assert_close(after, model(**flux_inputs())[0], **CLOSE)
+    assert not torch.allclose(after, before, **CLOSE)
+
+
 def test_strict_export(packed_flux):
     model = prepared(packed_flux, "fused")
     exported = torch.export.export(model, (), flux_inputs(**MANY), strict=True)
