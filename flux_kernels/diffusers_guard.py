@@ -25,8 +25,8 @@ class _UnwritableConfig:
         """Raise GGUFError."""
         raise GGUFError(
             "A model with packed GGUF layers cannot be written with save_pretrained yet. Write a FLUX.1 transformer with "
-            "flux_kernels.save_gguf(model, path), any model's state dict with torch.save(model.state_dict(), path), or call "
-            "model.dequantize() first."
+            "flux_kernels.save_gguf(model, path), a T5 encoder with flux_kernels.save_t5(model, path), any model's state dict with "
+            "torch.save(model.state_dict(), path), or call model.dequantize() first."
         )
 
 

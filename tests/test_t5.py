@@ -256,9 +256,20 @@ def test_copies_state_dicts_and_decoding(tmp_path):
     assert torch.equal(encode(plain), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiles_and_exports_in_one_graph(tmp_path, dtype):
+    path, _ = written(tmp_path)
+    model = load_t5(path, dtype=dtype)
+    expected = encode(model)
+    torch._dynamo.reset()
+    assert torch.equal(encode(torch.compile(model, fullgraph=True, backend="aot_eager")), expected)
+    exported = torch.export.export(model, (IDS,), strict=False).module()
+    assert torch.equal(encode(exported), expected)
+
+
 def test_saving_refuses_with_a_sentence(tmp_path):
     path, _ = written(tmp_path)
-    with pytest.raises(GGUFError, match="cannot be written with save_pretrained"):
+    with pytest.raises(GGUFError, match="cannot be written with save_pretrained.* T5 encoder with flux_kernels.save_t5"):
         load_t5(path).save_pretrained(tmp_path / "out")
 
 
