@@ -59,6 +59,11 @@ def quantize(rows: Tensor, fmt: BlockFormat, importance: Tensor | None = None) -
     return packed.to(rows.device)
 
 
+def requires_importance(fmt: BlockFormat) -> bool:
+    """Tell whether libggml quantizes to `fmt` only with an importance; raise FormatError where it cannot at all."""
+    return bool(_library(fmt).ggml_quantize_requires_imatrix(fmt.ggml_type))
+
+
 def library() -> ctypes.CDLL:
     """Load libggml; raise FormatError where it is not installed."""
     path = _file()

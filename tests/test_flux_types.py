@@ -98,7 +98,7 @@ def test_file_type_numbers_are_those_of_llama_cpp(number):
 
 
 def test_a_file_type_follows_from_the_type_of_its_matrices():
-    assert [file_type(kind) for kind in ("Q4_K", "Q3_K", "Q8_0", "BF16", "NVFP4")] == [14, 11, 7, 32, None]
+    assert [file_type(kind) for kind in ("Q4_K", "Q3_K", "Q8_0", "BF16", "NVFP4", "Q2_0")] == [14, 11, 7, 32, 39, None]
 
 
 @pytest.mark.parametrize(

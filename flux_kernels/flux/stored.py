@@ -110,7 +110,7 @@ def open_flux(path: str | os.PathLike, config: object | None = None) -> StoredFl
 def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
     """Locate every parameter of the model in an opened file, or raise GGUFError saying why it cannot be loaded."""
     names = canonical_names(file.tensors)
-    shapes = {bare: _torch_shape(file, bare, name) for bare, name in names.items()}
+    shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
     architecture = file.metadata.get("general.architecture")
     naming = naming_of(shapes, architecture if isinstance(architecture, str) else None)
     inferred = infer_config(shapes, naming, file.metadata, config)
@@ -135,7 +135,7 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _torch_shape(file: GGUFFile, bare: str, name: str) -> tuple[int, ...]:
+def torch_shape(file: GGUFFile, bare: str, name: str) -> tuple[int, ...]:
     """Return the shape of a tensor, as written by converters that reshape tensors or as in the header."""
     shape = tuple(file.tensors[name].shape)
     for key in (ORIGINAL_SHAPE_KEY + name, ORIGINAL_SHAPE_KEY + bare):

@@ -91,6 +91,8 @@ NAMED_TYPES: dict[str, NamedType] = {
     "TQ1_0": _uniform("TQ1_0", 36),
     "TQ2_0": _uniform("TQ2_0", 37),
     "MXFP4": _uniform("MXFP4", 38),
+    "NVFP4": _uniform("NVFP4", 39),
+    "Q1_0": _uniform("Q1_0", 40),
 }
 
 

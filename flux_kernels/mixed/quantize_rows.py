@@ -1,0 +1,117 @@
+"""Make one tensor of the file: its rows are read, decoded, checked and quantized in slabs, by several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..formats import PLAIN_TYPES, BlockFormat
+from ..packing import Engine, quantize
+from .source import SourceTensor
+from .stored_tensor import block_format
+
+SLAB_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # weights a thread has in work: float32, source and scratch are about 12 bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """Say how tensors are made: threads, device, engine, and whom to tell that source bytes are done."""
+
+    threads: ThreadPoolExecutor
+    device: torch.device
+    engine: Engine
+    done: Callable[[int], None]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Start threads that run torch one-threaded: slabs of different rows scale better than operations on one."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, thread_name_prefix="quantize", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def make_tensor(source: SourceTensor, type_name: str, importance: Tensor | None, work: Work) -> Tensor:
+    """Return a tensor as the file holds it, on the CPU.
+
+    Raises:
+        FormatError: where weights are NaN, infinite, or beyond a 16-bit type; the tensor is named.
+    """
+    fmt = block_format(type_name)
+    rows, width = source.rows, prod(source.shape[1:])
+    if fmt is None:
+        made = torch.empty(source.shape, dtype=PLAIN_TYPES[type_name].dtype)
+    else:
+        made = torch.empty(*source.shape[:-1], fmt.row_bytes(source.shape[-1], source.name), dtype=torch.uint8)
+    step = max(1, SLAB_WEIGHTS.get(work.device.type, SLAB_WEIGHTS["cuda"]) // max(1, width))
+    if len(source.shape) < 2:
+        step = max(1, rows)  # blocks of a vector span its rows
+
+    def slab(start: int, stop: int) -> int:
+        rows = _slab(source, type_name, fmt, importance, start, stop, work)
+        if source.shape:
+            (made if len(source.shape) < 2 else made[start:stop]).copy_(rows)
+        else:
+            made.copy_(rows.reshape(()))
+        return stop - start
+
+    jobs = [work.threads.submit(slab, start, min(start + step, rows)) for start in range(0, rows, step)]
+    try:
+        for job in as_completed(jobs):
+            work.done(source.nbytes * job.result() // rows)
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        raise
+    return made
+
+
+def _slab(
+    source: SourceTensor, type_name: str, fmt: BlockFormat | None, importance: Tensor | None, start: int, stop: int, work: Work
+) -> Tensor:
+    if source.type == type_name:  # nothing to convert: the bytes move
+        rows = source.raw(start, stop)
+        if fmt is None:
+            _check_finite(source, rows, start)
+        return rows
+    weights = source.read(start, stop, work.device)
+    _check_finite(source, weights, start)
+    if fmt is None:
+        return _narrowed(source, weights, type_name, start).cpu()
+    weight = None if importance is None else importance.to(work.device)
+    return quantize(weights, fmt, weight, name=source.name, engine=work.engine).cpu()
+
+
+def _narrowed(source: SourceTensor, weights: Tensor, type_name: str, start: int) -> Tensor:
+    narrowed = weights.to(PLAIN_TYPES[type_name].dtype)
+    lost = ~torch.isfinite(narrowed)
+    if lost.any():
+        raise FormatError(
+            f"{source.name} holds {float(weights[lost][0]):g} in row {_row(lost, start)}, which {type_name} cannot. Use "
+            '--rule new, which stores such tensors in F32 or BF16, or --tensor-type "NAME=F32".'
+        )
+    return narrowed
+
+
+def _check_finite(source: SourceTensor, weights: Tensor, start: int) -> None:
+    bad = ~torch.isfinite(weights)
+    if bad.any():
+        raise FormatError(
+            f"{source.name} holds {int(bad.sum())} values that are NaN or infinite (first in row {_row(bad, start)}). The source "
+            "is damaged or a failed merge: get it again."
+        )
+
+
+def _row(bad: Tensor, start: int) -> int:
+    return start + int(bad.reshape(bad.shape[0] if bad.dim() else 1, -1).any(1).nonzero()[0])
