@@ -144,7 +144,7 @@ def generate(
     started = time.perf_counter()
     pipeline, report = _load(request, job, status)
     width, height = settings["width"], settings["height"]
-    parts = measured_parts(pipeline, width, height, job.task.references, settings["max_sequence_length"])
+    parts = measured_parts(pipeline, width, height, job.task.reference_tokens, settings["max_sequence_length"])
     plan = place(pipeline, request.offload, parts, width, height, pin=request.pin)
     loaded = time.perf_counter()
     status(f"drawing, offload {plan.offload}")

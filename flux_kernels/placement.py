@@ -33,17 +33,17 @@ def check_offload(offload: str, pin: bool) -> None:
         )
 
 
-def measured_parts(pipeline: Any, width: int, height: int, references: int, text_tokens: int) -> list[Part]:
+def measured_parts(pipeline: Any, width: int, height: int, reference_tokens: int, text_tokens: int) -> list[Part]:
     """Measure the models of a pipeline, in bytes, for one picture.
 
     Args:
         pipeline: a diffusers Flux pipeline.
         width: of the picture, in pixels.
         height: of the picture, in pixels.
-        references: pictures of that size whose tokens the transformer sees beside the result's.
+        reference_tokens: of pictures that the transformer sees beside the result.
         text_tokens: of the prompt, at most.
     """
-    tokens = image_tokens(width, height) * (1 + references) + text_tokens
+    tokens = image_tokens(width, height) + reference_tokens + text_tokens
     found = []
     for name, model in pipeline.components.items():
         if isinstance(model, nn.Module):

@@ -33,7 +33,7 @@ class Task:
         inputs: option (attribute of a request) -> argument of the pipeline; all of them are needed.
         defaults: arguments of the pipeline that differ from those of text to image (diffusers' documentation of the models).
         takes: options that only some tasks have: "negative", "strength".
-        references: pictures whose tokens the transformer sees beside those of the result.
+        reference_tokens: of the pictures that the transformer sees beside the result.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Task:
     inputs: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     takes: tuple[str, ...] = ()
-    references: int = 0
+    reference_tokens: int = 0
 
 
 _TEXT_TO_IMAGE = ("text to image", "FluxPipeline")
@@ -70,7 +70,7 @@ KONTEXT = Task(
     {"image": "image"},
     {"guidance_scale": 2.5},
     ("negative",),
-    references=1,
+    reference_tokens=4150,  # of 1328 x 800 pixels, the largest of the sizes that diffusers brings the picture to
 )
 IMAGE = Task(
     "image to image",

@@ -13,9 +13,10 @@ from flux_kernels.base_pipeline import load_pipeline
 from flux_kernels.demo import Variant, write_variant
 from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
 from flux_kernels.flux import load_flux
-from flux_kernels.memory_plan import GIB
+from flux_kernels.memory_plan import GIB, image_tokens
 from flux_kernels.placement import apply_offload, check_offload, measured_parts, place
 from flux_kernels.t5 import load_t5
+from flux_kernels.tasks import KONTEXT
 
 from .task_files import write_embedded_t5
 
@@ -53,9 +54,9 @@ def test_parts_are_measured(pipeline):
 
 def test_a_reference_picture_adds_its_tokens(pipeline):
     alone, with_reference = (
-        next(part for part in measured_parts(pipeline, 64, 64, count, 8) if part.name == "transformer") for count in (0, 1)
+        next(part for part in measured_parts(pipeline, 64, 64, count, 8) if part.name == "transformer") for count in (0, 4150)
     )
-    assert with_reference.working - alone.working == round(16 * 20 * 256 * 4 * 1.1)
+    assert with_reference.working - alone.working == pytest.approx(4150 * 20 * 256 * 4 * 1.1, abs=2)
 
 
 @pytest.mark.parametrize("offload", ["group", "none"])
@@ -151,3 +152,9 @@ def test_refusals(gpu, monkeypatch):
     with pytest.raises(BackendUnavailable, match=r"--pin is for weights that are copied at every step.*Leave it out"):
         check_offload("model", True)
     check_offload("auto", True)
+
+
+def test_kontext_counts_the_largest_size_of_its_reference():
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    assert KONTEXT.reference_tokens == max(image_tokens(*size) for size in PREFERRED_KONTEXT_RESOLUTIONS)
