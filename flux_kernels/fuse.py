@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,9 @@ class _Group:
     paths: tuple[str, ...]
 
     def layers(self) -> dict[str, Any]:
-        return {path: _without_adapters(self.home.get_submodule(path)) for path in self.paths}
+        """Return path -> layer, adapters taken off; None where the module has no such layer."""
+        found = {path: attrgetter(path)(self.home) for path in self.paths}
+        return {path: None if layer is None else _without_adapters(layer) for path, layer in found.items()}
 
 
 def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: Join | None = None) -> FuseReport:
@@ -64,6 +67,7 @@ def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: J
     Args:
         model: a model with GGUFLinear layers, such as `pipe.transformer`, not under offloading hooks yet.
         single_blocks: "qkv", or "linear1" to compute q, k, v and the MLP input of the single blocks of FLUX.1 in one product.
+            Attention processors of your own that read hidden_states otherwise than through the projections need "qkv".
         rows_of: takes the layer names of a group, returns their packed rows where they lie in one piece already, or None.
 
     Returns:
@@ -181,7 +185,7 @@ def _reason(attention: nn.Module) -> str | None:
     """Return why an attention module is left as it is, None where it can be fused, "" where that says nothing to a user."""
     if not getattr(attention, "_supports_qkv_fusion", True) or not _is_packed(attention):
         return ""
-    if getattr(attention, "fused_projections", False) or _part_of_linear1(attention):
+    if getattr(attention, "fused_projections", False) or _part_of_linear1(attention) or not hasattr(attention, "to_v"):
         return ""
     for group in _groups(attention):
         layers = group.layers()

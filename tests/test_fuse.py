@@ -262,8 +262,10 @@ def test_swap_linear_changes_the_mode_of_a_fused_layer_by_the_names_of_its_parts
 
 
 def test_autograd_through_a_fused_model(fused, packed_model):
-    gradients = []
-    for each in (packed_model, fused):
+    gradients, plain = [], copy.deepcopy(packed_model)
+    for each in (plain, fused):
+        each.enable_gradient_checkpointing()
+        each.train()
         inputs = flux_inputs()
         inputs["hidden_states"].requires_grad_(True)
         each(**inputs)[0].square().mean().backward()
