@@ -15,6 +15,8 @@ from ..errors import BackendUnavailable, FormatError, GGUFError
 
 _OURS = (GGUFError, FormatError, BackendUnavailable, OSError)
 
+_EXTRAS = {"scipy": "flux_kernels[plan]", "matplotlib": "flux_kernels[plan]", "torchmetrics": "flux_kernels[bench]"}
+
 
 class OneLineErrors(TyperGroup):
     """Run a command and turn expected errors into one line on stderr."""
@@ -26,7 +28,8 @@ class OneLineErrors(TyperGroup):
         except ImportError as error:
             if error.name is None or error.name.startswith("flux_kernels") or ctx.params.get("traceback"):
                 raise
-            _fail(f"{error.name} is not installed. Run: pip install flux_kernels")
+            package = error.name.partition(".")[0]
+            _fail(f"{package} is not installed. Run: pip install '{_EXTRAS.get(package, 'flux_kernels')}'")
         except torch.OutOfMemoryError as error:
             if ctx.params.get("traceback"):
                 raise

@@ -22,7 +22,7 @@ from ..memory_plan import (
     tiled,
     transformer_working,
 )
-from .file_layout import FileLayout, uniform
+from .file_layout import KEY_VALUE_BYTES, FileLayout, uniform
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
@@ -46,7 +46,7 @@ def parse_size(text: str, layout: FileLayout, tensors: Iterable[str]) -> int:
         tensors: the tensors that a plan chooses.
     """
     if text in FORMATS:
-        return layout.file_bytes(uniform(layout, text, tensors))
+        return layout.file_bytes(uniform(layout, text, tensors)) + KEY_VALUE_BYTES
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match["unit"].upper()) if match else None
     if match is None or unit is None:

@@ -19,7 +19,7 @@ from ..gguf_write import planned_size
 from .safetensors_header import join_scales, read_safetensors
 
 Shapes = Mapping[str, tuple[int, ...]]
-KEY_VALUE_BYTES = 4096  # kept free for the key-values that tell where a file comes from
+KEY_VALUE_BYTES = 4096  # kept free of a budget for the key-values that tell where a file comes from (see provenance.py)
 RANK_TYPE = "BF16"  # of a low-rank correction: 16 bit, like what it corrects
 _IMAGE_INPUT = {"img_in.weight": "F32"}  # in BF16, diffusers takes its bytes for columns (see flux/save.py)
 _OPTION = re.compile(r"(?P<type>\w+?)(\+r(?P<rank>[1-9]\d*))?")
@@ -56,10 +56,10 @@ class FileLayout:
 
     @cached_property
     def empty_bytes(self) -> int:
-        """Bytes of everything that is not tensor data: header, names, key-values, and the room kept for more of them."""
+        """Bytes of everything that is not tensor data: header, names, and the key-values that published files have."""
         tensors = [(name, self.types[name], shape) for name, shape in self.shapes.items()]
         data = sum(self.option_bytes(name, self.types[name]) for name in self.shapes)
-        return planned_size(tensors, _USUAL_KEYS) - data + KEY_VALUE_BYTES
+        return planned_size(tensors, _USUAL_KEYS) - data
 
     def option_bytes(self, name: str, option: str) -> int:
         """Return what a tensor adds to the file in an option such as "Q4_K" or "Q4_K+r16", padding included."""
@@ -71,7 +71,7 @@ class FileLayout:
         )
 
     def file_bytes(self, options: Mapping[str, str]) -> int:
-        """Return the bytes of the whole file with these options, the room for key-values included."""
+        """Return the bytes of the whole file with these options and the key-values that published files have."""
         chosen = {**self.types, **options}
         return self.empty_bytes + sum(self.option_bytes(name, chosen[name]) for name in self.shapes)
 
@@ -87,8 +87,8 @@ class FileLayout:
         return 8 * sum(self._data_bytes(name, chosen[name]) for name in blocks) / self.block_parameters
 
     def budget_of_bits(self, bits: float) -> int:
-        """Return the bytes of a file whose tensors have `bits` a weight, by the same room for the header."""
-        return self.empty_bytes + int(bits * self.parameters / 8)
+        """Return the most bytes of a file whose tensors have `bits` a weight: those, header and key-values."""
+        return self.empty_bytes + KEY_VALUE_BYTES + int(bits * self.parameters / 8)
 
     def file_name(self, options: Mapping[str, str]) -> str:
         """Return `<model>_mxA_B.gguf`: A.B are the bits per weight, rounded to one digit."""

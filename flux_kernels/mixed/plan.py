@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import FormatError
 from .constraints import Constraints, Costs, allowed, tied
 from .cost import CostTable
-from .file_layout import NAMED_MODELS, FileLayout, layout_of_shapes, parse_option, shapes_of_model
+from .file_layout import KEY_VALUE_BYTES, NAMED_MODELS, FileLayout, layout_of_shapes, parse_option, shapes_of_model
 from .greedy import greedy, walk
 from .knapsack import TIME_LIMIT, Group, Solution, solve
 from .plan_file import Plan
@@ -62,9 +62,13 @@ class Problem:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of the file that no decision changes."""
+        """Bytes of the file that no decision changes, the room for more key-values included."""
         others = [name for name in self.layout.shapes if name not in self.costs]
-        return self.layout.empty_bytes + sum(self.layout.option_bytes(name, self.layout.types[name]) for name in others)
+        return (
+            self.layout.empty_bytes
+            + KEY_VALUE_BYTES
+            + sum(self.layout.option_bytes(name, self.layout.types[name]) for name in others)
+        )
 
     def chosen(self, solution: Solution) -> dict[str, str]:
         """Return tensor -> option of a solution."""
@@ -152,7 +156,8 @@ def plan_within(
 
     Args:
         problem: the decisions.
-        budget: bytes of the whole file: header, key-values, padding and the tensors that are not chosen included.
+        budget: bytes of the whole file: header, padding, the tensors that are not chosen and KEY_VALUE_BYTES for what
+            `quantize` writes about the file's origin included. `Plan.bytes` is without those.
         time_limit: in seconds, of the solver.
         about: more for `Plan.options`.
 
@@ -178,7 +183,8 @@ def greedy_within(problem: Problem, budget: int) -> Plan:
 
 def curve(problem: Problem) -> list[tuple[int, float]]:
     """Return (file bytes, cost) of plans from the largest to the smallest, each of which is the best of its size."""
-    return [(problem.fixed_bytes + point.bytes, point.cost) for point in walk(problem.groups())]
+    fixed = problem.fixed_bytes - KEY_VALUE_BYTES
+    return [(fixed + point.bytes, point.cost) for point in walk(problem.groups())]
 
 
 def as_plan(problem: Problem, options: Mapping[str, str], about: Mapping[str, Any]) -> Plan:

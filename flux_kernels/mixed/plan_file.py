@@ -26,7 +26,8 @@ class Plan:
         types: tensor name in the GGUF file (BFL names, without prefix) -> ggml type name. Tensors that are not named follow
             the layout `options["rule"]` ("new" where it is missing).
         low_rank: tensor name -> rank of the 16-bit correction stored beside it; tensors that are not named have none.
-        bytes: size of the whole file, in bytes.
+        bytes: size of the whole file with the key-values that published files have, in bytes; what a tool writes about the
+            file's origin comes on top (KEY_VALUE_BYTES are kept free for it within a budget).
         cost: predicted by adding up the costs of the tensors; lower is better.
         joint_cost: measured with all tensors quantized together, or None.
         costs_sha256: of the cost table's bytes; "" for a plan written by hand.

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from ..flux.names import tensor_class
-from ..flux.types import BLOCK, tensor_kind
+from ..flux.types import BLOCK, LEFTOVER, VECTOR, tensor_kind
 from .file_layout import FileLayout, option_bits
 from .report_data import Measured, ReportData
 
@@ -21,35 +21,45 @@ PLAN, GREEDY, UNIFORM, JOINT = "#c2255c", "#e8890c", "#2f6db3", "#2b8a3e"
 GB = 1e9
 _LABELLED_ROWS = 64  # tensors up to which every row of the heat map has its name; above, every class of tensors
 _DPI = 130
+_PLACES = {BLOCK: "", LEFTOVER: ", outside the blocks", VECTOR: ", biases and norms"}
 
 
 def size_against_cost(data: ReportData) -> Figure:
     """Draw file size against predicted cost: uniform files, the greedy baseline, the best plans, this plan, joint measurements."""
     figure, axes = _figure(9.5, 5.6)
     unit, name = _unit(data.plan.bytes)
-    _line(axes, data.greedy, unit, GREEDY, "whole blocks, greedy choice (the earlier method)", "--")
     _line(axes, data.best, unit, PLAN, "the best plan of every size, tensor by tensor", "-")
+    _line(axes, data.greedy, unit, GREEDY, "whole blocks, greedy choice (the earlier method)", "--")
     for label, size, cost in data.uniform:
         if cost > 0:
             axes.plot(size / unit, cost, "o", color=UNIFORM, markersize=6)
-            axes.annotate(label, (size / unit, cost), (5, 4), textcoords="offset points", fontsize=8.5, color=UNIFORM)
+            left = label[:2] in ("IQ", "MX", "NV")  # beside a K-quant of about the same size, which is labelled on the right
+            place = dict(xytext=(-7, -3), ha="right") if left else dict(xytext=(6, 3))
+            axes.annotate(label, (size / unit, cost), textcoords="offset points", fontsize=8.5, color=UNIFORM, **place)
     axes.plot([], [], "o", color=UNIFORM, label="one type for everything")
     _joint(axes, data.joint, unit)
     if data.plan.cost > 0:
         axes.plot(
-            data.plan.bytes / unit, data.plan.cost, "*", color=PLAN, markersize=19, markeredgecolor="white", label="this plan"
+            data.plan.bytes / unit,
+            data.plan.cost,
+            "*",
+            color=PLAN,
+            zorder=5,
+            markersize=19,
+            markeredgecolor="white",
+            label="this plan",
         )
     if data.budget:
         axes.axvline(data.budget / unit, color=FAINT, linewidth=1, linestyle=":")
         axes.annotate(
             "size asked for",
-            (data.budget / unit, 0.985),
+            (data.budget / unit, 0.015),
             (-4, 0),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             rotation=90,
             ha="right",
-            va="top",
+            va="bottom",
             fontsize=8.5,
             color=FAINT,
         )
@@ -127,9 +137,8 @@ def heat_map(data: ReportData) -> Figure:
     drawn = axes.imshow(grid, aspect="auto", cmap="YlGnBu_r", norm=norm, interpolation="nearest")
     chosen = [(options.index(data.options[name]), y) for y, name in enumerate(names) if data.options.get(name) in options]
     if chosen:
-        axes.scatter(
-            *zip(*chosen), s=34 if few else 7, marker="s", facecolor="none" if few else PLAN, edgecolor=PLAN, linewidth=1.6
-        )
+        style = dict(marker="s", s=34, facecolor="none") if few else dict(marker="_", s=150)
+        axes.scatter(*zip(*chosen), color=PLAN, linewidth=1.6 if few else 2.4, **style)
     axes.set_xticks(range(len(options)), [f"{o}\n{option_bits(o):.3g}" for o in options], fontsize=8)
     axes.xaxis.tick_top()
     _label_rows(axes, names, few)
@@ -177,7 +186,7 @@ def bytes_by_type(data: ReportData) -> Figure:
     sizes: dict[str, list[int]] = {}
     for name, shape in data.layout.shapes.items():
         option = data.options[name]
-        key = option if tensor_kind(name, shape) == BLOCK else f"{option}, outside the blocks"
+        key = f"{option}{_PLACES[tensor_kind(name, shape)]}"
         entry = sizes.setdefault(key, [0, 0, 0])
         entry[0] += data.layout.option_bytes(name, option)
         entry[1] += 1
@@ -190,7 +199,7 @@ def bytes_by_type(data: ReportData) -> Figure:
     for y, key in enumerate(keys):
         count = sizes[key][1]
         share = sizes[key][2] / data.layout.parameters
-        text = f" {values[y]:.3g} {unit_name}: {count} tensor{'s' * (count > 1)}, {share:.1%} of the weights"
+        text = f" {values[y]:.3g} {unit_name}: {count} tensor{'s' * (count > 1)}, {100 * share:.2g} % of the weights"
         axes.annotate(text, (values[y], y), va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(keys)), keys, fontsize=9)
     axes.invert_yaxis()

@@ -1,0 +1,244 @@
+"""`flux-kernels plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import FormatError
+
+if TYPE_CHECKING:
+    from ..mixed.file_layout import FileLayout
+    from ..mixed.plan import Problem
+    from ..mixed.plan_file import Plan
+
+GIB, GB, MB = 2**30, 1e9, 1e6
+
+
+def plan(
+    costs: Annotated[
+        Path,
+        typer.Argument(
+            help="Cost table of `flux-kernels measure`, or MixedQuantFlux's casting_cost table.", show_default=False
+        ),
+    ],
+    size: Annotated[
+        str | None, typer.Option(help="Size of the file: 8GB, 7.5GiB, bytes, or a type (Q4_K: as large as that file).")
+    ] = None,
+    bpw: Annotated[float | None, typer.Option(help="Bits per weight of all tensors together.", min=0.1, max=32)] = None,
+    fits: Annotated[str | None, typer.Option(help="What fits a card of so much memory: 12GB.")] = None,
+    at: Annotated[str, typer.Option(help="With --fits: the pictures' width x height.")] = "1024x1024",
+    offload: Annotated[
+        str, typer.Option(help="With --fits: model (text encoders and VAE off the card meanwhile) or none.")
+    ] = "model",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plan to write (JSON).")] = Path("plan.json"),
+    report: Annotated[Path | None, typer.Option(help="HTML page to write, with its figures as PNG files beside it.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The measured model: flux1-dev, flux1-schnell, embedded, or its file or folder (headers are read)."),
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help='PATTERN=TYPE, exactly: "*.img_mod.*=Q8_0". Repeatable.')] = None,
+    at_least: Annotated[list[str] | None, typer.Option(help="PATTERN=TYPE, or more bits. Repeatable.")] = None,
+    only_types: Annotated[str, typer.Option(help="Types to choose from, comma-separated.")] = "",
+    same: Annotated[list[str] | None, typer.Option(help="PATTERN of tensors that get one type together. Repeatable.")] = None,
+    per_block: Annotated[bool, typer.Option("--per-block", help="One type for all matrices of a block.")] = False,
+    rule: Annotated[str, typer.Option(help="How tensors outside the plan are stored: new, old or legacy.")] = "new",
+    metric: Annotated[str, typer.Option(help="Cost to minimise: cost, or mfq_cost (MixedQuantFlux's).")] = "cost",
+    refine: Annotated[
+        int,
+        typer.Option(min=0, help="Rounds of measuring the plan as a whole on the captured states and correcting the costs."),
+    ] = 0,
+    time_limit: Annotated[float, typer.Option(help="Seconds for the solver.", min=1)] = 120.0,
+    export: Annotated[
+        Path | None, typer.Option("--export-casting-cost", help="Also write the costs as a casting_cost table (CSV).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, for machines.")] = False,
+) -> None:
+    """Choose a type for every tensor: the least error in a file of the size you name. Never larger than that.
+
+    Say the size with exactly one of --size, --bpw and --fits. The result is provably the best for the costs in the table;
+    errors of single tensors do not quite add up, so --refine measures the plan as a whole and plans again.
+
+    [bold]Examples[/]
+
+      flux-kernels plan costs.csv --size 8GB --report plan.html
+      flux-kernels plan costs.csv --fits 12GB --at 1280x1280
+      flux-kernels plan costs.csv --size Q4_K --keep "*.img_mod.*=Q8_0" --at-least "single_blocks.37.*=Q6_K"
+      flux-kernels quantize flux1-dev.safetensors --plan plan.json
+    """
+    console = Console(stderr=as_json, highlight=False)
+    with console.status("reading the costs"):
+        from ..base_pipeline import go_offline_quietly
+
+        go_offline_quietly()
+        from ..mixed.constraints import Constraints, parse_pair
+
+        constraints = Constraints(
+            keep=tuple(parse_pair(text, "--keep") for text in keep or ()),
+            at_least=tuple(parse_pair(text, "--at-least") for text in at_least or ()),
+            only_types=tuple(filter(None, (kind.strip() for kind in only_types.split(",")))),
+            same=tuple(same or ()),
+            per_block=per_block,
+        )
+        table, problem = _read(costs, model, rule, constraints, metric)
+    budget, asked = _budget(console, problem, size, bpw, fits, at, offload)
+    asked["rule"] = rule
+    with console.status("planning"):
+        made = _plan(problem, budget, asked, time_limit, refine, costs, model, console)
+    made.save(out)
+    if export is not None:
+        from ..mixed.casting_cost import write_casting_cost
+
+        write_casting_cost(table, problem.layout, export)
+    written = _report(report, problem, made, table, metric) if report is not None else []
+    if as_json:
+        typer.echo(made.to_json())
+        return
+    _print(console, problem, made, table, metric)
+    _print_written(console, out, export, written)
+
+
+def _read(costs: Path, model: str | None, rule: str, constraints: Any, metric: str) -> tuple[Any, Problem]:
+    from ..mixed.casting_cost import is_casting_cost, read_casting_cost
+    from ..mixed.cost import CostTable
+    from ..mixed.plan import file_sha256, find_layout, make_problem
+
+    if is_casting_cost(costs):
+        layout = find_layout(CostTable([]), model or "flux1-dev", rule)
+        table = read_casting_cost(costs, layout)
+    else:
+        table = CostTable.load(costs)
+        layout = find_layout(table, model, rule)
+    return table, make_problem(table, layout, constraints, metric=metric, costs_sha256=file_sha256(costs))
+
+
+def _budget(
+    console: Console, problem: Problem, size: str | None, bpw: float | None, fits: str | None, at: str, offload: str
+) -> tuple[int, dict[str, Any]]:
+    """Return the bytes of the file and what was asked for."""
+    from ..mixed.budget import parse_card, parse_resolution, parse_size, room_on_card, room_table
+
+    if sum(value is not None for value in (size, bpw, fits)) != 1:
+        raise FormatError("Say the size with exactly one of --size 8GB, --bpw 5.1 and --fits 12GB.")
+    if size is not None:
+        return parse_size(size, problem.layout, problem.costs), {"size": size}
+    if bpw is not None:
+        return problem.layout.budget_of_bits(bpw), {"bpw": bpw}
+    card = parse_card(fits or "")
+    _print_room(console, room_table(problem.layout, card, offload), card, offload)
+    width, height = parse_resolution(at)
+    room = room_on_card(problem.layout, card, width, height, offload)
+    if room.file <= 0:
+        raise FormatError(
+            f"A {card:g} GiB card has no room for the transformer at {width} x {height}: {-room.file / GIB:.2f} GiB are missing even "
+            "without it. Take smaller pictures with --at, or --offload model."
+        )
+    return room.file, {"fits": fits, "at": f"{width}x{height}", "offload": offload}
+
+
+def _plan(
+    problem: Problem, budget: int, asked: dict, time_limit: float, rounds: int, costs: Path, model: str | None, console: Console
+) -> Plan:
+    from ..mixed.plan import plan_within
+
+    if not rounds:
+        return plan_within(problem, budget, time_limit=time_limit, about=asked)
+    from dataclasses import replace
+
+    from ..mixed.refine import refine
+    from ..mixed.refine_run import joint_measure
+
+    measure = joint_measure(costs, model)
+    done = refine(
+        problem,
+        budget,
+        measure,
+        rounds,
+        time_limit=time_limit,
+        on_measured=lambda what, cost: console.print(f"[dim]measured {what}: {cost:.4e}[/]"),
+    )
+    return replace(done.plan, options={**asked, **done.plan.options})
+
+
+def _report(path: Path, problem: Problem, made: Plan, table: Any, metric: str) -> list[Path]:
+    from ..mixed.report import write_report
+    from ..mixed.report_data import gather
+
+    joint = table.joint if metric == "cost" else ()
+    return write_report(gather(problem, made, _measured(table, metric), joint), path)
+
+
+def _measured(table: Any, metric: str) -> dict[str, dict[str, float]]:
+    return {name: {kind: getattr(row, metric) for kind, row in rows.items()} for name, rows in table.by_tensor().items()}
+
+
+def _print_room(console: Console, rooms: list, card: float, offload: str) -> None:
+    from ..mixed.budget import ROOM
+
+    table = Table(title=f"What a {card:g} GiB card leaves for the file, offload {offload} (GiB)")
+    for heading in ("pictures", "activations", "VAE decoding", "beside it", "the file"):
+        table.add_column(heading, justify="right")
+    for room in rooms:
+        sizes = (room.activations, room.vae, room.beside, room.file)
+        table.add_row(f"{room.width} x {room.height}", *(f"{value / GIB:.2f}" for value in sizes))
+    console.print(table)
+    console.print(f"[dim]{ROOM}.[/]", soft_wrap=True)
+
+
+def _print(console: Console, problem: Problem, made: Plan, table: Any, metric: str) -> None:
+    from ..mixed.file_layout import KEY_VALUE_BYTES
+    from ..mixed.report_data import uniform_files
+
+    layout, budget = problem.layout, made.options["budget"]
+    console.print(
+        f"[bold]{_size(made.bytes)}[/] of {_size(budget)} asked for ({budget - made.bytes:,} bytes are left, {KEY_VALUE_BYTES:,} of "
+        "them for what quantize writes about the file's origin), "
+        f"{made.options['bits_per_weight']:.2f} bits per weight ({made.options['block_bits_per_weight']:.2f} inside the blocks)",
+        soft_wrap=True,
+    )
+    gap = made.options.get("gap", 0.0)
+    proof = "the least there is" if not gap else f"at most {gap:.2%} above the least there is: the time was up"
+    joint = "" if made.joint_cost is None else f"; measured as a whole {made.joint_cost:.4g}"
+    console.print(f"Predicted error {made.cost:.4g}, {proof}{joint}")
+    console.print(_types_table(layout, made, problem))
+    shown = Table(title="Beside it: files with one type")
+    for heading in ("type", "size", "predicted error", "of this plan's"):
+        shown.add_column(heading, justify="right")
+    for name, size, cost in uniform_files(layout, _measured(table, metric)):
+        shown.add_row(name, _size(size), f"{cost:.4g}", f"{cost / made.cost:.2f} times" if made.cost else "")
+    console.print(shown)
+
+
+def _types_table(layout: FileLayout, made: Plan, problem: Problem) -> Table:
+    """Give each class of matrices a row, with how many tensors got each type."""
+    from ..flux.names import tensor_class
+    from ..mixed.file_layout import option_bits
+    from ..mixed.plan import options_of
+
+    options = options_of(made)
+    kinds = sorted({options[name] for name in problem.costs}, key=lambda option: (option_bits(option), option))
+    counts: dict[str, dict[str, int]] = {}
+    for name in problem.costs:
+        row = counts.setdefault(tensor_class(name).removesuffix(".weight"), {})
+        row[options[name]] = row.get(options[name], 0) + 1
+    table = Table(title="Tensors by type")
+    table.add_column("tensors", overflow="fold")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for title, row in counts.items():
+        table.add_row(title, *(str(row.get(kind, "")) for kind in kinds))
+    return table
+
+
+def _print_written(console: Console, out: Path, export: Path | None, written: list[Path]) -> None:
+    for path in (out, *([export] if export else []), *written):
+        console.print(f"Wrote {path}", soft_wrap=True)
+    console.print(f"Next: flux-kernels quantize SOURCE --plan {out}", soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / GB:.3f} GB" if count >= GB else f"{count / MB:.3f} MB"
