@@ -12,6 +12,8 @@ from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
 from .measure import measure
+from .plan import plan
+from .quantize import quantize
 from .tune import tune
 from .warmup import warmup
 
@@ -47,5 +49,5 @@ def main(
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
 
 
-for _command in (demo, generate, inspect, measure, doctor, tune, warmup):
+for _command in (demo, generate, inspect, quantize, measure, plan, doctor, tune, warmup):
     app.command()(_command)

@@ -19,6 +19,7 @@ from .knapsack import TIME_LIMIT, Group, Solution, solve
 from .plan_file import Plan
 
 METRICS = ("cost", "mfq_cost")
+_SIXTEEN = ("BF16", "F16")
 NO_CONSTRAINTS = Constraints()
 
 
@@ -100,7 +101,9 @@ def make_problem(
         raise FormatError(f"{problem}. Name the model that was measured with --model.")
     measured = {name: {kind: getattr(row, metric) for kind, row in rows.items()} for name, rows in table.by_tensor().items()}
     costs, kept = allowed(measured, constraints, layout.types)
-    layout = FileLayout(layout.shapes, {**layout.types, **kept}, layout.model)
+    full = next((row.type for row in table.rows if row.type in _SIXTEEN), "BF16")
+    plain = {name: full if kind in _SIXTEEN else kind for name, kind in layout.types.items()}  # as in the source: no rounding
+    layout = FileLayout(layout.shapes, {**plain, **kept}, layout.model)
     about = {"model": layout.model, "metric": metric, "importance": table.importance, **constraints.described()}
     return Problem(layout, costs, tied(list(costs), constraints), about, costs_sha256)
 
@@ -169,7 +172,7 @@ def plan_within(
     if smallest > budget:
         raise FormatError(
             f"No plan fits {budget:,} bytes: the smallest file that the measured types and the constraints allow has {smallest:,} "
-            f"bytes ({smallest / 1e9:.2f} GB). Give more room, loosen the constraints, or measure smaller types."
+            f"bytes. Give more room, loosen the constraints, or measure smaller types."
         )
     solution = solve(groups, budget - fixed, time_limit=time_limit)
     return as_plan(problem, problem.chosen(solution), {"budget": budget, "gap": solution.gap, **(about or {})})

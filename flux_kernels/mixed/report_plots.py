@@ -33,7 +33,7 @@ def size_against_cost(data: ReportData) -> Figure:
     for label, size, cost in data.uniform:
         if cost > 0:
             axes.plot(size / unit, cost, "o", color=UNIFORM, markersize=6)
-            left = label[:2] in ("IQ", "MX", "NV")  # beside a K-quant of about the same size, which is labelled on the right
+            left = option_bits(label) == 4.25  # IQ4_XS and MXFP4, just left of the crowd of types with 4.5 bits
             place = dict(xytext=(-7, -3), ha="right") if left else dict(xytext=(6, 3))
             axes.annotate(label, (size / unit, cost), textcoords="offset points", fontsize=8.5, color=UNIFORM, **place)
     axes.plot([], [], "o", color=UNIFORM, label="one type for everything")
