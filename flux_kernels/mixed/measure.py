@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..formats import PLAIN_TYPES
 from .cost import CostRow, JointRow
 from .file_tensors import FileTensor, file_tensors, quantized, replaced
 from .stages import Hidden, Stages
@@ -161,9 +162,14 @@ class Measurer:
         return None if known is None else known[0] / max(known[1], 1)
 
     def weights_of(self, types: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Quantize tensors of the file; return parameter -> (decoded weights, squared weight error)."""
+        """Quantize tensors of the file; return parameter -> (decoded weights, squared weight error).
+
+        Tensors in a plain type (F16, BF16, F32) count as unquantized and are left out.
+        """
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for name, type_name in types.items():
+            if type_name in PLAIN_TYPES:
+                continue
             if name not in self.tensors:
                 raise FormatError(
                     f"The model's file has no matrix {name!r} to measure. It has {', '.join(list(self.tensors)[:3])}, ..."

@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,15 @@ class Request:
 
     @property
     def imatrix_path(self) -> Path:
-        """Path of the importance that is collected."""
+        """Path of the importance that was used."""
         return self.out.with_suffix(".imatrix.gguf")
+
+    @classmethod
+    def of_table(cls, table: Path, source: Source16) -> Request:
+        """Return the request that measures plans as `table` was measured: on its states, with its importance."""
+        request = cls(out=table, source=source)
+        weighted = CostTable.load(table).importance != "none"
+        return replace(request, weighted=weighted, imatrix=request.imatrix_path if weighted else None)
 
 
 @dataclass(frozen=True)
@@ -155,10 +162,10 @@ def open_measurement(request: Request, world: World = World(), progress: Progres
         dtype=str(dtype).removeprefix("torch."),
         version=own_version(),
     )
-    if request.weighted and request.imatrix is None and world.rank == 0:
+    if request.weighted and request.imatrix != request.imatrix_path and world.rank == 0:
         from .imatrix import save_imatrix
 
-        save_imatrix(request.imatrix_path, dict(measurer.importance))
+        save_imatrix(request.imatrix_path, dict(measurer.importance), datasets=sorted({state.prompt for state in states.items}))
     return Opened(request, measurer, states, source_type, identity)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from functools import cache
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from flux_kernels.cli import app
 from flux_kernels.errors import FormatError, GGUFError
 from flux_kernels.mixed import measure_run
 from flux_kernels.mixed.cost import COLUMNS, CostRow, CostTable, JointRow, sidecar
+from flux_kernels.mixed.imatrix import load_imatrix
 from flux_kernels.mixed.measure import Measurer, bootstrap, measure_joint
 from flux_kernels.mixed.measure_log import log_path
 from flux_kernels.mixed.measured_model import find_source, open_transformer
@@ -89,6 +91,7 @@ def test_a_plan_is_measured_as_a_whole():
     alone = measurer().measure_one(QKV, "Q3_K")
     assert measurer().measure_joint({QKV: "Q3_K"}).cost == alone.cost
     assert measure_joint(embedded_pipeline().transformer, states(), types) == row.cost
+    assert measurer().measure_joint({**types, "single_blocks.0.linear2.weight": "BF16"}).cost == row.cost
 
 
 def test_order_does_not_matter():
@@ -263,14 +266,17 @@ def test_a_table_has_every_tensor_and_type(whole):
     assert by_tensor[QKV]["Q4_K"] == measurer().measure_one(QKV, "Q4_K")
     assert table.states["count"] == len(states()) and table.importance == "collected"
     assert CostTable.load(whole.request.out) == table
-    found = fk_imatrix(whole.request.imatrix_path)
+    found = load_imatrix(whole.request.imatrix_path)
     torch.testing.assert_close(found[QKV], measurer().channel_weights(QKV))
 
 
-def fk_imatrix(path):
-    from flux_kernels.mixed.imatrix import load_imatrix
-
-    return load_imatrix(path)
+def test_plans_are_measured_as_their_table_was(whole, tmp_path):
+    """The importance beside the table is that of its rows, so that a plan of one tensor costs what its row says."""
+    folder = shutil.copytree(whole.request.out.parent, tmp_path / "copy")
+    request = measure_run.Request.of_table(folder / "costs.csv", whole.request.source)
+    row = measure_run.measure_plan(measure_run.open_measurement(request), {LINEAR1: "Q4_K"})
+    # The file holds sums and counts in float32 and gives their ratio: channels on a rounding edge may fall otherwise
+    assert row.cost == pytest.approx(whole.table.by_tensor()[LINEAR1]["Q4_K"].cost, rel=1e-3)
 
 
 def test_killed_and_resumed_gives_the_same_table(whole, request_in):

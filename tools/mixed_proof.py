@@ -1,0 +1,273 @@
+"""Prove or refute that measured per-tensor plans beat uniform files and block-level mixes of the same bytes.
+
+    python -m tools.mixed_proof --write bench/results/mixed_proof.csv --picture docs/mixed.png
+
+The embedded model; costs and importance from some prompts and seeds, judged on other prompts and other seeds, every
+candidate measured with all of its tensors quantized at once. No GPU, no network. See docs/decisions/mixed-proof.md.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bench.record import origin, write_csv
+from flux_kernels import libggml
+from flux_kernels.base_pipeline import go_offline_quietly, load_pipeline, one_thread
+from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.errors import FormatError
+from flux_kernels.flux.names import block_of
+from flux_kernels.formats import FORMATS
+from flux_kernels.mixed.capture import capture
+from flux_kernels.mixed.cost import CostTable
+from flux_kernels.mixed.file_layout import layout_of_shapes, shapes_of_model
+from flux_kernels.mixed.greedy import greedy
+from flux_kernels.mixed.knapsack import Group, solve
+from flux_kernels.mixed.measure import Measurer, bootstrap, velocity_cost
+from flux_kernels.mixed.measured_model import find_source, open_transformer
+from flux_kernels.mixed.plan import make_problem, options_of, plan_within
+from flux_kernels.mixed.refine import refine
+from flux_kernels.mixed.states import State
+
+COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white"]
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+UNIFORM = ("Q3_K", "Q4_K", "Q5_K")
+# The types of MixedQuantFlux's published costs, and all types from Q8_0 down to a little over 2 bits.
+MFQ_TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K")
+OWN = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "NVFP4", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")
+BY_LIBGGML = ("IQ3_S", "IQ3_XXS", "IQ2_S")
+CPU = torch.device("cpu")
+Types = dict[str, str]
+
+
+class Remembering(Measurer):
+    """A Measurer that quantizes every tensor to every type once."""
+
+    def weights_of(self, types: Mapping[str, str]) -> dict:
+        """Return parameter -> (decoded weights, squared weight error)."""
+        known = self.__dict__.setdefault("known", {})
+        for item in types.items():
+            if item not in known:
+                known[item] = super().weights_of(dict([item]))
+        return {name: pair for item in types.items() for name, pair in known[item].items()}
+
+
+class Proof:
+    """Hold the two sets of states and what was measured on the first."""
+
+    def __init__(self, calibration: int, held_out: int, types: Sequence[str]):
+        self.types = types
+        self.model, _ = open_transformer(find_source(), CPU, torch.float32)
+        own, other = split_prompts()
+        pipeline = load_pipeline(embedded_model_path(), self.model, torch.float32)
+        tell(f"capturing {calibration} + {held_out} states")
+        states = captured(pipeline, own, calibration, seed=0)
+        held = captured(pipeline, other, held_out, seed=1_000_000)
+        self.weighted = Remembering(self.model, states)
+        self.plain = Remembering(self.model, states, importance=None)
+        self.held_weighted = Remembering(self.model, held, importance=self.weighted.importance)
+        self.held_plain = Remembering(self.model, held, importance=None)
+        for a, b in ((self.weighted, self.held_weighted), (self.plain, self.held_plain)):
+            a.known = b.known = {}
+        self.tensors = self.weighted.tensors
+        self.layout = layout_of_shapes(shapes_of_model(find_source().files[0]), "embedded", "new")
+
+    def bytes(self, types: Types) -> int:
+        """Return the bytes of the block matrices."""
+        return sum(self.tensors[name].packed_bytes(kind) for name, kind in types.items())
+
+    def uniform(self, kind: str) -> Types:
+        """Return the types of a uniform file."""
+        return dict.fromkeys(self.tensors, kind)
+
+    def table(self, measurer: Measurer) -> CostTable:
+        """Measure every tensor in every type."""
+        rows = [measurer.measure_one(name, kind) for name, one in self.tensors.items() for kind in one.types(self.types)]
+        return CostTable(rows)
+
+    def block_costs(self, measurer: Measurer, metric: str, kinds: Sequence[str]) -> tuple[list[list[str]], list[Group]]:
+        """Measure every block in every type, all of its tensors at once: MixedQuantFlux's costs, or the velocity's."""
+        blocks: dict[object, list[str]] = {}
+        for name in self.tensors:
+            blocks.setdefault(block_of(name), []).append(name)
+        groups = []
+        for names in blocks.values():
+            costs = []
+            for kind in kinds:
+                row = measurer.measure_joint(dict.fromkeys(names, kind))
+                costs.append(row.mfq_cost if metric == "mfq" else row.cost)
+            groups.append(Group(tuple(self.bytes(dict.fromkeys(names, kind)) for kind in kinds), tuple(costs)))
+        return list(blocks.values()), groups
+
+    def planned(self, table: CostTable, budget: int) -> Types:
+        """Return the exact optimum of the summed costs."""
+        problem = make_problem(table, self.layout)
+        return self.of_blocks(options_of(plan_within(problem, problem.fixed_bytes + budget)))
+
+    def refined(self, table: CostTable, budget: int, rounds: int) -> Types:
+        """Return the plan after rounds of joint measurement on the calibration states."""
+        problem = make_problem(table, self.layout)
+
+        def joint(types: Mapping[str, str]) -> float:
+            return self.weighted.measure_joint(self.of_blocks(types)).cost
+
+        plans = [
+            refine(problem, problem.fixed_bytes + budget, joint, rounds, grouping=name).plan for name in ("class", "block")
+        ]
+        return self.of_blocks(options_of(min(plans, key=lambda plan: plan.joint_cost)))
+
+    def of_blocks(self, types: Mapping[str, str]) -> Types:
+        """Return the block matrices' types."""
+        return {name: kind for name, kind in types.items() if name in self.tensors}
+
+
+def split_prompts() -> tuple[list[str], list[str]]:
+    """Split all colours times digits into two halves that share no prompt."""
+    prompts = [f"a {colour} {digit}" for colour in COLOURS for digit in DIGITS]
+    random.Random(1).shuffle(prompts)
+    return prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
+
+
+def captured(pipeline, prompts: list[str], count: int, seed: int) -> list[State]:
+    """Capture states at the size that the model was trained for."""
+    size = (PIPELINE_KWARGS["width"], PIPELINE_KWARGS["height"])
+    return capture(pipeline, prompts, count, settings=PIPELINE_KWARGS, sizes=[size], seed=seed)
+
+
+def without(table: CostTable, kinds: Sequence[str]) -> CostTable:
+    """Return the table without some types."""
+    return replace(table, rows=[row for row in table.rows if row.type not in kinds])
+
+
+def streams_tied(table: CostTable) -> CostTable:
+    """Return the table with equal costs for image and text stream: what is left when text may not be cheaper."""
+    by_tensor = table.by_tensor()
+    rows = []
+    for row in table.rows:
+        pair = by_tensor.get(
+            row.tensor.replace(".txt_", ".img_") if ".txt_" in row.tensor else row.tensor.replace(".img_", ".txt_")
+        )
+        rows.append(row if pair is None else replace(row, cost=(row.cost + pair[row.type].cost) / 2))
+    return CostTable(rows)
+
+
+def candidates(proof: Proof, budget: int, kind: str, tables: dict, blocks: dict, rounds: int) -> dict[str, tuple[Types, bool]]:
+    """Return name -> (types, whether the quantizers are weighted by importance)."""
+    found: dict[str, tuple[Types, bool]] = {
+        "uniform": (proof.uniform(kind), False),
+        "uniform, importance": (proof.uniform(kind), True),
+    }
+    for name, (names, groups, kinds, weighted) in blocks.items():
+        picks = (solve if name.startswith("best") else greedy)(groups, budget).picks
+        found[name] = {tensor: kinds[pick] for part, pick in zip(names, picks, strict=True) for tensor in part}, weighted
+    found["mixed without importance"] = proof.planned(tables["plain"], budget), False
+    found["mixed without IQ types"] = proof.planned(without(tables["weighted"], BY_LIBGGML), budget), True
+    found["mixed, streams of equal cost"] = proof.planned(streams_tied(tables["weighted"]), budget), True
+    found["mixed, not refined"] = proof.planned(tables["weighted"], budget), True
+    found["mixed"] = proof.refined(tables["weighted"], budget, rounds), True
+    return found
+
+
+def judge(proof: Proof, found: dict[str, tuple[Types, bool]], kind: str, budget: int) -> list[dict]:
+    """Measure the candidates on the held-out states; ratios are paired state by state."""
+    errors = {}
+    for name, (types, weighted) in found.items():
+        if proof.bytes(types) > budget:
+            raise FormatError(f"{name} takes {proof.bytes(types)} bytes, {budget} are allowed.")
+        errors[name] = (proof.held_weighted if weighted else proof.held_plain).joint_errors(types)
+    held = proof.held_weighted
+    rows = []
+    for name, (types, weighted) in found.items():
+        error = errors[name].velocity
+        low, high = bootstrap(error, held.signal, held.weights)
+        row = dict(
+            budget=kind,
+            candidate=name,
+            bytes=proof.bytes(types),
+            budget_bytes=budget,
+            cost=f"{velocity_cost(error, held.signal, held.weights):.4e}",
+            cost_low=f"{low:.4e}",
+            cost_high=f"{high:.4e}",
+            mfq_cost=f"{errors[name].stack.mean().item():.4e}",
+        )
+        for label, other in (
+            ("uniform", "uniform"),
+            ("uniform_importance", "uniform, importance"),
+            ("greedy", "greedy by block"),
+        ):
+            base = errors[other].velocity
+            ends = bootstrap(error, base, held.weights)
+            row |= {f"of_{label}": f"{velocity_cost(error, base, held.weights):.4f}"}
+            row |= {f"of_{label}_low": f"{ends[0]:.4f}", f"of_{label}_high": f"{ends[1]:.4f}"}
+        row |= dict(importance=weighted, states=held.count, types=" ".join(types.values()))
+        rows.append(row)
+    return rows
+
+
+def tell(what: str) -> None:
+    """Print what is being done, with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
+def main(
+    calibration: Annotated[int, typer.Option(help="States that costs are measured on.")] = 96,
+    held_out: Annotated[int, typer.Option(help="States that the candidates are judged on.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Of refinement.")] = 2,
+    write: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Pictures side by side at the bytes of Q3_K.")] = None,
+) -> None:
+    """Run the experiment."""
+    go_offline_quietly()
+    kinds = (*OWN, *(BY_LIBGGML if libggml.available() else ()))
+    with one_thread():
+        proof = Proof(calibration, held_out, sorted(kinds, key=lambda name: -FORMATS[name].bits_per_weight))
+        tell("measuring every tensor in every type, weighted by importance")
+        tables = dict(weighted=proof.table(proof.weighted))
+        tell("and without")
+        proof.types = [name for name in proof.types if name not in BY_LIBGGML]
+        tables["plain"] = proof.table(proof.plain)
+        tell("blocks")
+        blocks = {
+            "greedy by block": (*proof.block_costs(proof.plain, "mfq", MFQ_TYPES), MFQ_TYPES, False),
+            "greedy by block, importance": (*proof.block_costs(proof.weighted, "mfq", MFQ_TYPES), MFQ_TYPES, True),
+            "best by block, velocity, importance": (*proof.block_costs(proof.weighted, "velocity", MFQ_TYPES), MFQ_TYPES, True),
+        }
+        rows, drawn = [], {}
+        for kind in UNIFORM:
+            tell(f"plans at the bytes of {kind}")
+            budget = proof.bytes(proof.uniform(kind))
+            found = candidates(proof, budget, kind, tables, blocks, rounds)
+            rows += [{**row, **origin(CPU)} for row in judge(proof, found, kind, budget)]
+            drawn.setdefault("found", found)
+    for row in rows:
+        print(f"{row['budget']:<5} {row['candidate']:<36} {row['bytes']:>9} {row['cost']:>11}", end=" ")
+        print(
+            *(
+                f"{row[f'of_{a}']} [{row[f'of_{a}_low']}, {row[f'of_{a}_high']}]"
+                for a in ("uniform", "uniform_importance", "greedy")
+            )
+        )
+    if write:
+        write_csv(rows, write)
+    if picture:
+        draw(proof, drawn["found"], picture)
+
+
+def draw(proof: Proof, found: dict[str, tuple[Types, bool]], path: Path) -> None:
+    """Draw uniform, greedy and mixed side by side, all weighted by importance."""
+    from flux_kernels.mixed.side_by_side import embedded_side_by_side
+
+    names = {"uniform Q3_K": "uniform, importance", "greedy by block": "greedy by block, importance", "mixed": "mixed"}
+    plans = {title: found[name][0] for title, name in names.items()}
+    embedded_side_by_side(plans, importance=proof.weighted.importance).save(path, "PNG", optimize=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
