@@ -28,7 +28,7 @@ diffusers = pytest.importorskip("diffusers")
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 MANY = {"tokens": 64, "text": 32}  # more rows than WEIGHT_ONLY_M, so that every mode runs as itself
-SIZES = [{}, {"tokens": 24, "text": 12}, {"tokens": 36, "text": 20}, {"tokens": 30, "text": 9}]
+SIZES = [{}, {"tokens": 24, "text": 12}, {"tokens": 36, "text": 9}]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def prepared(packed_flux, kind: str):
     return model
 
 
-@pytest.mark.parametrize("kind", ["fp16_accumulate", "int8", "fused"])  # exact: test_operations_table.py
+@pytest.mark.parametrize("kind", ["fp16_accumulate", "fused"])  # exact: test_operations_table.py; "fused" is int8
 def test_the_whole_model_is_one_graph(packed_flux, kind):
     model = prepared(packed_flux, kind)
     with torch.no_grad():
@@ -118,23 +118,23 @@ def test_swapping_the_mode_compiles_once_more_and_no_stale_graph_runs(packed_flu
         assert torch.equal(int8, model(**flux_inputs(**MANY))[0]) and not torch.equal(int8, exact)
 
 
-@pytest.mark.parametrize("late", ["adapter", "branch"])
-def test_what_is_put_on_a_compiled_fused_model_is_not_missed(packed_flux, late):
-    """Graphs are guarded by what the parts are: an adapter around one, or a branch on one, compiles anew."""
+def test_what_is_put_on_a_compiled_fused_model_is_not_missed(packed_flux):
+    """Graphs are guarded by what the parts are: a branch on one, or an adapter around one, compiles anew."""
     peft = pytest.importorskip("peft")
     model = prepared(packed_flux, "fused")
     fk.swap_linear(model, compute="exact")
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        before = compiled(**flux_inputs())[0]
-        part = model.single_transformer_blocks[0].attn.to_q
-        if late == "adapter":
-            model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
-        else:
-            part.set_low_rank(0.1 * torch.ones(1, part.in_features), 0.1 * torch.ones(part.out_features, 1))
-        after = compiled(**flux_inputs())[0]
-        torch.testing.assert_close(after, model(**flux_inputs())[0], **CLOSE)
-    assert not torch.allclose(after, before, **CLOSE)
+    compiled, part = torch.compile(model, fullgraph=True, backend="eager"), model.single_transformer_blocks[0].attn.to_q
+    results = []
+    for change in (
+        lambda: None,
+        lambda: part.set_low_rank(0.1 * torch.ones(1, part.in_features), 0.1 * torch.ones(part.out_features, 1)),
+        lambda: model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False)),
+    ):
+        change()
+        with torch.no_grad():
+            results.append(compiled(**flux_inputs())[0])
+            torch.testing.assert_close(results[-1], model(**flux_inputs())[0], **CLOSE)
+    assert not torch.allclose(results[0], results[1], **CLOSE) and not torch.allclose(results[1], results[2], **CLOSE)
 
 
 def test_strict_export(packed_flux):
