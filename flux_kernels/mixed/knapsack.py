@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import gcd
 
@@ -62,7 +63,7 @@ def solve(groups: Sequence[Group], budget: int, *, time_limit: float = TIME_LIMI
         time_limit: in seconds; where it ends the search, the best choice so far is returned with the gap that is left.
 
     Raises:
-        FormatError: where even the smallest options are larger, or nothing was found in time.
+        FormatError: where even the smallest options are larger.
         ImportError: where scipy is missing.
     """
     kept = [useful(group) for group in groups]
@@ -95,29 +96,68 @@ def _milp(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: i
     typical = _bound(groups, kept, unit, room)
     scaled = costs * (_SCALE / typical) if typical > 0 else costs
     one_each = coo_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(groups), len(owner)))
-    result = milp(
-        scaled,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_array(units[None]), -np.inf, room)],
-        options={"mip_rel_gap": 0.0, "presolve": False, "time_limit": time_limit},
-    )
+    with _quiet():
+        result = milp(
+            scaled,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_array(units[None]), -np.inf, room)],
+            options={"mip_rel_gap": 0.0, "time_limit": time_limit},
+        )
+    lower = sum(group.costs[options[-1]] for group, options in zip(groups, kept)) + typical
     if result.x is None:
-        raise FormatError(f"No plan was found within {time_limit:g} s ({result.message}). Give more time with --time-limit.")
+        return _proved(_fallback(groups, kept, unit, room), lower)
     picks, start = [], 0
     for options in kept:
         stop = start + len(options)
         picks.append(options[int(np.argmax(result.x[start:stop]))])
         start = stop
     done = total(groups, picks)
-    if result.status == 0 or not done.cost:
+    if result.status == 0:
         return done
-    above = max(0.0, (result.fun - result.mip_dual_bound) * (typical / _SCALE if typical > 0 else 1.0))
-    return total(groups, picks, above / done.cost)
+    return _proved(min(done, _fallback(groups, kept, unit, room), key=lambda found: found.cost), lower)
+
+
+def _fallback(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: int) -> Solution:
+    """Return the greedy's choice, for when the time is up."""
+    from .greedy import greedy
+
+    return greedy(groups, sum(group.sizes[options[0]] for group, options in zip(groups, kept)) + unit * room)
+
+
+def _proved(found: Solution, lower: float) -> Solution:
+    """State how far a choice may be from the best, by the bound of plans that may mix two options of a group."""
+    return replace(found, gap=max(0.0, 1 - lower / found.cost)) if found.cost else found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the solver's notes off standard output, where `--json` has its place; it prints them past Python."""
+    import ctypes
+    import os
+    import sys
+
+    if os.name != "posix":
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    own = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            try:
+                yield
+            finally:
+                flush(None)
+                os.dup2(own, 1)
+    finally:
+        os.close(own)
 
 
 def _bound(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: int) -> float:
-    """Return about what the optimum costs above the largest options: the cost of the best steps that fit."""
+    """Return the least that the optimum can cost above the largest options: the best steps, of which the last may be a part."""
     from .greedy import steps
 
     spent = 0.0

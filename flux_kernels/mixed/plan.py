@@ -165,7 +165,7 @@ def plan_within(
         about: more for `Plan.options`.
 
     Raises:
-        FormatError: where the smallest file is larger, or nothing was found in time.
+        FormatError: where the smallest file is larger.
     """
     groups, fixed = problem.groups(), problem.fixed_bytes
     smallest = fixed + sum(min(group.sizes) for group in groups)
