@@ -105,13 +105,13 @@ def _algorithm(name: str):
             raise Unavailable("Triton kernels need a GPU")
         from flux_kernels.kernels import exact
         from flux_kernels.kernels.choice import tile_of
-        from flux_kernels.kernels.launching import device_of
+        from flux_kernels.kernels.launching import capability_of, device_of
 
         run = exact.ALGORITHMS[name]
 
         def call(x: Tensor) -> Tensor:
             y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
-            tile = tile_of(name, problem.fmt, *y.shape, x.shape[1])
+            tile = tile_of(name, problem.fmt, *y.shape, x.shape[1], capability_of(x.device))
             with device_of(x):
                 run(x, problem.data, problem.bias, y, problem.fmt, problem.planes, tile)
             return y

@@ -8,6 +8,7 @@ The most important calls come first, each result is written at once, and a secon
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--step", default="1024x1024", choices=STEPS)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, help="the record to write; default: the card's own in the user's folder")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
     arguments = parser.parse_args()
     calls = sorted(step_calls(**STEPS[arguments.step]), key=lambda call: -call.flops * call.calls)
     jobs = [
@@ -33,7 +35,8 @@ def main() -> None:
         for call in calls
         if mode == "exact" or call.m > 16
     ]
-    path = tune(list(dict.fromkeys(jobs)), torch.device("cuda"), path=arguments.out, minutes=arguments.minutes, on_row=_show)
+    options = dict(path=arguments.out, minutes=arguments.minutes, processes=arguments.processes)
+    path = tune(list(dict.fromkeys(jobs)), torch.device("cuda"), on_row=_show, **options)
     print(f"written to {path}")
 
 

@@ -7,9 +7,12 @@ and a second run goes on where the first was stopped.
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -55,6 +58,7 @@ def tune(
     minutes: float = 10.0,
     again: bool = False,
     limit: int | None = None,
+    processes: int = 1,
     on_row: Callable[[Job, TuningRow | None], None] = lambda job, row: None,
 ) -> Path:
     """Tune calls until all are done or the time is up; rows that are up to date are kept.
@@ -67,6 +71,7 @@ def tune(
         minutes: of wall time after which no new call is begun.
         again: measure rows anew that are up to date.
         limit: of candidates per call, None for all.
+        processes: that compile; timing is done by this one alone, when they are idle.
         on_row: called after each job, with None where its row was up to date.
 
     Returns:
@@ -80,24 +85,30 @@ def tune(
     path = record_path(name) if path is None else path
     record = TuningRecord.load(path) if path.exists() else TuningRecord(_describe(device, name))
     end = time.monotonic() + 60 * minutes
-    for job in jobs:
-        if time.monotonic() > end:
-            break
-        row = None
-        if again or not _up_to_date(record, job):
-            row = tune_call(job, device, dtype, limit)
-            record.rows[row.key] = row
-            record.versions, record.date = _versions(), datetime.date.today().isoformat()
-            record.save(path)
-        on_row(job, row)
+    with ExitStack() as stack:
+        pool = None
+        if processes > 1:  # a CUDA context does not survive a fork
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=spawn))
+        for job in jobs:
+            if time.monotonic() > end:
+                break
+            row = None
+            if again or not _up_to_date(record, job):
+                if pool is not None:
+                    _compile_all(pool, job, device, dtype, limit)
+                row = tune_call(job, device, dtype, limit)
+                record.rows[row.key] = row
+                record.versions, record.date = _versions(), datetime.date.today().isoformat()
+                record.save(path)
+            on_row(job, row)
     choices.forget()
     return path
 
 
 def tune_call(job: Job, device: torch.device, dtype: torch.dtype, limit: int | None = None) -> TuningRow:
     """Time the candidates of one call and return the best as a row."""
-    fmt = FORMATS[job.format]
-    tried = candidates(job.compute, fmt, job.m, job.n, job.k, capability_of(device), _processors(device))[:limit]
+    fmt, tried = FORMATS[job.format], _tried(job, device, limit)
     runs = _working(job, fmt, tried, device, dtype)
     quick = {key: median(times) for key, times in interleaved(runs, _QUICK, device).items()}
     ranked = sorted(quick, key=quick.__getitem__)
@@ -116,7 +127,31 @@ def tune_call(job: Job, device: torch.device, dtype: torch.dtype, limit: int | N
     )
 
 
-def _working(job: Job, fmt: BlockFormat, tried: list[Candidate], device, dtype) -> dict[Candidate, Callable[[], Tensor]]:
+def _tried(job: Job, device: torch.device, limit: int | None) -> list[Candidate]:
+    fmt = FORMATS[job.format]
+    return candidates(job.compute, fmt, job.m, job.n, job.k, capability_of(device), _processors(device))[:limit]
+
+
+def _compile_all(pool: ProcessPoolExecutor, job: Job, device: torch.device, dtype: torch.dtype, limit: int | None) -> None:
+    """Have the pool compile every candidate into Triton's cache on disk, from which this process then takes it."""
+    small = replace(job, m=_same_divisibility(job.m), n=_same_divisibility(job.n))
+    tasks = [(small, candidate, str(device), dtype) for candidate in _tried(job, device, limit)]
+    list(pool.map(_compile_one, *zip(*tasks, strict=True)))
+
+
+def _compile_one(job: Job, candidate: Candidate, device: str, dtype: torch.dtype) -> None:
+    """Launch one candidate once; a tile too large for the card fails here as it will in `_working`."""
+    _working(job, FORMATS[job.format], [candidate], torch.device(device), dtype, needed=False)
+
+
+def _same_divisibility(size: int) -> int:
+    """Return a small size for which Triton compiles the same code: it looks at 1 and at multiples of 16 only."""
+    return size if size == 1 else 16 if size % 16 == 0 else 17
+
+
+def _working(
+    job: Job, fmt: BlockFormat, tried: list[Candidate], device, dtype, needed: bool = True
+) -> dict[Candidate, Callable[[], Tensor]]:
     """Return what can be launched and gives the right product; tiles too large for the card fall out here."""
     planes = fmt.planes
     weight = random_rows(fmt, job.n, job.k, planes).to(device)
@@ -134,7 +169,7 @@ def _working(job: Job, fmt: BlockFormat, tried: list[Candidate], device, dtype) 
         right = y if right is None else right  # the default table's choice, which has tests of its own
         if (y - right).norm() <= WRONG * right.norm():
             found[candidate] = run
-    if not found:
+    if needed and not found:
         raise BackendUnavailable(f"No kernel for {job} runs on {device}; nothing was recorded for it.")
     return found
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from .compute import TENSOR_CORE_CAPABILITY
 from .formats import SUPERBLOCK, BlockFormat
 from .kernels.choice import default_choice
-from .kernels.tuning import SMALL_M, Tile, largest_tile_k
+from .kernels.tuning import SMALL_M, Tile, largest_tile_k, loads_by_ldmatrix
 
 Candidate = tuple[str, Tile | None]  # algorithm, tile
 
@@ -14,6 +16,7 @@ _SMALL_M_LIMIT = 8  # rows above which reading the weight once per row cannot wi
 _SHAPES = ((16, 64), (16, 128), (32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
 _INT8_SHAPES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
 _SPLITS = (2, 3, 4, 6)
+_LEAST_STAGES = 2
 _FEW_WAVES = 3  # splitting K is tried where one tile per program makes fewer waves than this
 
 
@@ -29,7 +32,21 @@ def candidates(
     default = default_choice(compute, fmt, m, n, k, capability)
     found = [(default.algorithm, default.tile)]
     tried = {"exact": _exact, "fp16_accumulate": _fp16, "int8": _int8}[compute](fmt, m, n, k, processors)
+    if compute != "int8":
+        tried = _ways_to_load(fmt, tried, capability)
     return found + [candidate for candidate in tried if candidate not in found]
+
+
+def _ways_to_load(fmt: BlockFormat, tried: Iterator[Candidate], capability: tuple[int, int] | None) -> Iterator[Candidate]:
+    """Load x by ldmatrix where it is free, both ways where it costs shared memory, never on other makers' cards."""
+    free = loads_by_ldmatrix(fmt, capability)
+    for algorithm, tile in tried:
+        if tile is None or algorithm == "small_m" or capability is None or capability < TENSOR_CORE_CAPABILITY:
+            yield algorithm, tile
+            continue
+        yield algorithm, replace(tile, ldmatrix=free)
+        if fmt.block_size == SUPERBLOCK and tile.num_stages == _LEAST_STAGES:
+            yield algorithm, replace(tile, ldmatrix=not free)
 
 
 def _exact(fmt: BlockFormat, m: int, n: int, k: int, processors: int) -> Iterator[Candidate]:
@@ -45,11 +62,11 @@ def _exact(fmt: BlockFormat, m: int, n: int, k: int, processors: int) -> Iterato
 
 def _splits(tile: Tile, m: int, n: int, k: int, processors: int) -> Iterator[Candidate]:
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
-    if tile.num_stages > 2 or tiles >= _FEW_WAVES * processors:
+    if tile.num_stages > _LEAST_STAGES or tiles >= _FEW_WAVES * processors:
         return
     for splits in _SPLITS:
         if k % (tile.tile_k * splits) == 0:
-            yield "split_k", Tile(tile.block_m, tile.block_n, tile.tile_k, tile.num_warps, tile.num_stages, splits)
+            yield "split_k", replace(tile, splits=splits)
 
 
 def _fp16(fmt: BlockFormat, m: int, n: int, k: int, processors: int) -> Iterator[Candidate]:
@@ -69,7 +86,7 @@ def _tiles(shapes, fmt: BlockFormat, m: int, k: int) -> Iterator[Tile]:
     steps = {largest_tile_k(fmt, k, max(limit, fmt.block_size)) for limit in (128, SUPERBLOCK)}
     for block_m, block_n in _fitting(shapes, m):
         for tile_k in sorted(steps):
-            for stages in (2, 3):
+            for stages in (_LEAST_STAGES, _LEAST_STAGES + 1):
                 yield Tile(block_m, block_n, tile_k, 4 if block_m * block_n <= 64 * 64 else 8, stages)
 
 

@@ -61,6 +61,28 @@ def test_tuning_writes_each_row_and_goes_on(folder):
     assert len(TuningRecord.load(path).rows) == 2
 
 
+@pytest.mark.parametrize(("size", "small"), [(1, 1), (4608, 16), (4080, 16), (20, 17)])
+def test_compiling_processes_see_sizes_of_the_same_kind(size, small):
+    assert tuning._same_divisibility(size) == small
+
+
+def test_processes_compile_the_same_candidates(monkeypatch):
+    """The pool gets every candidate that is then timed, on small sizes; one that does not fit the card fails in neither."""
+
+    class Here:
+        def map(self, function, *columns):
+            return map(function, *columns)
+
+    launched = []
+    real = tuning._runner
+    monkeypatch.setattr(
+        tuning, "_runner", lambda mode, candidate, *rest: launched.append(candidate) or real(mode, candidate, *rest)
+    )
+    job = Job("exact", "Q8_0", 32, 64, 256)
+    tuning._compile_all(Here(), job, CPU, torch.float32, 3)
+    assert launched == tuning._tried(job, CPU, 3)
+
+
 def test_no_call_is_begun_after_the_time(folder):
     path = tune([Job("exact", "Q8_0", 3, 32, 256)], CPU, minutes=-1)
     assert not path.exists()

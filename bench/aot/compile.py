@@ -58,11 +58,15 @@ def format_constants(fmt: BlockFormat, k: int, planes: bool | None = None) -> di
     )
 
 
+def _ldmatrix(tile: Tile, dtype: str) -> bool:
+    return tile.ldmatrix and dtype != "fp32"
+
+
 def compile_fused(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072, branch: bool = False) -> Compiled:
     """Compile the fused GEMM for one format, card and tile, with or without a low-rank branch in its epilogue."""
     x = _DTYPES[dtype]
     pointers = dict(x_ptr=x, w_ptr="*u8", table_ptr="*u8", bias_ptr=x, y_ptr=x)
-    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=_ldmatrix(tile, dtype))
     constants = format_constants(FORMATS[name], k) | blocks
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     _branch(pointers, constants, branch, dtype)
@@ -79,7 +83,9 @@ def _branch(pointers: dict, constants: dict, branch: bool, dtype: str) -> None:
 def compile_split_k(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:
     """Compile the split-K GEMM for one format, card and tile."""
     pointers = dict(x_ptr=_DTYPES[dtype], w_ptr="*u8", table_ptr="*u8", partial_ptr="*fp32")
-    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, SPLITS=tile.splits)
+    blocks = dict(
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=_ldmatrix(tile, dtype), SPLITS=tile.splits
+    )
     constants = format_constants(FORMATS[name], k) | blocks
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     _branch(pointers, constants, False, dtype)
@@ -89,7 +95,7 @@ def compile_split_k(name: str, capability: int, tile: Tile, dtype: str = "bf16",
 def compile_fp16(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072, branch: bool = False) -> Compiled:
     """Compile the GEMM with fp16 accumulation for one format, card and tile, with or without a low-rank branch."""
     pointers = dict(x_ptr="*fp16", x_scale_ptr="*fp32", w_ptr="*u8", table_ptr="*u8", bias_ptr=_DTYPES[dtype])
-    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=_ldmatrix(tile, dtype))
     constants = format_constants(FORMATS[name], k) | blocks
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     pointers |= {"y_ptr": _DTYPES[dtype]}

@@ -62,20 +62,20 @@ def fused_row(name: str, capability: int, tile: Tile, dtype: str = "bf16", branc
 
 def _shipped_fused(m: int, branch: bool = False):
     def row(name: str, capability: int, dtype: str) -> Row:
-        return fused_row(name, capability, fused_tile(FORMATS[name], m, _N, _K), dtype, branch)
+        return fused_row(name, capability, fused_tile(FORMATS[name], m, _N, _K, divmod(capability, 10)), dtype, branch)
 
     return row
 
 
 def _split_k(name: str, capability: int, dtype: str) -> Row:
-    tile = replace(fused_tile(FORMATS[name], 512, _N, _K), splits=SPLITS)
+    tile = replace(fused_tile(FORMATS[name], 512, _N, _K, divmod(capability, 10)), splits=SPLITS)
     built = compile_split_k(name, capability, tile, dtype)
     return _row("split_k", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
 
 
 def _shipped_fp16(kernel: str, branch: bool):
     def row(name: str, capability: int, dtype: str) -> Row:
-        tile = fp16_tile(FORMATS[name], _K)
+        tile = fp16_tile(FORMATS[name], _K, divmod(capability, 10))
         built = compile_fp16(name, capability, tile, dtype, branch=branch)
         return _row(kernel, name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
 

@@ -17,6 +17,7 @@ def tune(
     height: Annotated[int, typer.Option(help="Picture height in pixels.")] = 1024,
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 1,
     minutes: Annotated[float, typer.Option(help="Begin no new call after this time; a second run goes on.")] = 10.0,
+    processes: Annotated[int, typer.Option(help="Processes that compile (each takes some 0.5 GB on the GPU).")] = 2,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what is up to date.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record's path and rows as JSON.")] = False,
 ) -> None:
@@ -65,7 +66,7 @@ def tune(
                     f"{row.ms:.3f} ms, {gain:.2f} x the default"
                 )
 
-        path = tune(jobs, device, minutes=minutes, again=again, on_row=show)
+        path = tune(jobs, device, minutes=minutes, again=again, processes=processes, on_row=show)
     if as_json:
         typer.echo(json.dumps(dict(record=str(path), measured=len(rows), jobs=len(jobs))))
     else:

@@ -34,8 +34,8 @@ def warmup(
     from ..base_pipeline import go_offline_quietly
 
     go_offline_quietly()
-    from ..flux import load_flux
     from ..compile_ahead import warmup
+    from ..flux import load_flux
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:

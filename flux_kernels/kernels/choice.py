@@ -51,13 +51,13 @@ def default_choice(compute: str, fmt: BlockFormat, m: int, n: int, k: int, capab
     if compute == "int8":
         return Choice("two_stage", INT8_TILE, "unpack to int8 in L2, then one GEMM for all formats")
     if compute == "fp16_accumulate":
-        return Choice("fused", fp16_tile(fmt, k), "decodes in registers")
+        return Choice("fused", fp16_tile(fmt, k, capability), "decodes in registers")
     algorithm, why = choose_algorithm(m, capability)
-    return Choice(algorithm, tile_of(algorithm, fmt, m, n, k), why)
+    return Choice(algorithm, tile_of(algorithm, fmt, m, n, k, capability), why)
 
 
-def tile_of(algorithm: str, fmt: BlockFormat, m: int, n: int, k: int) -> Tile | None:
+def tile_of(algorithm: str, fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None = None) -> Tile | None:
     """Return the default tile of one of exact mode's algorithms."""
     if algorithm == "two_stage":
         return None
-    return small_m_tile(fmt, k) if algorithm == "small_m" else fused_tile(fmt, m, n, k)
+    return small_m_tile(fmt, k) if algorithm == "small_m" else fused_tile(fmt, m, n, k, capability)

@@ -46,7 +46,7 @@ def _small_m(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes:
 def _fused(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
     m, n = y.shape
     hidden, up, rank = pointers(branch)
-    constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile)
+    constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile, x.dtype)
     grid = (_tiles(m, n, tile),)
     operands = (x, data, table_of(fmt, data), bias, hidden, up, y)
     fused_gemm_kernel[grid](*operands, m, n, rank, x.stride(0), **constants)
@@ -55,7 +55,7 @@ def _fused(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: b
 def _split_k(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
     m, n = y.shape
     hidden, up, rank = pointers(branch)
-    constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile) | dict(SPLITS=tile.splits)
+    constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile, x.dtype) | dict(SPLITS=tile.splits)
     partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device)
     grid = (_tiles(m, n, tile), tile.splits)
     split_k_kernel[grid](x, data, table_of(fmt, data), hidden, up, partial, m, n, rank, x.stride(0), **constants)
@@ -67,8 +67,9 @@ def _two_stage(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, plane
     two_stage.linear(x, data, bias, y, fmt, planes, branch)
 
 
-def _blocks(tile: Tile) -> dict:
-    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+def _blocks(tile: Tile, dtype: torch.dtype) -> dict:
+    ldmatrix = tile.ldmatrix and dtype != torch.float32  # there are no tensor-core products in float32
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=ldmatrix)
     return blocks | dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 

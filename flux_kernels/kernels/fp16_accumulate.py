@@ -34,7 +34,7 @@ def linear(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     scale_to_fp16_kernel[(m,)](x, scaled, scale, x.stride(0), K=constants["K"], BLOCK_K=_SCALE_BLOCK)
     tile = (choice or choose("fp16_accumulate", fmt, m, n, constants["K"], x.device)).tile
-    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+    blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=tile.ldmatrix)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     operands = (scaled, scale, data, table_of(fmt, data), bias, hidden, up, y)

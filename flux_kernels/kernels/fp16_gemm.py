@@ -9,6 +9,7 @@ from __future__ import annotations
 from .._triton import jit, tl
 from .branch import add_branch
 from .fused_gemm import tile_position
+from .ldmatrix import hide_origin
 
 
 @jit
@@ -32,6 +33,7 @@ def fp16_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    LDMATRIX: tl.constexpr,
 ):
     """Compute one [BLOCK_M, BLOCK_N] tile of y; x [M, K] float16 and y are contiguous."""
     pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N)
@@ -44,12 +46,14 @@ def fp16_gemm_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in range(K // TILE_K):
         for pair in tl.static_range(TILE_K // 64):
-            first = DECODE(row_ptr, step * TILE_BLOCKS, 2 * pair, table_ptr, NUM_BLOCKS, PLANES).to(tl.float16)
+            w = DECODE(row_ptr, step * TILE_BLOCKS, 2 * pair, table_ptr, NUM_BLOCKS, PLANES)
+            w = hide_origin(w, LDMATRIX).to(tl.float16)
             x = tl.load(x_ptrs + (step * TILE_K + 64 * pair))
-            partial = tl.dot(first, tl.trans(x), out_dtype=tl.float16)
-            second = DECODE(row_ptr, step * TILE_BLOCKS, 2 * pair + 1, table_ptr, NUM_BLOCKS, PLANES).to(tl.float16)
+            partial = tl.dot(w, tl.trans(x), out_dtype=tl.float16)
+            w = DECODE(row_ptr, step * TILE_BLOCKS, 2 * pair + 1, table_ptr, NUM_BLOCKS, PLANES)
+            w = hide_origin(w, LDMATRIX).to(tl.float16)
             x = tl.load(x_ptrs + (step * TILE_K + 64 * pair + 32))
-            partial = tl.dot(second, tl.trans(x), partial, out_dtype=tl.float16)
+            partial = tl.dot(w, tl.trans(x), partial, out_dtype=tl.float16)
             acc += partial.to(tl.float32)
     acc *= tl.load(x_scale_ptr + rows_m)[None, :]
     if bias_ptr is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from .._triton import jit, tl
 from .branch import add_branch
+from .ldmatrix import hide_origin
 
 GROUP_M = tl.constexpr(8)  # programs that share a band of x rows in L2 before moving on
 
@@ -41,6 +42,7 @@ def decoded_product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    LDMATRIX: tl.constexpr,
 ):
     """Return decode(w) @ x.T over STEPS tiles of K from tile `first` on: float32 [BLOCK_N, BLOCK_M]."""
     TILE_BLOCKS: tl.constexpr = NUM_BLOCKS * TILE_K // K
@@ -49,7 +51,7 @@ def decoded_product(
         for i in tl.static_range(TILE_K // 32):
             w = DECODE(row_ptr, step * TILE_BLOCKS, i, table_ptr, NUM_BLOCKS, PLANES)
             x = tl.load(x_ptrs + (step * TILE_K + 32 * i))
-            acc = tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+            acc = tl.dot(hide_origin(w, LDMATRIX).to(x.dtype), tl.trans(x), acc, input_precision="ieee")
     return acc
 
 
@@ -74,6 +76,7 @@ def fused_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    LDMATRIX: tl.constexpr,
 ):
     """Compute one [BLOCK_M, BLOCK_N] tile of y; x has unit stride along K, w is [N, ROW_BYTES], y is contiguous."""
     pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N)
@@ -83,7 +86,9 @@ def fused_gemm_kernel(
     x_row = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64) * stride_xm
     x_ptrs = x_row[:, None] + tl.arange(0, 32)[None, :]
     STEPS: tl.constexpr = K // TILE_K
-    acc = decoded_product(x_ptrs, row_ptr, table_ptr, 0, STEPS, K, DECODE, NUM_BLOCKS, PLANES, BLOCK_M, BLOCK_N, TILE_K)
+    acc = decoded_product(
+        x_ptrs, row_ptr, table_ptr, 0, STEPS, K, DECODE, NUM_BLOCKS, PLANES, BLOCK_M, BLOCK_N, TILE_K, LDMATRIX
+    )
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(offs_n, N - 1)).to(tl.float32)[:, None]
     if hidden_ptr is not None:

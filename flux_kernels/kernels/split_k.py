@@ -32,6 +32,7 @@ def split_k_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    LDMATRIX: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Write the partial sums of one tile over one of SPLITS equal K ranges (grid axis 1) to float32 [SPLITS, M, N]."""
@@ -44,7 +45,7 @@ def split_k_kernel(
     x_ptrs = x_row[:, None] + tl.arange(0, 32)[None, :]
     STEPS: tl.constexpr = K // TILE_K // SPLITS
     acc = decoded_product(
-        x_ptrs, row_ptr, table_ptr, split * STEPS, STEPS, K, DECODE, NUM_BLOCKS, PLANES, BLOCK_M, BLOCK_N, TILE_K
+        x_ptrs, row_ptr, table_ptr, split * STEPS, STEPS, K, DECODE, NUM_BLOCKS, PLANES, BLOCK_M, BLOCK_N, TILE_K, LDMATRIX
     )
     if hidden_ptr is not None:  # noqa: SIM102  (known when compiling, split when running)
         if split == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..compute import TENSOR_CORE_CAPABILITY
 from ..formats import SUPERBLOCK, BlockFormat
@@ -10,7 +10,10 @@ from ..formats import SUPERBLOCK, BlockFormat
 
 @dataclass(frozen=True)
 class Tile:
-    """Name one launch shape: rows of x and of w per program, K per step, warps, pipeline stages, programs that share K."""
+    """Name one launch shape: rows of x and of w per program, K per step, warps, pipeline stages, programs that share K.
+
+    `ldmatrix` is how x comes from shared memory (see ldmatrix.py), for NVIDIA's tensor cores only.
+    """
 
     block_m: int
     block_n: int
@@ -18,10 +21,12 @@ class Tile:
     num_warps: int
     num_stages: int
     splits: int = 1
+    ldmatrix: bool = False
 
     def __str__(self) -> str:
         split = f" split {self.splits}" if self.splits > 1 else ""
-        return f"{self.block_m}x{self.block_n}x{self.tile_k} warps {self.num_warps} stages {self.num_stages}{split}"
+        ldmatrix = " ldmatrix" if self.ldmatrix else ""
+        return f"{self.block_m}x{self.block_n}x{self.tile_k} warps {self.num_warps} stages {self.num_stages}{split}{ldmatrix}"
 
 
 # All tiles stay under the 99 KiB of shared memory of sm_86, sm_89 and sm_120. Formats of small blocks stage every slice on
@@ -61,7 +66,8 @@ UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
 
 
 # Cards with so few arithmetic instructions per tensor-core product that a fused decode cannot hide at large M.
-_DATACENTER = frozenset({(8, 0), (9, 0), (10, 0)})
+_A100 = (8, 0)
+_DATACENTER = frozenset({_A100, (9, 0), (10, 0)})
 _DATACENTER_FUSED_M = 512  # up to here writing the unpacked weight costs as much as the exposed decode (estimated)
 
 
@@ -84,8 +90,19 @@ def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
     return max(tile, fmt.block_size)
 
 
-def fused_tile(fmt: BlockFormat, m: int, n: int, k: int) -> Tile:
-    """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T."""
+# Q1_0 and Q2_0 have many slices to a block, whose loads are not merged then (a quarter more instructions); Q5_0 spills on sm_120.
+_NOT_BY_LDMATRIX = GRID_FORMATS | {"Q1_0", "Q2_0", "Q5_0"}
+
+
+def loads_by_ldmatrix(fmt: BlockFormat, capability: tuple[int, int] | None) -> bool:
+    """Tell whether x comes by ldmatrix: where it costs no shared memory, or the card has enough of it (A100)."""
+    if capability is None or capability < TENSOR_CORE_CAPABILITY or fmt.name in _NOT_BY_LDMATRIX:
+        return False
+    return fmt.block_size < SUPERBLOCK or capability == _A100
+
+
+def fused_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Tile:
+    """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T on a card of `capability` (None: not an NVIDIA card)."""
     if m <= 16:
         tile = _NARROW
     elif m <= 64 or n < 128:
@@ -93,7 +110,7 @@ def fused_tile(fmt: BlockFormat, m: int, n: int, k: int) -> Tile:
     else:
         tile = _wide_tile(fmt)
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
-    return Tile(tile.block_m, tile.block_n, tile_k, tile.num_warps, tile.num_stages)
+    return replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))
 
 
 def _wide_tile(fmt: BlockFormat) -> Tile:
@@ -105,12 +122,12 @@ def _wide_tile(fmt: BlockFormat) -> Tile:
 def small_m_tile(fmt: BlockFormat, k: int) -> Tile:
     """Choose the small-M kernel's tile."""
     tile_k = largest_tile_k(fmt, k, max(_SMALL.tile_k, fmt.block_size))
-    return Tile(_SMALL.block_m, _SMALL.block_n, tile_k, _SMALL.num_warps, _SMALL.num_stages)
+    return replace(_SMALL, tile_k=tile_k)
 
 
-def fp16_tile(fmt: BlockFormat, k: int) -> Tile:
+def fp16_tile(fmt: BlockFormat, k: int, capability: tuple[int, int] | None) -> Tile:
     """Choose the tile of the GEMM with fp16 accumulation; K is a multiple of 64."""
     tile = _FP16_EXCEPTIONS.get(fmt.name, _FP16)
     limit = SUPERBLOCK if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS.tile_k
     tile_k = max(64, largest_tile_k(fmt, k, max(limit, fmt.block_size)))
-    return Tile(tile.block_m, tile.block_n, tile_k, tile.num_warps, tile.num_stages)
+    return replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import flux_kernels as fk
 from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
+from flux_kernels.kernels import exact
+from flux_kernels.kernels.choice import Choice
+from flux_kernels.kernels.tuning import fused_tile
 from tests.kernels.samples import finite_rows, golden
 
 pytestmark = [
@@ -121,6 +126,62 @@ def test_same_bits_on_every_run(name, m):
     first = kernels.linear(x, data, None, FORMATS[name], "exact", FORMATS[name].planes)
     for _ in range(20):
         assert torch.equal(first, kernels.linear(x, data, None, FORMATS[name], "exact", FORMATS[name].planes))
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8", "fp16_accumulate"])
+def test_out_of_memory_leaves_a_usable_layer(compute):
+    """A call that finds no memory for its result raises torch's error; the next call with memory gives the same bits."""
+    data, _ = packed("Q4_K", 4096, 4)
+    x = torch.randn(20_000, 2048, device="cuda", dtype=torch.float16)
+    expected = fk.linear(x, data, "Q4_K", backend="triton", compute=compute)
+    kept = expected.sum(dtype=torch.float64)
+    del expected
+    torch.cuda.empty_cache()
+    fraction = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction + 1e-4))
+        with pytest.raises(torch.OutOfMemoryError):
+            fk.linear(x, data, "Q4_K", backend="triton", compute=compute)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    again = fk.linear(x, data, "Q4_K", backend="triton", compute=compute)
+    assert torch.equal(again.sum(dtype=torch.float64), kept)
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+def test_split_k_is_right_and_repeats(name, splits):
+    """Programs that share K: within twice the error of cuBLAS, and the same bits on every run."""
+    fmt = FORMATS[name]
+    data, weight = packed(name, 384, 6)
+    x = torch.randn(512, 3072, device="cuda", dtype=torch.bfloat16)
+    oracle = x.double() @ weight.to(x.dtype).double().T
+    reference = torch.nn.functional.linear(x, weight.to(x.dtype))
+    tile = replace(fused_tile(fmt, 512, 384, 3072, torch.cuda.get_device_capability()), splits=splits)
+    results = []
+    for _ in range(5):
+        y = torch.empty_like(reference)
+        exact.linear(x, data, None, y, fmt, fmt.planes, choice=Choice("split_k", tile, ""))
+        results.append(y)
+    slack = torch.finfo(x.dtype).eps * oracle.norm() / 2
+    assert (results[0].double() - oracle).norm() <= 2 * (reference.double() - oracle).norm() + slack
+    assert all(torch.equal(y, results[0]) for y in results[1:])
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4", "NVFP4"])
+def test_loading_x_by_ldmatrix_only_changes_the_order_of_sums(name):
+    """The opaque move (kernels/ldmatrix.py) changes which K a tensor-core product sums together: results differ by roundings."""
+    fmt = FORMATS[name]
+    data, weight = packed(name, 256, 6)
+    x = torch.randn(300, 3072, device="cuda", dtype=torch.bfloat16)
+    base = replace(fused_tile(fmt, 64, 256, 3072, None), num_stages=2)
+    results = []
+    for ldmatrix in (False, True):
+        y = torch.empty(300, 256, device="cuda", dtype=x.dtype)
+        exact.linear(x, data, None, y, fmt, fmt.planes, choice=Choice("fused", replace(base, ldmatrix=ldmatrix), ""))
+        results.append(y)
+    reordered = 3072 * 2**-24 * (x.abs().float() @ weight.abs().T).max()  # K float32 roundings of the largest partial sum
+    torch.testing.assert_close(*results, rtol=torch.finfo(x.dtype).eps, atol=reordered.item())
 
 
 def test_auto_chooses_triton_on_the_device_it_runs_on():
