@@ -15,7 +15,7 @@ from .compute import check_mode, compute_of_layer
 from .errors import FormatError
 from .footprint import dtype_name
 from .formats import BlockFormat, get_format
-from .fused_linear import FusedPart
+from .fused_linear import FusedLinear, FusedPart
 from .linear import GGUFLinear
 from .swap_report import SwapRow
 from .takeover import carry_over, is_diffusers_gguf, packed_type, quantize_layer, take_over, unpack_plain
@@ -129,8 +129,17 @@ def _foreign(module: nn.Linear, places: Places) -> str | None:
     return None
 
 
+def _mode_of_packed(names: list[str], module: GGUFLinear, request: Request) -> str:
+    """Return the mode asked for; a fused layer, whose parts' names come last, is exact where its parts would differ."""
+    if not isinstance(module, FusedLinear):
+        return request.compute_of(names)
+    count = len(module.parts)
+    modes = {request.compute_of([*names[:-count], part]) for part in names[-count:]}
+    return modes.pop() if len(modes) == 1 else "exact"
+
+
 def _plan_update(step: Step, module: GGUFLinear, request: Request) -> Step:
-    compute = request.compute_of(step.names)
+    compute = _mode_of_packed(step.names, module, request)
     check_mode(compute, module.in_features)
     check_runnable(request.backend, compute, module.qweight.device, get_format(module.format))
 

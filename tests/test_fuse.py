@@ -251,14 +251,24 @@ def test_moving_and_casting(fused):
     assert fused.transformer_blocks[0].attn.to_q.weight.device.type == "meta"
 
 
-def test_swap_linear_changes_the_mode_of_a_fused_layer_by_the_names_of_its_parts(fused):
-    report = fk.swap_linear(fused, backend="torch", compute={"*.attn.to_q": "int8"})
-    layers = {name: module for name, module in fused.named_modules() if isinstance(module, FusedLinear)}
-    assert {name for name, layer in layers.items() if layer.compute == "int8"} == {
-        name for name, layer in layers.items() if any(part.path.endswith("to_q") for part in layer.parts)
-    }
-    assert all(layer.backend == "torch" for layer in layers.values())
-    assert not report.unmatched and not any(row.name.endswith(".to_q") for row in report.rows)
+MAPS = [  # of patterns, and the mode of to_qkv under it: one mode for all parts, or the safe one
+    ({"*.to_qkv": "int8"}, "int8"),
+    ({"*.to_qkv": "int8", "*": "exact"}, "int8"),
+    ({"*.to_[qkv]": "int8"}, "int8"),
+    ({"*": "int8"}, "int8"),
+    ({"*.to_q": "exact", "*": "int8"}, "exact"),
+    ({"*.to_q": "int8", "*": "exact"}, "exact"),
+    ({"*.to_v": "int8"}, "exact"),
+]
+
+
+@pytest.mark.parametrize(("compute", "mode"), MAPS, ids=[str(compute) for compute, _ in MAPS])
+def test_swap_linear_gives_a_fused_layer_the_mode_that_all_its_parts_get(model, compute, mode):
+    fk.fuse_projections(model)
+    report = fk.swap_linear(model, backend="torch", compute=compute)
+    layer = model.transformer_blocks[0].attn.to_qkv
+    assert (layer.compute, layer.backend, model.transformer_blocks[0].attn.to_q.compute) == (mode, "torch", mode)
+    assert not report.unmatched and not any(row.name.endswith((".to_q", ".to_v")) for row in report.rows)
 
 
 def test_autograd_through_a_fused_model(fused, packed_model):
