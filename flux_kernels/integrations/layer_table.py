@@ -46,7 +46,7 @@ def check_writable(model: nn.Module) -> None:
         if isinstance(module, GGUFLinear) and type(module) is not GGUFLinear:
             raise ValueError(
                 f"{name} is a {type(module).__name__}, and a checkpoint has every layer on its own. Undo the fusion first, with "
-                "model.unfuse_qkv_projections() or flux_kernels.fuse.unfuse_projections(model)."
+                "model.unfuse_qkv_projections() or flux_kernels.unfuse_projections(model)."
             )
 
 
