@@ -31,7 +31,7 @@ from .states import States
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")
 STATES = 64
-SIZES: tuple[Size, ...] = ((1024, 1024), (832, 1216), (1216, 832), (768, 1344), (1344, 768), (768, 768))
+SIZES: tuple[Size, ...] = ((512, 512), (768, 768), (1024, 1024), (832, 1216), (1216, 832), (1344, 768))
 _POLL_SECONDS = 0.5
 
 Progress = Callable[[str, float, float], None]  # what is being done, done, in all
@@ -81,12 +81,10 @@ class Request:
         """Path of the importance that was used."""
         return self.out.with_suffix(".imatrix.gguf")
 
-    @classmethod
-    def of_table(cls, table: Path, source: Source16) -> Request:
-        """Return the request that measures plans as `table` was measured: on its states, with its importance."""
-        request = cls(out=table, source=source)
-        weighted = CostTable.load(table).importance != "none"
-        return replace(request, weighted=weighted, imatrix=request.imatrix_path if weighted else None)
+    def as_table(self) -> Request:
+        """Return this request with the importance that the table `out` was measured with."""
+        weighted = CostTable.load(self.out).importance != "none"
+        return replace(self, weighted=weighted, imatrix=self.imatrix_path if weighted else None)
 
 
 @dataclass(frozen=True)

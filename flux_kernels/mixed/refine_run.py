@@ -27,7 +27,7 @@ def joint_measure(costs: Path, model: str | None) -> Measure:
     path = Path(model) if model not in (None, "embedded") else None
     is_gguf = path is not None and path.suffix.lower() == ".gguf"
     source = find_source(path if is_gguf else None, None if is_gguf else path, None)
-    request = Request.of_table(costs, source)
+    request = Request(out=costs, source=source).as_table()
     if not request.states_path.exists():
         raise FormatError(
             f"--refine needs the captured states {request.states_path}, which `flux-kernels measure --out {costs}` makes."
