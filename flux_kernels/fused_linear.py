@@ -53,8 +53,13 @@ class FusedLinear(GGUFLinear):
         """Tell whether a part has an adapter around it or outlier channels, so that it must compute for itself."""
         return not all(type(part) is FusedPart and part.outlier_index is None for part in self._modules_of_parts())
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Compute all rows in one product, low-rank branches of parts included, or part by part where `adapted`."""
+    def forward(self, input: Tensor, part: FusedPart | None = None) -> Tensor:
+        """Compute all rows in one product, low-rank branches of parts included, or part by part where `adapted`.
+
+        With `part`, its rows alone: parts compute through this layer, so that the hooks of offloading see every use of it.
+        """
+        if part is not None:
+            return GGUFLinear.forward(part, input)
         parts = self._modules_of_parts()
         if self.adapted():
             return torch.cat([part(input) for part in parts], dim=-1)
@@ -142,7 +147,7 @@ class FusedPart(GGUFLinear):
         """Compute with the rows of this layer, or select its columns where `input` is the fused layer's output."""
         if input.shape[-1] == self.whole.out_features != self.in_features:
             return input[..., self.rows.start : self.rows.stop]
-        return super().forward(input)
+        return self.whole(input, part=self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter of a branch; refuse rows and bias, which the fused layer holds."""

@@ -70,6 +70,20 @@ def test_adapters_work_on_parts(model, packed_model, expected, kind, order):
     torch.testing.assert_close(run(model), want, **CLOSE)
 
 
+@pytest.mark.parametrize("offload", ["sequential", "leaf_level"])
+def test_adapters_work_on_parts_of_an_offloaded_model(fused, packed_model, offload):
+    plain, cpu = copy.deepcopy(packed_model), torch.device("cpu")
+    for each in (plain, fused):
+        torch.manual_seed(3)
+        each.add_adapter(adapter())
+    if offload == "sequential":
+        pytest.importorskip("accelerate").cpu_offload(fused, execution_device=cpu)
+        assert fused.transformer_blocks[0].attn.to_qkv.qweight.is_meta
+    else:
+        fused.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=offload)
+    assert_same(fused, run(plain))
+
+
 def test_adapters_load_and_unload_through_the_pipeline(fused, packed_model, expected):
     from .test_operations_table import lora_state_dict, pipeline
 
