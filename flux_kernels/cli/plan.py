@@ -77,6 +77,8 @@ def plan(
         go_offline_quietly()
         from ..mixed.constraints import Constraints, parse_pair
 
+        _need("scipy", *(["matplotlib"] if report else []))  # before anything is written
+
         constraints = Constraints(
             keep=tuple(parse_pair(text, "--keep") for text in keep or ()),
             at_least=tuple(parse_pair(text, "--at-least") for text in at_least or ()),
@@ -100,6 +102,14 @@ def plan(
         return
     _print(console, problem, made, table, metric)
     _print_written(console, out, export, written)
+
+
+def _need(*packages: str) -> None:
+    """Raise ImportError, which the command line tells in one sentence, where a package is missing."""
+    from importlib import import_module
+
+    for package in packages:
+        import_module(package)
 
 
 def _read(costs: Path, model: str | None, rule: str, constraints: Any, metric: str) -> tuple[Any, Problem]:

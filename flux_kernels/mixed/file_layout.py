@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 
@@ -101,6 +101,7 @@ class FileLayout:
         return tensor_nbytes(_row(kind), tuple(self.shapes[name])) + extra
 
 
+@cache
 def parse_option(option: str) -> tuple[str, int]:
     """Split "Q4_K+r16" into type and rank; rank 0 where there is none."""
     match = _OPTION.fullmatch(option)

@@ -1,0 +1,98 @@
+"""The report: one page without a network, figures that show what they claim."""
+
+from __future__ import annotations
+
+import base64
+import re
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from flux_kernels.mixed.cost import JointRow
+from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
+from flux_kernels.mixed.plan import make_problem, plan_within
+from flux_kernels.mixed.report import write_report
+from flux_kernels.mixed.report_data import gather, uniform_files
+from flux_kernels.mixed.report_plots import bytes_by_type, heat_map, size_against_cost
+
+from .made_costs import made_table
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(made_table(), layout_of_shapes(embedded_shapes(), "<embedded>"))
+
+
+@pytest.fixture(scope="module")
+def data(problem):
+    plan = plan_within(problem, 3_600_000)
+    chosen = {name: plan.types[name] for name in problem.costs}
+    joint = [
+        JointRow(chosen, plan.cost * 1.1, 1.0, plan.cost, plan.cost * 1.3),
+        JointRow(dict.fromkeys(chosen, "Q4_K"), plan.cost * 4, 1.0),
+        JointRow({**chosen, "single_blocks.0.linear1.weight": "Q8_0"}, plan.cost, 1.0),
+    ]
+    return gather(problem, plan, problem.costs, joint, Image.new("RGB", (32, 16), "red"))
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(data, tmp_path):
+    written = write_report(data, tmp_path / "plan.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
+    text = (tmp_path / "plan.html").read_text()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(images) == 4  # three figures and the pictures
+    for path, image in zip(written[1:], images):
+        assert base64.b64decode(image) == path.read_bytes()
+        Image.open(path).verify()
+    assert Image.open(BytesIO(base64.b64decode(images[3]))).size == (32, 16)
+    assert not re.search(r"https?://|<script|<link|src=\"(?!data:)", text)
+    assert "&lt;embedded&gt;_mx" in text and "<embedded>" not in text
+    assert f"{data.plan.bytes:,} bytes" in text
+    assert "this plan" in text and "another plan" in text and "Measured as a whole" in text
+
+
+def test_without_joint_measurements_the_page_says_so(problem, tmp_path):
+    plain = gather(problem, plan_within(problem, 3_600_000), problem.costs)
+    write_report(plain, tmp_path / "plan.html")
+    assert "measure --plan" in (tmp_path / "plan.html").read_text()
+
+
+def test_joint_measurements_are_told_apart(data):
+    assert [found.label for found in data.joint] == ["this plan", "Q4_K", "another plan"]
+    assert data.joint[0].bytes == data.plan.bytes
+    assert data.joint[1].bytes == {name: size for name, size, _ in data.uniform}["Q4_K"]
+
+
+def test_the_curve_shows_plan_uniform_files_and_intervals(data):
+    (axes,) = size_against_cost(data).axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert len(labels) == 5
+    texts = {text.get_text() for text in axes.texts}
+    assert {"Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "size asked for", "this plan"} <= texts
+    assert axes.get_yscale() == "log"
+    low, high = axes.get_xlim()
+    assert low < data.plan.bytes / 1e6 < high
+    best = dict(data.best)
+    assert all(cost >= min(c for size, c in best.items() if size >= at) for _, at, cost in data.uniform)
+
+
+def test_the_heat_map_marks_the_choice_of_every_tensor(data):
+    axes = heat_map(data).axes[0]
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    columns = [label.get_text().partition("\n")[0] for label in axes.get_xticklabels()]
+    assert "F16" not in columns and columns[0] == "Q2_K" and columns[-1] == "Q8_0"
+    marks = {(rows[int(y)], columns[int(x)]) for x, y in axes.collections[0].get_offsets()}
+    assert marks == {(name.removesuffix(".weight"), data.options[name]) for name in data.costs if data.options[name] != "F16"}
+
+
+def test_the_bars_add_up_to_the_tensors_of_the_file(data):
+    (axes,) = bytes_by_type(data).axes
+    total = sum(bar.get_width() for bar in axes.patches) * 1e6
+    assert total == pytest.approx(data.plan.bytes - data.layout.empty_bytes)
+
+
+def test_uniform_files_leave_out_types_that_some_tensor_lacks(problem):
+    costs = {name: dict(options) for name, options in problem.costs.items()}
+    del costs["single_blocks.0.linear1.weight"]["Q3_K"]
+    assert "Q3_K" not in [name for name, _, _ in uniform_files(problem.layout, costs)]
