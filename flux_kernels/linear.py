@@ -70,12 +70,13 @@ class GGUFLinear(LowRankLayer, nn.Linear):
         self.backend = backend
         self.compute = compute
         self.compute_dtype = compute_dtype
-        self.qweight = nn.Parameter(qweight, requires_grad=False)
-        self._no_branch()
+        # The bias comes first: several models of diffusers (Wan) take the dtype of a module's first parameter for its own.
         if bias is None or isinstance(bias, nn.Parameter):
             self.bias = bias  # type: ignore[assignment]
         else:
             self.bias = nn.Parameter(bias, requires_grad=False)
+        self.qweight = nn.Parameter(qweight, requires_grad=False)
+        self._no_branch()
 
     @classmethod
     def from_packed(
