@@ -48,6 +48,7 @@ BY_LIBGGML = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 STREAMS_TIED = Constraints(
     same=tuple(f"double_blocks.*_{part}.weight" for part in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2"))
 )
+SEEDS = [0, 20_000_000]
 HELD_OUT_SEED = 1_000_000  # further from the calibration's seeds than there are states
 CPU = torch.device("cpu")
 Types = dict[str, str]
@@ -162,7 +163,7 @@ def candidates(proof: Proof, budget: int, kind: str, tables: dict, blocks: dict,
         picks = (solve if name.startswith("best") else greedy)(groups, budget).picks
         found[name] = {tensor: kinds[pick] for part, pick in zip(names, picks, strict=True) for tensor in part}, weighted
     found["mixed without importance"] = proof.planned(tables["plain"], budget), False
-    found["mixed without IQ types"] = proof.planned(without(tables["weighted"], BY_LIBGGML), budget), True
+    found["mixed, types quantized here"] = proof.planned(without(tables["weighted"], BY_LIBGGML), budget), True
     found["mixed, streams tied"] = proof.planned(tables["weighted"], budget, STREAMS_TIED), True
     own = {"greedy by block": "plain", "greedy by block, importance": "weighted"}  # the greedy's last step may save too much
     for name, table in own.items():
@@ -198,6 +199,7 @@ def judge(proof: Proof, found: dict[str, tuple[Types, bool]], kind: str, budget:
             ("uniform", "uniform"),
             ("uniform_importance", "uniform, importance"),
             ("greedy", "greedy by block"),
+            ("best_by_block", "best by block"),
         ):
             base = errors[other].velocity
             ends = bootstrap(error, base, held.weights)
@@ -213,49 +215,58 @@ def tell(what: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
 
 
+def run(calibration: int, held_out: int, rounds: int, seed: int) -> tuple[Proof, list[dict], dict[str, tuple[Types, bool]]]:
+    """Run the experiment for one pair of state sets; return the rows and the candidates at the first budget."""
+    kinds = (*OWN, *(BY_LIBGGML if libggml.available() else ()))
+    kinds = tuple(sorted(kinds, key=lambda name: -FORMATS[name].bits_per_weight))
+    proof = Proof(calibration, held_out, kinds, seed)
+    tell("measuring every tensor in every type, weighted by importance")
+    tables = dict(weighted=proof.table(proof.weighted))
+    tell("and without")
+    proof.types = [name for name in proof.types if name not in BY_LIBGGML]
+    tables["plain"] = proof.table(proof.plain)
+    tell("blocks")
+    blocks = {
+        "greedy by block": (*proof.block_costs(proof.plain, "mfq", MFQ_TYPES), MFQ_TYPES, False),
+        "greedy by block, importance": (*proof.block_costs(proof.weighted, "mfq", MFQ_TYPES), MFQ_TYPES, True),
+        "best by block": (*proof.block_costs(proof.weighted, "velocity", kinds), kinds, True),
+    }
+    rows, first = [], {}
+    for kind in UNIFORM:
+        tell(f"plans at the bytes of {kind}")
+        budget = proof.bytes(proof.uniform(kind))
+        found = candidates(proof, budget, kind, tables, blocks, rounds)
+        rows += [{"seed": seed, **row, **origin(CPU)} for row in judge(proof, found, kind, budget)]
+        first = first or found
+    return proof, rows, first
+
+
 def main(
     calibration: Annotated[int, typer.Option(help="States that costs are measured on.")] = 96,
     held_out: Annotated[int, typer.Option(help="States that the candidates are judged on.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the calibration's first picture.")] = 0,
+    seed: Annotated[
+        list[int], typer.Option(help="Of the calibration's first picture; the experiment is run for each.")
+    ] = SEEDS,
     rounds: Annotated[int, typer.Option(help="Of refinement.")] = 2,
     write: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Pictures side by side at the bytes of Q3_K.")] = None,
 ) -> None:
     """Run the experiment."""
     go_offline_quietly()
-    kinds = (*OWN, *(BY_LIBGGML if libggml.available() else ()))
+    rows: list[dict] = []
     with one_thread():
-        proof = Proof(calibration, held_out, sorted(kinds, key=lambda name: -FORMATS[name].bits_per_weight), seed)
-        tell("measuring every tensor in every type, weighted by importance")
-        tables = dict(weighted=proof.table(proof.weighted))
-        tell("and without")
-        proof.types = [name for name in proof.types if name not in BY_LIBGGML]
-        tables["plain"] = proof.table(proof.plain)
-        tell("blocks")
-        blocks = {
-            "greedy by block": (*proof.block_costs(proof.plain, "mfq", MFQ_TYPES), MFQ_TYPES, False),
-            "greedy by block, importance": (*proof.block_costs(proof.weighted, "mfq", MFQ_TYPES), MFQ_TYPES, True),
-            "best by block": (*proof.block_costs(proof.weighted, "velocity", kinds), kinds, True),
-        }
-        rows, drawn = [], {}
-        for kind in UNIFORM:
-            tell(f"plans at the bytes of {kind}")
-            budget = proof.bytes(proof.uniform(kind))
-            found = candidates(proof, budget, kind, tables, blocks, rounds)
-            rows += [{**row, **origin(CPU)} for row in judge(proof, found, kind, budget)]
-            drawn.setdefault("found", found)
+        for number in seed:
+            proof, found, first = run(calibration, held_out, rounds, number)
+            rows += found
+            if picture and number == seed[0]:
+                draw(proof, first, picture)
+            if write:
+                write_csv(rows, write)
     for row in rows:
-        print(f"{row['budget']:<5} {row['candidate']:<36} {row['bytes']:>9} {row['cost']:>11}", end=" ")
+        print(f"{row['seed']:<9} {row['budget']:<5} {row['candidate']:<52} {row['bytes']:>9} {row['cost']:>11}", end=" ")
         print(
-            *(
-                f"{row[f'of_{a}']} [{row[f'of_{a}_low']}, {row[f'of_{a}_high']}]"
-                for a in ("uniform", "uniform_importance", "greedy")
-            )
+            *(f"{row[f'of_{a}']} [{row[f'of_{a}_low']}, {row[f'of_{a}_high']}]" for a in ("uniform", "greedy", "best_by_block"))
         )
-    if write:
-        write_csv(rows, write)
-    if picture:
-        draw(proof, drawn["found"], picture)
 
 
 def draw(proof: Proof, found: dict[str, tuple[Types, bool]], path: Path) -> None:
