@@ -68,8 +68,11 @@ def make_tensor(source: SourceTensor, type_name: str, importance: Tensor | None,
 
     jobs = [work.threads.submit(slab, start, min(start + step, rows)) for start in range(0, rows, step)]
     try:
+        told, finished = 0, 0
         for job in as_completed(jobs):
-            work.done(source.nbytes * job.result() // rows)
+            finished += job.result()
+            work.done(source.nbytes * finished // rows - told)
+            told = source.nbytes * finished // rows
     except BaseException:
         for job in jobs:
             job.cancel()
