@@ -37,6 +37,7 @@ def plan(
     ] = "model",
     out: Annotated[Path, typer.Option("--out", "-o", help="Plan to write (JSON).")] = Path("plan.json"),
     report: Annotated[Path | None, typer.Option(help="HTML page to write, with its figures as PNG files beside it.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="An image to show in the report: pictures side by side.")] = None,
     model: Annotated[
         str | None,
         typer.Option(help="The measured model: flux1-dev, flux1-schnell, embedded, or its file or folder (headers are read)."),
@@ -96,7 +97,7 @@ def plan(
         from ..mixed.casting_cost import write_casting_cost
 
         write_casting_cost(table, problem.layout, export)
-    written = _report(report, problem, made, table, metric) if report is not None else []
+    written = _report(report, problem, made, table, metric, pictures) if report is not None else []
     if as_json:
         typer.echo(made.to_json())
         return
@@ -174,12 +175,15 @@ def _plan(
     return replace(done.plan, options={**asked, **done.plan.options})
 
 
-def _report(path: Path, problem: Problem, made: Plan, table: Any, metric: str) -> list[Path]:
+def _report(path: Path, problem: Problem, made: Plan, table: Any, metric: str, pictures: Path | None) -> list[Path]:
+    from PIL import Image
+
     from ..mixed.report import write_report
     from ..mixed.report_data import gather
 
     joint = table.joint if metric == "cost" else ()
-    return write_report(gather(problem, made, _measured(table, metric), joint), path)
+    shown = Image.open(pictures) if pictures else None
+    return write_report(gather(problem, made, _measured(table, metric), joint, shown), path)
 
 
 def _measured(table: Any, metric: str) -> dict[str, dict[str, float]]:

@@ -135,7 +135,7 @@ def find_layout(table: CostTable, model: str | None = None, rule: str = "new") -
     Args:
         table: the costs.
         model: a name of NAMED_MODELS, or the path of a GGUF or safetensors file or folder, of which headers are read; None
-            tries the names, FLUX.1-dev first.
+            tries the names, that of the measured file first, then FLUX.1-dev.
         rule: how tensors outside the plan are stored: "legacy", "old" or "new".
     """
     if model in NAMED_MODELS:
@@ -143,8 +143,12 @@ def find_layout(table: CostTable, model: str | None = None, rule: str = "new") -
     if model is not None:
         path = Path(model)
         return layout_of_shapes(shapes_of_model(path), path.stem, rule)
-    for name, shapes in NAMED_MODELS.items():
-        layout = layout_of_shapes(shapes(), name, rule)
+    # dev and schnell have the same matrices in their blocks, so the measured file's name decides between them.
+    letters = table.model.lower().replace(".", "").replace("-", "")
+    for name in sorted(NAMED_MODELS, key=lambda name: name.replace("-", "") not in letters):
+        layout = layout_of_shapes(
+            NAMED_MODELS[name](), table.model.removesuffix(".safetensors").removesuffix(".gguf") or name, rule
+        )
         if mismatch(table, layout) is None:
             return layout
     raise FormatError(

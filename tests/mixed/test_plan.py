@@ -211,6 +211,12 @@ def test_options_are_types_with_ranks():
 
 def test_the_model_is_found_or_asked_for(tmp_path):
     assert find_layout(made_table()).model == "embedded"
+    assert find_layout(made_table(), "embedded", "old").types["txt_in.weight"] == "F16"
+    matrix = CostRow("double_blocks.0.img_attn.qkv.weight", "Q8_0", 1.0, 1.0, 9216 * 3072 // 32 * 34, 0.1)
+    for file, tensors in (("FLUX.1-dev", 780), ("flux1-schnell.safetensors", 776), ("mine.gguf", 780), ("", 780)):
+        found = find_layout(CostTable([matrix], model=file))
+        assert len(found.shapes) == tensors
+        assert found.model == (file.removesuffix(".safetensors").removesuffix(".gguf") or "flux1-dev")
     foreign = CostTable([CostRow("double_blocks.0.img_attn.qkv.weight", "Q4_K", 1.0, 1.0, 144, 0.1)])
     with pytest.raises(FormatError, match="fits none of flux1-dev.*--model"):
         find_layout(foreign)

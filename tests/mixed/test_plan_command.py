@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from flux_kernels.cli import app
@@ -39,9 +40,16 @@ def test_from_costs_to_a_file_with_the_planned_types(costs, tmp_path):
     assert done.exit_code == 0, done.output
     assert {name: tensor.format for name, tensor in read_gguf(file).tensors.items()} == plan.types
     assert file.stat().st_size == plan.bytes
-    whole = tmp_path / "told.gguf"
-    assert invoke("quantize", "flux_kernels/demo_model/transformer", whole, "--plan", out).exit_code == 0
-    assert whole.stat().st_size <= plan.options["budget"]  # with what it says about its origin
+    told = invoke("quantize", "flux_kernels/demo_model/transformer", "--plan", out, "--dry-run", "--json")
+    assert json.loads(told.stdout)["bytes"] <= plan.options["budget"]  # with what it says about its origin
+
+
+def test_pictures_go_into_the_report(costs, tmp_path):
+    Image.new("RGB", (64, 48), "blue").save(tmp_path / "sheet.png")
+    arguments = ("--report", tmp_path / "plan.html", "--pictures", tmp_path / "sheet.png")
+    done = invoke("plan", costs, "--bpw", 6, "-o", tmp_path / "plan.json", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "Pictures side by side" in (tmp_path / "plan.html").read_text()
 
 
 def test_json_is_the_plan(costs, tmp_path):
