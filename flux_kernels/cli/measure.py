@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,7 +102,7 @@ def measure(
     world = work.World.from_environment()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
     with (
-        one_thread_if(request.source.embedded, one_thread),
+        one_thread() if request.source.embedded else nullcontext(),
         Progress(
             *columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True, disable=world.rank > 0
         ) as bar,
@@ -118,13 +119,6 @@ def measure(
             _report_plan(console, found, out, as_json)
         return
     _report_table(console, found, request, as_json)
-
-
-def one_thread_if(wanted: bool, one_thread: Any) -> Any:
-    """Return the context to measure in: the embedded model is so small that a second thread only waits."""
-    from contextlib import nullcontext
-
-    return one_thread() if wanted else nullcontext()
 
 
 def _show(bar: Progress) -> Any:

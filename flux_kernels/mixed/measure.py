@@ -121,27 +121,28 @@ class Measurer:
         self._cache = [self._run(batch, stage, hidden, self._at) for batch, hidden in pairs]
         self._at = stage
 
-    @torch.inference_mode()
     def changed(self, weights: Mapping[str, Tensor]) -> tuple[Errors, list[Tensor]]:
-        """Run the model with other weights from the first stage they change on.
-
-        Args:
-            weights: parameter name -> weights.
+        """Run the model with other weights (parameter name -> weights), from the first stage they change on.
 
         Returns:
             The errors, and for each batch the difference of the velocity, [batch, image tokens, channels].
         """
-        by_stage: dict[int, dict[str, Tensor]] = {}
-        for name, weight in weights.items():
-            by_stage.setdefault(self.stages.stage_of(name), {})[name] = weight
-        first = min(by_stage, default=self.stages.last)
-        self._advance(min(first, self.stages.last))
+        by_stage = _grouped(weights, self.stages.stage_of)
+        return self._changed(by_stage, lambda stage: {name: weights[name] for name in by_stage.get(stage, ())})
+
+    @torch.inference_mode()
+    def _changed(
+        self, changing: Iterable[int], weights_at: Callable[[int], Mapping[str, Tensor]]
+    ) -> tuple[Errors, list[Tensor]]:
+        """Run the stages from the first that changes on; the weights of a stage are asked for when it is reached."""
+        first = min((*changing, self.stages.last))
+        self._advance(first)
         found = list(self._cache)
         for stage in range(first, self.stages.last):
-            with replaced(self.model, by_stage.get(stage, {})):
+            with replaced(self.model, weights_at(stage)):
                 pairs = zip(self._batches, found, strict=True)
                 found = [self._run(batch, stage + 1, hidden, stage) for batch, hidden in pairs]
-        with replaced(self.model, by_stage.get(self.stages.last, {})):
+        with replaced(self.model, weights_at(self.stages.last)):
             velocity = [self.stages.velocity(hidden) for hidden in found]
         difference = [a.float() - b.float() for a, b in zip(velocity, self._velocity, strict=True)]
         errors = Errors(
@@ -167,13 +168,7 @@ class Measurer:
         Tensors in a plain type (F16, BF16, F32) count as unquantized and are left out.
         """
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, type_name in types.items():
-            if type_name in PLAIN_TYPES:
-                continue
-            if name not in self.tensors:
-                raise FormatError(
-                    f"The model's file has no matrix {name!r} to measure. It has {', '.join(list(self.tensors)[:3])}, ..."
-                )
+        for name, type_name in self.known(types).items():
             found |= quantized(self.model, self.tensors[name], type_name, self.channel_weights(name))
         return found
 
@@ -192,8 +187,23 @@ class Measurer:
         )
 
     def joint_errors(self, types: Mapping[str, str]) -> Errors:
-        """Run the model with all of these tensors quantized at once."""
-        return self.changed({name: weight for name, (weight, _) in self.weights_of(types).items()})[0]
+        """Run the model with all of these tensors quantized at once; the weights of one block at a time are decoded."""
+        by_stage = _grouped(self.known(types), lambda name: self.stages.stage_of(self.tensors[name].module))
+
+        def weights_at(stage: int) -> dict[str, Tensor]:
+            found = self.weights_of({name: types[name] for name in by_stage.get(stage, ())})
+            return {name: weight for name, (weight, _) in found.items()}
+
+        return self._changed(by_stage, weights_at)[0]
+
+    def known(self, types: Mapping[str, str]) -> dict[str, str]:
+        """Return the tensors that count as quantized (those in a plain type do not); raise FormatError for foreign ones."""
+        foreign = [name for name in types if name not in self.tensors]
+        if foreign:
+            raise FormatError(
+                f"The model's file has no matrix {foreign[0]!r} to measure. It has {', '.join(list(self.tensors)[:3])}, ..."
+            )
+        return {name: kind for name, kind in types.items() if kind not in PLAIN_TYPES}
 
     def measure_joint(self, types: Mapping[str, str], states: str = "") -> JointRow:
         """Measure a plan as a whole, with a bootstrap interval over the states."""
@@ -237,6 +247,13 @@ def bootstrap(error: Tensor, signal: Tensor, weights: Tensor, *, seed: int = 0, 
     costs = (weights * error)[drawn].sum(1) / (weights * signal)[drawn].sum(1)
     ends = torch.quantile(costs, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=costs.dtype))
     return ends[0].item(), ends[1].item()
+
+
+def _grouped(names: Iterable[str], stage_of: Callable[[str], int]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for name in names:
+        found.setdefault(stage_of(name), []).append(name)
+    return found
 
 
 def _mse(a: Tensor, b: Tensor) -> Tensor:

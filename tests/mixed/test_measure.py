@@ -117,6 +117,28 @@ def test_stages_are_the_forward_pass():
             assert torch.equal(stages.velocity(hidden), model(**state.inputs).sample)
 
 
+def test_stages_of_a_model_without_guidance():
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = dict(in_channels=16, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=48, pooled_projection_dim=24)
+    model = FluxTransformer2DModel(num_layers=2, num_single_layers=1, axes_dims_rope=(8, 12, 12), **sizes).eval()
+    inputs = dict(
+        hidden_states=torch.randn(2, 6, 16),
+        encoder_hidden_states=torch.randn(2, 5, 48),
+        pooled_projections=torch.randn(2, 24),
+        timestep=torch.tensor([0.3, 0.9]),
+        img_ids=torch.tensor([[0, row, column] for row in range(2) for column in range(3)]).float(),
+        txt_ids=torch.zeros(5, 3),
+    )
+    stages = Stages(model)
+    with torch.no_grad():
+        hidden = stages.embed(inputs)
+        for stage in range(1, stages.last):
+            hidden = stages.block(stage, hidden)
+        assert stages.last == 4 and torch.equal(stages.velocity(hidden), model(**inputs).sample)
+
+
 def test_importance_is_the_sum_of_squares_of_the_inputs():
     model = embedded_pipeline().transformer
     seen = []
