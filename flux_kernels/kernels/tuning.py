@@ -58,8 +58,10 @@ _SMALL = Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)
 SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
 
 _FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
-_FP16_EXCEPTIONS = {name: _MEDIUM for name in _GRID_TILES} | {
-    "Q8_0": Tile(block_m=128, block_n=64, tile_k=128, num_warps=8, num_stages=2),  # the tile above spills on sm_80
+_FP16_EXCEPTIONS = dict.fromkeys(_GRID_TILES, _MEDIUM) | {
+    # The tile above spills, Q8_0 on sm_80 and MXFP4 everywhere.
+    name: Tile(block_m=128, block_n=64, tile_k=128, num_warps=8, num_stages=2)
+    for name in ("Q8_0", "MXFP4")
 }
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
@@ -90,8 +92,9 @@ def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
     return max(tile, fmt.block_size)
 
 
-# Q1_0 and Q2_0 have many slices to a block, whose loads are not merged then (a quarter more instructions); Q5_0 spills on sm_120.
-_NOT_BY_LDMATRIX = GRID_FORMATS | {"Q1_0", "Q2_0", "Q5_0"}
+# Q1_0 and Q2_0 have many slices to a block, whose loads are not merged then (a quarter more instructions); the others spill, Q5_0
+# on sm_120, TQ1_0 in the medium tile and IQ4_XS in split-K on sm_80.
+_NOT_BY_LDMATRIX = GRID_FORMATS | {"Q1_0", "Q2_0", "Q5_0", "TQ1_0", "IQ4_XS"}
 
 
 def loads_by_ldmatrix(fmt: BlockFormat, capability: tuple[int, int] | None) -> bool:
