@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from flux_kernels import FormatError
+from flux_kernels.embedded import embedded_model_path
 from flux_kernels.flux.names import block_of
 from flux_kernels.formats import FORMATS
 from flux_kernels.gguf_write import planned_size
@@ -256,7 +257,7 @@ def test_a_plan_applied_on_the_fly_has_the_bytes_of_its_file(tmp_path):
     layers = for_diffusers(plan, model)
     fk.swap_linear(model, format=layers)
     fk.save_gguf(model, tmp_path / "swapped.gguf")
-    prepare("flux_kernels/demo_model/transformer", Request(plan=plan)).write(tmp_path / "quantized.gguf")
+    prepare(embedded_model_path() / "transformer", Request(plan=plan)).write(tmp_path / "quantized.gguf")
     swapped, quantized = fk.read_gguf(tmp_path / "swapped.gguf"), fk.read_gguf(tmp_path / "quantized.gguf")
     chosen = {name: kind for name, kind in plan.types.items() if kind in FORMATS}
     assert len(chosen) == len(problem().costs)

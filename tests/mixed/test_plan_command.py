@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flux_kernels.cli import app
+from flux_kernels.embedded import embedded_model_path
 from flux_kernels.gguf_file import read_gguf
 from flux_kernels.mixed.casting_cost import is_casting_cost
 from flux_kernels.mixed.plan_file import Plan
@@ -36,11 +37,11 @@ def test_from_costs_to_a_file_with_the_planned_types(costs, tmp_path):
     assert "the least there is" in said.output and "Q5_K" in said.output and "plan-curve.png" in said.output
     plan = Plan.load(out)
     assert report.exists() and plan.types["double_blocks.0.img_mod.lin.weight"] == "Q8_0"
-    done = invoke("quantize", "flux_kernels/demo_model/transformer", file, "--plan", out, "--bare")
+    done = invoke("quantize", embedded_model_path() / "transformer", file, "--plan", out, "--bare")
     assert done.exit_code == 0, done.output
     assert {name: tensor.format for name, tensor in read_gguf(file).tensors.items()} == plan.types
     assert file.stat().st_size == plan.bytes
-    told = invoke("quantize", "flux_kernels/demo_model/transformer", "--plan", out, "--dry-run", "--json")
+    told = invoke("quantize", embedded_model_path() / "transformer", "--plan", out, "--dry-run", "--json")
     assert json.loads(told.stdout)["bytes"] <= plan.options["budget"]  # with what it says about its origin
 
 
@@ -98,6 +99,7 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 from flux_kernels.cli import app
+from flux_kernels.embedded import embedded_model_path
 app(["plan", {str(costs)!r}, "--size", "4MB", "-o", {str(tmp_path / "plan.json")!r}, "--report", {str(tmp_path / "r.html")!r}])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
