@@ -10,7 +10,7 @@ from math import gcd
 
 from ..errors import FormatError
 
-TIME_LIMIT = 120.0  # seconds; FLUX.1-dev with 304 matrices of 12 types takes a few
+TIME_LIMIT = 120.0  # seconds; FLUX.1-dev takes about one
 _SCALE = 1e4  # the optimum in the solver's units: its absolute gap of 1e-6 then is 1e-10 of the cost
 
 
