@@ -37,7 +37,12 @@ def measure(
     sizes: Annotated[str, typer.Option(help="Picture sizes to choose from: 1024x1024,832x1216. Default: the model's.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the runs; the model's own number by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the choices and the first picture's noise.")] = 0,
-    types: Annotated[str, typer.Option(help="ggml types, comma-separated. Default: Q8_0 to Q2_K, 13 types.")] = "",
+    types: Annotated[
+        str,
+        typer.Option(
+            help="ggml types, comma-separated; Q4_K+r16 is one with a low-rank correction. Default: Q8_0 to Q2_K, 13 types."
+        ),
+    ] = "",
     imatrix: Annotated[
         Path | None, typer.Option(help="Ready importance matrices; collected from the states by default.")
     ] = None,
@@ -48,7 +53,10 @@ def measure(
         Path | None, typer.Option(help="Measure this plan as a whole, instead of single tensors; costs do not add.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16 to compute in. Default: float32 on a CPU, bfloat16 on a GPU.")
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16 to compute in. Default: float32 on a CPU, bfloat16 on a GPU, whose own rounding hides costs below about 1e-5."
+        ),
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... Default: this process's GPU, or the CPU.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")] = False,
@@ -80,6 +88,7 @@ def measure(
         from ..mixed import measure_run as work
         from ..mixed.capture import read_prompts
         from ..mixed.measured_model import find_source
+        from ..mixed.plan import options_of
         from ..mixed.plan_file import Plan
     request = work.Request(
         out=out,
@@ -96,7 +105,7 @@ def measure(
         device=_device(device),
         dtype=_dtype(dtype),
     )
-    types_of_plan = None if plan is None else Plan.load(plan).types
+    types_of_plan = None if plan is None else options_of(Plan.load(plan))
     if plan is not None and out.exists() and imatrix is None:
         request = request.as_table()
     world = work.World.from_environment()

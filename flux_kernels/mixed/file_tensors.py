@@ -15,6 +15,8 @@ from ..flux.names import BFL, Source, sources
 from ..formats import PLAIN_TYPES, get_format
 from ..packing import quantize
 from ..reference import dequantize
+from .file_layout import parse_option
+from .low_rank_fit import STORED, corrected
 
 BLOCKS = ("double_blocks.*", "single_blocks.*")
 
@@ -39,13 +41,19 @@ class FileTensor:
         return next(iter(self.parts)).removesuffix(".weight")
 
     def types(self, wanted: Iterable[str]) -> list[str]:
-        """Return those of the wanted types that this tensor's rows are whole blocks of."""
-        return [name for name in wanted if self.shape[1] % get_format(name).block_size == 0]
+        """Return those of the wanted types (also "Q4_K+r16") that this tensor's rows are whole blocks of."""
+        split = {name: parse_option(name) for name in wanted}
+        return [
+            name
+            for name, (kind, rank) in split.items()
+            if self.shape[1] % get_format(kind).block_size == 0 and rank <= min(self.shape)
+        ]
 
     def packed_bytes(self, type_name: str) -> int:
-        """Return the bytes of the tensor in a block type or a plain one, without padding."""
-        fmt = PLAIN_TYPES[type_name] if type_name in PLAIN_TYPES else get_format(type_name)
-        return self.shape[0] * self.shape[1] // fmt.block_size * fmt.type_size
+        """Return the bytes of the tensor in a block type or a plain one, its correction included, without padding."""
+        kind, rank = parse_option(type_name)
+        fmt = PLAIN_TYPES[kind] if kind in PLAIN_TYPES else get_format(kind)
+        return self.shape[0] * self.shape[1] // fmt.block_size * fmt.type_size + rank * sum(self.shape) * STORED.itemsize
 
 
 def file_tensors(model: nn.Module, include: Iterable[str] = BLOCKS) -> dict[str, FileTensor]:
@@ -80,16 +88,30 @@ def quantized(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Quantize a tensor of the file and decode it again.
 
+    Args:
+        model: that holds its parts.
+        tensor: of the file.
+        type_name: a ggml type, or one with a low-rank correction such as "Q4_K+r16".
+        importance: [K] of the quantizer's weighting, or None.
+
     Returns:
         Parameter name -> (its decoded weights in its dtype, its squared weight error as a float64 scalar).
     """
+    kind, rank = parse_option(type_name)
+    own = {name: model.get_parameter(name).detach() for name in tensor.parts}
+
+    def round_trip(weight: Tensor) -> Tensor:
+        return dequantize(quantize(weight, kind, importance, name=tensor.name), get_format(kind))
+
+    if rank:
+        whole = torch.cat([weight.float() for weight in own.values()])  # the order of its rows does not matter to the fit
+        decoded, down, up = corrected(whole, round_trip, rank, importance)
+        pieces = (decoded + up.float() @ down.float()).split([len(weight) for weight in own.values()])
+    else:  # a row's bytes depend on that row alone, so the parts can be quantized one by one
+        pieces = map(round_trip, own.values())
     found = {}
-    for parameter, weight in ((name, model.get_parameter(name)) for name in tensor.parts):
-        # A row's bytes depend on that row alone, so the parts can be quantized one by one.
-        packed = quantize(weight.detach(), type_name, importance, name=tensor.name)
-        decoded = dequantize(packed, get_format(type_name))
-        error = (decoded - weight.detach().float()).square().sum(dtype=torch.float64)
-        found[parameter] = decoded.to(weight.dtype), error
+    for (name, weight), piece in zip(own.items(), pieces, strict=True):
+        found[name] = piece.to(weight.dtype), (piece - weight.float()).square().sum(dtype=torch.float64)
     return found
 
 

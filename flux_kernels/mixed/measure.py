@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..formats import PLAIN_TYPES
 from .cost import CostRow, JointRow
+from .file_layout import parse_option
 from .file_tensors import FileTensor, file_tensors, quantized, replaced
 from .stages import Hidden, Stages
 from .states import Batch, State, batches
@@ -203,7 +204,7 @@ class Measurer:
             raise FormatError(
                 f"The model's file has no matrix {foreign[0]!r} to measure. It has {', '.join(list(self.tensors)[:3])}, ..."
             )
-        return {name: kind for name, kind in types.items() if kind not in PLAIN_TYPES}
+        return {name: kind for name, kind in types.items() if parse_option(kind)[0] not in PLAIN_TYPES}
 
     def measure_joint(self, types: Mapping[str, str], states: str = "") -> JointRow:
         """Measure a plan as a whole, with a bootstrap interval over the states."""

@@ -24,6 +24,7 @@ from ..errors import FormatError
 from ..formats import PLAIN_TYPES, get_format
 from .capture import Size, capture
 from .cost import CostRow, CostTable, sidecar
+from .file_layout import parse_option
 from .measure import Importance, Measurer
 from .measure_log import MeasureLog, missing, read_logs
 from .measured_model import Source16, open_pipeline, open_transformer
@@ -44,7 +45,7 @@ class Request:
     Attributes:
         out: the cost table to write; logs and the JSON lie beside it.
         source: the 16-bit transformer.
-        types: ggml type names; a tensor whose rows are not whole blocks of one is left out of that type.
+        types: ggml type names, also with a low-rank correction as in "Q4_K+r16"; a tensor whose rows are not whole blocks of one is left out of that type.
         prompts: to capture with; None takes the embedded model's, which only it has.
         states_file: of captured states; made where it is not there.
         count: of states to capture.
@@ -139,7 +140,7 @@ def open_measurement(request: Request, world: World = World(), progress: Progres
         GGUFError, FileNotFoundError: where the model or the base cannot be read.
     """
     for name in request.types:
-        get_format(name)
+        get_format(parse_option(name)[0])
     device = request.device or world.device()
     dtype = request.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     progress("hashing the model", 0, 0)

@@ -440,7 +440,7 @@ def test_a_written_file_costs_what_was_measured(whole, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--types", "Q9"], "Unknown block format 'Q9'"),
+        (["--types", "Q9"], "Unknown type 'Q9'"),
         (["--sizes", "1000x1000"], "multiples of 16"),
         (["--dtype", "int8"], "--dtype is float32"),
         (["--device", "warp"], "--device is cpu"),

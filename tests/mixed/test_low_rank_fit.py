@@ -1,0 +1,60 @@
+"""Low-rank corrections: the best product there is, better where the inputs are, and counted in bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flux_kernels as fk
+from flux_kernels.mixed.low_rank_fit import STORED, corrected, fit
+from flux_kernels.mixed.measure import Measurer
+from tests.mixed.captured import embedded_pipeline, states
+
+QKV = "double_blocks.0.img_attn.qkv.weight"
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
+def test_the_fit_is_the_truncated_svd(shape):
+    torch.manual_seed(1)
+    error, scale = torch.randn(shape), torch.rand(shape[1]) + 0.1
+    down, up = fit(error, 5, scale)
+    assert down.shape == (5, shape[1]) and up.shape == (shape[0], 5)
+    left = ((error - up @ down) * scale).double().square().sum()
+    singular = torch.linalg.svdvals((error * scale).double())
+    # Eckart and Young: no product of rank 5 leaves less. float32 factors: relative 1e-7 of terms as large as the matrix
+    assert left.item() == pytest.approx(singular[5:].square().sum().item(), rel=1e-5)
+
+
+def round_trip(weight):
+    return fk.dequantize(fk.quantize(weight, "Q2_K"), "Q2_K")
+
+
+def test_a_correction_takes_what_a_type_does_worst():
+    torch.manual_seed(2)
+    weight = torch.randn(64, 256) * 0.02 + 0.2 * torch.randn(64, 4) @ torch.randn(4, 256)
+    decoded, down, up = corrected(weight, round_trip, 8)
+    assert down.dtype == up.dtype == STORED
+    plain = (weight - round_trip(weight)).square().sum()
+    left = (weight - decoded - up.float() @ down.float()).square().sum()
+    assert left < 0.1 * plain  # without the four large directions what remains is a tenth in size, a hundredth in square
+
+
+def test_importance_says_where():
+    torch.manual_seed(3)
+    weight, importance = torch.randn(64, 256), torch.full((256,), 1e-2)
+    importance[:32] = 1.0
+
+    def seen(factors):
+        decoded, down, up = factors
+        return ((weight - decoded - up.float() @ down.float()).square() * importance).sum()
+
+    assert seen(corrected(weight, round_trip, 8, importance)) < 0.8 * seen(corrected(weight, round_trip, 8))
+
+
+def test_a_corrected_tensor_is_measured_and_counted():
+    measurer = Measurer(embedded_pipeline().transformer, states())
+    plain, ranked = measurer.measure_one(QKV, "Q2_K"), measurer.measure_one(QKV, "Q2_K+r16")
+    assert ranked.bytes == plain.bytes + 2 * 16 * (768 + 256)
+    assert ranked.cost < plain.cost and ranked.error_weight_rms < plain.error_weight_rms
+    assert measurer.measure_joint({QKV: "Q2_K+r16"}).cost == ranked.cost
+    assert measurer.tensors[QKV].types(["Q4_K+r16", "Q4_K+r300"]) == ["Q4_K+r16"]
