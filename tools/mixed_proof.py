@@ -59,11 +59,11 @@ class Remembering(Measurer):
 
     def weights_of(self, types: Mapping[str, str]) -> dict:
         """Return parameter -> (decoded weights, squared weight error)."""
-        known = self.__dict__.setdefault("known", {})
+        kept = self.__dict__.setdefault("kept", {})
         for item in types.items():
-            if item not in known:
-                known[item] = super().weights_of(dict([item]))
-        return {name: pair for item in types.items() for name, pair in known[item].items()}
+            if item not in kept:
+                kept[item] = super().weights_of(dict([item]))
+        return {name: pair for item in types.items() for name, pair in kept[item].items()}
 
 
 class Proof:
@@ -82,7 +82,7 @@ class Proof:
         self.held_weighted = Remembering(self.model, held, importance=self.weighted.importance)
         self.held_plain = Remembering(self.model, held, importance=None)
         for a, b in ((self.weighted, self.held_weighted), (self.plain, self.held_plain)):
-            a.known = b.known = {}
+            a.kept = b.kept = {}
         self.tensors = self.weighted.tensors
         self.layout = layout_of_shapes(shapes_of_model(find_source().files[0]), "embedded", "new")
 
