@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import FormatError
 from ..flux.names import block_of
 from ..flux.types import BLOCK, tensor_kind
-from ..formats import FORMATS, PLAIN_TYPES, get_format
+from ..formats import FORMATS
 from .cost import CostRow, CostTable
 from .file_layout import FileLayout
 
@@ -59,7 +59,7 @@ def read_casting_cost(path: Path, layout: FileLayout, *, patched: bool = False) 
         for name in names:
             share = prod(layout.shapes[name]) / weights
             for kind, cost in {_FULL: 0.0, **measured[layer]}.items():
-                rows.append(CostRow(name, kind, cost * share, cost * share, _bytes(layout, name, kind), 0.0))
+                rows.append(CostRow(name, kind, cost * share, cost * share, layout.data_bytes(name, kind), 0.0))
     return CostTable(rows, model=layout.model)
 
 
@@ -130,8 +130,3 @@ def _blocks(layout: FileLayout) -> list[list[str]]:
         if block and tensor_kind(name, shape) == BLOCK:
             found.setdefault((block[0] == "single_blocks", block[1]), []).append(name)
     return [found[key] for key in sorted(found)]
-
-
-def _bytes(layout: FileLayout, name: str, kind: str) -> int:
-    row = PLAIN_TYPES[kind] if kind in PLAIN_TYPES else get_format(kind)
-    return prod(layout.shapes[name]) // row.block_size * row.type_size

@@ -78,13 +78,13 @@ class FileLayout:
     def bits_per_weight(self, options: Mapping[str, str]) -> float:
         """Return 8 * bytes of all tensors (without padding and header) / weights of all tensors."""
         chosen = {**self.types, **options}
-        return 8 * sum(self._data_bytes(name, chosen[name]) for name in self.shapes) / self.parameters
+        return 8 * sum(self.data_bytes(name, chosen[name]) for name in self.shapes) / self.parameters
 
     def block_bits(self, options: Mapping[str, str]) -> float:
         """Return bits per weight over the matrices of the blocks alone."""
         chosen = {**self.types, **options}
         blocks = [name for name, shape in self.shapes.items() if tensor_kind(name, shape) == BLOCK]
-        return 8 * sum(self._data_bytes(name, chosen[name]) for name in blocks) / self.block_parameters
+        return 8 * sum(self.data_bytes(name, chosen[name]) for name in blocks) / self.block_parameters
 
     def budget_of_bits(self, bits: float) -> int:
         """Return the most bytes of a file whose tensors have `bits` a weight: those, header and key-values."""
@@ -95,7 +95,8 @@ class FileLayout:
         bits = f"{self.bits_per_weight(options):.1f}".replace(".", "_")
         return f"{self.model or 'model'}_mx{bits}.gguf"
 
-    def _data_bytes(self, name: str, option: str) -> int:
+    def data_bytes(self, name: str, option: str) -> int:
+        """Return the bytes of a tensor in an option, a correction included, padding and header left aside."""
         kind, rank = parse_option(option)
         extra = sum(2 * prod(shape) for shape in low_rank_shapes(name, self.shapes[name], rank).values())
         return tensor_nbytes(_row(kind), tuple(self.shapes[name])) + extra

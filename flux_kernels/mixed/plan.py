@@ -6,10 +6,11 @@ import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..doctor import own_version
 from ..errors import FormatError
 from .constraints import Constraints, Costs, allowed, tied
 from .cost import CostTable
@@ -117,14 +118,11 @@ def mismatch(table: CostTable, layout: FileLayout) -> str | None:
         shape = layout.shapes.get(row.tensor)
         if shape is None or len(shape) != 2:
             return f"{layout.model or 'The model'} has no matrix {row.tensor!r}, the cost table has"
-        if (
-            not rank
-            and row.bytes > layout.option_bytes(row.tensor, kind)
-            or row.bytes + 32 <= layout.option_bytes(row.tensor, kind)
-        ):
+        expected = layout.data_bytes(row.tensor, kind)
+        if not rank and row.bytes != expected:
             return (
                 f"{row.tensor} in {row.type} is {row.bytes:,} bytes in the cost table, in {layout.model or 'the model'} of shape "
-                f"{list(shape)} it is {layout.option_bytes(row.tensor, kind):,}"
+                f"{list(shape)} it is {expected:,}"
             )
     return None
 
@@ -211,7 +209,7 @@ def as_plan(problem: Problem, options: Mapping[str, str], about: Mapping[str, An
             "bits_per_weight": round(layout.bits_per_weight(options), 4),
             "block_bits_per_weight": round(layout.block_bits(options), 4),
         },
-        versions={name: _version(name) for name in ("flux_kernels", "scipy", "torch")},
+        versions={"flux_kernels": own_version(), **{name: version(name) for name in ("scipy", "torch")}},
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
@@ -224,10 +222,3 @@ def options_of(plan: Plan) -> dict[str, str]:
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a small file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 from .budget import ROOM
+from .file_layout import KEY_VALUE_BYTES
 from .report_data import ReportData
 from .report_plots import all_plots, png
 
@@ -99,15 +100,15 @@ def _heading(data: ReportData) -> str:
 
 def _compared(data: ReportData) -> str:
     """Compare the plan with uniform files and the greedy baseline, in words."""
-    cost = data.plan.cost
+    cost, room = data.plan.cost, max(data.plan.bytes, data.budget - KEY_VALUE_BYTES)  # what another file could have taken
     said = [f"Predicted error {cost:.4g}"]
-    larger = [(name, value) for name, size, value in data.uniform if size <= data.plan.bytes and value > 0]
-    if larger and cost > 0:
-        name, value = min(larger, key=lambda one: one[1])
-        said.append(f"{(1 - cost / value):.0%} less than {name} for everything, the best uniform file that is no larger")
-    baseline = [value for size, value in data.greedy if size <= data.plan.bytes]
+    fitting = [(name, value) for name, size, value in data.uniform if size <= room and value > 0]
+    if fitting and cost > 0:
+        name, value = min(fitting, key=lambda one: one[1])
+        said.append(f"{(1 - cost / value):.0%} less than {name} for everything, the best uniform file within the same size")
+    baseline = [value for size, value in data.greedy if size <= room]
     if baseline and min(baseline) > 0:
-        said.append(f"{(1 - cost / min(baseline)):.0%} less than the greedy choice of whole blocks at no more bytes")
+        said.append(f"{(1 - cost / min(baseline)):.0%} less than the greedy choice of whole blocks")
     if data.plan.joint_cost is not None:
         said.append(f"measured as a whole: {data.plan.joint_cost:.4g}")
     return html.escape("; ".join(said)) + "."

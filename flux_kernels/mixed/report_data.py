@@ -15,6 +15,8 @@ from .plan_file import Plan
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_OWN = "this plan"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -72,6 +74,9 @@ def gather(
         joint: joint measurements on the same states, of plans and of uniform files.
         pictures: an image of pictures side by side.
     """
+    measurements = [_measured(problem.layout, plan, row) for row in joint]
+    if plan.joint_cost is not None and not any(found.label == _OWN for found in measurements):
+        measurements.append(Measured(_OWN, plan.bytes, plan.joint_cost))
     blocks = replace(problem, costs=measured, ties=tied(list(measured), Constraints(per_block=True)))
     return ReportData(
         plan=plan,
@@ -82,7 +87,7 @@ def gather(
         greedy=curve(blocks),
         uniform=uniform_files(problem.layout, measured),
         budget=int(plan.options.get("budget", 0)),
-        joint=[_measured(problem.layout, plan, row) for row in joint],
+        joint=measurements,
         pictures=pictures,
     )
 
@@ -98,7 +103,7 @@ def _measured(layout: FileLayout, plan: Plan, row: JointRow) -> Measured:
     """Label a joint measurement by what was measured."""
     kinds = {row.types[name] for name in row.types if name in layout.shapes}
     if all(plan.types.get(name) == kind for name, kind in row.types.items()) and not plan.low_rank:
-        label = "this plan"
+        label = _OWN
     else:
         label = kinds.pop() if len(kinds) == 1 else "another plan"
     return Measured(label, layout.file_bytes(row.types), row.cost, row.cost_low, row.cost_high)

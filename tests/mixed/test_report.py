@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
 from PIL import Image
 
+from flux_kernels.mixed.budget import parse_size
 from flux_kernels.mixed.cost import JointRow
 from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
 from flux_kernels.mixed.plan import make_problem, plan_within
-from flux_kernels.mixed.report import write_report
-from flux_kernels.mixed.report_data import gather, uniform_files
+from flux_kernels.mixed.report import page, write_report
+from flux_kernels.mixed.report_data import Measured, gather, uniform_files
 from flux_kernels.mixed.report_plots import bytes_by_type, heat_map, size_against_cost
 
 from .made_costs import made_table
@@ -52,6 +54,15 @@ def test_the_page_holds_everything_and_asks_for_nothing(data, tmp_path):
     assert "this plan" in text and "another plan" in text and "Measured as a whole" in text
 
 
+def test_the_plan_is_compared_with_the_uniform_file_of_its_size(problem):
+    """Also where the plan is some bytes smaller than that file, as it almost always is."""
+    plan = plan_within(problem, parse_size("Q4_K", problem.layout, problem.costs))
+    assert plan.bytes < problem.layout.file_bytes(dict.fromkeys(problem.costs, "Q4_K"))
+    text = page(gather(problem, plan, problem.costs), {})
+    less = 1 - plan.cost / sum(options["Q4_K"] for options in problem.costs.values())
+    assert f"{less:.0%} less than Q4_K for everything" in text
+
+
 def test_without_joint_measurements_the_page_says_so(problem, tmp_path):
     plain = gather(problem, plan_within(problem, 3_600_000), problem.costs)
     write_report(plain, tmp_path / "plan.html")
@@ -62,6 +73,11 @@ def test_joint_measurements_are_told_apart(data):
     assert [found.label for found in data.joint] == ["this plan", "Q4_K", "another plan"]
     assert data.joint[0].bytes == data.plan.bytes
     assert data.joint[1].bytes == {name: size for name, size, _ in data.uniform}["Q4_K"]
+
+
+def test_a_plan_that_was_measured_is_shown_without_its_row(problem):
+    plan = replace(plan_within(problem, 3_600_000), joint_cost=0.5)
+    assert gather(problem, plan, problem.costs).joint == [Measured("this plan", plan.bytes, 0.5)]
 
 
 def test_the_curve_shows_plan_uniform_files_and_intervals(data):
