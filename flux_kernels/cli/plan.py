@@ -69,7 +69,7 @@ def plan(
       flux-kernels plan costs.csv --size 8GB --report plan.html
       flux-kernels plan costs.csv --fits 12GB --at 1280x1280
       flux-kernels plan costs.csv --size Q4_K --keep "*.img_mod.*=Q8_0" --at-least "single_blocks.37.*=Q6_K"
-      flux-kernels quantize flux1-dev.safetensors --plan plan.json
+      flux-kernels quantize flux1-dev.safetensors flux1-dev_mx5_4.gguf --plan plan.json
     """
     console = Console(stderr=as_json, highlight=False)
     with console.status("reading the costs"):
@@ -102,7 +102,7 @@ def plan(
         typer.echo(made.to_json())
         return
     _print(console, problem, made, table, metric)
-    _print_written(console, out, export, written)
+    _print_written(console, out, made.options["file_name"], export, written)
 
 
 def _need(*packages: str) -> None:
@@ -248,10 +248,10 @@ def _types_table(layout: FileLayout, made: Plan, problem: Problem) -> Table:
     return table
 
 
-def _print_written(console: Console, out: Path, export: Path | None, written: list[Path]) -> None:
+def _print_written(console: Console, out: Path, name: str, export: Path | None, written: list[Path]) -> None:
     for path in (out, *([export] if export else []), *written):
         console.print(f"Wrote {path}", soft_wrap=True)
-    console.print(f"Next: flux-kernels quantize SOURCE --plan {out}", soft_wrap=True)
+    console.print(f"Next: flux-kernels quantize SOURCE {name} --plan {out}", soft_wrap=True)
 
 
 def _size(count: int) -> str:
