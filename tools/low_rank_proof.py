@@ -7,7 +7,7 @@ The embedded model, states and judgement of tools/mixed_proof.py. See docs/decis
 
 from __future__ import annotations
 
-from dataclasses import replace
+from copy import copy
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from bench.record import origin, write_csv
 from flux_kernels.base_pipeline import go_offline_quietly, one_thread
 from flux_kernels.mixed.cost import CostTable
 from flux_kernels.mixed.measure import bootstrap, velocity_cost
-from tools.mixed_proof import CPU, OWN, UNIFORM, Proof, tell
+from tools.mixed_proof import CPU, OWN, UNIFORM, Proof, Remembering, tell
 
 CORRECTED = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")
 RANKS = (2, 4, 8, 16)
@@ -32,28 +32,37 @@ def main(
     """Plan with and without corrections at the bytes of uniform files, and judge on held-out states."""
     go_offline_quietly()
     with one_thread():
-        proof = Proof(calibration, held_out, [*OWN, *(f"{kind}+r{rank}" for kind in CORRECTED for rank in RANKS)], seed)
-        tell("measuring")
-        table = proof.table(proof.weighted)
-        rows = [row for kind in UNIFORM for row in compare(proof, table, kind)]
+        proof = Proof(calibration, held_out, OWN, seed)
+        tell("measuring types")
+        plain = proof.table(proof.weighted)
+        proof.types = [f"{kind}+r{rank}" for kind in CORRECTED for rank in RANKS]
+        tell("measuring corrections fitted to the importance of channels")
+        by_channel = proof.table(proof.weighted)
+        tell("measuring corrections fitted to the inputs' covariance")
+        correlated = Remembering(proof.model, proof.states, importance=proof.weighted.importance, covariance=True)
+        held = copy(proof.held_weighted)
+        held.kept = correlated.kept = {}
+        by_covariance = proof.table(correlated)
+        judges = {"channels": (by_channel, proof.held_weighted), "covariance": (by_covariance, held)}
+        rows = [row for kind in UNIFORM for row in compare(proof, plain, judges, kind)]
     for row in rows:
         print(*row.values())
     if write:
         write_csv([{"seed": seed, **row, **origin(CPU)} for row in rows], write)
 
 
-def compare(proof: Proof, table: CostTable, kind: str) -> list[dict]:
-    """Judge, at the bytes of a uniform file: the uniform file, it with the best correction everywhere, and both plans."""
+def compare(proof: Proof, plain: CostTable, judges: dict[str, tuple[CostTable, Remembering]], kind: str) -> list[dict]:
+    """Judge, at the bytes of a uniform file: that file, the plan without corrections, and the plans with either fit."""
     budget = proof.bytes(proof.uniform(kind))
-    plain = replace(table, rows=[row for row in table.rows if "+r" not in row.type])
     found = {
-        "uniform": proof.uniform(kind),
-        "mixed": proof.planned(plain, budget),
-        "mixed, with ranks": proof.planned(table, budget),
+        "uniform": (proof.uniform(kind), proof.held_weighted),
+        "mixed": (proof.planned(plain, budget), proof.held_weighted),
     }
-    errors = {name: proof.held_weighted.joint_errors(types).velocity for name, types in found.items()}
+    for name, (table, held) in judges.items():
+        found[f"mixed, ranks by {name}"] = proof.planned(CostTable(plain.rows + table.rows), budget), held
+    errors = {name: held.joint_errors(types).velocity for name, (types, held) in found.items()}
     held, rows = proof.held_weighted, []
-    for name, types in found.items():
+    for name, (types, _) in found.items():
         low, high = bootstrap(errors[name], errors["mixed"], held.weights)
         rows.append(
             dict(

@@ -77,6 +77,7 @@ class Proof:
         tell(f"capturing {calibration} + {held_out} states")
         states = captured(pipeline, own, calibration, seed=seed)
         held = captured(pipeline, other, held_out, seed=seed + HELD_OUT_SEED)
+        self.states = states
         self.weighted = Remembering(self.model, states)
         self.plain = Remembering(self.model, states, importance=None)
         self.held_weighted = Remembering(self.model, held, importance=self.weighted.importance)

@@ -84,7 +84,11 @@ def file_tensors(model: nn.Module, include: Iterable[str] = BLOCKS) -> dict[str,
 
 
 def quantized(
-    model: nn.Module, tensor: FileTensor, type_name: str, importance: Tensor | None = None
+    model: nn.Module,
+    tensor: FileTensor,
+    type_name: str,
+    importance: Tensor | None = None,
+    covariance: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Quantize a tensor of the file and decode it again.
 
@@ -93,6 +97,7 @@ def quantized(
         tensor: of the file.
         type_name: a ggml type, or one with a low-rank correction such as "Q4_K+r16".
         importance: [K] of the quantizer's weighting, or None.
+        covariance: [K, K] of the inputs, which a low-rank correction is fitted to; None fits it to `importance`.
 
     Returns:
         Parameter name -> (its decoded weights in its dtype, its squared weight error as a float64 scalar).
@@ -105,7 +110,7 @@ def quantized(
 
     if rank:
         whole = torch.cat([weight.float() for weight in own.values()])  # the order of its rows does not matter to the fit
-        decoded, down, up = corrected(whole, round_trip, rank, importance)
+        decoded, down, up = corrected(whole, round_trip, rank, importance if covariance is None else covariance)
         pieces = (decoded + up.float() @ down.float()).split([len(weight) for weight in own.values()])
     else:  # a row's bytes depend on that row alone, so the parts can be quantized one by one
         pieces = map(round_trip, own.values())

@@ -59,6 +59,7 @@ class Measurer:
         model: a FluxTransformer2DModel of plain layers, on the device and in the dtype to measure in.
         items: captured states.
         importance: of the quantizers' weighting: "collect" for that of these states, None for none, or a ready one.
+        covariance: whether to collect the inputs' covariance, [K, K] a tensor, to fit low-rank corrections to.
         include: fnmatch patterns of the file's tensors to look at; the blocks' matrices by default.
         on_batch: called after each batch of the reference pass, (done, in all).
 
@@ -72,6 +73,7 @@ class Measurer:
         items: Sequence[State],
         *,
         importance: Importance | str | None = "collect",
+        covariance: bool = False,
         include: Iterable[str] | None = None,
         on_batch: Callable[[int, int], None] = lambda done, total: None,
     ):
@@ -82,14 +84,15 @@ class Measurer:
         self._batches = batches(items, parameter.device, parameter.dtype)
         self.count = len(items)
         self.weights = torch.tensor([state.dsigma**2 for state in items], dtype=torch.float64)
+        self.covariance: dict[str, Tensor] = {}
         self.importance: Importance = {} if importance is None or importance == "collect" else importance
         self._at, self._cache = 0, [None] * len(self._batches)
         with torch.inference_mode():
-            self._reference(items, importance == "collect", on_batch)
+            self._reference(items, importance == "collect", covariance, on_batch)
 
-    def _reference(self, items: Sequence[State], collect: bool, on_batch) -> None:
-        """Run the unquantized model once: velocities, last hidden states, importance."""
-        sums = _Sums(self.model, self.tensors) if collect else None
+    def _reference(self, items: Sequence[State], collect: bool, covariance: bool, on_batch) -> None:
+        """Run the unquantized model once: velocities, last hidden states, importance, covariance."""
+        sums = _Sums(self.model, self.tensors, covariance) if collect or covariance else None
         self._velocity: list[Tensor] = []
         self._stack: list[Tensor] = []
         for number, batch in enumerate(self._batches):
@@ -98,7 +101,8 @@ class Measurer:
             self._velocity.append(self.stages.velocity(hidden))
             on_batch(number + 1, len(self._batches))
         if sums is not None:
-            self.importance = sums.stop()
+            found, self.covariance = sums.stop()
+            self.importance = found if collect else self.importance
         self.signal = self._by_state([velocity.double().square().mean((1, 2)) for velocity in self._velocity])
         captured = [torch.cat([items[index].velocity for index in batch.indices]) for batch in self._batches]
         error = self._by_state([_mse(a.to(b.device), b) for a, b in zip(captured, self._velocity, strict=True)])
@@ -170,7 +174,7 @@ class Measurer:
         """
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for name, type_name in self.known(types).items():
-            found |= quantized(self.model, self.tensors[name], type_name, self.channel_weights(name))
+            found |= quantized(self.model, self.tensors[name], type_name, self.channel_weights(name), self.covariance.get(name))
         return found
 
     def measure_one(self, tensor: str, type_name: str) -> CostRow:
@@ -262,24 +266,28 @@ def _mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Add up the squares of every input channel of the file's tensors while the model runs."""
+    """Add up the squares of every input channel of the file's tensors while the model runs, or all products of channels."""
 
-    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, FileTensor]):
+    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, FileTensor], covariance: bool):
         self._found: dict[str, tuple[Tensor, int]] = {}
+        self._products: dict[str, Tensor] | None = {} if covariance else None
         self._hooks = [
             model.get_submodule(tensor.module).register_forward_pre_hook(self._hook(name)) for name, tensor in tensors.items()
         ]
 
     def _hook(self, name: str):
         def add(_module: torch.nn.Module, arguments: tuple) -> None:
-            x = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
+            x = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).double()
             sums, count = self._found.get(name, (0, 0))
-            self._found[name] = sums + x.double().square().sum(0).cpu(), count + x.shape[0]
+            self._found[name] = sums + x.square().sum(0).cpu(), count + x.shape[0]
+            if self._products is not None:
+                self._products[name] = self._products.get(name, 0) + (x.T @ x).cpu()
 
         return add
 
-    def stop(self) -> Importance:
-        """Remove the hooks and return what was found."""
+    def stop(self) -> tuple[Importance, dict[str, Tensor]]:
+        """Remove the hooks; return the importance and the covariances (mean products of channels), where wanted."""
         for hook in self._hooks:
             hook.remove()
-        return {name: (sums.float(), float(count)) for name, (sums, count) in self._found.items()}
+        covariance = {name: products / self._found[name][1] for name, products in (self._products or {}).items()}
+        return {name: (sums.float(), float(count)) for name, (sums, count) in self._found.items()}, covariance

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flux_kernels as fk
-from flux_kernels.mixed.low_rank_fit import STORED, corrected, fit
+from flux_kernels.mixed.low_rank_fit import STORED, corrected, fit, root_of
 from flux_kernels.mixed.measure import Measurer
 from tests.mixed.captured import embedded_pipeline, states
 
@@ -14,13 +14,18 @@ QKV = "double_blocks.0.img_attn.qkv.weight"
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
-def test_the_fit_is_the_truncated_svd(shape):
+@pytest.mark.parametrize("correlated", [False, True])
+def test_the_fit_is_the_truncated_svd(shape, correlated):
     torch.manual_seed(1)
-    error, scale = torch.randn(shape), torch.rand(shape[1]) + 0.1
-    down, up = fit(error, 5, scale)
+    error, inputs = torch.randn(shape), torch.randn(200, shape[1]) @ torch.randn(shape[1], shape[1])
+    moments = inputs.T @ inputs / 200 if correlated else inputs.square().mean(0)
+    root = root_of(moments)
+    matrix = root if correlated else root.diag()
+    torch.testing.assert_close(matrix @ matrix, (moments if correlated else moments.diag()).double(), rtol=0.01, atol=0.5)
+    down, up = fit(error, 5, root)
     assert down.shape == (5, shape[1]) and up.shape == (shape[0], 5)
-    left = ((error - up @ down) * scale).double().square().sum()
-    singular = torch.linalg.svdvals((error * scale).double())
+    left = ((error - up @ down).double() @ matrix).square().sum()
+    singular = torch.linalg.svdvals(error.double() @ matrix)
     # Eckart and Young: no product of rank 5 leaves less. float32 factors: relative 1e-7 of terms as large as the matrix
     assert left.item() == pytest.approx(singular[5:].square().sum().item(), rel=1e-5)
 
@@ -57,4 +62,8 @@ def test_a_corrected_tensor_is_measured_and_counted():
     assert ranked.bytes == plain.bytes + 2 * 16 * (768 + 256)
     assert ranked.cost < plain.cost and ranked.error_weight_rms < plain.error_weight_rms
     assert measurer.measure_joint({QKV: "Q2_K+r16"}).cost == ranked.cost
+    correlated = Measurer(embedded_pipeline().transformer, states(), covariance=True)
+    torch.testing.assert_close(correlated.covariance[QKV].diagonal().float(), correlated.channel_weights(QKV))
+    modulation = "single_blocks.0.modulation.lin.weight"  # its inputs, one a picture, span few directions
+    assert correlated.measure_one(modulation, "Q2_K+r4").cost < 0.5 * measurer.measure_one(modulation, "Q2_K+r4").cost
     assert measurer.tensors[QKV].types(["Q4_K+r16", "Q4_K+r300"]) == ["Q4_K+r16"]
