@@ -7,6 +7,7 @@ quantized, once. The rows move as they are packed, so nothing else changes.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -123,7 +124,19 @@ class FuseMethod:
     """
 
     def __init__(self, attention: nn.Module, fuse: bool):
-        self.attention, self.fuse = attention, fuse
+        self._attention, self.fuse = weakref.ref(attention), fuse  # weak: a cycle would keep the layers of a deleted model
+
+    @property
+    def attention(self) -> nn.Module:
+        """The module this lies in."""
+        return self._attention()  # type: ignore[return-value]
+
+    def __getstate__(self) -> tuple[nn.Module, bool]:
+        """Hand the module on, which is being copied or pickled around this."""
+        return self.attention, self.fuse
+
+    def __setstate__(self, state: tuple[nn.Module, bool]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __call__(self, *args, **kwargs) -> None:
         """Fuse or unfuse as diffusers would; warn where the parts cannot be joined and stay as they are."""

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from packaging.version import Version
 
 import flux_kernels as fk
 from flux_kernels import FluxKernelsConfig
@@ -224,7 +226,10 @@ def test_single_files_of_16_bit_weights(plain_folder, tmp_path):
     with pytest.raises(fk.FormatError, match="Only GGUF files bring their own"):
         from_file(path, FluxKernelsConfig())
     single.save_pretrained(tmp_path)
-    with pytest.raises(fk.GGUFError, match="written by save_pretrained. Load its folder with from_pretrained"):
+    # Before 0.42, diffusers converts names before it asks the quantizer, and stumbles over them
+    asked_first = Version(diffusers.__version__) >= Version("0.42")
+    message = "written by save_pretrained. Load its folder with from_pretrained" if asked_first else ""
+    with pytest.raises(fk.GGUFError if asked_first else IndexError, match=message):
         from_file(tmp_path / path.name, FluxKernelsConfig("Q4_K"))
 
 

@@ -253,9 +253,9 @@ def test_the_model_is_freed_when_it_is_deleted(plain_folder):
     gc.disable()
     try:
         model = load(plain_folder, quantization_config=FluxKernelsConfig("Q8_0"))
-        alive = weakref.ref(model)
+        alive = [weakref.ref(part) for part in (model, model.proj_out, model.transformer_blocks[0].attn.to_q)]
         del model
-        assert alive() is None
+        assert [part() for part in alive] == [None] * 3
     finally:
         gc.enable()
 
