@@ -54,6 +54,7 @@ class Request:
         seed: of the capture.
         imatrix: file with ready importance; None collects it from the states.
         weighted: whether the quantizers are weighted by importance at all.
+        covariance: whether to collect what low-rank corrections are fitted to; None where `types` has any.
         device: to measure on; None takes the process's GPU, or the CPU.
         dtype: to measure in; None takes float32 on the CPU and bfloat16 on a GPU.
     """
@@ -69,6 +70,7 @@ class Request:
     seed: int = 0
     imatrix: Path | None = None
     weighted: bool = True
+    covariance: bool | None = None
     device: torch.device | None = None
     dtype: torch.dtype | None = None
 
@@ -83,9 +85,10 @@ class Request:
         return self.out.with_suffix(".imatrix.gguf")
 
     def as_table(self) -> Request:
-        """Return this request with the importance that the table `out` was measured with."""
-        weighted = CostTable.load(self.out).importance != "none"
-        return replace(self, weighted=weighted, imatrix=self.imatrix_path if weighted else None)
+        """Return this request with the importance that the table `out` was measured with, and covariances if it used any."""
+        table = CostTable.load(self.out)
+        weighted, ranks = table.importance != "none", any(parse_option(row.type)[1] for row in table.rows)
+        return replace(self, weighted=weighted, covariance=ranks, imatrix=self.imatrix_path if weighted else None)
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ def open_measurement(request: Request, world: World = World(), progress: Progres
         model,
         states.items,
         importance=_importance(request),
+        covariance=any(parse_option(name)[1] for name in request.types) if request.covariance is None else request.covariance,
         on_batch=lambda done, total: progress("running the 16-bit model on the states", done, total),
     )
     identity = dict(
