@@ -54,6 +54,12 @@ GRID_FORMATS = frozenset(_GRID_TILES)
 # IQ4_XS stages more of a superblock than _WIDE has shared memory for.
 _WIDE_EXCEPTIONS = {"IQ4_XS": _WIDE_STAGED, **_GRID_TILES}
 
+# The medium tile spills for Q3_K on sm_120 and for IQ2_XXS on sm_80.
+_MEDIUM_EXCEPTIONS = {
+    "IQ2_XXS": _GRID_PIPELINED,
+    "Q3_K": Tile(block_m=64, block_n=64, tile_k=256, num_warps=8, num_stages=2),
+}
+
 _SMALL = Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)
 SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
 
@@ -109,7 +115,7 @@ def fused_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, 
     if m <= 16:
         tile = _NARROW
     elif m <= 64 or n < 128:
-        tile = _MEDIUM
+        tile = _MEDIUM_EXCEPTIONS.get(fmt.name, _MEDIUM)
     else:
         tile = _wide_tile(fmt)
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
