@@ -66,7 +66,9 @@ class TestFluxLoRA(FluxTesterConfig):
     def test_lora_adapter_wrong_metadata_raises_error(self, tmp_path):
         model = self.adapted()
         model.save_lora_adapter(tmp_path)
-        metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps({"r": 4, "foo": 1, "target_modules": ["to_q"]})}
+        known = LoraConfig(r=4, target_modules=["to_q"]).to_dict()
+        unknown = json.dumps({**known, "target_modules": ["to_q"], "foo": 1, "bar": 2}, default=str)
+        metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: unknown}
         save_file(load_file(tmp_path / LORA_FILE), tmp_path / LORA_FILE, metadata=metadata)
         model.unload_lora()
         with pytest.raises(TypeError, match="`LoraConfig` class could not be instantiated"):
