@@ -215,4 +215,4 @@ def test_missing_package_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "flux_kernels.doctor", None)
     monkeypatch.setitem(sys.modules, "diffusers.utils", None)
     result = invoke("inspect", "x.gguf")
-    assert result.exit_code == 1 and "diffusers.utils is not installed. Run: pip install flux_kernels" in result.stderr
+    assert result.exit_code == 1 and "diffusers is not installed. Run: pip install 'flux_kernels'" in result.stderr

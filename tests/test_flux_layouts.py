@@ -168,7 +168,9 @@ def test_every_variant_loads_with_its_config_inferred(tmp_path, variant, bfl):
     expected = public_config(empty_oracle(architecture))
     if expected["out_channels"] == expected["in_channels"]:
         expected["out_channels"] = None
-    assert public_config(model) == expected
+    config = public_config(model)
+    assert config.pop("quantization_config").to_dict()["quant_method"] == "flux_kernels"
+    assert config == expected
 
 
 def test_a_full_size_file_is_named_by_its_variant():

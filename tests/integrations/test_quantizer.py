@@ -108,6 +108,7 @@ def test_without_a_dtype_it_is_float32_as_elsewhere_in_diffusers(plain_folder):
 def test_progress_is_shown_and_diffusers_can_turn_it_off(plain_folder, capsys):
     from diffusers.utils import logging
 
+    logging.enable_progress_bar()  # commands that ran before in this process turn it off
     load(plain_folder, FluxKernelsConfig("Q8_0"))
     assert "Quantizing: 100%" in capsys.readouterr().err
     logging.disable_progress_bar()
