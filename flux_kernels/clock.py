@@ -9,13 +9,22 @@ from statistics import quantiles
 import torch
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Run every function `repeats` times in turn (A B C A B C ...), after one warm-up each; return milliseconds of each run."""
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Run every function `repeats` times in turn (A B C A B C ...), after one warm-up each; return milliseconds of each run.
+
+    `before` runs ahead of every run, untimed: what empties a cache, for example.
+    """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            before()
             times[name].append(_milliseconds(function, device))
     return times
 

@@ -7,12 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from bench import gpu_session
-from bench.providers import PROVIDERS
-from bench.run import measure, summary
+from flux_kernels.benchmark.linears import measure, summary
+from flux_kernels.benchmark.providers import PROVIDERS, Provider
+from flux_kernels.benchmark.shapes import whole_step
 from flux_kernels.clock import interleaved, percentiles
 from flux_kernels.flux.calls import STEPS, Call, step_calls
 
 CPU = torch.device("cpu")
+NAMES = [name for name in PROVIDERS if "compiled" not in name and "torchao" not in name]  # those compile for a minute
 SMALL = Call(20, 64, 256, 3, "a test")
 
 
@@ -22,12 +24,15 @@ def test_a_step_has_the_calls_and_operations_of_flux_dev():
     assert sum(call.calls for call in calls) == 504 - 10
     total = sum(call.flops * call.calls for call in calls)
     assert total == pytest.approx(59.51e12, rel=0.002)
+    whole = whole_step()
+    assert sum(call.calls for call in whole) == 504
+    assert sum(call.flops * call.calls for call in whole) == pytest.approx(59.51e12, rel=1e-3)
     assert {call.m for call in step_calls(**STEPS["768x1360"])} == {4592, 4080, 512, 1}
 
 
 def test_every_provider_gives_a_row_and_those_that_run_a_time():
-    rows = list(measure("Q4_K", SMALL, list(PROVIDERS), CPU, torch.float32, repeats=2))
-    assert [row["provider"] for row in rows] == list(PROVIDERS)
+    rows = list(measure("Q4_K", SMALL, NAMES, CPU, torch.float32, repeats=2))
+    assert [row["provider"] for row in rows] == NAMES
     timed = {row["provider"] for row in rows if row["p50_ms"]}
     assert {"torch", "dequantize", "ours exact", "ours int8", "ours fp16_accumulate"} <= timed
     assert "need a GPU" in next(row["note"] for row in rows if row["provider"] == "ours fused")
@@ -35,7 +40,8 @@ def test_every_provider_gives_a_row_and_those_that_run_a_time():
 
 
 def test_no_speed_is_reported_for_a_wrong_result(monkeypatch):
-    monkeypatch.setitem(PROVIDERS, "wrong", lambda problem: lambda x: F.linear(x, torch.zeros(64, 256), problem.bias))
+    wrong = Provider("wrong", lambda problem: lambda x: F.linear(x, torch.zeros(64, 256), problem.bias), 0.01, "base")
+    monkeypatch.setitem(PROVIDERS, "wrong", wrong)
     (row,) = measure("Q8_0", SMALL, ["wrong"], CPU, torch.float32, repeats=2)
     assert row["p50_ms"] == "" and "wrong result" in row["note"]
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux_kernels import reference
-from flux_kernels.formats import BlockFormat
+from .. import reference
+from ..formats import BlockFormat
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,43 @@ class Unavailable(RuntimeError):
     """Say why a provider cannot run here."""
 
 
-PROVIDERS: dict[str, Callable[[Problem], Callable[[Tensor], Tensor]]] = {}
+@dataclass(frozen=True)
+class Provider:
+    """Describe one side of the comparison.
+
+    Attributes:
+        name: in the rows.
+        make: takes a problem and returns x -> y; raises Unavailable where it cannot run.
+        gate: relative RMS error against float64 on the packed weights above which no speed is reported.
+        group: "base" (unquantized, or decode first), "ours", "kernels" (ours, one algorithm by name) or "peer".
+        source: where its makers document the call made here.
+        own_weights: whether it quantizes the decoded weight anew, so that its bytes are not the packed ones.
+    """
+
+    name: str
+    make: Callable[[Problem], Callable[[Tensor], Tensor]]
+    gate: float
+    group: str
+    source: str = ""
+    own_weights: bool = False
 
 
-def provider(name: str):
+PROVIDERS: dict[str, Provider] = {}
+# bf16 rounds inputs and output to 2^-9 each; int8 rounds activations to a 254th of their group's largest.
+GATE_EXACT, GATE_INT8 = 0.01, 0.025
+
+
+def provider(name: str, group: str, gate: float = GATE_EXACT, **more):
     """Register a provider under a name."""
 
     def register(make):
-        PROVIDERS[name] = make
+        PROVIDERS[name] = Provider(name, make, gate, group, **more)
         return make
 
     return register
 
 
-@provider("torch")
+@provider("torch", "base")
 def _plain(problem: Problem):
     """The unquantized model: torch's linear on the decoded weight (the baseline)."""
     weight = _decoded(problem)
@@ -49,7 +72,7 @@ def _plain(problem: Problem):
     return lambda x: F.linear(x, weight, bias)
 
 
-@provider("dequantize")
+@provider("dequantize", "base")
 def _dequantize_then_linear(problem: Problem):
     """Decode in torch in one piece, then multiply, on every call: the way of GGUF layers that are storage only."""
 
@@ -60,7 +83,10 @@ def _dequantize_then_linear(problem: Problem):
     return call
 
 
-@provider("diffusers")
+_DIFFUSERS = "https://huggingface.co/docs/diffusers/quantization/gguf"
+
+
+@provider("diffusers", "base", source=_DIFFUSERS)
 def _diffusers(problem: Problem):
     """diffusers' own GGUFLinear, eager."""
     try:
@@ -79,9 +105,17 @@ def _diffusers(problem: Problem):
     return layer
 
 
+@provider("diffusers compiled", "base", source="https://huggingface.co/docs/diffusers/optimization/fp16#torchcompile")
+def _diffusers_compiled(problem: Problem):
+    """The same under torch.compile."""
+    layer = _diffusers(problem)
+    torch.compiler.reset()  # every shape is a first shape, or the second one would be compiled for changing sizes
+    return torch.compile(layer, fullgraph=True)
+
+
 def _ours(compute: str):
     def make(problem: Problem):
-        from flux_kernels import ops
+        from .. import ops
 
         backend = "torch" if problem.data.device.type == "cpu" else "triton"
 
@@ -96,16 +130,16 @@ def _ours(compute: str):
 
 
 for _compute in ("exact", "fp16_accumulate", "int8"):
-    provider(f"ours {_compute}")(_ours(_compute))
+    provider(f"ours {_compute}", "ours", GATE_INT8 if _compute == "int8" else GATE_EXACT)(_ours(_compute))
 
 
 def _algorithm(name: str):
     def make(problem: Problem):
         if problem.data.device.type == "cpu":
             raise Unavailable("Triton kernels need a GPU")
-        from flux_kernels.kernels import exact
-        from flux_kernels.kernels.choice import tile_of
-        from flux_kernels.kernels.launching import capability_of, device_of
+        from ..kernels import exact
+        from ..kernels.choice import tile_of
+        from ..kernels.launching import capability_of, device_of
 
         run = exact.ALGORITHMS[name]
 
@@ -122,7 +156,7 @@ def _algorithm(name: str):
 
 
 for _name in ("fused", "two_stage", "small_m"):
-    provider(f"ours {_name}")(_algorithm(_name))
+    provider(f"ours {_name}", "kernels")(_algorithm(_name))
 
 
 def _decoded(problem: Problem) -> Tensor:

@@ -1,0 +1,46 @@
+"""What this device can do at best, measured in the same run: copy bandwidth, and the rate of torch's own product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from ..clock import interleaved
+
+_COPY_BYTES = {"cuda": 1 << 29, "cpu": 1 << 26}
+_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Hold the measured ceilings: GB/s read plus written by a copy, TFLOP/s of torch's matmul in `dtype`."""
+
+    copy_gb_s: float
+    matmul_tflops: float
+    dtype: str
+
+    def shares(self, milliseconds: float, flops: float, nbytes: float) -> dict[str, float]:
+        """Return which shares of both ceilings a call reached: operations, and bytes that it must move at least."""
+        seconds = milliseconds / 1e3
+        return dict(
+            share_of_matmul=round(flops / seconds / 1e12 / self.matmul_tflops, 4),
+            share_of_copy=round(nbytes / seconds / 1e9 / self.copy_gb_s, 4),
+        )
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> Ceilings:
+    """Time a large copy and a large square product in turn, and keep the medians."""
+    source = torch.randint(0, 256, (_COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    side = _SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    work: dict[str, Callable[[], object]] = dict(copy=lambda: target.copy_(source), matmul=lambda: a @ b)
+    times = {name: median(found) for name, found in interleaved(work, repeats, device).items()}
+    return Ceilings(
+        copy_gb_s=2 * source.numel() / times["copy"] / 1e6,
+        matmul_tflops=2 * side**3 / times["matmul"] / 1e9,
+        dtype=str(dtype).removeprefix("torch."),
+    )

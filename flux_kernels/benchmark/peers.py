@@ -1,0 +1,136 @@
+"""Other libraries as providers: each called as its own documentation recommends, on a plain linear with the decoded weight.
+
+They quantize the weight anew, to their own format. Their gate is wide: 4-bit peers lose up to 10 % on it, by design; the error
+of every row tells what a speed costs. A library that is not installed is a row that says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor, nn
+
+from .providers import Problem, Unavailable, _decoded, provider
+
+# Relative RMS error on gaussian weights: 8 bits a weight about 1 % (fp8 4 %, squared with its activations 5 %), 4 bits 10 %.
+GATE_8, GATE_4 = 0.08, 0.2
+
+
+def _needs(module: str):
+    """Import a peer, or say that it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error.name or module})") from error
+
+
+def _plain(problem: Problem) -> nn.Linear:
+    weight = _decoded(problem)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=problem.dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(problem.bias.to(problem.dtype), requires_grad=False)
+    return layer
+
+
+def _gpu(problem: Problem, what: str) -> None:
+    if problem.data.device.type != "cuda":
+        raise Unavailable(f"{what} needs a GPU")
+
+
+_BNB = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/"
+
+
+@provider("bitsandbytes nf4", "peer", GATE_4, source=_BNB + "linear4bit", own_weights=True)
+def _bitsandbytes_nf4(problem: Problem):
+    """NF4 with the compute dtype of the activations."""
+    bnb, plain = _needs("bitsandbytes"), _plain(problem)
+    layer = bnb.nn.LinearNF4(plain.in_features, plain.out_features, bias=True, compute_dtype=problem.dtype)
+    layer.load_state_dict(plain.state_dict())
+    return layer.to(problem.dtype).to(problem.data.device).eval()
+
+
+@provider("bitsandbytes int8", "peer", GATE_8, source=_BNB + "linear8bit", own_weights=True)
+def _bitsandbytes_int8(problem: Problem):
+    """LLM.int8 with its published outlier threshold of 6.0, for inference."""
+    bnb, plain = _needs("bitsandbytes"), _plain(problem)
+    layer = bnb.nn.Linear8bitLt(plain.in_features, plain.out_features, bias=True, has_fp16_weights=False, threshold=6.0)
+    layer.load_state_dict(plain.state_dict())
+    return layer.to(problem.data.device).eval()
+
+
+_TORCHAO = "https://docs.pytorch.org/ao/stable/workflows/inference.html"
+
+
+def _torchao(config: str, needs_gpu: bool = False):
+    def make(problem: Problem):
+        quantization = _needs("torchao.quantization")
+        if needs_gpu:
+            _gpu(problem, "torchao's fp8")
+        model = nn.Sequential(_plain(problem))
+        arguments = dict(granularity=quantization.PerRow()) if needs_gpu else {}
+        quantization.quantize_(model, getattr(quantization, config)(**arguments))
+        torch.compiler.reset()
+        return torch.compile(model, mode="max-autotune-no-cudagraphs", fullgraph=True)
+
+    return make
+
+
+_AO = dict(source=_TORCHAO, own_weights=True)
+provider("torchao int8 weight-only", "peer", GATE_8, **_AO)(_torchao("Int8WeightOnlyConfig"))
+provider("torchao int8 dynamic", "peer", GATE_8, **_AO)(_torchao("Int8DynamicActivationInt8WeightConfig"))
+provider("torchao fp8 dynamic", "peer", GATE_8, **_AO)(_torchao("Float8DynamicActivationFloat8WeightConfig", True))
+
+
+@provider("sdnq int8", "peer", GATE_8, source="https://github.com/Disty0/sdnq#readme", own_weights=True)
+def _sdnq(problem: Problem):
+    """int8 with quantized matmul, the combination its documentation gives for speed."""
+    sdnq, common = _needs("sdnq"), _needs("sdnq.common")
+    model = nn.Sequential(_plain(problem))
+    options = dict(weights_dtype="int8", use_quantized_matmul=bool(common.use_torch_compile), add_skip_keys=False)
+    done = sdnq.sdnq_post_load_quant(model, torch_dtype=problem.dtype, **options)
+    return done[0] if isinstance(done, tuple) else done
+
+
+def _gemlite(name: str):
+    def make(problem: Problem):
+        _gpu(problem, "gemlite")
+        helper = _needs("gemlite.helper")
+        return getattr(helper, name)(device=str(problem.data.device), dtype=problem.dtype).from_linear(_plain(problem))
+
+    return make
+
+
+_GEM = dict(source="https://github.com/dropbox/gemlite#usage", own_weights=True)
+provider("gemlite int8 weight-only", "peer", GATE_8, **_GEM)(_gemlite("A16W8_INT8"))
+provider("gemlite int8 dynamic", "peer", GATE_8, **_GEM)(_gemlite("A8W8_INT8_dynamic"))
+
+
+@provider(
+    "quanto int8",
+    "peer",
+    GATE_8,
+    source="https://github.com/huggingface/optimum-quanto#quantization-workflow",
+    own_weights=True,
+)
+def _quanto(problem: Problem):
+    """Weights of 8 bits, frozen, as its guide for diffusers models does."""
+    quanto = _needs("optimum.quanto")
+    model = nn.Sequential(_plain(problem))
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+    return model
+
+
+@provider("vllm-gguf-plugin", "peer", source="https://github.com/vllm-project/vllm-gguf-plugin")
+def _vllm_gguf(problem: Problem):
+    """Its own dispatch over M (matrix-vector, fused, decode first) on the packed bytes; it has no bias, which is added."""
+    _gpu(problem, "vllm-gguf-plugin")
+    linear = _needs("vllm_gguf_plugin.quantization.linear")
+    data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
+    kind, bias = int(problem.fmt.ggml_type), problem.bias.to(problem.dtype)
+
+    def call(x: Tensor) -> Tensor:
+        return linear._fused_mul_mat_gguf(x, data, kind) + bias
+
+    return call

@@ -1,0 +1,90 @@
+"""Recorded results: what a number needs beside it (device, driver, versions, commit, date), and tidy CSV files."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .._triton import TRITON_VERSION
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def origin(device: torch.device) -> dict[str, str]:
+    """Return the origin columns of every result row."""
+    on_gpu = device.type == "cuda"
+    return dict(
+        device=torch.cuda.get_device_name(device) if on_gpu else _cpu(),
+        capability=".".join(map(str, torch.cuda.get_device_capability(device))) if on_gpu else "",
+        driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
+        torch=torch.__version__,
+        triton=TRITON_VERSION or "",
+        commit=commit(),
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def commit() -> str:
+    """Return the checkout's commit, with "+" where files differ from it; the version where this is an installed package."""
+    if not (CHECKOUT / ".git").exists():
+        from ..doctor import own_version
+
+        return os.environ.get("FLUX_KERNELS_COMMIT") or f"version {own_version()}"
+    changed = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--untracked-files=no", "--", "flux_kernels")
+    return _output("git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a result file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """Write rows of equal keys to a CSV file, beside it first and then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
+
+
+def append_csv(row: dict, path: Path) -> None:
+    """Add a row to a CSV file of the same columns, or begin one.
+
+    Raises:
+        ValueError: where the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            there = next(csv.reader(file), [])
+        if there != list(row):
+            raise ValueError(f"{path} has other columns than this version writes. Move it away or name another file.")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _cpu() -> str:
+    return f"{os.cpu_count()}-core CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _output(*command: str) -> str:
+    """Return a command's first line of output, or "" where it cannot run (a GPU machine may have no git)."""
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0]
