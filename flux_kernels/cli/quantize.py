@@ -39,6 +39,9 @@ def quantize(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Types by tensor, as `flux-kernels plan` writes them.")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix: .dat or GGUF.")] = None,
+    covariance: Annotated[
+        Path | None, typer.Option(help="Covariances that measure wrote, for a plan's low-rank corrections.")
+    ] = None,
     tensor_type: Annotated[
         list[str] | None, typer.Option(help='PATTERN=TYPE for tensors by name, such as "*.img_attn.*=Q6_K". Repeatable.')
     ] = None,
@@ -62,8 +65,9 @@ def quantize(
     layouts are those of published files: "new" (community files), "old" and "legacy" (city96, August 2024); sizes agree to the
     byte, but for some hundred bytes that say what the file was made from, which --bare leaves out.
 
-    Tensors are streamed, so memory does not grow with the model: the largest tensor of the file, and about 75 MB a thread (on
-    a GPU 2.5 GB a thread there), beside the 0.5 GB of torch. The file appears when it is complete; --dry-run is quick.
+    Tensors are streamed, so memory does not grow with the model: at most the largest tensor of the file and about 75 MB a
+    thread beside the 0.5 GB of torch (on a GPU an estimate of 2.5 GB a thread there, not measured). The file appears when it is
+    complete; --dry-run is quick.
 
     The key flux_kernels.source.hashes holds the sha256 of each source file's size and of 64 pieces of 64 KiB, the first at its
     start and the last at its end; with --full-hash that of all bytes.
@@ -90,6 +94,7 @@ def quantize(
         source,
         Request(type_name, rule, Plan.load(plan) if plan else None, overrides, tuple(block or ())),
         imatrix=imatrix,
+        covariance=covariance,
         plan_path=str(plan) if plan else None,
         config=str(config) if config else None,
         architecture=architecture,

@@ -85,6 +85,9 @@ def _linear(name: str, module: nn.Linear, stored: StoredFlux, dtype, device, bac
     packed = stored.packed(f"{name}.weight").to(device)
     mode = compute_of_layer(compute, [name])
     layer = GGUFLinear.from_packed(packed, format, bias, backend=backend, compute=mode, compute_dtype=dtype)
+    branch = stored.low_rank(f"{name}.weight")
+    if branch is not None:
+        layer.set_low_rank(*(factor.to(device) for factor in branch))
     # On the CPU the rows stay mapped as they are; a layer arranges them itself when it is moved.
     return carry_over(module, layer if device.type == "cpu" else layer.arrange())
 

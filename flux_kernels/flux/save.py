@@ -18,6 +18,7 @@ from ..formats import PLAIN_TYPES
 from ..gguf_file import write_gguf
 from ..linear import GGUFLinear
 from .config import CONFIG_KEY, CONFIG_NAMES
+from .low_rank_tensors import correction_names, is_correction, join_branches
 from .names import BFL, NAMINGS, Source, sources, stored_shapes
 from .stored import empty_model, parameter_shapes
 from .types import BLOCK, file_type, tensor_kind
@@ -35,7 +36,8 @@ def save_gguf(model: FluxTransformer2DModel, path: str | os.PathLike, *, names: 
     """Write a FLUX.1 transformer as a GGUF file that diffusers, ComfyUI-GGUF and `load_flux` read.
 
     GGUFLinear layers are written as they are packed: load, save and load again gives the same bytes. Plain matrices keep
-    their dtype and vectors become F32, which changes no value; readers have no 16-bit vectors in common.
+    their dtype and vectors become F32, which changes no value; readers have no 16-bit vectors in common. A low-rank branch
+    (a correction, or a fused LoRA) becomes two tensors beside its weight, which only `load_flux` reads.
 
     Args:
         model: a FluxTransformer2DModel, with any mix of GGUFLinear and plain layers.
@@ -59,6 +61,7 @@ def save_gguf(model: FluxTransformer2DModel, path: str | os.PathLike, *, names: 
         parts = {parameter: source for parameter, source in located.items() if source.tensor == name}
         kind = _stored_type(model, name, shape, list(parts))
         tensors.append((name, kind, shape, partial(_assemble, model, kind, parts)))
+        tensors += _correction(model, name, parts)
     write_gguf(path, tensors, _metadata(config, tensors))
 
 
@@ -66,7 +69,7 @@ def _metadata(config: Mapping[str, Any], tensors: list) -> dict[str, tuple[str, 
     """Return the key-values: the three usual ones, and what the tensors do not tell."""
     weights: Counter[str] = Counter()
     for name, kind, shape, _ in tensors:
-        if tensor_kind(name, shape) == BLOCK:
+        if tensor_kind(name, shape) == BLOCK and not is_correction(name):
             weights[kind] += prod(shape)
     number = file_type(weights.most_common(1)[0][0]) if weights else None
     return {
@@ -103,6 +106,37 @@ def _assemble(model: nn.Module, kind: str, parts: Mapping[str, Source]) -> Tenso
     rows = [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
     tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
     return tensor.to(PLAIN_TYPES[kind].dtype) if kind in PLAIN_TYPES else tensor
+
+
+def _correction(model: nn.Module, name: str, parts: Mapping[str, Source]) -> list[tuple[str, str, tuple[int, ...], Any]]:
+    """Return the tensors of a matrix's low-rank correction (see low_rank_tensors.py), where its layers have branches."""
+    ordered = sorted(parts, key=lambda parameter: parts[parameter].rows[0][0])
+    layers = [model.get_submodule(parameter.rpartition(".")[0]) for parameter in ordered]
+    branches = [
+        _branch(layer) if parameter.endswith(".weight") else None for parameter, layer in zip(ordered, layers, strict=True)
+    ]
+    if not any(branches):
+        return []
+    if any(len(source.rows) > 1 for source in parts.values()):  # rows in another order than the layer's
+        (source,) = parts.values()
+        down, up = branches[0]
+        branches = [(down, _in_file_order(up, source))]
+    joined = join_branches(branches, [layer.out_features for layer in layers])
+    return [
+        (half, _PLAIN_NAMES[factor.dtype], tuple(factor.shape), factor)
+        for half, factor in zip(correction_names(name), joined, strict=True)
+    ]
+
+
+def _branch(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    down, up = getattr(layer, "low_rank_down", None), getattr(layer, "low_rank_up", None)
+    return None if down is None or up is None else (down.detach().cpu(), up.detach().cpu())
+
+
+def _in_file_order(up: Tensor, source: Source) -> Tensor:
+    """Return rows that are in the layer's order in the order of the file."""
+    pieces = up.split([stop - start for start, stop in source.rows])
+    return torch.cat([piece for _, piece in sorted(zip(source.rows, pieces, strict=True), key=lambda found: found[0])])
 
 
 def _held(model: nn.Module, parameter: str) -> tuple[str, Tensor]:

@@ -18,6 +18,7 @@ from ..gguf_file import GGUFFile, GGUFTensor, read_gguf
 from ..reference import dequantize
 from ..tensor_check import check_weight_type, tensor_problems
 from .config import infer_config
+from .low_rank_tensors import check_corrections, correction_names, is_correction
 from .names import Source, sources, stored_shapes
 from .variant import canonical_names, naming_of
 
@@ -38,6 +39,7 @@ class StoredFlux:
         names: tensor name without prefix -> name in the file.
         shapes: tensor name without prefix -> shape in torch order.
         sources: parameter name -> where it lies.
+        corrections: tensor name of a weight -> names of down and up of its low-rank correction in the file.
     """
 
     file: GGUFFile
@@ -46,6 +48,7 @@ class StoredFlux:
     names: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     sources: dict[str, Source]
+    corrections: dict[str, tuple[str, str]]
 
     @property
     def types(self) -> dict[str, str]:
@@ -77,6 +80,14 @@ class StoredFlux:
             return _join(self._ranges(source)).to(dtype)
         whole = dequantize(tensor.data, tensor.block_format).flatten()
         return _join([whole[start:stop] for start, stop in source.rows]).to(dtype, copy=True)
+
+    def low_rank(self, parameter: str) -> tuple[Tensor, Tensor] | None:
+        """Return down [r, K] and up [N, r] of a matrix's low-rank correction, in memory of their own, or None."""
+        source = self.sources[parameter]
+        if source.tensor not in self.corrections:
+            return None
+        down, up = (self.file.tensors[name] for name in self.corrections[source.tensor])
+        return down.data.clone(), torch.cat([up.rows(start, stop) for start, stop in source.rows])
 
     def _tensor(self, source: Source) -> GGUFTensor:
         return self.file.tensors[self.names[source.tensor]]
@@ -111,6 +122,8 @@ def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
     """Locate every parameter of the model in an opened file, or raise GGUFError saying why it cannot be loaded."""
     names = canonical_names(file.tensors)
     shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
+    extra = {bare: names.pop(bare) for bare in [*names] if is_correction(bare)}
+    extra_shapes = {bare: shapes.pop(bare) for bare in extra}
     architecture = file.metadata.get("general.architecture")
     naming = naming_of(shapes, architecture if isinstance(architecture, str) else None)
     inferred = infer_config(shapes, naming, file.metadata, config)
@@ -119,7 +132,10 @@ def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
     _check_tensors(shapes, stored_shapes(located, expected), inferred)
     for bare, name in names.items():
         check_weight_type(bare, file.tensors[name].format)
-    return StoredFlux(file, naming, inferred, names, shapes, located)
+    check_corrections(extra_shapes, shapes, {bare: file.tensors[name].format for bare, name in (names | extra).items()})
+    halves = {weight: correction_names(weight) for weight in names}
+    corrections = {weight: (extra[down], extra[up]) for weight, (down, up) in halves.items() if down in extra}
+    return StoredFlux(file, naming, inferred, names, shapes, located, corrections)
 
 
 def empty_model(config: Mapping[str, Any]) -> FluxTransformer2DModel:

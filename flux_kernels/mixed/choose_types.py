@@ -53,11 +53,12 @@ class Request:
 
 @dataclass
 class Choice:
-    """Hold the types chosen, the `file_type` number of llama.cpp (None where there is none), and sentences for the user."""
+    """Hold types and ranks of low-rank corrections, llama.cpp's `file_type` (None where there is none), sentences for the user."""
 
     types: dict[str, str]
     file_type: int | None
     notes: list[str] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 def choose_types(source: SourceModel, request: Request) -> Choice:
@@ -69,10 +70,6 @@ def choose_types(source: SourceModel, request: Request) -> Choice:
     """
     if request.type is None and request.plan is None and not request.overrides:
         raise FormatError("Nothing to do: give --type, --plan or --tensor-type.")
-    if request.plan and request.plan.low_rank:
-        raise FormatError(
-            "The plan has low-rank corrections, which no GGUF reader knows; the file cannot hold them. Plan without them."
-        )
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     named = _named(request.type)
     chosen = Choice(tensor_types(request.layout, named, shapes), None)
@@ -82,6 +79,12 @@ def choose_types(source: SourceModel, request: Request) -> Choice:
     given = _given(shapes, request)
     chosen.types.update(given)
     _check_blocks(chosen, shapes, given, RULES[request.layout].leftover)
+    chosen.ranks = _ranks(source, chosen.types, request)
+    if chosen.ranks:
+        chosen.notes.append(
+            f"{len(chosen.ranks)} tensors get a low-rank correction, two tensors more each. Only flux_kernels.load_flux reads "
+            "them; other readers refuse the file."
+        )
     chosen.file_type = _number(chosen.types, shapes, NAMED_TYPES[named].file_type if not given else None)
     return chosen
 
@@ -140,6 +143,16 @@ def _given(shapes: Mapping[str, tuple[int, ...]], request: Request) -> dict[str,
         if kind is not None:
             planned[name] = kind
     return planned
+
+
+def _ranks(source: SourceModel, types: Mapping[str, str], request: Request) -> dict[str, int]:
+    """Return the ranks that the plan gives, of tensors that are quantized."""
+    planned = request.plan.low_rank if request.plan else {}
+    for name, rank in planned.items():
+        shape = source.tensors[name].shape
+        if block_format(types[name]) is None or len(shape) != 2 or rank > min(shape):
+            raise FormatError(f"The plan gives {name} ({types[name]}, {list(shape)}) a correction of rank {rank}. Plan again.")
+    return dict(planned)
 
 
 def _check_blocks(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], plain: str) -> None:

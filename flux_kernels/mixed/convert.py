@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, FormatError, GGUFError
+from ..flux.low_rank_tensors import correction_names
 from ..flux.names import block_of
 from ..formats import FORMATS
 from ..gguf_file import planned_size, write_gguf
 from ..gguf_spec import shown_path, tensor_nbytes
 from ..packing import Engine
 from .choose_types import Choice, Request, check_engine, choose_types, match_importance, requantized
+from .covariance import load_covariance
+from .file_layout import RANK_TYPE, low_rank_shapes
 from .imatrix import load_imatrix
 from .provenance import KeyValues, file_hash, provenance_keys, usual_keys
-from .quantize_rows import SLAB_WEIGHTS, Work, make_tensor, threads
+from .quantize_rows import SLAB_WEIGHTS, Work, make_corrected, make_tensor, threads
 from .source import SourceModel, SourceTensor, understand_source
 from .stored_tensor import FP8, type_row
 
@@ -31,6 +34,7 @@ _GPU_THREADS = 2  # one reads while the other computes
 _SLAB_BYTES = (
     70  # a weight of a slab: float32, source, result and the quantizer's chunks; measured (decisions/quantize-command)
 )
+_FIT_BYTES = 48  # a weight of a matrix that gets a correction: float32 and float64 copies of the whole matrix, an estimate
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,6 +64,7 @@ class Conversion:
         peak_bytes: memory that running it takes at most beside torch itself, an estimate.
         notes: sentences for the user.
         seconds: that writing took; 0 before it ran.
+        covariance: tensor name -> [K, K] of its inputs, which low-rank corrections are fitted to.
     """
 
     source: SourceModel
@@ -76,6 +81,7 @@ class Conversion:
     workers: int
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    covariance: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def source_bytes(self) -> int:
@@ -114,10 +120,19 @@ class Conversion:
             if progress:
                 progress(current, done, self.source_bytes)
 
+        factors: dict[str, Tensor] = {}
+
         def make(name: str) -> Tensor:
             nonlocal current
+            if name in factors:
+                return factors.pop(name)
             current = name
             tensor = self.source.tensors[name]
+            if name in self.choice.ranks:
+                seen = self.covariance.get(name, self.importance.get(name))
+                packed, halves = make_corrected(tensor, self.choice, self.importance.get(name), seen, work)
+                factors.update(zip(correction_names(name), halves, strict=True))
+                return packed
             made = make_tensor(tensor, self.choice.types[name], self.importance.get(name), work)
             return made.flatten(1) if len(tensor.shape) > _MAX_DIMS else made
 
@@ -133,6 +148,7 @@ def prepare(
     *,
     imatrix: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     plan_path: str | None = None,
+    covariance: str | os.PathLike[str] | None = None,
     config: object | None = None,
     architecture: str | None = None,
     device: str = "auto",
@@ -148,6 +164,7 @@ def prepare(
         request: the types asked for.
         imatrix: an importance matrix's file, or tensor name -> importance [K].
         plan_path: file that the request's plan was read from, for its hash.
+        covariance: file of the inputs' covariances that `measure` wrote, for the plan's low-rank corrections.
         config: overrides of FLUX.1's inferred config.
         architecture: `general.architecture`; None for "flux", or what the source says.
         device: "cpu", "cuda", "cuda:1" or "auto": the GPU where there is one.
@@ -173,6 +190,9 @@ def prepare(
         weighted, lacking = match_importance(model, choice.types, means)
         notes += [lacking] if lacking else []
     check_engine(model, choice.types, engine, weighted)
+    covariances = load_covariance(covariance, model, choice.ranks) if covariance is not None else {}
+    if choice.ranks and not covariances:
+        notes.append("Corrections are fitted without --covariance: less good than what was measured with it.")
     usual = usual_keys(model, choice, architecture)
     metadata = dict(usual)
     if provenance:
@@ -202,6 +222,7 @@ def prepare(
         engine=engine,
         workers=count,
         notes=notes,
+        covariance=covariances,
     )
 
 
@@ -234,8 +255,13 @@ def _device(name: str) -> torch.device:
 
 
 def _entries(source: SourceModel, choice: Choice) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Return (name, type, shape) as the file states them, in its order."""
-    return [(name, choice.types[name], _written_shape(tensor.shape)) for name, tensor in source.tensors.items()]
+    """Return (name, type, shape) as the file states them, in its order; a correction follows its weight."""
+    entries = []
+    for name, tensor in source.tensors.items():
+        entries.append((name, choice.types[name], _written_shape(tensor.shape)))
+        halves = low_rank_shapes(name, tensor.shape, choice.ranks.get(name, 0))
+        entries += [(half, RANK_TYPE, shape) for half, shape in halves.items()]
+    return entries
 
 
 def _written_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -248,15 +274,22 @@ def _nbytes(tensor: SourceTensor, kind: str) -> int:
 
 def _bits(source: SourceModel, choice: Choice, names: list[str]) -> float:
     weights = sum(source.tensors[name].weights for name in names)
-    return 8 * sum(_nbytes(source.tensors[name], choice.types[name]) for name in names) / weights if weights else 0.0
+    nbytes = sum(_nbytes(source.tensors[name], choice.types[name]) + _correction_nbytes(source, choice, name) for name in names)
+    return 8 * nbytes / weights if weights else 0.0
+
+
+def _correction_nbytes(source: SourceModel, choice: Choice, name: str) -> int:
+    shapes = low_rank_shapes(name, source.tensors[name].shape, choice.ranks.get(name, 0))
+    return sum(tensor_nbytes(type_row(RANK_TYPE), shape) for shape in shapes.values())
 
 
 def _peak(source: SourceModel, choice: Choice, workers: int, place: torch.device) -> int:
-    """Return the memory that a conversion takes: the largest tensor of the file, and every thread's slab."""
+    """Return the memory that a conversion takes: the largest tensor of the file, every thread's slab, and fitting a correction."""
     largest = max((_nbytes(tensor, choice.types[name]) for name, tensor in source.tensors.items()), default=0)
     slab = SLAB_WEIGHTS.get(place.type, SLAB_WEIGHTS["cuda"])
     width = max((prod(tensor.shape[1:]) for tensor in source.tensors.values()), default=0)
-    return largest + workers * _SLAB_BYTES * max(slab, width)
+    fitted = max((source.tensors[name].weights for name in choice.ranks), default=0)
+    return largest + workers * _SLAB_BYTES * max(slab, width) + _FIT_BYTES * fitted
 
 
 def _source_notes(source: SourceModel, choice: Choice) -> list[str]:

@@ -24,6 +24,7 @@ from ..errors import FormatError
 from ..formats import PLAIN_TYPES, get_format
 from .capture import Size, capture
 from .cost import CostRow, CostTable, sidecar
+from .covariance import covariance_path, save_covariance
 from .file_layout import parse_option
 from .measure import Importance, Measurer
 from .measure_log import MeasureLog, missing, read_logs
@@ -169,6 +170,8 @@ def open_measurement(request: Request, world: World = World(), progress: Progres
         from .imatrix import save_imatrix
 
         save_imatrix(request.imatrix_path, dict(measurer.importance), datasets=sorted({state.prompt for state in states.items}))
+    if measurer.covariance and world.rank == 0 and not covariance_path(request.out).exists():
+        save_covariance(covariance_path(request.out), measurer.covariance)
     return Opened(request, measurer, states, source_type, identity)
 
 

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..formats import PLAIN_TYPES, BlockFormat
+from ..formats import PLAIN_TYPES, BlockFormat, get_format
+from ..ops import dequantize
 from ..packing import Engine, quantize
+from .choose_types import Choice
+from .low_rank_fit import corrected
 from .source import SourceTensor
 from .stored_tensor import block_format
 
@@ -78,6 +81,34 @@ def make_tensor(source: SourceTensor, type_name: str, importance: Tensor | None,
             job.cancel()
         raise
     return made
+
+
+def make_corrected(
+    source: SourceTensor, choice: Choice, importance: Tensor | None, seen: Tensor | None, work: Work
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Quantize a matrix together with its low-rank correction, as `measure` did: the whole matrix at once, in float32.
+
+    Args:
+        seen: the inputs' covariance [K, K] or importance [K], which the correction is fitted to.
+
+    Returns:
+        The packed rows, and down [r, K] and up [N, r] in 16 bit.
+    """
+    weight = source.read(0, source.rows, work.device)
+    _check_finite(source, weight, 0)
+    fmt = get_format(choice.types[source.name])
+    weighted = None if importance is None else importance.to(work.device)
+    tried: list[tuple[Tensor, Tensor]] = []  # decoded and packed of every turn
+
+    def round_trip(part: Tensor) -> Tensor:
+        packed = quantize(part, fmt, weighted, name=source.name, engine=work.engine)
+        tried.append((dequantize(packed, fmt), packed))
+        return tried[-1][0]
+
+    decoded, down, up = corrected(weight.float(), round_trip, choice.ranks[source.name], seen)
+    (packed,) = (packed for candidate, packed in tried if candidate is decoded)
+    work.done(source.nbytes)
+    return packed.cpu(), (down.cpu(), up.cpu())
 
 
 def _slab(
