@@ -295,14 +295,14 @@ def test_other_models_are_converted_by_pattern(tmp_path):
 
 
 PLAN = Plan(types={"nope.weight": "Q4_K"}, bytes=1, cost=0.0)
-LOW_RANK = Plan(types={QKV: "Q4_K"}, low_rank={QKV: 8}, bytes=1, cost=0.0)
+LOW_RANK = Plan(types={QKV: "Q4_K"}, low_rank={QKV: 1000}, bytes=1, cost=0.0)
 REFUSED = [
     (dict(request=Request()), "Nothing to do: give --type, --plan or --tensor-type"),
     (dict(request=Request("Q9_K")), "Unknown file type 'Q9_K'. Known: .*Q4_K_S"),
     (dict(request=Request("Q8_0", "newest")), "Unknown rule 'newest'"),
     (dict(request=Request("Q4_K_M", "old")), "Q4_K_M mixes types"),
     (dict(request=Request(plan=PLAN)), "The plan names nope.weight, which the source does not hold"),
-    (dict(request=Request(plan=LOW_RANK)), "The plan has low-rank corrections"),
+    (dict(request=Request(plan=LOW_RANK)), "correction of rank 1000. Plan again"),
     (dict(request=Request(overrides=[("img_in.weight", "Q4_K")])), "img_in.weight cannot be Q4_K: its rows have 64 weights"),
     (dict(request=Request("Q8_0", overrides=[("nope", "Q4_K")])), "No tensor is called 'nope'"),
     (dict(request=Request("Q8_0", overrides=[("*", "Q9")])), "Unknown ggml type 'Q9'"),
