@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ._errors import OneLineErrors
+from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .generate import generate
@@ -49,5 +50,5 @@ def main(
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
 
 
-for _command in (demo, generate, inspect, quantize, measure, plan, doctor, tune, warmup):
+for _command in (demo, generate, inspect, quantize, measure, plan, doctor, tune, warmup, bench):
     app.command()(_command)
