@@ -24,12 +24,19 @@ if TYPE_CHECKING:
     from .flux import load_flux, save_gguf
     from .gguf_file import GGUFFile, read_gguf
     from .integrations.config import FluxKernelsConfig
+    from .integrations.lora import fuse_lora, unfuse_lora
     from .t5 import load_t5, save_t5
 
 after_import("diffusers.quantizers.auto", lambda: importlib.import_module(f"{__name__}.integrations.registration").register())
+after_import("peft.tuners.lora.model", lambda: importlib.import_module(f"{__name__}.integrations.lora_merge").install())
+after_import(
+    "diffusers.loaders.peft", lambda: importlib.import_module(f"{__name__}.integrations.lora_merge").install_in_diffusers()
+)
 
 _LAZY = {  # names whose modules need more than torch, or are wanted by few: imported when first asked for
     "FluxKernelsConfig": "integrations.config",
+    "fuse_lora": "integrations.lora",
+    "unfuse_lora": "integrations.lora",
     "GGUFFile": "gguf_file",
     "read_gguf": "gguf_file",
     "load_flux": "flux",
@@ -54,6 +61,7 @@ __all__ = [
     "SwapReport",
     "dequantize",
     "fidelity",
+    "fuse_lora",
     "fuse_projections",
     "linear",
     "load_flux",
@@ -65,6 +73,7 @@ __all__ = [
     "save_gguf",
     "save_t5",
     "swap_linear",
+    "unfuse_lora",
     "unfuse_projections",
     "warmup",
 ]

@@ -343,13 +343,18 @@ def test_hotswap(model):
 
 
 @pytest.mark.parametrize("safe", [False, True])
-def test_fuse_lora_refuses_and_changes_nothing(model, safe):
-    pipe = pipeline(model)
-    pipe.load_lora_weights(lora_state_dict(1), adapter_name="one")
-    before = run(model)
-    with pytest.raises(fk.FormatError, match="adapter instead of fusing"):
-        pipe.fuse_lora(safe_fusing=safe)
-    torch.testing.assert_close(run(model), before)
+def test_fuse_and_unfuse_lora(model, expected, safe):
+    plain, outputs = twin(model), []
+    for each in (plain, model):
+        pipe = pipeline(each)
+        pipe.load_lora_weights(lora_state_dict(1), adapter_name="one")
+        pipe.fuse_lora(lora_scale=0.5, safe_fusing=safe)
+        outputs.append(run(each))
+    torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
+    assert not torch.allclose(outputs[1], expected, **CLOSE)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert_same(model, expected)
 
 
 def test_dora(model):

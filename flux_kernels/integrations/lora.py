@@ -1,0 +1,139 @@
+"""fuse_lora and unfuse_lora: adapters as a side branch of packed layers, exact and removable, or re-quantized on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import FormatError
+from ..formats import get_format
+from ..linear import GGUFLinear
+from ..ops import dequantize
+from ..packing import quantize, quantizer
+from .lora_merge import check_fusable, install, packed_lora_layers
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """Hold what happened to one layer.
+
+    Attributes:
+        layer: its name.
+        format: ggml type name of the packed rows.
+        adapters: what was fused.
+        rank: of the branch now, 0 after re-quantizing.
+        added_error: relative RMS difference between the merged weight and its re-quantized form (a fraction); 0 for a branch.
+    """
+
+    layer: str
+    format: str
+    adapters: tuple[str, ...]
+    rank: int
+    added_error: float = 0.0
+
+
+class LoraReport:
+    """Hold a row for each packed layer; print it for a table."""
+
+    def __init__(self, rows: list[FusedLayer]):
+        self.rows = rows
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<56} {'format':<8} {'rank':>5} {'added error':>12}  adapters"]
+        for row in self.rows:
+            error = f"{100 * row.added_error:.3f} %"
+            lines.append(f"{row.layer:<56} {row.format:<8} {row.rank:>5} {error:>12}  {', '.join(row.adapters)}")
+        return "\n".join(lines)
+
+
+def fuse_lora(
+    model: nn.Module,
+    adapter_names: Iterable[str] | None = None,
+    *,
+    scale: float = 1.0,
+    safe: bool = True,
+    requantize: bool = False,
+) -> LoraReport:
+    """Fuse LoRA adapters into a model, as `pipe.fuse_lora()` does, and report what happened to each packed layer.
+
+    In a packed layer the adapters become one low-rank branch: the numbers of the unfused model, one product whatever the number of
+    adapters, removable with `unfuse_lora`. Plain layers merge as peft does it. Every layer is checked before the first is touched.
+
+    Args:
+        model: a model with adapters, such as `pipe.transformer`.
+        adapter_names: which adapters; None means the active ones.
+        scale: multiplies the adapters' own scales.
+        safe: whether to refuse adapters that hold NaN or infinity.
+        requantize: whether to quantize the merged weight again, in the layer's own type, instead of keeping a branch: no extra
+            work per step, at the error that the report states, and not removable.
+
+    Raises:
+        FormatError: where no packed layer has an adapter, for a DoRA, or with `requantize` for a type without a quantizer.
+        ValueError: with `safe`, for NaN or infinity in an adapter.
+    """
+    install()
+    layers = dict(packed_lora_layers(model))
+    if not layers:
+        raise FormatError("No packed layer of this model has a LoRA adapter. Load one first: pipe.load_lora_weights(...).")
+    names = None if adapter_names is None else list(adapter_names)
+    check_fusable(model, names, safe=safe)
+    if requantize:
+        for layer in layers.values():
+            quantizer(get_format(layer.get_base_layer().format))
+    _merge_all(model, names, scale, safe)
+    rows = []
+    for name, layer in layers.items():
+        base, fused = layer.get_base_layer(), tuple(layer.merged_adapters)
+        error = _requantize(name, layer) if requantize and getattr(layer, "_fused_rank", 0) else 0.0
+        rows.append(FusedLayer(name, base.format, fused, base.rank, error))
+    return LoraReport(rows)
+
+
+def unfuse_lora(model: nn.Module) -> None:
+    """Take all fused adapters out again; packed layers are bit for bit what they were, the adapters active as before.
+
+    Raises:
+        FormatError: where adapters were re-quantized into a layer; nothing is changed then.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    install()
+    for name, layer in packed_lora_layers(model):
+        if getattr(layer, "_requantized", False):
+            raise FormatError(f"The adapters of {name} were re-quantized into its weight. Load the model again.")
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            module.unmerge()
+
+
+def _merge_all(model: nn.Module, names: list[str] | None, scale: float, safe: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            if scale != 1.0:
+                module.scale_layer(scale)
+            module.merge(safe_merge=safe, adapter_names=names)
+
+
+def _requantize(name: str, layer: Any) -> float:
+    """Quantize the packed weight with its fused adapters again, drop them from the branch, return the relative RMS error."""
+    base: GGUFLinear = layer.get_base_layer()
+    keep = base.rank - layer._fused_rank
+    down, up = base.low_rank_down.detach().float(), base.low_rank_up.detach().float()
+    packed = base.file_bytes()
+    merged = dequantize(packed, base.format, torch.float32, backend="torch") + up[:, keep:] @ down[keep:]
+    rows = quantize(merged, base.format, name=name)
+    difference = dequantize(rows, base.format, torch.float32, backend="torch") - merged
+    fmt = get_format(base.format)
+    base.qweight = nn.Parameter(fmt.layout.to_planes(rows) if base.planes else rows, requires_grad=False)
+    if keep:
+        base.set_low_rank(base.low_rank_down[:keep], base.low_rank_up[:, :keep].contiguous())
+    else:
+        base.set_low_rank(None, None)
+    layer._fused_rank, layer._requantized = 0, True
+    return (difference.norm() / merged.norm()).item()
