@@ -14,6 +14,7 @@ from .fuse import FuseReport, fuse_projections, unfuse_projections
 from .integrations.on_import import after_import
 from .linear import GGUFLinear
 from .ops import dequantize, linear
+from .outliers import keep_outliers
 from .packing import quantize
 from .pinned import pin_memory
 from .swap import swap_linear
@@ -63,6 +64,7 @@ __all__ = [
     "fidelity",
     "fuse_lora",
     "fuse_projections",
+    "keep_outliers",
     "linear",
     "load_flux",
     "load_t5",

@@ -16,6 +16,7 @@ from .compute import COMPUTE_MODES, check_mode, compute_of_layer
 from .errors import FormatError
 from .fused_linear import FusedPart
 from .linear import GGUFLinear
+from .outliers import ChannelSizes
 
 FASTEST_FIRST = ("int8", "fp16_accumulate", "exact")
 _MAX_TOKENS = 512  # rows of one call that are measured, evenly spread: errors are averages over tokens
@@ -23,31 +24,49 @@ _MAX_TOKENS = 512  # rows of one call that are measured, evenly spread: errors a
 
 @dataclass(frozen=True)
 class LayerError:
-    """Hold one layer's relative RMS error against float64 in one compute mode (a fraction), over all measured calls."""
+    """Hold one layer's relative RMS error against float64 in one compute mode (a fraction), over all measured calls.
+
+    `outliers` is how many input channels were left out of the int8 product (see `outliers.py`).
+    """
 
     layer: str
     format: str
     compute: str
     relative_error: float
     calls: int
+    outliers: int = 0
 
 
 class FidelityReport:
     """Hold the measured errors; print it for a table, or turn it into a mode map with `modes`."""
 
-    def __init__(self, rows: list[LayerError]):
+    def __init__(self, rows: list[LayerError], channels: Mapping[str, Tensor] | None = None):
         self.rows = rows
+        self.channels = dict(channels or {})
 
     def modes(self, threshold: float) -> dict[str, str]:
         """Return {layer: fastest mode whose error is at most `threshold`} for `swap_linear(compute=...)`.
+
+        Where fidelity measured outlier channels, "int8" may mean with them: pass `outliers(threshold)` to `keep_outliers` too.
 
         Args:
             threshold: relative RMS error of a layer's output, as a fraction (0.01 is 1 %).
         """
         errors: dict[str, dict[str, float]] = {}
         for row in self.rows:
-            errors.setdefault(row.layer, {})[row.compute] = row.relative_error
+            found = errors.setdefault(row.layer, {})
+            found[row.compute] = min(row.relative_error, found.get(row.compute, math.inf))
         return {layer: _fastest(layer, found, threshold) for layer, found in errors.items()}
+
+    def outliers(self, threshold: float) -> dict[str, Tensor]:
+        """Return {layer: channels} for `keep_outliers`: the layers that reach `threshold` in int8 only with outlier channels."""
+        plain = {row.layer: row.relative_error for row in self.rows if row.compute == "int8" and not row.outliers}
+        chosen = self.modes(threshold)
+        return {
+            row.layer: self.channels[row.layer]
+            for row in self.rows
+            if row.outliers and chosen[row.layer] == "int8" and row.relative_error <= threshold < plain[row.layer]
+        }
 
     def to_json(self) -> str:
         """Return the rows as JSON."""
@@ -57,7 +76,8 @@ class FidelityReport:
         lines = [f"{'layer':<56} {'format':<8} {'compute':<16} {'error':>9} {'calls':>6}"]
         for row in self.rows:
             error = f"{100 * row.relative_error:.4f} %"
-            lines.append(f"{row.layer:<56} {row.format:<8} {row.compute:<16} {error:>9} {row.calls:>6}")
+            mode = f"{row.compute} + {row.outliers} ch." if row.outliers else row.compute
+            lines.append(f"{row.layer:<56} {row.format:<8} {mode:<16} {error:>9} {row.calls:>6}")
         return "\n".join(lines)
 
 
@@ -65,6 +85,8 @@ def fidelity(
     model: nn.Module,
     inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]] | Callable[[], Any],
     computes: Iterable[str] = tuple(COMPUTE_MODES),
+    *,
+    outliers: float = 0.0,
 ) -> FidelityReport:
     """Run the model and compare every packed layer's output in each compute mode with float64 on the same activations.
 
@@ -74,17 +96,29 @@ def fidelity(
         model: a module with GGUFLinear layers (after swap_linear or load_flux).
         inputs: keyword arguments of one forward call, several of them, or a function that runs the model (a pipeline call).
         computes: the modes to measure.
+        outliers: share of a layer's input channels (0.01 is 1 %) that int8 may compute in 16 bit. The inputs then run twice: once
+            to find the channels that stand out, once to measure; layers where none does are measured without.
 
     Raises:
-        FormatError: where the model has no packed layers.
+        FormatError: where the model has no packed layers, or `outliers` is no share.
         BackendUnavailable: where a mode cannot run on the layer's device and backend.
     """
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
     layers = {name: layer for name, layer in packed.items() if not isinstance(layer, FusedPart)}  # measured as one layer
     if not layers:
         raise FormatError("fidelity measures GGUFLinear layers and the model has none. Call swap_linear on it first.")
-    sums = {(name, mode): [0.0, 0.0, 0] for name in layers for mode in computes}
-    hooks = [layer.register_forward_pre_hook(_measure(name, tuple(computes), sums)) for name, layer in layers.items()]
+    if not 0 <= outliers < 1:
+        raise FormatError(f"outliers is a share of the channels from 0 to below 1, such as 0.01, got {outliers}.")
+    inputs = inputs if callable(inputs) or isinstance(inputs, Mapping) else list(inputs)
+    computes = tuple(computes)
+    channels = _find_channels(model, layers, inputs, outliers) if outliers and "int8" in computes else {}
+    measured = {name: [(mode, None) for mode in computes] for name in layers}
+    for name, index in channels.items():
+        measured[name].append(("int8", index))
+    sums = {
+        (name, mode, 0 if index is None else len(index)): [0.0, 0.0, 0] for name in layers for mode, index in measured[name]
+    }
+    hooks = [layer.register_forward_pre_hook(_measure(name, measured[name], sums)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             _run(model, inputs)
@@ -92,10 +126,21 @@ def fidelity(
         for hook in hooks:
             hook.remove()
     rows = []
-    for (name, mode), (error, signal, calls) in sums.items():
+    for (name, mode, kept), (error, signal, calls) in sums.items():
         if calls:
-            rows.append(LayerError(name, layers[name].format, mode, _ratio(error, signal), calls))
-    return FidelityReport(rows)
+            rows.append(LayerError(name, layers[name].format, mode, _ratio(error, signal), calls, kept))
+    return FidelityReport(rows, channels)
+
+
+def _find_channels(model: nn.Module, layers: Mapping[str, GGUFLinear], inputs, share: float) -> dict[str, Tensor]:
+    """Run the inputs once and return layer -> outlier channels."""
+    sizes = ChannelSizes(layers)
+    try:
+        with torch.no_grad():
+            _run(model, inputs)
+    finally:
+        sizes.remove()
+    return sizes.outliers(share)
 
 
 def _run(model: nn.Module, inputs) -> None:
@@ -106,20 +151,22 @@ def _run(model: nn.Module, inputs) -> None:
         model(**call)
 
 
-def _measure(name: str, computes: tuple[str, ...], sums: dict):
-    """Return a hook that adds one call's squared errors and squared output to `sums`."""
+def _measure(name: str, measured: list[tuple[str, Tensor | None]], sums: dict):
+    """Return a hook that adds one call's squared errors and squared output to `sums`, for (mode, outlier channels)."""
 
     def hook(layer: GGUFLinear, arguments: tuple) -> None:
         x = _some_tokens(arguments[0].detach())
         weight = ops.dequantize(layer.qweight, layer.format, torch.float32, backend=layer.backend, planes=layer.planes)
         oracle = x.double() @ weight.double().T
-        for mode in computes:
+        for mode, index in measured:
             try:
                 check_mode(mode, layer.in_features)
             except FormatError:
                 continue  # the mode cannot take this layer: no row, and `modes` will not choose it
-            y = ops.linear(x, layer.qweight, layer.format, backend=layer.backend, compute=mode, planes=layer.planes)
-            entry = sums[name, mode]
+            packed = (layer.qweight, None, layer.format, layer.backend, mode, layer.planes)
+            kept = (None, None) if index is None else (index, weight[:, index])
+            y = torch.ops.flux_kernels.linear(x, *packed, None, None, *kept)
+            entry = sums[name, mode, 0 if index is None else len(index)]
             entry[0] += (y.double() - oracle).square().sum().item()
             entry[1] += oracle.square().sum().item()
             entry[2] += 1

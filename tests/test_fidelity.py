@@ -69,3 +69,87 @@ def test_one_mode_for_a_model_spares_modulation_and_embedders():
     fk.swap_linear(model, "torch", "int8", format="Q8_0")
     assert model["norm1"]["linear"].compute == model["x_embedder"].compute == model["proj_out"].compute == "exact"
     assert model["attn"].compute == "int8"
+
+
+# outlier channels
+
+
+def outlying_activations(factor: float = 30, seed: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 512, generator=generator)
+    x[:, [3, 200, 450, 451, 511]] *= factor
+    return x
+
+
+def test_outliers_are_found_measured_and_kept(model):
+    inputs = {"input": outlying_activations()}
+    report = fk.fidelity(model, inputs, outliers=0.01)
+    rows = {(row.layer, row.compute, row.outliers): row.relative_error for row in report.rows}
+    assert ("second", "int8", 0) in rows and len(rows) == 7, "the second layer's activations have no outliers"
+    with_them, without = rows["first", "int8", 16], rows["first", "int8", 0]
+    assert with_them < without / 4
+    assert {3, 200, 450, 451, 511} <= set(report.outliers(0.005)["first"].tolist())
+    assert "int8 + 16 ch." in str(report)
+    threshold = max(with_them, rows["second", "int8", 0]) * 1.01
+    assert report.modes(threshold) == {"first": "int8", "second": "int8"}
+    fk.swap_linear(model, "torch", report.modes(threshold))
+    fk.keep_outliers(model, report.outliers(threshold))
+    assert model.first.outlier_index.numel() == 16 and model.second.outlier_index is None
+    x = inputs["input"]
+    want = x.double() @ fk.dequantize(model.first.file_bytes(), "Q8_0").double().T
+    got = model.first(x).double() - model.first.bias.double()
+    assert ((got - want).norm() / want.norm()).item() == pytest.approx(with_them, rel=0.02)
+    fk.keep_outliers(model, {})
+    assert model.first.outlier_index is None
+
+
+def test_outliers_are_off_by_default_and_never_kept_for_nothing(model):
+    assert all(row.outliers == 0 for row in fk.fidelity(model, {"input": outlying_activations()}).rows)
+    even = fk.fidelity(model, iter([{"input": torch.randn(40, 512)}]), ["int8"], outliers=0.01)
+    assert all(row.outliers == 0 for row in even.rows) and even.outliers(0.0) == {}
+    report = fk.fidelity(model, {"input": outlying_activations()}, outliers=0.01)
+    assert report.outliers(0.5) == {}, "plain int8 is good enough there"
+
+
+@pytest.mark.parametrize("pattern", ["one group", "spread", "one channel", "half a percent", "heavy tails", "ramp", "gaussian"])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_found_never_makes_int8_worse(pattern, seed):
+    """Whatever the pattern: with the channels found, the error is at most 1.01 times (codes fall otherwise) that without."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 3072, generator=generator)
+    some = torch.randperm(3072, generator=generator)
+    if pattern == "one group":
+        x[:, 128:158] *= 40
+    elif pattern == "spread":
+        x[:, some[:31]] *= 30
+    elif pattern == "one channel":
+        x[:, 77] *= 1000
+    elif pattern == "half a percent":
+        x[:, some[:15]] *= 5
+    elif pattern == "heavy tails":
+        x *= torch.randn(3072, generator=generator).exp().square()
+    elif pattern == "ramp":
+        x *= torch.logspace(-2, 2, 3072)
+    linear = nn.Linear(3072, 64, bias=False)
+    model = nn.Sequential(fk.GGUFLinear.from_linear(linear, "Q8_0"))
+    report = fk.fidelity(model, {"input": x}, ["int8"], outliers=0.01)
+    errors = {bool(row.outliers): row.relative_error for row in report.rows}
+    assert errors.get(True, 0.0) <= 1.01 * errors[False]
+    assert (True in errors) == (pattern not in ("gaussian", "ramp"))
+    if pattern in ("spread", "one channel", "one group"):
+        assert errors[True] < errors[False] / 2
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ({"third": torch.tensor([1])}, "'third' is no packed layer"),
+        ({"first": torch.tensor([1]), "second": torch.tensor([256])}, "from 0 to 255"),
+    ],
+)
+def test_channels_that_do_not_fit_change_nothing(model, channels, message):
+    with pytest.raises(fk.FormatError, match=message):
+        fk.keep_outliers(model, channels)
+    assert model.first.outlier_index is None
+    with pytest.raises(fk.FormatError, match="share of the channels"):
+        fk.fidelity(model, {"input": activations()}, outliers=16)
