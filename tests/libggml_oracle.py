@@ -109,3 +109,57 @@ def _traits(type_name: str) -> _TypeTraits:
     if type_name not in type_ids():
         raise KeyError(f"libggml has no quantizable type {type_name!r}; it has {', '.join(type_ids())}.")
     return _library().ggml_get_type_traits(type_ids()[type_name]).contents
+
+
+class _CpuTraits(ctypes.Structure):
+    """Mirror struct ggml_type_traits_cpu of ggml-cpu.h."""
+
+    _fields_ = [
+        ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        (
+            "vec_dot",
+            ctypes.CFUNCTYPE(
+                None,
+                ctypes.c_int,
+                *[ctypes.c_void_p, ctypes.c_size_t] * 3,
+                ctypes.c_int,
+            ),
+        ),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    ]
+
+
+@cache
+def _cpu_library() -> ctypes.CDLL:
+    import libggml
+
+    _library()
+    library = ctypes.CDLL(str(Path(libggml.__file__).parent / "lib64" / "libggml-cpu.so"))
+    library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTraits)
+    library.ggml_get_type_traits_cpu.argtypes = [ctypes.c_int]
+    library.ggml_cpu_init()
+    return library
+
+
+def int8_dot(type_name: str, packed: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Multiply as ggml does on a CPU: activations float32 [M, K] quantized to its int8 type, y float32 [M, N]."""
+    traits = _cpu_library().ggml_get_type_traits_cpu(type_ids()[type_name]).contents
+    activation = _library().ggml_get_type_traits(traits.vec_dot_type).contents
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    packed = np.ascontiguousarray(packed, dtype=np.uint8)
+    m, k = x.shape
+    quantize_row = _cpu_library().ggml_get_type_traits_cpu(traits.vec_dot_type).contents.from_float
+    codes = np.zeros((m, k // activation.blck_size * activation.type_size), dtype=np.uint8)
+    y = np.empty((m, packed.shape[0]), dtype=np.float32)
+    for token in range(m):
+        quantize_row(x[token].ctypes.data, codes[token].ctypes.data, k)
+        for row in range(packed.shape[0]):
+            traits.vec_dot(k, y[token, row:].ctypes.data, 0, packed[row].ctypes.data, 0, codes[token].ctypes.data, 0, 1)
+    return y
+
+
+def activation_block(type_name: str) -> int:
+    """Return how many activations share one int8 scale in ggml's product with a type."""
+    traits = _cpu_library().ggml_get_type_traits_cpu(type_ids()[type_name]).contents
+    return _library().ggml_get_type_traits(traits.vec_dot_type).contents.blck_size
