@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,6 +108,8 @@ def measure(
     types_of_plan = None if plan is None else options_of(Plan.load(plan))
     if plan is not None and out.exists() and imatrix is None:
         request = request.as_table()
+    if types_of_plan is not None and any("+r" in option for option in types_of_plan.values()):
+        request = replace(request, covariance=True)  # what corrections are fitted to in a file made with measure's covariances
     world = work.World.from_environment()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
     with (

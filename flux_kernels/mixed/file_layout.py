@@ -73,7 +73,12 @@ class FileLayout:
     def file_bytes(self, options: Mapping[str, str]) -> int:
         """Return the bytes of the whole file with these options and the key-values that published files have."""
         chosen = {**self.types, **options}
-        return self.empty_bytes + sum(self.option_bytes(name, chosen[name]) for name in self.shapes)
+        tensors = []  # counted as a whole: entries of corrections lengthen the header, which is padded once
+        for name, shape in self.shapes.items():
+            kind, rank = parse_option(chosen[name])
+            tensors.append((name, kind, shape))
+            tensors += [(extra, RANK_TYPE, size) for extra, size in low_rank_shapes(name, shape, rank).items()]
+        return planned_size(tensors, _USUAL_KEYS)
 
     def bits_per_weight(self, options: Mapping[str, str]) -> float:
         """Return 8 * bytes of all tensors (without padding and header) / weights of all tensors."""

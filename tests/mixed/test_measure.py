@@ -437,6 +437,18 @@ def test_a_written_file_costs_what_was_measured(whole, tmp_path):
     assert error / magnitude == pytest.approx(measurer().measure_joint(types).cost, rel=CLOSE)
 
 
+def test_a_plan_with_corrections_is_measured_as_its_file_is_made(whole, tmp_path):
+    """Corrections are fitted to the inputs' covariance, also where no table with such options lies beside it."""
+    from flux_kernels.mixed.plan_file import Plan
+
+    Plan({QKV: "Q2_K"}, bytes=1, cost=0.0, low_rank={QKV: 8}).save(tmp_path / "plan.json")
+    arguments = ["measure", "--out", str(tmp_path / "joint.csv"), "--states-file", str(whole.request.states_path)]
+    done = CliRunner().invoke(app, [*arguments, "--plan", str(tmp_path / "plan.json"), "--json"])
+    assert done.exit_code == 0, done.output
+    fitted = Measurer(embedded_pipeline().transformer, states(), covariance=True).measure_joint({QKV: "Q2_K+r8"})
+    assert json.loads(done.stdout)["cost"] == pytest.approx(fitted.cost, rel=CLOSE)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
