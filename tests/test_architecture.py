@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Layers from the bottom up; a module may import from its own layer and from those before it.
 LAYERS = [
     ("errors", "_triton", "clock"),
-    ("formats", "compute", "low_rank", "random_rows"),
-    ("reference", "kernels", "gguf_spec", "gguf_header", "libggml", "tensor_check"),
+    ("formats", "compute", "low_rank"),
+    ("reference", "random_rows", "kernels", "gguf_spec", "gguf_header", "libggml", "tensor_check"),
     ("low_precision", "cpu_decode", "tune_candidates", "tune"),
     ("torch_backend",),
     ("backends",),
