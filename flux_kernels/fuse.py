@@ -281,7 +281,9 @@ def _check_unfusable(home: nn.Module, name: str) -> None:
 def _unfuse(home: Any, name: str) -> None:
     fused = home._modules[name]
     for rows in fused.parts:
-        _replace(home, rows.path, fused.separate(_without_adapters(home.get_submodule(rows.path))))
+        part = _without_adapters(home.get_submodule(rows.path))
+        if isinstance(part, FusedPart):  # a layer that a user put in its place stays
+            _replace(home, rows.path, fused.separate(part))
     delattr(home, name)
     if name == "linear1":
         hooks = home.norm._forward_hooks

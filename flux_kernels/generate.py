@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -285,5 +286,31 @@ def save_png(made: Made, path: Path) -> None:
 
     text = PngInfo()
     text.add_itxt("flux_kernels", json.dumps(made.parameters, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.image.save(path, "PNG", pnginfo=text)
+    if path.exists() and not path.is_file():  # /dev/null
+        made.image.save(path, "PNG", pnginfo=text)
+        return
+    beside = path.with_name(f"{path.name}.part")  # a full disk leaves the picture of the last run as it was
+    try:
+        made.image.save(beside, "PNG", pnginfo=text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check_out(path: Path, request: Request) -> None:
+    """Make the folder of a picture to write, and check that it can be written, before anything is loaded.
+
+    Raises:
+        GGUFError: where `path` is a folder, a file that the request reads, or in a folder that cannot be written to.
+    """
+    read = [getattr(request, name) for name in ("gguf", "t5", *IMAGE_OPTIONS)] + [lora.file for lora in request.loras]
+    if path.exists() and any(file is not None and file.exists() and path.samefile(file) for file in read):
+        raise GGUFError(f"{path} is read by this very command. Give --out another name.")
+    if path.is_dir():
+        raise GGUFError(f"{path} is a folder. --out is the PNG file to write, such as {path / 'out.png'}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GGUFError(f"The folder of --out {path} cannot be made: {error.strerror}. Give another name.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise GGUFError(f"{path.parent} cannot be written to. Give --out a name in another folder.")

@@ -124,6 +124,8 @@ def _foreign(module: nn.Linear, places: Places) -> str | None:
     """Return why a layer of somebody else is left alone, or None."""
     if not (isinstance(module, GGUFLinear) or is_diffusers_gguf(module) or type(module) is nn.Linear):
         return f"a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
+    if "weight" not in module._parameters and not isinstance(module, GGUFLinear):
+        return "its weight is computed (weight_norm, pruning)"
     merged = any(attribute == "base_layer" and getattr(parent, "merged", False) for parent, attribute in places)
     if merged and not isinstance(module, GGUFLinear):  # a packed layer keeps merged adapters in its branch
         return "an adapter is merged into it"

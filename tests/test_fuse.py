@@ -392,3 +392,15 @@ def test_a_fused_model_has_as_many_parameters_and_is_not_written_by_save_pretrai
     fk.unfuse_projections(fused)
     fused.save_pretrained(tmp_path)
     assert list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_put_in_place_of_a_part_computes_and_survives_unfusing(model, expected, kind):
+    """The message on writing a packed weight says to replace the layer by layer.dequantize()."""
+    fk.fuse_projections(model, kind)
+    attention = model.single_transformer_blocks[0].attn
+    attention.to_k = plain = attention.to_k.dequantize(torch.float32)
+    assert torch.allclose(run(model), expected, **CLOSE)
+    fk.unfuse_projections(model)
+    assert attention.to_k is plain and not any(isinstance(module, FusedLinear | FusedPart) for module in model.modules())
+    assert torch.allclose(run(model), expected, **CLOSE)

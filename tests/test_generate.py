@@ -12,7 +12,7 @@ from PIL import Image
 from flux_kernels import GGUFError
 from flux_kernels.base_pipeline import PARTS, base_sizes, check_base, check_fit
 from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.generate import Job, Lora, Request, call_settings
+from flux_kernels.generate import Job, Lora, Made, Request, call_settings, check_out, save_png
 from flux_kernels.inspect_file import FileFacts
 from flux_kernels.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
 
@@ -124,3 +124,30 @@ def test_parts_that_do_not_fit_are_named_before_they_are_read(base):
     (base / "vae" / "config.json").write_text("{")
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing or no JSON"):
         base_sizes(base)
+
+
+def test_where_the_picture_goes_is_checked_before_loading(tmp_path):
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"weights")
+    request = Request(gguf=gguf, base=tmp_path, prompt="", loras=[Lora(gguf)])
+    for out, sentence in ((gguf, "read by this"), (tmp_path, "is a folder"), (gguf / "out.png", "cannot be made")):
+        with pytest.raises(GGUFError, match=sentence):
+            check_out(out, request)
+    check_out(tmp_path / "new" / "out.png", request)
+    assert (tmp_path / "new").is_dir() and gguf.read_bytes() == b"weights"
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    out = tmp_path / "out.png"
+    made = Made(Image.new("RGB", (16, 16)), {}, None, None, "", 0.0, 0.0)
+    save_png(made, out)
+    before = out.read_bytes()
+
+    def fails(self, path, *args, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(OSError, match="No space"):
+        save_png(made, out)
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import flux_kernels as fk
 from flux_kernels import swap, swap_plan
@@ -253,3 +254,16 @@ def test_weights_and_biases_that_diffusers_cannot_compute_with(type_name, packed
     assert type(model[0]) is (nn.Linear if type_name == "BF16" else fk.GGUFLinear)
     x = torch.randn(2, K)
     torch.testing.assert_close(model(x), nn.functional.linear(x, *want))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", ["weight_norm", "pruning"])
+def test_a_weight_that_a_hook_computes_is_left_alone(how):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    if how == "weight_norm":
+        torch.nn.utils.weight_norm(model[0])
+    else:
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    rows = fk.swap_linear(model, format="Q8_0").rows
+    assert [row.action for row in rows] == ["skipped", "swapped"] and "computed" in rows[0].detail
+    model(torch.randn(2, 64))

@@ -326,3 +326,11 @@ def test_names_go_both_ways():
             assert written_name(name) == llama_name(name)
     with pytest.raises(GGUFError, match="no parameter of a T5 encoder"):
         written_name("decoder.block.0.layer.0.SelfAttention.q.weight")
+
+
+def test_tying_weights_again_changes_nothing(tmp_path):
+    """transformers ties after many operations; the packed table has no parameter `weight` to tie."""
+    path, expected = written(tmp_path)
+    for model in (load_t5(path, dtype=torch.float32), copy.deepcopy(load_t5(path, dtype=torch.float32))):
+        model.tie_weights()
+        assert model.encoder.embed_tokens is model.shared and torch.equal(encode(model), expected)

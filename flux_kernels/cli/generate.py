@@ -181,6 +181,7 @@ def generate(
         compute=compute,
         dtype=getattr(torch, dtype.value),
     )
+    work.check_out(out, request)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checking files", total=None)

@@ -123,7 +123,12 @@ def empty_t5(config: dict) -> T5EncoderModel:
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(**config))
     model.set_input_embeddings(model.shared)
+    model.tie_weights = _stay_tied
     return model
+
+
+def _stay_tied(*args, **kwargs) -> None:
+    """Stand in for `tie_weights`: the table is one module under both names, and a packed one has no parameter `weight`."""
 
 
 def _decoded(tensor: GGUFTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
