@@ -10,7 +10,7 @@ from ..clock import interleaved, percentiles
 from ..formats import FORMATS
 from ..random_rows import random_rows
 from . import peers  # noqa: F401 - registers the other libraries
-from .ceilings import Ceilings
+from .ceilings import Ceilings, cache_flusher
 from .providers import PROVIDERS, Problem, Unavailable
 from .shapes import Call
 
@@ -19,7 +19,7 @@ _ORACLE_ROWS, _ORACLE_COLUMNS = 64, 256
 
 
 def make_problem(name: str, call: Call, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Make random packed rows with sane scales: bytes are random, half-precision fields are set to about 1/64."""
+    """Make random packed rows with plausible scales, and a random bias."""
     fmt = FORMATS[name]
     planes = fmt.planes and device.type != "cpu"
     data = random_rows(fmt, call.n, call.k, planes, seed=call.n + call.k)
@@ -45,7 +45,7 @@ def measure(
     repeats: int,
     ceilings: Ceilings | None = None,
 ):
-    """Yield a row for each provider of one format and call."""
+    """Yield a row for each provider of one format and call; on a GPU the L2 cache is emptied before each timed run."""
     problem = make_problem(name, call, device, dtype)
     x = torch.randn(call.m, call.k, dtype=torch.float32, device=device).to(dtype)
     functions, notes, errors = {}, {}, {}
@@ -65,7 +65,7 @@ def measure(
             if PROVIDERS[provider].group not in ("peer", "base"):
                 raise
             notes[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    times = interleaved(functions, repeats, device)
+    times = interleaved(functions, repeats, device, cache_flusher(device))
     for provider in providers:
         yield _row(name, call, provider, times.get(provider), errors.get(provider), notes.get(provider, ""), problem, ceilings)
 

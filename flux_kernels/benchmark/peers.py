@@ -7,11 +7,14 @@ of every row tells what a speed costs. A library that is not installed is a row 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .providers import Problem, Unavailable, _decoded, provider
+from .providers import GATE_INT8, Problem, Unavailable, _decoded, provider
 
 # Relative RMS error on gaussian weights: 8 bits a weight about 1 % (fp8 4 %, squared with its activations 5 %), 4 bits 10 %.
 GATE_8, GATE_4 = 0.08, 0.2
@@ -122,15 +125,37 @@ def _quanto(problem: Problem):
     return model
 
 
-@provider("vllm-gguf-plugin", "peer", source="https://github.com/vllm-project/vllm-gguf-plugin")
-def _vllm_gguf(problem: Problem):
-    """Its own dispatch over M (matrix-vector, fused, decode first) on the packed bytes; it has no bias, which is added."""
-    _gpu(problem, "vllm-gguf-plugin")
-    linear = _needs("vllm_gguf_plugin.quantization.linear")
+_VLLM = dict(source="https://github.com/vllm-project/vllm-gguf-plugin")
+
+
+def _packed_call(multiply, problem: Problem):
+    """Call theirs on the packed bytes in file order; it has no bias, which is added."""
     data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
     kind, bias = int(problem.fmt.ggml_type), problem.bias.to(problem.dtype)
+    return lambda x: multiply(data, x, kind, data.shape[0]) + bias
 
-    def call(x: Tensor) -> Tensor:
-        return linear._fused_mul_mat_gguf(x, data, kind) + bias
 
-    return call
+@provider("vllm-gguf-plugin", "peer", GATE_INT8, **_VLLM)
+def _vllm_gguf(problem: Problem):
+    """Its own dispatch over M and type: CUDA kernels with 8-bit activations where its extension is built, Triton otherwise."""
+    _gpu(problem, "vllm-gguf-plugin")
+    linear = _needs("vllm_gguf_plugin.quantization.linear")
+    return _packed_call(lambda data, x, kind, _: linear._fused_mul_mat_gguf(x, data, kind), problem)
+
+
+@provider("vllm-gguf-plugin triton", "peer", **_VLLM)
+def _vllm_gguf_triton(problem: Problem):
+    """Its Triton product, what its dispatch takes with VLLM_GGUF_USE_CUDA=0.
+
+    The package imports vLLM, its Triton files only torch and triton: they are imported under a name of their own.
+    """
+    _gpu(problem, "vllm-gguf-plugin")
+    alias, found = "_vllm_gguf_plugin_kernels", importlib.util.find_spec("vllm_gguf_plugin")
+    if found is None:
+        raise Unavailable("not installed (vllm_gguf_plugin)")
+    if alias not in sys.modules:
+        package = ModuleType(alias)
+        package.__path__ = list(found.submodule_search_locations or ())
+        sys.modules[alias] = package
+    multiply = _needs(f"{alias}.triton.gemm.interface").ggml_mul_mat_a8_triton
+    return _packed_call(multiply, problem)
