@@ -76,7 +76,12 @@ def generate(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option(min=0, help="Seed of the noise; it is drawn on the CPU, the same everywhere.", rich_help_panel=_PICTURE),
+        typer.Option(
+            min=0,
+            max=2**64 - 1,
+            help="Seed of the noise; it is drawn on the CPU, the same everywhere.",
+            rich_help_panel=_PICTURE,
+        ),
     ] = 0,
     image: Annotated[
         Path | None,
