@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 _SHOWN = 10  # tensors in the table on the screen
+_STATES_A_RANK = 4  # below, a correction fits the states themselves: 6 states and rank 8 cost 9 times as much on others
 
 
 def measure(
@@ -168,6 +169,13 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
         console.print("This process's share is measured. The table is written when the others have finished theirs.")
         return
     console.print(_cost_table(table, request.types))
+    rank = max((int(name.rpartition("+r")[2]) for name in request.types if "+r" in name), default=0)
+    if table.states["count"] < _STATES_A_RANK * rank:
+        console.print(
+            f"[yellow]Note:[/] rank {rank} is fitted to {table.states['count']} states and judged on the same; modulation sees one "
+            f"vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
+            soft_wrap=True,
+        )
     console.print(
         f"{len(table.rows)} costs in [bold]{request.out}[/]. Next: flux-kernels plan {request.out} --bpw 5", soft_wrap=True
     )

@@ -449,6 +449,18 @@ def test_a_plan_with_corrections_is_measured_as_its_file_is_made(whole, tmp_path
     assert json.loads(done.stdout)["cost"] == pytest.approx(fitted.cost, rel=CLOSE)
 
 
+@pytest.mark.parametrize(("count", "noted"), [(31, True), (32, False)])
+def test_few_states_for_a_rank_are_noted(whole, tmp_path, count, noted):
+    from rich.console import Console
+
+    from flux_kernels.cli.measure import _report_table
+
+    table = replace(whole.table, states={**whole.table.states, "count": count})
+    console = Console(record=True, width=200)
+    _report_table(console, table, replace(whole.request, types=("Q8_0", "Q4_K+r8")), False)
+    assert ("Take --states 32 or more" in console.export_text()) == noted
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
