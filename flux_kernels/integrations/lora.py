@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import FormatError
 from ..formats import get_format
+from ..fused_linear import FusedPart
 from ..linear import GGUFLinear
 from ..ops import dequantize
 from ..packing import quantize, quantizer
@@ -82,8 +83,8 @@ def fuse_lora(
     names = None if adapter_names is None else list(adapter_names)
     check_fusable(model, names, safe=safe)
     if requantize:
-        for layer in layers.values():
-            quantizer(get_format(layer.get_base_layer().format))
+        for name, layer in layers.items():
+            _check_requantizable(name, layer.get_base_layer())
     _merge_all(model, names, scale, safe)
     rows = []
     for name, layer in layers.items():
@@ -118,6 +119,16 @@ def _merge_all(model: nn.Module, names: list[str] | None, scale: float, safe: bo
             if scale != 1.0:
                 module.scale_layer(scale)
             module.merge(safe_merge=safe, adapter_names=names)
+
+
+def _check_requantizable(name: str, base: GGUFLinear) -> None:
+    quantizer(get_format(base.format))
+    if isinstance(base, FusedPart):
+        raise FormatError(
+            f"{name} is part of a fused layer. Call unfuse_projections(model) before re-quantizing adapters into it."
+        )
+    if base.qweight.is_meta:
+        raise FormatError(f"{name} is offloaded. Re-quantize adapters before offloading is enabled.")
 
 
 def _requantize(name: str, layer: Any) -> float:

@@ -254,3 +254,30 @@ def test_a_fused_model_compiles(model):
     load(model, second=False).fuse_lora()
     want = run(model)
     torch.testing.assert_close(run(torch.compile(model, fullgraph=True, backend="aot_eager")), want, **CLOSE)
+
+
+def fused(model):
+    fk.swap_linear(model, "torch", format={"*attn.to_*": "Q4_K"})
+    assert fk.fuse_projections(model).fused
+    return model
+
+
+def test_adapters_on_fused_projections_fuse_too(tiny_flux):
+    """The parts of a fused layer take a branch of their own, and are bit for bit what they were afterwards."""
+    model = fused(tiny_flux)
+    load(model)
+    unfused = run(model)
+    report = fk.fuse_lora(model)
+    assert {row.rank for row in report.rows} == {4, 8}
+    torch.testing.assert_close(run(model), unfused, **CLOSE)
+    fk.unfuse_lora(model)
+    assert torch.equal(run(model), unfused)
+
+
+def test_requantizing_a_part_of_a_fused_layer_refuses_whole(tiny_flux):
+    model = fused(tiny_flux)
+    load(model)
+    before = snapshot(model)
+    with pytest.raises(fk.FormatError, match="unfuse_projections"):
+        fk.fuse_lora(model, requantize=True)
+    assert_equal_states(model, before)
