@@ -146,7 +146,7 @@ def heat_map(data: ReportData) -> Figure:
     if bar:
         bar.set_label("error that this one choice adds (darker is better)", fontsize=9)
     axes.set_title(
-        "Every tensor in every type; red marks what was chosen\n(under each type: bits per weight)",
+        "Every tensor in every type; red: chosen\n(bits per weight, a rank's own left aside)",
         loc="left",
         fontweight="bold",
         fontsize=11,
