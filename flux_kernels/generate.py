@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
@@ -158,6 +159,11 @@ def check_request(request: Request) -> Job:
     """Check files, folders and what goes together before anything large is read; return what is to be done."""
     if not request.gguf.is_file():
         raise FileNotFoundError(f"{request.gguf} is no file. --gguf is a FLUX.1 transformer in a GGUF file.")
+    numbers = {"--guidance": request.guidance, "--true-cfg": request.true_cfg}
+    numbers |= {f"--lora {lora.file.name}": lora.scale for lora in request.loras}
+    for option, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            raise FormatError(f"{option} is {number}; give a finite number.")
     for lora in request.loras:
         if not lora.file.is_file():
             raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")

@@ -78,6 +78,8 @@ def write_gguf(
     target = os.path.realpath(os.fsdecode(path))
     if os.path.exists(target) and not os.path.isfile(target):
         raise GGUFError(f"{shown_path(target)}: exists and is not a regular file. Give the name of a file.")
+    if not os.path.isdir(os.path.dirname(target)):
+        raise GGUFError(f"{shown_path(os.path.dirname(target))} is no folder. Make it first.")
     tensors = list(tensors)
     plans, header, alignment = _plan([entry[:3] for entry in tensors], metadata, alignment)
     total = len(header) + sum(padded(plan.nbytes, alignment) for plan in plans)

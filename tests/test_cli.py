@@ -144,6 +144,15 @@ def test_generate_tells_people_what_it_did(gguf_file, tmp_path):
     assert "transformer_blocks.0.norm1.linear" in ok(*arguments, "--report")
 
 
+@pytest.mark.parametrize(
+    "more", [("--guidance", "nan"), ("--true-cfg", "inf"), ("--lora", "style.safetensors:nan")], ids=lambda more: more[0]
+)
+def test_numbers_that_are_none_are_refused_before_anything_loads(gguf_file, tmp_path, more):
+    result = invoke("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--out", tmp_path / "x.png", *more)
+    assert result.exit_code == 1 and "give a finite number" in result.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_inspect_shows_and_lists(gguf_file):
     text = ok("inspect", gguf_file)
     assert "FLUX.1 architecture with 1 double and 2 single blocks, width 256" in text

@@ -258,7 +258,7 @@ def test_a_directory_or_device_is_not_overwritten(tmp_path):
     for target in (tmp_path, os.devnull):
         with pytest.raises(GGUFError, match="not a regular file"):
             write_gguf(target, [ONE], {})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(GGUFError, match="is no folder. Make it first"):
         write_gguf(tmp_path / "missing" / "a.gguf", [ONE], {})
 
 
