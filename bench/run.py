@@ -9,6 +9,7 @@ A provider's speed is reported only where its result passes the correctness gate
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from flux_kernels.benchmark.linears import measure, summary
 from flux_kernels.benchmark.providers import PROVIDERS
 from flux_kernels.benchmark.record import append_csv, origin
 from flux_kernels.benchmark.shapes import STEPS, reduced, step_calls
+from flux_kernels.formats import FORMATS
 
 
-def main() -> None:
-    """Parse the command line, measure, and write every row as it comes."""
+def main() -> int:
+    """Parse the command line, measure, and write every row as it comes; return 1 where a result of ours was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", default="Q4_K,Q6_K,Q8_0")
+    parser.add_argument("--formats", default="Q4_K,Q6_K,Q8_0", help='comma-separated, or "all"')
     parser.add_argument(
         "--providers",
         default=",".join(name for name, one in PROVIDERS.items() if one.group != "peer" and "compiled" not in name),
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=int, default=1, help="divide M and N by this, for slow machines (rows say so by their shapes)"
     )
+    parser.add_argument("--calls", type=int, default=11, help="only the first calls of the list, which take the most time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", type=Path, help="CSV to append rows to, each as soon as it is measured")
     arguments = parser.parse_args()
@@ -44,8 +47,8 @@ def main() -> None:
         f"ceilings: copy {ceilings.copy_gb_s:.0f} GB/s, matmul {ceilings.matmul_tflops:.3g} TFLOP/s {ceilings.dtype}",
         flush=True,
     )
-    for name in arguments.formats.split(","):
-        for call in step_calls(**STEPS[arguments.step]):
+    for name in _formats(arguments.formats):
+        for call in step_calls(**STEPS[arguments.step])[: arguments.calls]:
             small = reduced(call, arguments.scale)
             wanted = arguments.providers.split(",")
             for row in measure(name, small, wanted, device, dtype, arguments.repeats, ceilings):
@@ -57,7 +60,12 @@ def main() -> None:
                 if arguments.write:
                     append_csv(row | made_at, arguments.write)
     print(summary(rows))
+    return int(any(row["provider"].startswith("ours") and row["note"].startswith("wrong result") for row in rows))
+
+
+def _formats(names: str) -> list[str]:
+    return list(FORMATS) if names == "all" else names.split(",")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

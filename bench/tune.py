@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, help="the record to write; default: the card's own in the user's folder")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
+    parser.add_argument("--list", action="store_true", help="only list what would be tuned, which needs no GPU")
     arguments = parser.parse_args()
     calls = sorted(step_calls(**STEPS[arguments.step]), key=lambda call: -call.flops * call.calls)
     jobs = [
@@ -35,6 +36,9 @@ def main() -> None:
         for call in calls
         if mode == "exact" or call.m > 16
     ]
+    if arguments.list:
+        print(*dict.fromkeys(jobs), sep="\n")
+        return
     options = dict(path=arguments.out, minutes=arguments.minutes, processes=arguments.processes)
     path = tune(list(dict.fromkeys(jobs)), torch.device("cuda"), on_row=_show, **options)
     print(f"written to {path}")
