@@ -242,6 +242,19 @@ def test_accelerate_and_group_offload_give_the_same(tmp_path):
         assert torch.equal(encode(grouped), expected)
 
 
+def test_a_lora_on_every_linear_layer(tmp_path):
+    """T5 casts activations to the dtype of an adapted layer's weight, for which peft would take the packed bytes."""
+    from peft import LoraConfig, get_peft_model
+
+    path, _ = written(tmp_path)
+    model = fk.load_t5(path, dtype=torch.float32)
+    before = encode(model)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q", "v", "wi_0", "wo"]))
+    assert torch.equal(encode(adapted), before)  # B starts at zero
+    layer = next(module for name, module in adapted.named_modules() if name.endswith("DenseReluDense.wo"))
+    assert layer.weight.dtype == torch.float32 and layer.weight.shape == (layer.out_features, layer.in_features)
+
+
 def test_copies_state_dicts_and_decoding(tmp_path):
     path, expected = written(tmp_path)
     model = load_t5(path, dtype=torch.float32)

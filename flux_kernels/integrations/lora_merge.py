@@ -25,6 +25,7 @@ def install() -> None:
     """Teach peft's LoRA layers to merge into packed ones; once, when peft is imported."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.lora.model import LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if hasattr(Linear.merge, "_flux_kernels"):
         return
@@ -49,6 +50,14 @@ def install() -> None:
         check(self)
         check_fusable(self.model, None)
 
+    weight = BaseTunerLayer.weight
+
+    def logical_weight(self) -> torch.Tensor:
+        """Return the weight in logical shape and dtype; peft takes `qweight` for it, whose dtype T5 casts activations to."""
+        base = self.get_base_layer()
+        return base.weight if isinstance(base, GGUFLinear) else weight.fget(self)
+
+    BaseTunerLayer.weight = property(logical_weight)
     merge_or_fuse._flux_kernels = True  # type: ignore[attr-defined]
     Linear.merge, Linear.unmerge, LoraModel._check_merge_allowed = merge_or_fuse, unmerge_or_unfuse, check_packed_layers_too
 
