@@ -17,7 +17,7 @@ import torch
 from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import measure, summary
 from flux_kernels.benchmark.providers import PROVIDERS
-from flux_kernels.benchmark.record import append_csv, origin
+from flux_kernels.benchmark.record import append_csv, origin, read_csv
 from flux_kernels.benchmark.shapes import STEPS, reduced, step_calls
 from flux_kernels.formats import FORMATS
 
@@ -39,9 +39,11 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=11, help="only the first calls of the list, which take the most time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", type=Path, help="CSV to append rows to, each as soon as it is measured")
+    parser.add_argument("--resume", action="store_true", help="go on in the CSV of --write: leave out the calls it has")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    made_at, rows = origin(device), []
+    made_at, rows = origin(device), _there(arguments.write) if arguments.resume else []
+    done = {(row["format"], row["where"], row["m"], row["n"]) for row in rows}
     ceilings = measure_ceilings(device, dtype)
     print(
         f"ceilings: copy {ceilings.copy_gb_s:.0f} GB/s, matmul {ceilings.matmul_tflops:.3g} TFLOP/s {ceilings.dtype}",
@@ -50,6 +52,8 @@ def main() -> int:
     for name in _formats(arguments.formats):
         for call in step_calls(**STEPS[arguments.step])[: arguments.calls]:
             small = reduced(call, arguments.scale)
+            if (name, small.where, small.m, small.n) in done:
+                continue
             wanted = arguments.providers.split(",")
             for row in measure(name, small, wanted, device, dtype, arguments.repeats, ceilings):
                 rows.append(row)
@@ -61,6 +65,13 @@ def main() -> int:
                     append_csv(row | made_at, arguments.write)
     print(summary(rows))
     return int(any(row["provider"].startswith("ours") and row["note"].startswith("wrong result") for row in rows))
+
+
+def _there(path: Path | None) -> list[dict]:
+    """Read the rows that an earlier call wrote; only the last call of a file may be incomplete, which is as good as its rows."""
+    if path is None or not path.exists():
+        return []
+    return [row | {name: int(row[name]) for name in ("m", "n", "k", "calls")} for row in read_csv(path)]
 
 
 def _formats(names: str) -> list[str]:

@@ -88,9 +88,10 @@ def _row(name, call, provider, times, error, note, problem, ceilings) -> dict:
     shares = dict.fromkeys(("share_of_matmul", "share_of_copy"), "")
     if ceilings is not None:
         size = problem.dtype.itemsize
-        own = PROVIDERS[provider].own_weights or provider == "torch"
-        weight = "" if own else problem.data.numel() + size * (call.m * call.k + call.m * call.n)
-        shares = ceilings.shares(p50, call.flops, weight or 0) | ({} if weight else dict(share_of_copy=""))
+        weight = size * call.n * call.k if provider == "torch" else problem.data.numel()
+        shares = ceilings.shares(p50, call.flops, weight + size * call.m * (call.k + call.n))
+        if PROVIDERS[provider].own_weights:  # how many bytes those are is not known here
+            shares["share_of_copy"] = ""
     speeds |= shares
     return row | dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", **speeds, error=f"{error:.3g}", note=note)
 
@@ -105,5 +106,6 @@ def summary(rows: list[dict]) -> str:
             if all(row["p50_ms"] for row in mine):
                 totals[provider] = sum(float(row["p50_ms"]) * row["calls"] for row in mine)
         for provider, total in totals.items():
-            lines.append(f"{name:8} {provider:22} {total:10.1f} ms a step, {totals['torch'] / total:5.2f} x torch")
+            beside = f", {totals['torch'] / total:5.2f} x torch" if "torch" in totals else ""
+            lines.append(f"{name:8} {provider:22} {total:10.1f} ms a step{beside}")
     return "\n".join(lines)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import gpu_session
 from flux_kernels.benchmark.linears import measure, summary
 from flux_kernels.benchmark.providers import PROVIDERS, Provider
 from flux_kernels.benchmark.shapes import whole_step
@@ -52,20 +51,3 @@ def test_runs_alternate_and_percentiles_are_ordered():
     assert "".join(order) == "ab" * 4  # one warm-up each
     assert {len(found) for found in times.values()} == {3}
     assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0])[1] == 3.0
-
-
-def test_a_gpu_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    """A part with a log is not run again; a failing part says so; one that runs out of time leaves no log."""
-    import sys
-
-    say = [sys.executable, "-c", "print('hello')"]
-    parts = [("first", say), ("bad", [sys.executable, "-c", "raise SystemExit(3)"]), ("last", say)]
-    monkeypatch.setattr(gpu_session, "PARTS", parts)
-    monkeypatch.setattr(sys, "argv", ["gpu_session", "--out", str(tmp_path)])
-    gpu_session.main()
-    assert "exit code 3" in capsys.readouterr().out
-    assert (tmp_path / "first.log").read_text() == "hello\n"
-    gpu_session.main()
-    assert capsys.readouterr().out.count("done before") == 3
-    assert gpu_session.run_part("slow", [sys.executable, "-c", "import time; time.sleep(9)"], tmp_path, 0.3) == "out of time"
-    assert not (tmp_path / "slow.log").exists()
