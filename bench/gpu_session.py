@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours exact,ours fp16_accumulate,ours int8"
 PEERS = (
-    "bitsandbytes nf4,bitsandbytes int8,sdnq int8,gemlite int8 weight-only,gemlite int8 dynamic,quanto int8,vllm-gguf-plugin,"
+    "bitsandbytes nf4,bitsandbytes int8,bitsandbytes int8 no outliers,sdnq int8,gemlite int8 weight-only,gemlite int8 dynamic,quanto int8,vllm-gguf-plugin,"
     "vllm-gguf-plugin triton,diffusers compiled,torchao int8 weight-only,torchao int8 dynamic,torchao fp8 dynamic"
 )
 # Shares of the whole time that a part may take at most, so that a slow one does not cost all that comes after it.

@@ -41,10 +41,11 @@ def _gpu(problem: Problem, what: str) -> None:
         raise Unavailable(f"{what} needs a GPU")
 
 
-_BNB = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/"
+# Sources: addresses from the packages' own metadata (0.50.2, 0.18.0, 0.2.8, 0.6.0.post2, 0.2.7, 0.0.5), and the place to read there.
+_BNB = "https://huggingface.co/docs/bitsandbytes/main, docstring of bitsandbytes.nn."
 
 
-@provider("bitsandbytes nf4", "peer", GATE_4, source=_BNB + "linear4bit", own_weights=True)
+@provider("bitsandbytes nf4", "peer", GATE_4, source=_BNB + "Linear4bit", own_weights=True)
 def _bitsandbytes_nf4(problem: Problem):
     """NF4 with the compute dtype of the activations."""
     bnb, plain = _needs("bitsandbytes"), _plain(problem)
@@ -53,16 +54,24 @@ def _bitsandbytes_nf4(problem: Problem):
     return layer.to(problem.dtype).to(problem.data.device).eval()
 
 
-@provider("bitsandbytes int8", "peer", GATE_8, source=_BNB + "linear8bit", own_weights=True)
-def _bitsandbytes_int8(problem: Problem):
-    """LLM.int8 with its published outlier threshold of 6.0, for inference."""
-    bnb, plain = _needs("bitsandbytes"), _plain(problem)
-    layer = bnb.nn.Linear8bitLt(plain.in_features, plain.out_features, bias=True, has_fp16_weights=False, threshold=6.0)
-    layer.load_state_dict(plain.state_dict())
-    return layer.to(problem.data.device).eval()
+def _bitsandbytes_int8(threshold: float):
+    def make(problem: Problem):
+        bnb, plain = _needs("bitsandbytes"), _plain(problem)
+        options = dict(bias=True, has_fp16_weights=False, threshold=threshold)
+        layer = bnb.nn.Linear8bitLt(plain.in_features, plain.out_features, **options)
+        layer.load_state_dict(plain.state_dict())
+        return layer.to(problem.data.device).eval()
+
+    return make
 
 
-_TORCHAO = "https://docs.pytorch.org/ao/stable/workflows/inference.html"
+# With the outlier threshold that diffusers' BitsAndBytesConfig sets, and with the class's own default, which has none and is faster.
+_INT8 = dict(source=_BNB + "Linear8bitLt", own_weights=True)
+provider("bitsandbytes int8", "peer", GATE_8, **_INT8)(_bitsandbytes_int8(6.0))
+provider("bitsandbytes int8 no outliers", "peer", GATE_8, **_INT8)(_bitsandbytes_int8(0.0))
+
+
+_TORCHAO = "https://docs.pytorch.org/ao/stable/quick_start.html, docstrings of the torchao.quantization configs"
 
 
 def _torchao(config: str, needs_gpu: bool = False):
@@ -85,7 +94,13 @@ provider("torchao int8 dynamic", "peer", GATE_8, **_AO)(_torchao("Int8DynamicAct
 provider("torchao fp8 dynamic", "peer", GATE_8, **_AO)(_torchao("Float8DynamicActivationFloat8WeightConfig", True))
 
 
-@provider("sdnq int8", "peer", GATE_8, source="https://github.com/Disty0/sdnq#readme", own_weights=True)
+@provider(
+    "sdnq int8",
+    "peer",
+    GATE_8,
+    source="https://github.com/Disty0/sdnq, README: post load quantization on any model",
+    own_weights=True,
+)
 def _sdnq(problem: Problem):
     """int8 with quantized matmul, the combination its documentation gives for speed."""
     sdnq, common = _needs("sdnq"), _needs("sdnq.common")
@@ -104,7 +119,7 @@ def _gemlite(name: str):
     return make
 
 
-_GEM = dict(source="https://github.com/dropbox/gemlite#usage", own_weights=True)
+_GEM = dict(source="https://github.com/mobiusml/gemlite/, classes of gemlite.helper", own_weights=True)
 provider("gemlite int8 weight-only", "peer", GATE_8, **_GEM)(_gemlite("A16W8_INT8"))
 provider("gemlite int8 dynamic", "peer", GATE_8, **_GEM)(_gemlite("A8W8_INT8_dynamic"))
 
@@ -113,11 +128,11 @@ provider("gemlite int8 dynamic", "peer", GATE_8, **_GEM)(_gemlite("A8W8_INT8_dyn
     "quanto int8",
     "peer",
     GATE_8,
-    source="https://github.com/huggingface/optimum-quanto#quantization-workflow",
+    source="https://github.com/huggingface/optimum-quanto, README: quantization workflow for vanilla pytorch models",
     own_weights=True,
 )
 def _quanto(problem: Problem):
-    """Weights of 8 bits, frozen, as its guide for diffusers models does."""
+    """Weights of 8 bits, frozen; activations stay as they are."""
     quanto = _needs("optimum.quanto")
     model = nn.Sequential(_plain(problem))
     quanto.quantize(model, weights=quanto.qint8)
@@ -125,7 +140,7 @@ def _quanto(problem: Problem):
     return model
 
 
-_VLLM = dict(source="https://github.com/vllm-project/vllm-gguf-plugin")
+_VLLM = dict(source="https://github.com/vllm-project/vllm-gguf-plugin, vllm_gguf_plugin/ops.py")
 
 
 def _packed_call(multiply, problem: Problem):

@@ -13,7 +13,9 @@ from bench.aot.model import MODELS
 from bench.calibrate import RECORD, calibrate
 from bench.gpu_session import ROOT
 from bench.roofline import roofline, table
+from flux_kernels.benchmark import peers  # noqa: F401 - registers the other libraries
 from flux_kernels.benchmark.ceilings import Ceilings
+from flux_kernels.benchmark.providers import PROVIDERS
 from flux_kernels.benchmark.record import read_csv
 
 BLOCK = """
@@ -83,6 +85,12 @@ def test_a_stopped_run_goes_on_row_by_row(tmp_path):
     for calls, rows in (("1", 1), ("2", 2), ("2", 2)):
         subprocess.run([*command, "--calls", calls], cwd=ROOT, check=True, capture_output=True)
         assert len(read_csv(path)) == rows
+
+
+def test_the_session_measures_every_peer():
+    assert {one.name for one in PROVIDERS.values() if one.group == "peer"} == set(gpu_session.PEERS.split(",")) - {
+        "diffusers compiled"
+    }
 
 
 def test_the_roof_is_the_nearer_ceiling():
