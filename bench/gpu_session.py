@@ -10,8 +10,10 @@ rows at once; a second call skips the parts that were done and goes on in the on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,13 +91,18 @@ def run_part(name: str, command: list[str], out: Path, seconds_left: float) -> s
     part = log.with_suffix(".part")
     environment = os.environ | dict(FLUX_KERNELS_TUNING=str(out))  # so that what was tuned here is used here
     with part.open("w") as file:
+        arguments = [argument.format(out=out) for argument in command]
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            arguments = [argument.format(out=out) for argument in command]
-            code = subprocess.run(
-                arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds_left, check=False
-            ).returncode
+            code = process.wait(seconds_left)
         except subprocess.TimeoutExpired:
             return "out of time"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # the whole group: tuning has processes that compile
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if code:
         part.replace(out / f"{name}.failed.log")
         return f"failed with exit code {code}, see {out / f'{name}.failed.log'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -64,6 +65,15 @@ def test_a_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert shown.count("done before") == 2 and "exit code 3" in shown
     assert gpu_session.run_part("slow", [sys.executable, "-c", "import time; time.sleep(9)"], tmp_path, 0.3) == "out of time"
     assert not (tmp_path / "slow.log").exists()
+
+
+def test_what_a_part_started_ends_with_it(tmp_path):
+    """A part out of time leaves no process of its own behind: the file that its child would write never comes."""
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu_session.run_part("slow", [sys.executable, "-c", parent], tmp_path, 1.0) == "out of time"
+    time.sleep(2.5)
+    assert not (tmp_path / "late").exists()
 
 
 def test_a_stopped_run_goes_on_row_by_row(tmp_path):
