@@ -6,6 +6,7 @@ The file of the working tree runs on both sides, so it uses only what older comm
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
@@ -28,6 +29,9 @@ class Side:
         planes = fmt.planes and self.device.type != "cpu"
         data = fmt.layout.to_planes(stored["data"]) if planes else stored["data"]
         data, x, bias = (tensor.to(self.device) for tensor in (data, stored["x"], stored["bias"]))
+        if self.device.type == "cpu" and hasattr(os, "sched_setaffinity"):
+            # Both sides on the same cores: they never run together, and one on a busier core would look slower.
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
         backend = "torch" if self.device.type == "cpu" else "triton"
         self.call = lambda: ops.linear(x, data, format, bias, backend=backend, compute=compute, planes=planes)
         self.flush = _flusher(self.device)
