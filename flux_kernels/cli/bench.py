@@ -35,6 +35,7 @@ def bench(
     from ..benchmark.providers import PROVIDERS
     from ..benchmark.record import append_csv, origin
     from ..benchmark.shapes import reduced, step_calls
+    from ..benchmark.verdict import verdict
     from ..errors import FormatError
     from ..formats import get_format
 
@@ -68,6 +69,9 @@ def bench(
     size = "" if scale == 1 else f", M and N divided by {scale}"
     console.print(f"{made_at['device']}, torch {made_at['torch']}, commit {made_at['commit']}{size}", soft_wrap=True)
     console.print(summary([row for row in rows if row["format"] in _complete(rows, len(work) // len(names))]), soft_wrap=True)
+    whole = _complete(rows, len(work) // len(names))
+    for line in verdict([row | made_at for row in rows if row["format"] in whole]):
+        console.print(line, soft_wrap=True)
     for note in dict.fromkeys(f"{row['provider']}: {row['note']}" for row in rows if row["note"]):
         console.print(f"[dim]{note}[/]", soft_wrap=True)
     if late:
