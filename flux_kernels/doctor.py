@@ -41,7 +41,9 @@ PACKAGES = (
     Package("peft", "LoRAs", _ALL),
     Package("safetensors", "model files", _ALL),
     Package("gguf", "tests; diffusers' own GGUF loading", "pip install gguf", needed=False),
-    Package("libggml-python", "fast decode on the CPU, types without a quantizer here", "pip install libggml-python", needed=False),
+    Package(
+        "libggml-python", "fast decode on the CPU, types without a quantizer here", "pip install libggml-python", needed=False
+    ),
 )
 
 

@@ -62,7 +62,9 @@ def test_generate_fuses_q_k_and_v_in_modes_that_scale_activations(gguf_file, tmp
     from flux_kernels import generate as module
 
     fused, original = [], module.load_flux
-    monkeypatch.setattr(module, "load_flux", lambda *paths, **options: fused.append(options["fuse"]) or original(*paths, **options))
+    monkeypatch.setattr(
+        module, "load_flux", lambda *paths, **options: fused.append(options["fuse"]) or original(*paths, **options)
+    )
     for compute in ("exact", "int8"):
         generate(gguf_file, tmp_path / f"{compute}.png", "--compute", compute)
     assert fused == [None, "qkv"] and all((tmp_path / f"{compute}.png").stat().st_size for compute in ("exact", "int8"))
