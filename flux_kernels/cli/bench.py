@@ -17,6 +17,7 @@ def bench(
     minutes: Annotated[float, typer.Option(help="Begin no new shape after this time.")] = 7.0,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; the median counts.")] = 5,
     scale: Annotated[int, typer.Option(min=0, help="Divide M and N by this; 0: 1 on a GPU, 16 on a CPU.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write the speeds of every call as a PNG.")] = None,
     contribute: Annotated[Path | None, typer.Option(help="Write the rows to this new CSV file, to send in.")] = None,
 ) -> None:
     """Time every linear call of a FLUX.1-dev step on this machine: unquantized, diffusers' GGUF layers, this library.
@@ -26,6 +27,7 @@ def bench(
     [bold]Examples[/]
 
       flux-kernels bench
+      flux-kernels bench --plot speed.png
       flux-kernels bench --formats Q4_K --peers --contribute my-card.csv
     """
     import torch
@@ -78,6 +80,14 @@ def bench(
         console.print(
             f"{late} of {len(work)} shapes were not begun in {minutes:g} minutes; types they belong to are not summed."
         )
+    measured = [row | made_at for row in rows if row["p50_ms"]]
+    if plot is not None and measured:
+        from ..benchmark.plots import speed_beside_rows
+
+        part = plot.with_name(f"{plot.name}.part")
+        part.write_bytes(speed_beside_rows(measured))
+        part.replace(plot)
+        console.print(f"Plot in [bold]{plot}[/].", soft_wrap=True)
     if contribute is not None:
         console.print(f"Rows in [bold]{contribute}[/]: add it under bench/results in a pull request.", soft_wrap=True)
 

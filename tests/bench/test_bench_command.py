@@ -15,8 +15,10 @@ def bench(*arguments):
 
 
 def test_every_row_tells_where_it_comes_from(tmp_path):
-    result = bench("--repeats", 1, "--contribute", tmp_path / "rows.csv")
+    result = bench("--repeats", 1, "--contribute", tmp_path / "rows.csv", "--plot", tmp_path / "speed.png")
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv", "speed.png"]
     assert "x torch" in result.output
     rows = read_csv(tmp_path / "rows.csv")
     assert all(row["device"] and row["torch"] and row["commit"] and row["date"] for row in rows)
