@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -18,43 +19,52 @@ GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the checkou
 SMALL = Call(16, 32, 256, 1, "a test")
 
 
-def trees() -> str:
-    return subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], check=True, capture_output=True, text=True).stdout
+@pytest.fixture
+def trees(tmp_path, monkeypatch):
+    """The worktrees this test made: other tests make some at the same time, so those under its own temporary folder count."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def list_() -> list[str]:
+        command = ["git", "-C", str(ROOT), "worktree", "list"]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        return [line for line in lines if str(tmp_path) in line]
+
+    return list_
 
 
 @GIT
-def test_head_against_the_working_tree_gives_ratios_and_leaves_nothing(capsys, tmp_path):
-    before, out = trees(), tmp_path / "rows.csv"
+def test_head_against_the_working_tree_gives_ratios_and_leaves_nothing(capsys, tmp_path, trees):
+    out = tmp_path / "rows.csv"
     options = ["--scale", "512", "--calls", "1", "--formats", "Q8_0", "--compute", "exact", "--rounds", "3"]
     assert main([*options, "--write", str(out)]) == 0
     assert " x [" in capsys.readouterr().out
     assert ",ratio,low,high,note," in out.read_text().splitlines()[0]
-    assert trees() == before
+    assert not trees()
 
 
 @GIT
-def test_the_worktree_goes_on_errors_and_a_wrong_ref_is_said():
-    before = trees()
+def test_the_worktree_goes_on_errors_and_a_wrong_ref_is_said(trees):
     with pytest.raises(ZeroDivisionError), worktree("HEAD") as path:
-        assert (path / "flux_kernels" / "__init__.py").exists()
+        assert (path / "flux_kernels" / "__init__.py").exists() and trees()
         1 / 0  # noqa: B018
-    assert not path.exists() and trees() == before
+    assert not path.exists() and not trees()
     with pytest.raises(SystemExit, match="no tree for 'no-such-ref'"), worktree("no-such-ref"):
         pass
 
 
 @GIT
-def test_the_worktree_goes_when_the_command_is_terminated():
-    before = trees()
+def test_the_worktree_goes_when_the_command_is_terminated(tmp_path, trees):
     command = [sys.executable, "-m", "bench.verify", "--scale", "64", "--rounds", "9999"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 30
-    while trees() == before and time.monotonic() < until:
-        time.sleep(0.1)
-    assert trees() != before
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    assert trees() == before
+    with open(tmp_path / "messages", "w+") as messages:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=messages, stderr=messages)
+        until = time.monotonic() + 60
+        while not trees() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        assert trees(), (tmp_path / "messages").read_text()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143, (tmp_path / "messages").read_text()
+    assert not trees()
 
 
 @pytest.mark.parametrize("wrong", ["ref", "tree"])
