@@ -18,7 +18,7 @@ from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import measure, summary
 from flux_kernels.benchmark.providers import PROVIDERS
 from flux_kernels.benchmark.record import append_csv, origin, read_csv
-from flux_kernels.benchmark.shapes import STEPS, reduced, step_calls
+from flux_kernels.benchmark.shapes import STEPS, reduced, size_name, step_calls
 from flux_kernels.formats import FORMATS
 
 
@@ -55,7 +55,8 @@ def main() -> int:
             if (name, small.where, small.m, small.n) in done:
                 continue
             wanted = arguments.providers.split(",")
-            for row in measure(name, small, wanted, device, dtype, arguments.repeats, ceilings):
+            size = size_name(arguments.step, arguments.scale)
+            for row in measure(name, small, wanted, device, dtype, arguments.repeats, ceilings, size):
                 rows.append(row)
                 print(
                     f"{name:8} {row['m']:6} {row['n']:6} {row['k']:6} {row['provider']:22} {row['p50_ms']:>10} ms {row['note']}",

@@ -13,6 +13,7 @@ from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings, cache_flusher
 from .providers import PROVIDERS, Problem, Unavailable
 from .shapes import Call
+from .totals import by_step, totals
 
 _MEASURED = ("p20_ms", "p50_ms", "p80_ms", "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
 _ORACLE_ROWS, _ORACLE_COLUMNS = 64, 256
@@ -27,13 +28,14 @@ def make_problem(name: str, call: Call, device: torch.device, dtype: torch.dtype
     return Problem(data.to(device), planes, fmt, bias.to(device, dtype), dtype)
 
 
-def relative_error(y: Tensor, x: Tensor, problem: Problem) -> float:
-    """Return the relative RMS error of some outputs against float64 on the float32 weights."""
+def relative_errors(y: Tensor, x: Tensor, problem: Problem) -> tuple[float, float]:
+    """Return the RMS and the largest absolute error of some outputs, as shares of the RMS of float64 on the float32 weights."""
     rows = torch.linspace(0, x.shape[0] - 1, min(_ORACLE_ROWS, x.shape[0])).long().to(x.device)
     columns = slice(0, _ORACLE_COLUMNS)
     weight = reference.dequantize(problem.data[columns], problem.fmt, torch.float32, problem.planes).double()
     oracle = x[rows].double() @ weight.T + problem.bias[columns].double()
-    return ((y[rows, columns].double() - oracle).norm() / oracle.norm()).item()
+    error, rms = y[rows, columns].double() - oracle, oracle.square().mean().sqrt()
+    return (error.square().mean().sqrt() / rms).item(), (error.abs().max() / rms).item()
 
 
 def measure(
@@ -44,19 +46,25 @@ def measure(
     dtype: torch.dtype,
     repeats: int,
     ceilings: Ceilings | None = None,
+    size: str = "",
 ):
-    """Yield a row for each provider of one format and call; on a GPU the L2 cache is emptied before each timed run."""
+    """Yield a row for each provider of one format and call; on a GPU the L2 cache is emptied before each timed run.
+
+    Columns: times in ms; `tflops` and `packed_gb_s` (GB/s of packed weight) of the median; the shares of the ceilings; `error` and
+    `max_error`, RMS and largest absolute error against float64, both divided by the RMS of the right output. `size` is a
+    column as given: which step the call is of (shapes.size_name).
+    """
     problem = make_problem(name, call, device, dtype)
     x = torch.randn(call.m, call.k, dtype=torch.float32, device=device).to(dtype)
     functions, notes, errors = {}, {}, {}
     for provider in providers:
         try:
             function, gate = PROVIDERS[provider].make(problem), PROVIDERS[provider].gate
-            errors[provider] = relative_error(function(x), x, problem)
-            if errors[provider] <= gate:
+            errors[provider] = relative_errors(function(x), x, problem)
+            if errors[provider][0] <= gate:
                 functions[provider] = lambda function=function: function(x)
             else:
-                notes[provider] = f"wrong result: relative error {errors[provider]:.2g}, at most {gate}"
+                notes[provider] = f"wrong result: relative error {errors[provider][0]:.2g}, at most {gate}"
         except Unavailable as error:
             notes[provider] = str(error)
         except torch.OutOfMemoryError:
@@ -67,12 +75,23 @@ def measure(
             notes[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     times = interleaved(functions, repeats, device, cache_flusher(device))
     for provider in providers:
-        yield _row(name, call, provider, times.get(provider), errors.get(provider), notes.get(provider, ""), problem, ceilings)
+        yield _row(
+            name, size, call, provider, times.get(provider), errors.get(provider), notes.get(provider, ""), problem, ceilings
+        )
 
 
-def _row(name, call, provider, times, error, note, problem, ceilings) -> dict:
+def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | None:
+    """Return the bytes a call must move at least: weight, activation and output; None where the weight's are not known here."""
+    if PROVIDERS[provider].own_weights:
+        return None
+    weight = itemsize * call.n * call.k if provider == "torch" else call.n * FORMATS[name].row_bytes(call.k)
+    return weight + itemsize * call.m * (call.k + call.n)
+
+
+def _row(name, size, call, provider, times, errors, note, problem, ceilings) -> dict:
     row = dict(
         format=name,
+        size=size,
         provider=provider,
         m=call.m,
         n=call.n,
@@ -81,31 +100,33 @@ def _row(name, call, provider, times, error, note, problem, ceilings) -> dict:
         where=call.where,
         dtype=str(problem.dtype)[6:],
     )
+    error, largest = (f"{value:.3g}" for value in errors) if errors else ("", "")
+    checked = dict(error=error, max_error=largest, note=note)
     if times is None:
-        return row | dict.fromkeys(_MEASURED, "") | dict(error=error, note=note)
+        return row | dict.fromkeys(_MEASURED, "") | checked
     p20, p50, p80 = percentiles(times)
-    speeds = dict(tflops=round(call.flops / p50 / 1e9, 2), packed_gb_s=round(problem.data.numel() / p50 / 1e6, 1))
+    speeds = dict(tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(problem.data.numel() / p50 / 1e6))
     shares = dict.fromkeys(("share_of_matmul", "share_of_copy"), "")
     if ceilings is not None:
-        size = problem.dtype.itemsize
-        weight = size * call.n * call.k if provider == "torch" else problem.data.numel()
-        shares = ceilings.shares(p50, call.flops, weight + size * call.m * (call.k + call.n))
-        if PROVIDERS[provider].own_weights:  # how many bytes those are is not known here
+        moved = least_bytes(name, provider, call, problem.dtype.itemsize)
+        shares = ceilings.shares(p50, call.flops, moved or 0)
+        if moved is None:
             shares["share_of_copy"] = ""
     speeds |= shares
-    return row | dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", **speeds, error=f"{error:.3g}", note=note)
+    return row | dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", **speeds) | checked
+
+
+def _four(value: float) -> float:
+    """Keep four digits, whatever the magnitude: a single row on a CPU is a thousandth of a TFLOP/s."""
+    return float(f"{value:.4g}")
 
 
 def summary(rows: list[dict]) -> str:
-    """Return the time of a whole step's linears by format and provider, as a ratio to plain torch in the same run."""
-    lines = []
-    for name in dict.fromkeys(row["format"] for row in rows):
-        totals: dict[str, float] = {}
-        for provider in dict.fromkeys(row["provider"] for row in rows):
-            mine = [row for row in rows if (row["format"], row["provider"]) == (name, provider)]
-            if all(row["p50_ms"] for row in mine):
-                totals[provider] = sum(float(row["p50_ms"]) * row["calls"] for row in mine)
-        for provider, total in totals.items():
-            beside = f", {totals['torch'] / total:5.2f} x torch" if "torch" in totals else ""
-            lines.append(f"{name:8} {provider:22} {total:10.1f} ms a step{beside}")
+    """Return the time of a whole step's linears by size, format and provider, as a ratio to plain torch in the same run."""
+    lines: list[str] = []
+    for (size, name), mine in by_step(rows).items():
+        found = totals(mine)
+        for provider, total in found.items():
+            beside = f", {found['torch'].p50 / total.p50:5.2f} x torch" if "torch" in found else ""
+            lines.append(f"{name:8} {provider:30} {total.p50:10.1f} ms a step{beside}  {size}".rstrip())
     return "\n".join(lines)

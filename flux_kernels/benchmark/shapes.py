@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..flux.calls import MLP, STEPS, TEXT, WIDTH, Call, image_tokens, step_calls
 
-__all__ = ["MLP", "STEPS", "Call", "around_calls", "reduced", "step_calls", "whole_step"]
+__all__ = ["MLP", "STEPS", "Call", "around_calls", "reduced", "size_name", "step_calls", "whole_step"]
 
 LATENT, TEXT_WIDTH, POOLED, SINUSOID = 64, 4096, 768, 256  # packed latent, T5, CLIP, timestep embedding: input widths
 
@@ -29,6 +29,11 @@ def around_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[
 def whole_step(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
     """List every linear call of one step, with its count."""
     return step_calls(height, width, batch) + around_calls(height, width, batch)
+
+
+def size_name(step: str, scale: int = 1) -> str:
+    """Name the size of a step in result rows: the pictures, and by what M and N were divided."""
+    return step if scale == 1 else f"{step}, M and N / {scale}"
 
 
 def reduced(call: Call, scale: int) -> Call:

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .totals import Total, totals
+
 _OURS = "ours "
 
 
 def verdict(rows: Sequence[Mapping]) -> list[str]:
-    """Return five lines about the linear calls of one step: machine, speed, best mode, size, price.
+    """Return five lines about the linear calls of one step: machine, speed, best mode, size, price; a sixth names what failed.
+
+    Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap.
 
     Args:
-        rows: rows of one run, with origin columns. Types that lack shapes must be left out by the caller.
+        rows: rows of one run and one size, with origin columns. Types that lack shapes must be left out by the caller.
     """
     if not any(row["p50_ms"] for row in rows):
-        return ["Nothing was measured, so nothing can be said."]
+        return ["Nothing was measured, so nothing can be said.", *_failed(rows)]
     names = list(dict.fromkeys(row["format"] for row in rows))
-    totals = {name: _totals([row for row in rows if row["format"] == name]) for name in names}
-    return [_machine(rows[0]), _exact(totals), _best(totals), _beside(totals), _price(rows)]
-
-
-def _totals(rows: Sequence[Mapping]) -> dict[str, float]:
-    """Return milliseconds a step by provider, of the providers with a time for every call."""
-    found = {}
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        mine = [row for row in rows if row["provider"] == provider]
-        if all(row["p50_ms"] for row in mine):
-            found[provider] = sum(float(row["p50_ms"]) * int(row["calls"]) for row in mine)
-    return found
+    found = {name: totals([row for row in rows if row["format"] == name]) for name in names}
+    return [_machine(rows[0]), _exact(found), _best(found), _beside(found), _price(rows), *_failed(rows)]
 
 
 def _machine(row: Mapping) -> str:
@@ -36,23 +30,53 @@ def _machine(row: Mapping) -> str:
     return f"This is a CPU ({row['device']}): its ratios say nothing about a graphics card."
 
 
-def _exact(totals: Mapping[str, Mapping[str, float]]) -> str:
-    said = [f"{n} {t[_OURS + 'exact'] / t['torch']:.2f}" for n, t in totals.items() if {"torch", _OURS + "exact"} <= t.keys()]
-    return f"Time of exact mode, with unquantized torch as 1: {', '.join(said)}." if said else "Exact mode: not measured."
+def _ratios(found: Mapping[str, Mapping[str, Total]], over: str, under: str) -> str:
+    """Write the ratio of two providers' times for every format that has both, and where no difference was seen."""
+    said = []
+    for name, times in found.items():
+        if {over, under} <= times.keys():
+            same = "" if times[over].differs(times[under]) else " (no difference seen)"
+            said.append(f"{name} {times[over].p50 / times[under].p50:.2f}{same}")
+    return ", ".join(said)
 
 
-def _best(totals: Mapping[str, Mapping[str, float]]) -> str:
-    times = {(n, p): t["torch"] / v for n, t in totals.items() if "torch" in t for p, v in t.items() if p.startswith(_OURS)}
+def _exact(found: Mapping[str, Mapping[str, Total]]) -> str:
+    said = _ratios(found, _OURS + "exact", "torch")
+    return f"Time of exact mode, with unquantized torch as 1: {said}." if said else "Exact mode: not measured."
+
+
+def _best(found: Mapping[str, Mapping[str, Total]]) -> str:
+    times = {(n, p): v for n, t in found.items() if "torch" in t for p, v in t.items() if p.startswith(_OURS)}
     if not times:
         return "This library's modes beside torch: not measured."
-    name, mode = max(times, key=times.__getitem__)
-    return f"Fastest here: {name} in {mode.removeprefix(_OURS)} mode, {times[name, mode]:.2f} times the speed of torch."
+    best = min(times, key=lambda key: times[key].p50 / found[key[0]]["torch"].p50)
+    plain, mine = found[best[0]]["torch"], times[best]
+    ties = [_named(key) for key in times if key != best and not times[key].differs(mine)]
+    tied = f"; not told apart from it: {', '.join(ties)}" if ties else ""
+    if not mine.differs(plain):
+        return f"Fastest of this library here: {_named(best)}, no difference seen from torch{tied}."
+    return f"Fastest of this library here: {_named(best)}, {plain.p50 / mine.p50:.2f} times the speed of torch{tied}."
 
 
-def _beside(totals: Mapping[str, Mapping[str, float]]) -> str:
-    both = {"diffusers", _OURS + "exact"}
-    said = [f"{n} {t['diffusers'] / t[_OURS + 'exact']:.2f}" for n, t in totals.items() if both <= t.keys()]
-    return f"Speed of exact mode, with diffusers' GGUF layers as 1: {', '.join(said)}." if said else "diffusers: not measured."
+def _named(key: tuple[str, str]) -> str:
+    return f"{key[0]} in {key[1].removeprefix(_OURS)} mode"
+
+
+def _beside(found: Mapping[str, Mapping[str, Total]]) -> str:
+    said = _ratios(found, "diffusers", _OURS + "exact")
+    return f"Speed of exact mode, with diffusers' GGUF layers as 1: {said}." if said else "diffusers: not measured."
+
+
+def _failed(rows: Sequence[Mapping]) -> list[str]:
+    """Name the modes of this library that have no time, with the first reason and how many calls it was."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["provider"].startswith(_OURS) and not row["p50_ms"]:
+            reasons.setdefault((row["format"], row["provider"]), []).append(row.get("note") or "no reason recorded")
+    if not reasons:
+        return []
+    said = [f"{_named(key)} ({len(notes)} call{'s' if len(notes) > 1 else ''}, {notes[0]})" for key, notes in reasons.items()]
+    return [f"No speed is given for: {'; '.join(said)}."]
 
 
 def _price(rows: Sequence[Mapping]) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flux_kernels.benchmark.linears import measure, summary
+from flux_kernels.benchmark.linears import make_problem, measure, relative_errors, summary
 from flux_kernels.benchmark.providers import PROVIDERS, Provider
 from flux_kernels.benchmark.shapes import whole_step
 from flux_kernels.clock import interleaved, percentiles
@@ -36,6 +36,20 @@ def test_every_provider_gives_a_row_and_those_that_run_a_time():
     assert {"torch", "dequantize", "ours exact", "ours int8", "ours fp16_accumulate"} <= timed
     assert "need a GPU" in next(row["note"] for row in rows if row["provider"] == "ours fused")
     assert "ours exact" in summary(rows)
+    assert all(float(row["max_error"]) > float(row["error"]) > 0 for row in rows if row["p50_ms"])
+
+
+def test_both_errors_are_shares_of_the_right_outputs_rms():
+    """An output off by 1 in one place of n, where the right outputs have RMS r: 1/r at most, 1/r/sqrt(n) in RMS."""
+    problem = make_problem("Q8_0", SMALL, CPU, torch.float32)
+    x = torch.randn(SMALL.m, SMALL.k)
+    right = PROVIDERS["torch"].make(problem)(x)
+    wrong = right.clone()
+    wrong[3, 5] += 1.0
+    rms, largest = relative_errors(wrong, x, problem)
+    expected = 1 / right.square().mean().sqrt().item()
+    assert largest == pytest.approx(expected, rel=1e-3)
+    assert rms == pytest.approx(expected / right.numel() ** 0.5, rel=1e-3)
 
 
 def test_no_speed_is_reported_for_a_wrong_result(monkeypatch):
