@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -15,13 +19,18 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         # What torch holds but does not use counts as free.
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def extra_peak(function: Callable[[], object], device: torch.device) -> int | None:
-    """Run a function; return the peak of its memory in bytes beyond what was held before, None where it cannot be read.
+    """Run a function; return the most bytes that torch held at one time beyond what it held before, None where none can tell.
 
-    On a GPU what torch allocates; on a CPU the process's resident memory, which Linux alone tells.
+    On a CPU torch's profiler counts what is allocated and freed, in a thread that begins without scratch of earlier calls.
+    The resident memory of the process would not do: freed memory that is used again does not show in it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -30,21 +39,38 @@ def extra_peak(function: Callable[[], object], device: torch.device) -> int | No
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        _CLEAR.write_text("5")  # resets the peak, VmHWM
-    except OSError:
-        function()
+    if not torch.profiler.kineto_available():
         return None
-    before_resident = _kilobytes(_STATUS, "VmRSS")
-    function()
-    peak = _kilobytes(_STATUS, "VmHWM")
-    return None if peak is None or before_resident is None else max(0, peak - before_resident)
+    return _counted(function)
 
 
-def _kilobytes(path: Path, field: str) -> int | None:
+def _counted(function: Callable[[], object]) -> int:
+    def measure() -> int:
+        with _profiler() as profiler:
+            function()
+        changes = (e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+        return max(accumulate(changes, initial=0))
+
+    with _silence():
+        with _profiler():  # the first one must start in the main thread
+            pass
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(measure).result()
+
+
+def _profiler() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Hide what the profiler's C++ library writes to standard error at every start and stop."""
+    sys.stderr.flush()
+    shown = os.dup(2)
     try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith(f"{field}:")), None)
-    return None if found is None else 1024 * int(found.split()[1])
+        with tempfile.TemporaryFile() as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)

@@ -1,0 +1,45 @@
+"""The peak of a call's memory: what was held at one time, scratch included, and nothing of what was there before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flux_kernels import cpu_decode
+from flux_kernels.benchmark.memory import extra_peak, free_bytes
+
+CPU = torch.device("cpu")
+MB = 250_000  # float32 numbers in 10^6 bytes
+HELD = torch.ones(8 * MB)
+
+
+def test_the_peak_is_what_was_held_at_one_time(capfd):
+    """4 + 2 MB at once, then 2 + 1; what is freed of the time before counts as little as what stays of it."""
+
+    def work():
+        first = torch.ones(4 * MB)
+        second = torch.ones(2 * MB)
+        del first
+        return second + 0, torch.ones(MB)
+
+    assert extra_peak(work, CPU) == 6_000_000
+    assert extra_peak(lambda: HELD[:10].sum(), CPU) < 1000
+    assert capfd.readouterr().err == ""
+
+
+def test_scratch_of_earlier_calls_is_counted_again():
+    def work():
+        return cpu_decode.weight_scratch(1000, 1000, torch.float32)
+
+    work()
+    assert extra_peak(work, CPU) >= 4_000_000
+
+
+def test_an_error_comes_through(capfd):
+    with pytest.raises(ZeroDivisionError):
+        extra_peak(lambda: 1 / 0, CPU)
+
+
+def test_free_memory_is_plausible():
+    free = free_bytes(CPU)
+    assert free is None or 1e7 < free < 1e14
