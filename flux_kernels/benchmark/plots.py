@@ -1,50 +1,152 @@
-"""Draw the rows of one run. Needs matplotlib."""
+"""Draw the rows of one run, as PNG bytes, for people who do not know the field. Needs matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 
-SHOWN = ("torch", "diffusers", "ours exact", "ours fp16_accumulate", "ours int8")
+from ..flux.calls import Call
+from .ceilings import Ceilings
+from .linears import least_bytes
+from .plot_style import FAINT, INK, finished, label, log_scale, look, panels, providers
+
+_DOT = dict(linestyle="", markersize=5, alpha=0.75)
+_FORMAT_MARKS = "osD^vP*X<>hpd8"
+_KINDS = {"step": "one step of FLUX.1-dev", "embedded step": "one step of the tiny embedded model"}
+_BYTES = dict(peak_bytes="full", weight_bytes="none")
+_TFLOPS = "TFLOP/s: million million operations a second"
+_ROWS = "rows M of the layer's input: image and text tokens (M = 1: one vector for the whole picture)"
+
+
+def throughput(rows: Sequence[Mapping]) -> bytes:
+    """Return a PNG: operations a second over the rows M of a layer's input, a panel for each type.
+
+    Calls of one M are taken together (their operations over their time); bars reach from the 20th to the 80th percentile.
+    """
+    measured = [row for row in rows if row["p50_ms"]]
+    figure, drawn = panels(_formats(measured))
+    for axes, name in drawn:
+        for provider in providers(measured):
+            found = _by_rows(_of(measured, name, provider))
+            if found:
+                m, low, middle, high = zip(*found)
+                bars = [[b - a for a, b in zip(low, middle)], [b - a for a, b in zip(middle, high)]]
+                axes.errorbar(m, middle, bars, **look(provider, measured), markersize=5, linewidth=1.2, label=label(provider))
+        log_scale(axes, "x", "y")
+    return finished(figure, measured, "How fast the layers compute: higher is better", _ROWS, _TFLOPS)
+
+
+def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
+    """Return a PNG: what bounds each call, memory or arithmetic, with both limits as measured in the same run.
+
+    Libraries with weights of their own are left out: how many bytes they move is not known here.
+    """
+    known = [(row, _flops_a_byte(row)) for row in rows if row["p50_ms"]]
+    points = [(row, intensity) for row, intensity in known if intensity is not None]
+    measured = [row for row, _ in points]
+    figure, drawn = panels(_formats(measured))
+    left, right = min(x for _, x in points) / 2, max(x for _, x in points) * 2
+    knee = 1e3 * ceilings.matmul_tflops / ceilings.copy_gb_s  # where both limits meet, in FLOP/byte
+    slope = [x for x in (left, min(max(knee, left), right))]
+    for axes, name in drawn:
+        memory = f"limit of memory:\na copy moves {ceilings.copy_gb_s:.3g} GB/s"
+        axes.plot(slope, [x * ceilings.copy_gb_s / 1e3 for x in slope], "-", color=INK, linewidth=1.2, label=memory)
+        product = f"limit of arithmetic: torch's\nproduct, {ceilings.matmul_tflops:.3g} TFLOP/s {ceilings.dtype}"
+        axes.plot([slope[1], right], [ceilings.matmul_tflops] * 2, "--", color=INK, linewidth=1.2, label=product)
+        for provider in providers(measured):
+            mine = [(x, float(row["tflops"])) for row, x in points if (row["format"], row["provider"]) == (name, provider)]
+            if mine:
+                axes.plot(*zip(*mine), **look(provider, measured), **_DOT, label=label(provider))
+        axes.set_xlim(left, right)
+        log_scale(axes, "x", "y")
+    x = "operations for each byte that must be moved (FLOP/byte); each mark is one kind of call"
+    return finished(figure, measured, "What holds each call back: the nearer a line, the less there is to gain", x, _TFLOPS)
 
 
 def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
-    """Return a PNG: speed of every call beside torch's in the same run, over the rows M of its input.
+    """Return a PNG: speed of every call beside torch's in the same run, over the rows M of its input."""
+    measured = [row for row in rows if row["p50_ms"]]
+    base = {_call(row): float(row["p50_ms"]) for row in measured if row["provider"] == "torch"}
+    measured = [row for row in measured if _call(row) in base]
+    figure, drawn = panels(_formats(measured))
+    sides = [name for name in providers(measured) if name != "torch"]
+    for axes, name in drawn:
+        axes.axhline(1, color=INK, linewidth=1.2, label=label("torch"))
+        for index, provider in enumerate(sides):
+            # Beside each other: at one M the sides would hide each other.
+            shift = 1.13 ** (index - (len(sides) - 1) / 2)
+            mine = [(int(row["m"]) * shift, base[_call(row)] / float(row["p50_ms"])) for row in _of(measured, name, provider)]
+            if mine:
+                axes.plot(*zip(*mine), **look(provider, measured), **_DOT, label=label(provider))
+        log_scale(axes, "x", "y")
+    title = "Speed of each kind of call beside the unquantized layer: above the line is faster"
+    return finished(figure, measured, title, _ROWS, "speed, with the unquantized layer as 1")
 
-    Raises:
-        ImportError: where matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'flux_kernels[bench]'.") from error
-    names = list(dict.fromkeys(row["format"] for row in rows))
-    figure = Figure(figsize=(4.2 * max(2, len(names)), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
-        base = {r["where"]: float(r["p50_ms"]) for r in rows if (r["format"], r["provider"]) == (name, "torch") and r["p50_ms"]}
-        for provider in SHOWN:
-            mine = [r for r in rows if (r["format"], r["provider"]) == (name, provider) and r["p50_ms"] and r["where"] in base]
-            points = [(int(r["m"]), base[r["where"]] / float(r["p50_ms"])) for r in mine]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    "o",
-                    alpha=0.75,
-                    label="torch, not quantized" if provider == "torch" else provider,
-                )
-        axes.set(title=name, xscale="log", yscale="log", xlabel="rows of input M (image and text tokens)")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.grid(True, alpha=0.25)
-    panels[0].set_ylabel("speed, torch = 1 (higher is better)")
-    first = rows[0]
-    origin = ", ".join(str(first[key]) for key in ("device", "torch", "commit", "date") if first.get(key))
-    figure.supxlabel(
-        f"Each dot is one linear call of a FLUX.1-dev step; above the line is faster than 16 bit. {origin}", fontsize=8
+
+def memory_against_time(rows: Sequence[Mapping]) -> bytes:
+    """Return a PNG: weights and peak memory of one whole step against its time, a panel for each kind of run."""
+    from matplotlib.lines import Line2D
+
+    measured = [row for row in rows if row["p50_ms"] and (row["weight_bytes"] or row["peak_bytes"])]
+    figure, drawn = panels(list(dict.fromkeys(row["what"] for row in measured)), one_x=False)
+    largest = max(float(row[key] or 0) for row in measured for key in _BYTES)
+    gigabytes, seconds = largest >= 1e9, max(float(row["p50_ms"]) for row in measured) >= 1e3
+    marks = {name: _FORMAT_MARKS[index % len(_FORMAT_MARKS)] for index, name in enumerate(_formats(measured))}
+    for axes, what in drawn:
+        for row in (row for row in measured if row["what"] == what):
+            time = float(row["p50_ms"]) / (1e3 if seconds else 1)
+            color = look(row["provider"], measured)["color"]
+            sizes = {key: float(row[key]) / (1e9 if gigabytes else 1e6) for key in _BYTES if row[key]}
+            axes.plot([time] * len(sizes), list(sizes.values()), color=color, linewidth=0.8, alpha=0.5)
+            for key, size in sizes.items():
+                axes.plot(time, size, marks[row["format"]], color=color, markersize=7, fillstyle=_BYTES[key])
+        axes.set(ylim=(0, 1.08 * largest / (1e9 if gigabytes else 1e6)), title=_KINDS.get(what, what))
+        log_scale(axes, "x")
+    sides = [
+        Line2D([], [], color=look(name, measured)["color"], linewidth=4, label=label(name)) for name in providers(measured)
+    ]
+    types = [Line2D([], [], color=FAINT, marker=mark, linestyle="", label=name) for name, mark in marks.items()]
+    said = [("full", "filled marks: most in use at once"), ("none", "hollow marks: the weights alone")]
+    fills = [Line2D([], [], color=FAINT, marker="o", linestyle="", fillstyle=fill, label=text) for fill, text in said]
+    return finished(
+        figure,
+        measured,
+        "Memory and time of whole runs: lower left is best",
+        f"time in {'seconds' if seconds else 'milliseconds'}, log scale",
+        f"memory in {'GB' if gigabytes else 'MB'}",
+        [*sides, *types, *fills],
     )
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
-    held = BytesIO()
-    figure.savefig(held, format="png", dpi=130, facecolor="white")
-    return held.getvalue()
+
+
+def _formats(rows: Sequence[Mapping]) -> list[str]:
+    return list(dict.fromkeys(row["format"] for row in rows))
+
+
+def _of(rows: Sequence[Mapping], name: str, provider: str) -> list[Mapping]:
+    return [row for row in rows if (row["format"], row["provider"]) == (name, provider)]
+
+
+def _call(row: Mapping) -> tuple:
+    return row["format"], row["size"], row["where"]
+
+
+def _flops(row: Mapping) -> int:
+    return 2 * int(row["m"]) * int(row["n"]) * int(row["k"])
+
+
+def _flops_a_byte(row: Mapping) -> float | None:
+    import torch
+
+    call = Call(int(row["m"]), int(row["n"]), int(row["k"]), int(row["calls"]), row["where"])
+    moved = least_bytes(row["format"], row["provider"], call, getattr(torch, row["dtype"]).itemsize)
+    return None if moved is None else call.flops / moved
+
+
+def _by_rows(rows: Sequence[Mapping]) -> list[tuple[int, float, float, float]]:
+    """Return M and TFLOP/s (low, median, high) of its calls together, each as often as a step has it."""
+    found = []
+    for m in sorted({int(row["m"]) for row in rows}):
+        mine = [row for row in rows if int(row["m"]) == m]
+        flops = sum(_flops(row) * int(row["calls"]) for row in mine)
+        times = [sum(float(row[name]) * int(row["calls"]) for row in mine) for name in ("p80_ms", "p50_ms", "p20_ms")]
+        found.append((m, *(flops / time / 1e9 for time in times)))
+    return found

@@ -1,0 +1,106 @@
+"""What the plots of benchmark rows share: colours and names of the sides, panels, legend, and the line that says where rows come from."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT = "#222222", "#8a8a8a"
+_SIDES = {  # name for people, colour, mark
+    "torch": ("not quantized (torch)", INK, "s"),
+    "diffusers": ("diffusers' GGUF layers", "#e8890c", "^"),
+    "diffusers compiled": ("diffusers' layers, compiled", "#a85f00", "v"),
+    "dequantize": ("decode, then multiply", "#9a8f00", "D"),
+    "ours exact": ("flux_kernels exact", "#2f6db3", "o"),
+    "ours fp16_accumulate": ("flux_kernels fp16_accumulate", "#2b8a3e", "h"),
+    "ours int8": ("flux_kernels int8", "#c2255c", "X"),
+}
+_PEER_COLORS, _PEER_MARKS = (
+    ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29"),
+    ("P", "X", "*", "<", ">", "h", "d"),
+)
+ORIGIN = ("device", "driver", "torch", "triton", "commit", "date")
+_COLUMNS, _DPI = 3, 130  # panels beside each other; dots an inch
+
+
+def providers(rows: Sequence[Mapping]) -> list[str]:
+    """List the sides of these rows: known ones in the order of `_SIDES`, then other libraries as they come."""
+    found = list(dict.fromkeys(row["provider"] for row in rows))
+    return [name for name in _SIDES if name in found] + [name for name in found if name not in _SIDES]
+
+
+def label(provider: str) -> str:
+    """Return a side's name for people."""
+    return _SIDES[provider][0] if provider in _SIDES else provider
+
+
+def look(provider: str, rows: Sequence[Mapping]) -> dict:
+    """Return colour and mark of a side: its own in every plot of these rows."""
+    if provider in _SIDES:
+        return dict(color=_SIDES[provider][1], marker=_SIDES[provider][2])
+    index = [name for name in providers(rows) if name not in _SIDES].index(provider)
+    return dict(color=_PEER_COLORS[index % len(_PEER_COLORS)], marker=_PEER_MARKS[index % len(_PEER_MARKS)])
+
+
+def panels(names: Sequence[str], one_x: bool = True) -> tuple[Figure, list[tuple[Axes, str]]]:
+    """Return a figure, and a panel of it for each name, at most three beside each other; `one_x`: the same x axis for all.
+
+    Raises:
+        ImportError: where matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 + 3.4 * max(columns, 2), 1.4 + 3.4 * lines), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=one_x, sharey=True, squeeze=False).flatten()
+    for axes in grid[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid, names):
+        axes.set_title(name, fontsize=11)
+        axes.tick_params(labelbottom=True, labelleft=True)
+        axes.grid(True, alpha=0.25)
+    return figure, list(zip(grid, names))
+
+
+def log_scale(axes: Axes, *which: str) -> None:
+    """Give axes a log scale with plain numbers, enough of them to read a value off."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for name in which:
+        axis = getattr(axes, f"{name}axis")
+        axes.set(**{f"{name}scale": "log"})
+        low, high = axis.get_view_interval()
+        subs = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+        axis.set_major_locator(LogLocator(base=10, subs=subs))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+def finished(figure: Figure, rows: Sequence[Mapping], title: str, x: str, y: str, handles: Sequence | None = None) -> bytes:
+    """Write title, axis labels, legend and origin, and return the PNG."""
+    drawn = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
+    handles, names = (list(drawn.values()), list(drawn)) if handles is None else (handles, [one.get_label() for one in handles])
+    width = figure.get_figwidth()
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    origins = dict.fromkeys(", ".join(_said(row)) for row in rows)
+    foot = "\n".join(textwrap.fill(f"Measured on {origin}", int(15 * width)) for origin in origins)
+    figure.supxlabel(f"{x}\n\n{foot}", fontsize=9)
+    figure.supylabel(y, fontsize=9)
+    figure.legend(handles, names, loc="outside right upper", fontsize=8.5, frameon=False)
+    held = BytesIO()
+    figure.savefig(held, format="png", facecolor="white", metadata={"Software": None})
+    return held.getvalue()
+
+
+def _said(row: Mapping) -> list[str]:
+    """Say where a row comes from, names before versions where a version alone would say nothing."""
+    plain = ("device", "date")
+    said = [str(row[key]) if key in plain else f"{key} {row[key]}" for key in ORIGIN if row.get(key)]
+    return [*said, *([str(row["size"])] if row.get("size") else [])]
