@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import os
-import secrets
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
+from ..html_page import document, image, write_whole
 from .budget import ROOM
 from .file_layout import KEY_VALUE_BYTES
 from .report_data import ReportData
 from .report_plots import all_plots, png
 
 GB, MB = 1e9, 1e6
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:980px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:2.2rem 0 .3rem}
-img{max-width:100%;height:auto}table{border-collapse:collapse;font-size:.92rem}
-td,th{padding:.25rem .8rem .25rem 0;text-align:left;border-bottom:1px solid #ddd}td.n,th.n{text-align:right}
-.key{font-size:1.1rem;margin:.6rem 0}.faint{color:#777;font-size:.9rem}details{margin-top:2rem}
-"""
 _CAPTIONS = {
     "curve": (
         "Size and error",
@@ -58,30 +49,26 @@ def write_report(data: ReportData, path: Path) -> list[Path]:
     """
     figures = {name: png(figure) for name, figure in all_plots(data).items()}
     written = []
-    for name, image in figures.items():
+    for name, figure in figures.items():
         target = path.with_name(f"{path.stem}-{name}.png")
-        _write(target, image)
+        write_whole(target, figure)
         written.append(target)
-    _write(path, page(data, figures).encode())
+    write_whole(path, page(data, figures).encode())
     return [path, *written]
 
 
 def page(data: ReportData, figures: Mapping[str, bytes]) -> str:
     """Return the HTML page; images are inside it."""
     parts = [_heading(data), _measured_table(data)]
-    for name, image in figures.items():
+    for name, figure in figures.items():
         title, caption = _CAPTIONS[name]
-        parts.append(f"<h2>{title}</h2><p>{caption}</p>{_image(image, title)}")
+        parts.append(f"<h2>{title}</h2><p>{caption}</p>{image(figure, title)}")
     if data.pictures is not None:
         held = BytesIO()
         data.pictures.save(held, "PNG")
-        parts.append(f"<h2>Pictures side by side</h2>{_image(held.getvalue(), 'Pictures drawn with each file')}")
+        parts.append(f"<h2>Pictures side by side</h2>{image(held.getvalue(), 'Pictures drawn with each file')}")
     parts.append(_details(data))
-    title = html.escape(_name(data))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
-    )
+    return document(_name(data), parts)
 
 
 def _name(data: ReportData) -> str:
@@ -149,16 +136,3 @@ def _details(data: ReportData) -> str:
         f'</tr>{rows}</table></details><p class="faint">{html.escape(told)}</p>'
         f'<p class="faint">What --fits counts: {html.escape(ROOM)}.</p>'
     )
-
-
-def _image(data: bytes, title: str) -> str:
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
