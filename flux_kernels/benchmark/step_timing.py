@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..clock import interleaved, percentiles
+from ..embedded import PIPELINE_KWARGS
 from ..formats import FORMATS
 from .memory import extra_peak, free_bytes
 from .providers import PROVIDERS, Unavailable
@@ -18,7 +19,10 @@ from .step_model import StepConfig, StepInputs, StepModel, step_inputs
 from .step_weights import StepWeights, build, build_reference, make_weights
 
 COLUMNS = ("format", "provider", "what", "size", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "weight_bytes", "error", "note")
-_LARGEST_GATE = 0.5  # unrelated outputs of equal size are 1.4 apart
+DENOISING = ("denoising", "denoising, model offload")
+EMBEDDED_BATCH = 4  # of 16 image tokens each: with fewer than 17 rows every mode runs as "exact"
+DENOISED = f"{PIPELINE_KWARGS['height']}x{PIPELINE_KWARGS['width']} batch {EMBEDDED_BATCH}"
+LARGEST_GATE = 0.5  # relative RMS error; unrelated outputs of equal size are 1.4 apart
 _REUSED = "does not fit: one double and one single block's weights stand for all; bytes are the whole model's"
 _OTHER_ORDER = "in a round of its own: both arrangements of the rows do not fit; the unquantized step took {:.1f} ms in it"
 
@@ -41,19 +45,24 @@ class Oracle:
     """Judge outputs by those of the float32 step on the same packed weights."""
 
     def __init__(self, weights: StepWeights, inputs: StepInputs):
-        self.weights, self.inputs = weights, inputs.to(torch.float32)
-        self.output = cache(self._output)
+        self.weights, self.inputs = weights, inputs
+        self.exact, self.gate = cache(self._exact), cache(self._gate)
 
-    def _output(self, noise: float, first_blocks_only: bool) -> Tensor:
-        return run(build_reference(self.weights, noise, first_blocks_only), self.inputs)
+    def _exact(self, first_blocks_only: bool) -> Tensor:
+        model = build_reference(self.weights, first_blocks_only=first_blocks_only)
+        return run(model, self.inputs.to(torch.float32))
 
     def error(self, y: Tensor, first_blocks_only: bool = False) -> float:
         """Return the relative RMS error of a step's output."""
-        return relative(y, self.output(0.0, first_blocks_only))
+        return relative(y, self.exact(first_blocks_only))
 
-    def gate(self, of_layer: float, first_blocks_only: bool = False) -> float:
-        """Return how far off a step may be: as far as noise of the size that each layer is allowed takes the float32 step."""
-        return min(_LARGEST_GATE, self.error(self.output(of_layer, first_blocks_only), first_blocks_only))
+    def _gate(self, of_layer: float, first_blocks_only: bool = False) -> float:
+        """Return how far off a step may be: as far as one whose every packed layer is as far off as a single call may be.
+
+        That step runs in the dtype of the others, so what else rounds there is allowed too.
+        """
+        noisy = build_reference(self.weights, self.weights.dtype, of_layer, first_blocks_only)
+        return min(LARGEST_GATE, self.error(run(noisy, self.inputs), first_blocks_only))
 
 
 @torch.no_grad()
@@ -112,8 +121,32 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
     return reuse, [[name for name in providers if name not in second], ["torch", *second]]
 
 
+def is_ours_to_mend(provider: str, problem: Exception) -> bool:
+    """Tell whether a failure is an error of this library; that of another one is a result, and becomes the row's note."""
+    return provider.startswith("ours ") and not isinstance(problem, Unavailable | torch.OutOfMemoryError)
+
+
+def why(problem: Exception) -> str:
+    """Return the note of a provider that could not run."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "out of memory"
+    return (
+        str(problem)
+        if isinstance(problem, Unavailable)
+        else f"{type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
+    )
+
+
+def _unquantized(case: StepCase) -> StepModel:
+    """Return the float32 model of the weights that were quantized."""
+    model = StepModel(lambda _, n, k: nn.Linear(k, n), case.config)
+    model.load_state_dict({name: tensor.float() for name, tensor in case.stored.items()})
+    return model
+
+
 def _measure_round(case, weights, inputs, providers, reuse, device, repeats, progress) -> list[dict]:
     oracle, models, rows = Oracle(weights, inputs), {}, {}
+    unquantized = None if case.stored is None else run(_unquantized(case).to(device), inputs.to(torch.float32))
     for provider in providers:
         progress(f"{case.what}, {weights.fmt.name}: checking {provider}")
         first_only = reuse and provider == "torch"
@@ -131,18 +164,14 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
             y = run(model, inputs)
             extra = extra_peak(lambda model=model: run(model, inputs), device)
             error, gate = oracle.error(y, first_only), oracle.gate(PROVIDERS[provider].gate, first_only)
-        except Unavailable as reason:
-            row["note"] = str(reason)
-            continue
-        except torch.OutOfMemoryError:
-            row["note"] = "out of memory"
-            continue
-        except Exception as problem:  # the failure of another library is a result: it becomes the row's note
-            if provider.startswith("ours "):
+        except Exception as problem:
+            if is_ours_to_mend(provider, problem):
                 raise
-            row["note"] = f"{type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
+            row["note"] = why(problem)
             continue
         row["error"] = f"{error:.3g}"
+        if unquantized is not None:
+            row["note"] = f"{relative(y, unquantized):.2%} off the unquantized model's output"
         if error <= gate:  # also false for NaN
             models[provider] = model
             row["peak_bytes"] = "" if extra is None else row["weight_bytes"] + extra

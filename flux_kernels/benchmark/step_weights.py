@@ -149,7 +149,7 @@ def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) 
     def make(name: str, problem: Problem) -> nn.Module:
         key = first_block(name) if first_blocks_only else name
         if key not in made:
-            made[key] = _layer(provider, weights.packed[key], name)
+            made[key] = make_layer(provider, weights.packed[key], name)
         return made[key]
 
     return _assemble(weights, make)
@@ -173,7 +173,12 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return linear
 
 
-def _layer(provider: str, problem: Problem, name: str) -> nn.Module:
+def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
+    """Make the layer of one provider for a packed weight; `name` decides whether a compute mode spares the layer.
+
+    Raises:
+        Unavailable: where the provider cannot run here.
+    """
     if provider == "torch":
         return _linear(reference.dequantize(problem.data, problem.fmt, problem.dtype, problem.planes), problem.bias)
     if not provider.startswith(_OURS):
@@ -190,10 +195,13 @@ def _layer(provider: str, problem: Problem, name: str) -> nn.Module:
     )
 
 
-def build_reference(weights: StepWeights, noise: float = 0.0, first_blocks_only: bool = False) -> StepModel:
-    """Build the float32 model on the packed weights, decoded without Triton at every call: what the others are compared with.
+def build_reference(
+    weights: StepWeights, dtype: torch.dtype = torch.float32, noise: float = 0.0, first_blocks_only: bool = False
+) -> StepModel:
+    """Build the model that decodes its weights without Triton at every call: in float32, what the others are compared with.
 
     Args:
+        dtype: of activations and decoded weights.
         noise: relative RMS of noise added to what each packed layer returns: how far such errors carry through a step.
         first_blocks_only: as in `build`.
     """
@@ -203,13 +211,13 @@ def build_reference(weights: StepWeights, noise: float = 0.0, first_blocks_only:
         problem = weights.packed[first_block(name) if first_blocks_only else name]
 
         def call(x: Tensor) -> Tensor:
-            weight = reference.dequantize(problem.data, problem.fmt, torch.float32, problem.planes)
-            y = F.linear(x, weight, problem.bias.float())
-            if noise:
-                size = noise * y.square().mean().sqrt()
-                y += size * torch.randn(y.shape, generator=generator, device=y.device)
-            return y
+            weight = reference.dequantize(problem.data, problem.fmt, dtype, problem.planes)
+            y = F.linear(x, weight, problem.bias.to(dtype))
+            if not noise:
+                return y
+            size = noise * y.float().square().mean().sqrt()
+            return (y + size * torch.randn(y.shape, generator=generator, device=y.device)).to(dtype)
 
         return _Calling(call)
 
-    return _assemble(weights, make, torch.float32)
+    return _assemble(weights, make, dtype)
