@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..clock import interleaved, percentiles
 from ..embedded import PIPELINE_KWARGS
+from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from .memory import extra_peak, free_bytes
 from .providers import PROVIDERS, Unavailable
@@ -123,7 +124,8 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
 
 def is_ours_to_mend(provider: str, problem: Exception) -> bool:
     """Tell whether a failure is an error of this library; that of another one is a result, and becomes the row's note."""
-    return provider.startswith("ours ") and not isinstance(problem, Unavailable | torch.OutOfMemoryError)
+    expected = (Unavailable, BackendUnavailable, torch.OutOfMemoryError)
+    return provider.startswith("ours ") and not isinstance(problem, expected)
 
 
 def why(problem: Exception) -> str:

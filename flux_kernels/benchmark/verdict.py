@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .step_verdict import step_verdict
 from .totals import Total, totals
 
+__all__ = ["step_verdict", "verdict"]
 _OURS = "ours "
 
 
