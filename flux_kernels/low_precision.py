@@ -34,16 +34,27 @@ def quantize_groups(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_int8(
-    x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tensor | None, planes: bool, branch: Branch | None = None
+    x: Tensor,
+    data: Tensor,
+    fmt: BlockFormat,
+    bias: Tensor | None,
+    planes: bool,
+    branch: Branch | None = None,
+    row_scales: bool = False,
 ) -> Tensor:
-    """Compute x [M, K] @ W.T + bias + branch with x and W quantized to int8 in groups of K; the result has x's dtype."""
+    """Compute x [M, K] @ W.T + bias + branch with x and W quantized to int8 in groups of K; the result has x's dtype.
+
+    With `row_scales` a row of W has one scale, as cards whose int8 loop would be bound by the scales compute it.
+    """
     group = group_width(x.shape[-1])
     codes, scale = quantize_groups(x, group)
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
     step = max(1, _CHUNK_PRODUCTS // max(1, x.shape[0] * codes.shape[1]))
     for start in range(0, data.shape[0], step):
         rows = slice(start, start + step)
-        w_codes, w_scale = quantize_groups(dequantize(data[rows], fmt, torch.float32, planes), group)
+        weight = dequantize(data[rows], fmt, torch.float32, planes)
+        w_codes, w_scale = quantize_groups(weight, weight.shape[1] if row_scales else group)
+        w_codes = w_codes.flatten(1).unflatten(1, (-1, group))
         products = torch.einsum("mgk,ngk->gmn", codes, w_codes)
         scaled = products * scale.permute(1, 0, 2) * w_scale.permute(1, 2, 0)
         y[:, rows] = _with_bias(scaled.sum(0), bias, rows, branch).to(x.dtype)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from .compute import TENSOR_CORE_CAPABILITY
 from .formats import SUPERBLOCK, BlockFormat
 from .kernels.choice import default_choice
-from .kernels.tuning import SMALL_M, Tile, largest_tile_k, loads_by_ldmatrix
+from .kernels.tuning import SMALL_M, Tile, largest_tile_k, loads_by_ldmatrix, row_scales_serve
 
 Candidate = tuple[str, Tile | None]  # algorithm, tile
 
@@ -79,7 +79,10 @@ def _int8(fmt: BlockFormat, m: int, n: int, k: int, processors: int) -> Iterator
     for block_m, block_n in _fitting(_INT8_SHAPES, m):
         for stages in (2, 3, 4):
             for warps in (4, 8) if block_m * block_n <= 128 * 128 else (8,):
-                yield "two_stage", Tile(block_m, block_n, 128, warps, stages)
+                tile = Tile(block_m, block_n, 128, warps, stages)
+                yield "two_stage", tile
+                if row_scales_serve(fmt):
+                    yield "row_scales", tile
 
 
 def _tiles(shapes, fmt: BlockFormat, m: int, k: int) -> Iterator[Tile]:

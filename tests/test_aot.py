@@ -45,10 +45,11 @@ def test_small_tiles_keep_the_invariants(dtype):
 
 def test_the_other_kernels_keep_the_invariants():
     """The compute modes, unpack and small-M kernels: no spills, tensor cores where there are products."""
-    kernels = "split_k,small_m,fp16,int8,int8_branch,dequantize,unpack_int8"
+    kernels = "split_k,small_m,fp16,int8,int8_branch,int8_rows,dequantize,unpack_int8,unpack_int8_rows,row_largest"
     report = run("--formats", "Q4_K,Q8_0,Q6_K", "--capabilities", "86,90", "--kernels", kernels)
     assert not report["problems"], "\n".join(report["problems"])
-    names = {"split_k", "small_m", "fp16_gemm", "int8_gemm", "int8_gemm_branch", "dequantize", "unpack_int8"}
+    names = {"split_k", "small_m", "fp16_gemm", "int8_gemm", "int8_gemm_branch", "int8_gemm_rows", "dequantize"}
+    names |= {"unpack_int8", "unpack_int8_rows", "row_largest"}
     assert {row["kernel"] for row in report["rows"]} == names
 
 

@@ -25,8 +25,9 @@ def main(
     kernels: Annotated[
         str,
         typer.Option(
-            help="wide, medium, narrow, split_k (fused GEMM), small_m, fp16, int8, dequantize, unpack_int8; wide_branch, "
-            "fp16_branch and int8_branch have a low-rank branch; empty means all."
+            help="wide, medium, narrow, split_k (fused GEMM), small_m, fp16, int8, int8_rows, dequantize, unpack_int8, "
+            "unpack_int8_rows, row_largest; wide_branch, fp16_branch, int8_branch and int8_rows_branch have a low-rank branch; "
+            "empty means all."
         ),
     ] = "",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",

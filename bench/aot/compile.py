@@ -17,7 +17,7 @@ from flux_kernels.kernels.int8_gemm import int8_gemm_kernel
 from flux_kernels.kernels.small_m import small_m_kernel
 from flux_kernels.kernels.split_k import split_k_kernel
 from flux_kernels.kernels.tuning import UNPACK_ROWS, Tile, largest_tile_k
-from flux_kernels.kernels.unpack_int8 import unpack_int8_kernel
+from flux_kernels.kernels.unpack_int8 import row_largest_kernel, unpack_int8_kernel
 
 from .sass import MachineCode, read
 
@@ -103,10 +103,12 @@ def compile_fp16(name: str, capability: int, tile: Tile, dtype: str = "bf16", k:
     return compile_kernel(fp16_gemm_kernel, pointers, ("M", "N", "R"), constants, capability, **options)
 
 
-def compile_int8(capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072, branch: bool = False) -> Compiled:
-    """Compile the int8 GEMM for one card and tile, with or without a low-rank branch in its epilogue."""
+def compile_int8(
+    capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072, *, row_scales: bool = False, branch: bool = False
+) -> Compiled:
+    """Compile the int8 GEMM for one card and tile, with scales of weight groups or rows, with or without a low-rank branch."""
     pointers = dict(x_ptr="*i8", x_scale_ptr="*fp32", w_ptr="*i8", w_scale_ptr="*fp32", bias_ptr=_DTYPES[dtype])
-    constants = dict(K=k, GROUP=tile.tile_k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+    constants = dict(K=k, GROUP=tile.tile_k, ROW_SCALES=row_scales, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
     _branch(pointers, constants, branch, dtype)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     pointers |= {"y_ptr": _DTYPES[dtype]}
@@ -130,9 +132,23 @@ def compile_dequantize(name: str, capability: int, dtype: str = "bf16", k: int =
     return compile_kernel(dequantize_kernel, pointers, ("N",), constants, capability)
 
 
-def compile_unpack_int8(name: str, capability: int, dtype: str = "bf16", k: int = 3072) -> Compiled:
+def compile_unpack_int8(
+    name: str, capability: int, dtype: str = "bf16", k: int = 3072, *, row_scales: bool = False
+) -> Compiled:
     """Compile the unpack kernel to int8 for one format and card (`dtype` has no effect)."""
     fmt = FORMATS[name]
     pointers = dict(w_ptr="*u8", table_ptr="*u8", codes_ptr="*i8", scale_ptr="*fp32")
     blocks = dict(GROUP=group_width(k), BLOCK_N=UNPACK_ROWS, TILE_K=largest_tile_k(fmt, k))
+    if row_scales:
+        pointers["largest_ptr"] = "*fp32"
+    else:
+        blocks["largest_ptr"] = None
     return compile_kernel(unpack_int8_kernel, pointers, ("N",), format_constants(fmt, k) | blocks, capability)
+
+
+def compile_row_largest(name: str, capability: int, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the kernel that finds each row's largest weight for one format and card (`dtype` has no effect)."""
+    fmt = FORMATS[name]
+    pointers = dict(w_ptr="*u8", table_ptr="*u8", largest_ptr="*fp32")
+    blocks = dict(BLOCK_N=UNPACK_ROWS, TILE_K=largest_tile_k(fmt, k))
+    return compile_kernel(row_largest_kernel, pointers, ("N",), format_constants(fmt, k) | blocks, capability)

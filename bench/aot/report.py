@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import triton
 
@@ -16,6 +17,7 @@ from .compile import (
     compile_fp16,
     compile_fused,
     compile_int8,
+    compile_row_largest,
     compile_small_m,
     compile_split_k,
     compile_unpack_int8,
@@ -82,9 +84,9 @@ def _shipped_fp16(kernel: str, branch: bool):
     return row
 
 
-def _shipped_int8(kernel: str, branch: bool):
+def _shipped_int8(kernel: str, **options: bool):
     def row(name: str, capability: int, dtype: str) -> Row:
-        built = compile_int8(capability, INT8_TILE, dtype, branch=branch)
+        built = compile_int8(capability, INT8_TILE, dtype, **options)
         return _row(kernel, "int8", capability, dtype, str(INT8_TILE), built, None)
 
     return row
@@ -116,12 +118,16 @@ SHIPPED = {
     "small_m": _shipped_small_m,
     "fp16": _shipped_fp16("fp16_gemm", branch=False),
     "fp16_branch": _shipped_fp16("fp16_gemm_branch", branch=True),
-    "int8": _shipped_int8("int8_gemm", branch=False),
+    "int8": _shipped_int8("int8_gemm"),
     "int8_branch": _shipped_int8("int8_gemm_branch", branch=True),
+    "int8_rows": _shipped_int8("int8_gemm_rows", row_scales=True),
+    "int8_rows_branch": _shipped_int8("int8_gemm_rows_branch", row_scales=True, branch=True),
     "dequantize": _shipped_unpack("dequantize", compile_dequantize),
     "unpack_int8": _shipped_unpack("unpack_int8", compile_unpack_int8),
+    "unpack_int8_rows": _shipped_unpack("unpack_int8_rows", partial(compile_unpack_int8, row_scales=True)),
+    "row_largest": _shipped_unpack("row_largest", compile_row_largest),
 }
-FORMAT_FREE = frozenset({"int8", "int8_branch"})  # kernels that no format is compiled into
+FORMAT_FREE = frozenset({"int8", "int8_branch", "int8_rows", "int8_rows_branch"})  # kernels that no format is compiled into
 
 
 def _row(kernel: str, name: str, capability: int, dtype: str, tile: str, built: Compiled, weights: int | None) -> Row:

@@ -10,12 +10,12 @@ import torch
 from ..formats import BlockFormat
 from .launching import capability_of
 from .record import find, forget_records
-from .tuning import INT8_TILE, Tile, choose_algorithm, fp16_tile, fused_tile, small_m_tile
+from .tuning import INT8_TILE, Tile, choose_algorithm, choose_int8_algorithm, fp16_tile, fused_tile, small_m_tile
 
 ALGORITHMS = {  # compute mode -> what it can run
     "exact": ("small_m", "fused", "split_k", "two_stage"),
     "fp16_accumulate": ("fused",),
-    "int8": ("two_stage",),
+    "int8": ("two_stage", "row_scales"),
 }
 
 
@@ -49,7 +49,8 @@ def forget() -> None:
 def default_choice(compute: str, fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Choice:
     """Return the default table's choice for a card of `capability` (None: not an NVIDIA card)."""
     if compute == "int8":
-        return Choice("two_stage", INT8_TILE, "unpack to int8 in L2, then one GEMM for all formats")
+        algorithm, why = choose_int8_algorithm(fmt, capability)
+        return Choice(algorithm, INT8_TILE, why)
     if compute == "fp16_accumulate":
         return Choice("fused", fp16_tile(fmt, k, capability), "decodes in registers")
     algorithm, why = choose_algorithm(m, capability)

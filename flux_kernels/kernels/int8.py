@@ -1,6 +1,7 @@
 """compute="int8": quantize x once, then for each chunk of output features unpack the weight to int8 and multiply.
 
-The chunk's scratch is at most a third of the L2 cache, so that the GEMM reads the unpacked weight from there.
+The chunk's scratch is at most a third of the L2 cache, so that the GEMM reads the unpacked weight from there. The algorithm
+"two_stage" gives a weight one scale per row and group of K, "row_scales" one per row (see tuning.int8_algorithm).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .int8_gemm import int8_gemm_kernel
 from .launching import format_constants, pointers, table_of
 from .tuning import UNPACK_ROWS, Tile, largest_tile_k
 from .two_stage import rows_per_chunk
-from .unpack_int8 import unpack_int8_kernel
+from .unpack_int8 import row_largest_kernel, unpack_int8_kernel
 
 _QUANTIZE_ROWS = 16
 
@@ -46,12 +47,13 @@ def linear(
     hidden, up, _ = pointers(branch)
     x_codes, x_scale = quantize_activation(x, group_width(k), keep)
     rows = rows_per_chunk(k, 1, x.device)
-    tile = (choice or choose("int8", fmt, x.shape[0], n, k, x.device)).tile
+    choice = choice or choose("int8", fmt, x.shape[0], n, k, x.device)
+    row_scales = choice.algorithm == "row_scales"
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
-        w_codes, w_scale = unpack_weight(data[chunk], fmt, group_width(k), planes)
+        w_codes, w_scale = unpack_weight(data[chunk], fmt, group_width(k), planes, row_scales)
         bias_chunk, up_chunk = (None if part is None else part[chunk] for part in (bias, up))
-        _gemm(x_codes, x_scale, w_codes, w_scale, bias_chunk, hidden, up_chunk, y[:, chunk], tile)
+        _gemm(x_codes, x_scale, w_codes, w_scale, bias_chunk, hidden, up_chunk, y[:, chunk], choice.tile)
 
 
 def quantize_activation(x: Tensor, group: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -64,17 +66,22 @@ def quantize_activation(x: Tensor, group: int, keep: Tensor | None = None) -> tu
     return codes, scale
 
 
-def unpack_weight(data: Tensor, fmt: BlockFormat, group: int, planes: bool) -> tuple[Tensor, Tensor]:
-    """Unpack packed rows to int8 codes [N, K] and float32 scales [K // group, N]."""
+def unpack_weight(data: Tensor, fmt: BlockFormat, group: int, planes: bool, row_scales: bool = False) -> tuple[Tensor, Tensor]:
+    """Unpack packed rows to int8 codes [N, K] and float32 scales [K // group, N], or [1, N] with `row_scales`."""
     n = data.shape[0]
     constants = format_constants(fmt, data.shape[1], planes)
-    k = constants["K"]
+    k, table = constants["K"], table_of(fmt, data)
     codes = torch.empty(n, k, dtype=torch.int8, device=data.device)
-    scale = torch.empty(k // group, n, dtype=torch.float32, device=data.device)
+    scale = torch.empty(1 if row_scales else k // group, n, dtype=torch.float32, device=data.device)
     tile_k = max(group, largest_tile_k(fmt, k))
     grid = (triton.cdiv(n, UNPACK_ROWS), k // tile_k)
-    blocks = dict(GROUP=group, BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
-    unpack_int8_kernel[grid](data, table_of(fmt, data), codes, scale, n, **constants, **blocks)
+    blocks = dict(BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
+    largest = None
+    if row_scales:
+        parts = torch.empty(k // tile_k, n, dtype=torch.float32, device=data.device)
+        row_largest_kernel[grid](data, table, parts, n, **constants, **blocks)
+        largest = parts.amax(0)  # torch's maximum keeps NaN
+    unpack_int8_kernel[grid](data, table, largest, codes, scale, n, **constants, GROUP=group, **blocks)
     return codes, scale
 
 
@@ -82,11 +89,12 @@ def _gemm(x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y: Tensor, tile:
     m, n = y.shape
     rank = 0 if hidden is None else hidden.shape[1]
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-    k = x_codes.shape[1]
+    k, group = x_codes.shape[1], x_codes.shape[1] // x_scale.shape[0]
     int8_gemm_kernel[grid](
         *(x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y, m, n, rank, y.stride(0)),
         K=k,
-        GROUP=k // x_scale.shape[0],
+        GROUP=group,
+        ROW_SCALES=w_scale.shape[0] == 1 and k > group,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,

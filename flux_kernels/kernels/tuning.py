@@ -90,6 +90,21 @@ def choose_algorithm(m: int, capability: tuple[int, int] | None) -> tuple[str, s
     return "fused", "decodes in registers, no scratch in memory"
 
 
+ROW_SCALE_BITS = 6  # formats of at most so many bits a weight lose nothing by one int8 scale per row (Q5_1 has 6.0, Q6_K 6.6)
+
+
+def row_scales_serve(fmt: BlockFormat) -> bool:
+    """Tell whether one int8 scale per row of the weight is fine enough for a format."""
+    return 8 * fmt.type_size <= ROW_SCALE_BITS * fmt.block_size
+
+
+def choose_int8_algorithm(fmt: BlockFormat, capability: tuple[int, int] | None) -> tuple[str, str]:
+    """Return "two_stage" (scales of weight groups) or "row_scales" for compute="int8", and why."""
+    if capability in _DATACENTER and row_scales_serve(fmt):
+        return "row_scales", "unpack to int8 in L2 with one scale per row: scales of groups would take longer than the products"
+    return "two_stage", "unpack to int8 in L2, then one GEMM for all formats"
+
+
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
     """Return the largest power-of-two step through a row of `k` weights that is whole blocks and at most `limit`."""
     tile = limit

@@ -9,6 +9,7 @@ from flux_kernels import kernels, low_precision, torch_backend
 from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8
+from flux_kernels.kernels.choice import default_choice
 
 from .samples import finite_rows
 
@@ -53,6 +54,63 @@ def test_weight_unpack_equals_its_twin(name, device):
     _, twin_scale = low_precision.quantize_groups(weight, 128)
     assert_nearest(codes.cpu(), weight, twin_scale)
     torch.testing.assert_close(scale.cpu().T, twin_scale[..., 0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weight_unpack_with_row_scales_equals_its_twin(name, device):
+    """One scale for a row: nearest codes of the decoded weight, and the twin's scales."""
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 9)
+    packed = fmt.layout.to_planes(data) if fmt.planes else data
+    codes, scale = int8.unpack_weight(packed.to(device), fmt, 128, fmt.planes, row_scales=True)
+    _, twin_scale = low_precision.quantize_groups(weight, weight.shape[1])
+    assert_nearest(codes.cpu(), weight, twin_scale)
+    torch.testing.assert_close(scale.cpu().T, twin_scale[..., 0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_0", "IQ2_XS"])
+def test_row_scales_are_as_accurate_as_their_twin(name, device, monkeypatch):
+    """Ragged M and N, bias, branch, several weight chunks: the error against float64 is the twin's up to ties (2 %)."""
+    monkeypatch.setattr(int8, "rows_per_chunk", lambda k, itemsize, device: 128)
+    torch.manual_seed(0)
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 150)
+    x, bias, branch = torch.randn(37, 512), torch.randn(150), (torch.randn(37, 16), torch.randn(150, 16))
+    packed = fmt.layout.to_planes(data) if fmt.planes else data
+    y = torch.empty(37, 150, device=device)
+    on_device = [part.to(device) for part in branch]
+    choice = default_choice("int8", fmt, 37, 150, 512, (9, 0))
+    int8.linear(x.to(device), packed.to(device), bias.to(device), y, fmt, fmt.planes, on_device, choice=choice)
+    twin = low_precision.linear_int8(x, data, fmt, bias, False, branch, row_scales=True)
+    oracle = x.double() @ weight.double().T + bias.double() + branch[0].double() @ branch[1].double().T
+    assert choice.algorithm == "row_scales"
+    assert relative(y.cpu(), oracle) <= 1.02 * relative(twin, oracle)
+
+
+def test_row_scales_are_for_coarse_formats_on_datacenter_cards():
+    """Elsewhere the scales of groups hide behind the tensor cores, and Q6_K and Q8_0 need them."""
+    chosen = {
+        (name, capability): default_choice("int8", FORMATS[name], 4608, 3072, 3072, capability).algorithm
+        for name in ("Q4_K", "Q5_1", "Q6_K", "Q8_0")
+        for capability in ((8, 0), (8, 9), (9, 0), None)
+    }
+    assert {key for key, algorithm in chosen.items() if algorithm == "row_scales"} == {
+        (name, capability) for name in ("Q4_K", "Q5_1") for capability in ((8, 0), (9, 0))
+    }
+
+
+@pytest.mark.parametrize("bits", [0x7E00, 0x7C00], ids=["NaN", "Inf"])
+def test_a_nan_or_inf_scale_reaches_the_output_through_row_scales(bits, device):
+    """One block poisons its output column and no other."""
+    fmt = FORMATS["Q4_0"]
+    data, _ = finite_rows("Q4_0", 4)
+    data = data.clone()
+    data[1, 36:38] = torch.tensor([bits & 0xFF, bits >> 8], dtype=torch.uint8)
+    y = torch.empty(20, 4, device=device)
+    choice = default_choice("int8", fmt, 20, 4, 512, (9, 0))
+    int8.linear(torch.randn(20, 512).to(device), data.to(device), None, y, fmt, False, choice=choice)
+    assert y[:, 1].isnan().all()
+    assert y[:, [0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
