@@ -8,6 +8,7 @@ import torch
 from flux_kernels import kernels, torch_backend
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8
+from flux_kernels.kernels.choice import default_choice
 
 from .samples import finite_rows
 from .test_compute_modes import relative
@@ -28,6 +29,7 @@ def operands(tokens: int, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 def test_the_branch_is_added_before_the_result_is_rounded(compute, tokens, dtype, rank, device, monkeypatch):
     """Ragged M, N and r, several weight chunks: as accurate as the twin, which rounds once (see test_compute_modes for factors)."""
     monkeypatch.setattr(int8, "rows_per_chunk", lambda k, itemsize, device: 48)
+    monkeypatch.setattr(int8, "choose", lambda *call: default_choice(*call[:-1], (8, 9)))  # scales of groups, as the twin
     fmt = FORMATS["Q4_K"]
     data, weight = finite_rows("Q4_K", N)
     x, bias, hidden, up = operands(tokens, rank, dtype)
