@@ -111,6 +111,9 @@ class BlockFormat:
         table: builds the lookup table of the codebook formats (uint8, CPU), handed to both decodes; None where unused.
         planes: whether Triton wants the row rearranged with `Layout.to_planes`, because blocks that are only 2-byte
             aligned cannot be loaded wide or by asynchronous copies.
+        unpacker: makes, for a number of blocks, what unpacks as many on a CPU faster than `decode` and libggml do: uint8
+            [blocks, type_size] -> (codes int8 [blocks, block_size], scales float32 [blocks, block_size / sub_block], whose
+            float32 product is the decoded weight), in memory that its next call overwrites; None where there is no such way.
         relative_rms: bound of the relative RMS error of quantizing gaussian weights, as a fraction.
         source: where layout and decode were read.
     """
@@ -127,6 +130,7 @@ class BlockFormat:
     quantize: Callable[[Tensor, Tensor | None], Tensor] | None = None
     table: Callable[[], Tensor] | None = None
     planes: bool = False
+    unpacker: Callable[[int], Callable[[Tensor], tuple[Tensor, Tensor]]] | None = None
 
     @property
     def type_size(self) -> int:

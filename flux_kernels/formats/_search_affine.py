@@ -7,7 +7,7 @@ d and dmin are fitted to all that and stay so where it helps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +56,16 @@ class HalfAffineSearch:
     weighted_shrinks: Shrinks = ()
     refits: int = 2
 
-    def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-        """Return d, m [1, 1, n] and codes [1, B, n] of x = d * q + m."""
+    def __call__(self, b: Blocks, *others: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return d, m [1, 1, n] and codes [1, B, n] of x = d * q + m; `others` are (scale, offset) to try as well."""
         low, high = b.x.amin(1, keepdim=True), b.x.amax(1, keepdim=True)
         span = high - low
         centred = Blocks(b.x - low, b.w)  # sums of squares about a large mean would lose the rest
         scale, offset = nonzero(half(span / self.top)), half(-low)
         best = [error_of(b, scale, offset, self.top), scale, offset]
+        for other_scale, other_offset in others:
+            scale, offset = nonzero(half(other_scale)), half(other_offset)
+            keep(best, [error_of(b, scale, offset, self.top), scale, offset])
         shrinks = (*self.shrinks, *(self.weighted_shrinks if b.w is not None else ()))
         for trial in range(len(shrinks) + self.refits):
             if trial < len(shrinks):
@@ -102,22 +105,33 @@ class SuperAffineSearch:
     turns: int = 1
     phase: float = 0.0
     supers: Sequence[tuple[float, int]] = ()
+    other: Callable[[Blocks], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return d, dmin [1, 1, n], sc, m [G, 1, n] and codes [G, B, n]."""
         fits = self._fits(b)
         d, dmin = self._first_super_scales(b, fits)
         sc, m = self._best_start(b, fits, d, dmin)
-        for _ in range(self.turns):
-            error, sc, m = self._best_neighbours(b, d, dmin, sc, m)
-            new_d, new_dmin = self._refit(b, d, dmin, sc, m)
-            new_error = error_of(b, new_d * sc, new_dmin * m, self.top)
-            _, d, dmin = keep([total(error, 0), d, dmin], [total(new_error, 0), new_d, new_dmin])
+        best = self._moved(b, d, dmin, sc, m)
+        if self.other is not None:
+            d, dmin, sc, m = self.other(b)
+            d, sc = d.clamp(min=HALF_STEP), sc.clamp(min=1)
+            keep(best, [total(error_of(b, d * sc, dmin * m, self.top), 0), d, dmin, sc, m])
+        _, d, dmin, sc, m = best
         q = codes(b.x, d * sc, dmin * m, self.top)
         worth = b.worth(q * (d * sc) - dmin * m)
         d, dmin = d * worth, dmin * worth
         self._put_constants(b, d, dmin, sc, m, q)
         return d, dmin, sc, m, q
+
+    def _moved(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> list[Tensor]:
+        """Improve in turns: (sc, m) by their neighbours, (d, dmin) by a fit; return the error of each block and all four."""
+        for _ in range(self.turns):
+            error, sc, m = self._best_neighbours(b, d, dmin, sc, m)
+            new_d, new_dmin = self._refit(b, d, dmin, sc, m)
+            new_error = error_of(b, new_d * sc, new_dmin * m, self.top)
+            found, d, dmin = keep([total(error, 0), d, dmin], [total(new_error, 0), new_d, new_dmin])
+        return [found, d, dmin, sc, m]
 
     def _put_constants(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, q: Tensor) -> None:
         """Express blocks of equal weights, in place: d times the largest product, less dmin (of either sign), what d lost."""

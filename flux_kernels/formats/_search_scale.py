@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -101,11 +102,12 @@ class HalfScaleSearch:
     weighted_starts: Sequence[float] = ()
     refits: int = 1
 
-    def __call__(self, b: Blocks) -> tuple[Tensor, Tensor]:
-        """Return d [1, 1, n] and levels [1, B, n]."""
+    def __call__(self, b: Blocks, *others: Tensor) -> tuple[Tensor, Tensor]:
+        """Return d [1, 1, n] and levels [1, B, n]; `others` are scales [1, 1, n] to try as well."""
         peak = outermost(b.x, 1)
         starts = (*self.starts, *(self.weighted_starts if b.w is not None else ()))
-        _, d = best_scale(b, self.snap, (nonzero(half(peak * (1 / start))) for start in starts))
+        scales = chain((peak * (1 / start) for start in starts), others)
+        _, d = best_scale(b, self.snap, (nonzero(half(scale)) for scale in scales))
         for _ in range(self.refits):
             _, d = best_scale(b, self.snap, (d, nonzero(half(fitted(b, snapped(b, d, self.snap))))))
         y = snapped(b, d, self.snap)
@@ -133,9 +135,22 @@ class SuperScaleSearch:
     supers: Sequence[tuple[float, int]]
     moves: Sequence[int] = (-1, 1)
     turns: int = 1
+    other: Callable[[Blocks], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """Return d [1, 1, n], sc [G, 1, n] and levels [G, B, n]."""
+        best = self._moved(b, *self._start(b))
+        if self.other is not None:
+            d, sc = self.other(b)
+            keep(best, self._moved(b, nonzero(d), self._legal(sc)))
+        _, d, sc = best
+        y = snapped(b, d * sc, self.snap)
+        d = d * b.worth(d * sc * y)
+        self._put_constants(b, d, sc, y)
+        return d, sc, y
+
+    def _start(self, b: Blocks) -> tuple[Tensor, Tensor]:
+        """Fit each sub-block on its own, and the d that suits the fits best."""
         peak = nonzero(outermost(b.x, 1))
         starts = (*self.starts, *(self.weighted_starts if b.w is not None else ()))
         _, scale = best_scale(b, self.snap, (peak * (1 / start) for start in starts))
@@ -148,18 +163,18 @@ class SuperScaleSearch:
             error, found = best_scale(b, self.snap, [d * self._legal(scale * stretch / d)])
             best = keep(best, [total(error, 0), d, found]) if best else [total(error, 0), d, found]
         _, d, scale = best
-        sc = self._legal(scale / d)
+        return d, self._legal(scale / d)
+
+    def _moved(self, b: Blocks, d: Tensor, sc: Tensor) -> list[Tensor]:
+        """Improve (d, sc) in turns: sc by its neighbours, d by a fit; return the error of each block and both."""
         for _ in range(self.turns):
             error, scale = best_scale(b, self.snap, (d * self._legal(sc + move) for move in (0, *self.moves)))
             sc = self._legal(scale / d)
             _, xy, yy = b.products(snapped(b, scale, self.snap))
             new_d = refitted(d, ratio(total(sc * xy, 0), total(sc * sc * yy, 0)))
             new_error, _ = best_scale(b, self.snap, [new_d * sc])
-            _, d = keep([total(error, 0), d], [total(new_error, 0), new_d])
-        y = snapped(b, d * sc, self.snap)
-        d = d * b.worth(d * sc * y)
-        self._put_constants(b, d, sc, y)
-        return d, sc, y
+            found, d = keep([total(error, 0), d], [total(new_error, 0), new_d])
+        return [found, d, sc]
 
     def _put_constants(self, b: Blocks, d: Tensor, sc: Tensor, y: Tensor) -> None:
         """Express blocks of equal weights, in place, by the product sc * level that forgives d's rounding most."""

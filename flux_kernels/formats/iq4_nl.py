@@ -11,6 +11,7 @@ from .._triton import jit, tl
 from ._bits import bit_planes
 from ._codebooks import IQ4_VALUES, packed_words, value_table
 from ._format import BlockFormat, Field, Layout
+from ._libggml_fits import IQ4_PEAKS, damped, mean_square, scale_fit
 from ._pack import join_planes, pack_rows
 from ._search import Blocks
 from ._search_scale import HalfScaleSearch, codebook, codes_of
@@ -47,7 +48,9 @@ SEARCH = HalfScaleSearch(
 
 def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
     """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
-    d, y = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    b = Blocks.of_rows(rows, importance, 1, 32)
+    w = None if b.w is None else damped(b.x, b.w, 2 * mean_square(b.x))
+    d, y = SEARCH(b, scale_fit(b.x, w, SEARCH.snap, IQ4_PEAKS)[0])
     return pack_rows(rows, LAYOUT, d=d, qs=join_planes(codes_of(y, IQ4_VALUES), 4))
 
 

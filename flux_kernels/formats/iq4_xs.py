@@ -11,6 +11,7 @@ from .._triton import jit, tl
 from ._bits import bit_fields, bit_planes, word_fields
 from ._codebooks import IQ4_VALUES, packed_words, value_table
 from ._format import BlockFormat, Field, Layout
+from ._libggml_fits import IQ4_PEAKS, super_scale
 from ._pack import bytes_of, join_fields, join_planes, pack_rows
 from ._search import Blocks
 from ._search_scale import SuperScaleSearch, codebook, codes_of
@@ -65,6 +66,7 @@ SEARCH = SuperScaleSearch(
     weighted_starts=[-148 + 8 * i for i in range(10)],
     reach=32,
     supers=((1, 32), (127 / 104, 32), (-127 / 113, 32), (1, 31), (1, 30)),
+    other=partial(super_scale, snap=codebook(IQ4_VALUES), peak_levels=IQ4_PEAKS, reach=32, spread=2),
 )
 
 

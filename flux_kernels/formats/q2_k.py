@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._libggml_fits import WEIGHTED_GRIDS, super_affine
 from ._pack import bytes_of, join_planes, pack_rows
 from ._search import Blocks
 from ._search_affine import SuperAffineSearch
@@ -50,6 +53,7 @@ SEARCH = SuperAffineSearch(
     weighted_shrinks=[(low, high) for low in (-0.05, 0.18, 0.27) for high in (-0.05, 0.18, 0.27)],
     supers=((1, 15), (3 / 2, 15), (1, 14), (1, 13)),
     phase=0.05,
+    other=partial(super_affine, top=3, levels=15, plain=[-0.5 + 0.1 * i for i in range(16)], weighted=WEIGHTED_GRIDS),
 )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._libggml_fits import super_scale_q3
 from ._pack import bytes_of, join_planes, pack_rows
 from ._search import Blocks
 from ._search_scale import SuperScaleSearch, integers
@@ -71,6 +72,7 @@ SEARCH = SuperScaleSearch(
     reach=32,
     supers=((1, 32), (4 / 3, 32), (1, 31), (1, 30)),
     turns=2,
+    other=super_scale_q3,
 )
 
 

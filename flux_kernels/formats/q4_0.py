@@ -7,6 +7,7 @@ from torch import Tensor
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._libggml_fits import damped, peaks, row_mean_square, scale_fit
 from ._pack import bytes_of, join_planes, pack_rows
 from ._search import Blocks
 from ._search_scale import HalfScaleSearch, integers
@@ -39,7 +40,11 @@ SEARCH = HalfScaleSearch(
 
 def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
     """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
-    d, q = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    b = Blocks.of_rows(rows, importance, 1, 32)
+    others = []
+    if b.w is not None:
+        others.append(scale_fit(b.x, damped(b.x, b.w, row_mean_square(rows, 32)), SEARCH.snap, peaks(8))[0])
+    d, q = SEARCH(b, *others)
     return pack_rows(rows, LAYOUT, d=d, qs=join_planes(bytes_of(q + 8), 4))
 
 

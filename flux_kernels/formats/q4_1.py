@@ -8,6 +8,7 @@ from torch import Tensor
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._libggml_fits import WEIGHTED_GRIDS, affine_fit, damped, row_mean_square
 from ._pack import bytes_of, join_planes, pack_rows
 from ._search import Blocks
 from ._search_affine import HalfAffineSearch
@@ -43,7 +44,11 @@ SEARCH = HalfAffineSearch(
 
 def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
     """Quantize float32 rows [rows, K] to uint8 [rows, row bytes]."""
-    d, m, q = SEARCH(Blocks.of_rows(rows, importance, 1, 32))
+    b = Blocks.of_rows(rows, importance, 1, 32)
+    others = []
+    if b.w is not None:
+        others.append(affine_fit(b.x, damped(b.x, b.w, row_mean_square(rows, 32)), 15, WEIGHTED_GRIDS))
+    d, m, q = SEARCH(b, *others)
     return pack_rows(rows, LAYOUT, dm=torch.cat([d, m]), qs=join_planes(bytes_of(q), 4))
 
 

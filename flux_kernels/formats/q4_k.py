@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._format import BlockFormat, Field, Layout
 from ._k_scales import pack_scales_and_mins, unpack_scales_and_mins
+from ._libggml_fits import WEIGHTED_GRIDS, super_affine
 from ._pack import bytes_of, join_planes, pack_rows
 from ._search import Blocks
 from ._search_affine import SuperAffineSearch
@@ -50,6 +53,7 @@ SEARCH = SuperAffineSearch(
     weighted_shrinks=[(low, high) for low in (0.01, 0.09, 0.15) for high in (0.01, 0.09, 0.15)],
     supers=((1, 63), (15 / 14, 63), (1, 62), (1, 61)),
     phase=0.06,
+    other=partial(super_affine, top=15, levels=63, plain=[-1 + 0.1 * i for i in range(21)], weighted=WEIGHTED_GRIDS),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
 from ._k_scales import pack_scales_and_mins, unpack_scales_and_mins
+from ._libggml_fits import WEIGHTED_GRIDS, super_affine
 from ._pack import bytes_of, join_planes, pack_rows
 from ._search import Blocks
 from ._search_affine import SuperAffineSearch
@@ -53,6 +56,7 @@ SEARCH = SuperAffineSearch(
     weighted_shrinks=[(low, high) for low in (0, 0.05, 0.1) for high in (0, 0.05, 0.1)],
     supers=((1, 63), (31 / 30, 63), (1, 62), (1, 61)),
     phase=0.2,
+    other=partial(super_affine, top=31, levels=63, plain=[-0.5 + 0.1 * i for i in range(16)], weighted=WEIGHTED_GRIDS),
 )
 
 

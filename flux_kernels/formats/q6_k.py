@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
 from ._format import BlockFormat, Field, Layout
+from ._libggml_fits import peaks, super_scale
 from ._pack import bytes_of, join_planes, pack_rows
+from ._q6_k_words import Unpacker
 from ._search import Blocks
 from ._search_scale import SuperScaleSearch, integers
 from ._tiles import halves_of_16, load_bytes, load_half, load_word, unpack_int8
@@ -50,6 +54,7 @@ SEARCH = SuperScaleSearch(
     supers=((1, 128), (32 / 31, 128), (1, 127), (1, 126), (1, 125)),
     moves=(-2, -1, 1, 2),
     turns=2,
+    other=partial(super_scale, snap=integers(-32, 31), peak_levels=peaks(32), reach=128, spread=None),
 )
 
 
@@ -71,6 +76,7 @@ FORMAT = BlockFormat(
     decode_tile=decode_tile,
     quantize=quantize,
     planes=True,
+    unpacker=Unpacker,
     relative_rms=0.02,
     source="ggml-common.h block_q6_K",
 )
