@@ -105,7 +105,8 @@ def _row(name, size, call, provider, times, errors, note, problem, ceilings) -> 
     if times is None:
         return row | dict.fromkeys(_MEASURED, "") | checked
     p20, p50, p80 = percentiles(times)
-    speeds = dict(tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(problem.data.numel() / p50 / 1e6))
+    packed = provider != "torch" and not PROVIDERS[provider].own_weights  # else it reads other bytes
+    speeds = dict(tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(problem.data.numel() / p50 / 1e6) if packed else "")
     shares = dict.fromkeys(("share_of_matmul", "share_of_copy"), "")
     if ceilings is not None:
         moved = least_bytes(name, provider, call, problem.dtype.itemsize)

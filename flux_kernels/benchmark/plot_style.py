@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from .record import origin_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -25,7 +27,6 @@ _PEER_COLORS, _PEER_MARKS = (
     ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29"),
     ("P", "X", "*", "<", ">", "h", "d"),
 )
-ORIGIN = ("device", "driver", "torch", "triton", "commit", "date")
 _COLUMNS, _DPI = 3, 130  # panels beside each other; dots an inch
 
 
@@ -89,7 +90,7 @@ def finished(figure: Figure, rows: Sequence[Mapping], title: str, x: str, y: str
     handles, names = (list(drawn.values()), list(drawn)) if handles is None else (handles, [one.get_label() for one in handles])
     width = figure.get_figwidth()
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
-    origins = dict.fromkeys(", ".join(_said(row)) for row in rows)
+    origins = dict.fromkeys(f"{origin_text(row)}; {row['size']}" for row in rows)
     foot = "\n".join(textwrap.fill(f"Measured on {origin}", int(15 * width)) for origin in origins)
     figure.supxlabel(f"{x}\n\n{foot}", fontsize=9)
     figure.supylabel(y, fontsize=9)
@@ -97,10 +98,3 @@ def finished(figure: Figure, rows: Sequence[Mapping], title: str, x: str, y: str
     held = BytesIO()
     figure.savefig(held, format="png", facecolor="white", metadata={"Software": None})
     return held.getvalue()
-
-
-def _said(row: Mapping) -> list[str]:
-    """Say where a row comes from, names before versions where a version alone would say nothing."""
-    plain = ("device", "date")
-    said = [str(row[key]) if key in plain else f"{key} {row[key]}" for key in ORIGIN if row.get(key)]
-    return [*said, *([str(row["size"])] if row.get("size") else [])]

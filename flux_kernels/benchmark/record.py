@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +29,13 @@ def origin(device: torch.device) -> dict[str, str]:
         commit=commit(),
         date=datetime.date.today().isoformat(),
     )
+
+
+def origin_text(row: Mapping[str, object]) -> str:
+    """Write where a row comes from as one line: device, versions, commit and date, of the origin columns that are filled."""
+    named = ("driver", "torch", "triton", "commit")
+    said = [str(row[key]) if key not in named else f"{key} {row[key]}" for key in ("device", *named, "date") if row.get(key)]
+    return ", ".join(said)
 
 
 def commit() -> str:

@@ -11,19 +11,22 @@ __all__ = ["step_verdict", "verdict"]
 _OURS = "ours "
 
 
-def verdict(rows: Sequence[Mapping]) -> list[str]:
-    """Return five lines about the linear calls of one step: machine, speed, best mode, size, price; a sixth names what failed.
+def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]:
+    """Return five lines: machine, exact mode, best mode, beside diffusers, price; a sixth names what failed.
+
+    They are about the linear calls of one step; the second is about a step as a whole where one was measured.
 
     Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap.
 
     Args:
         rows: rows of one run and one size, with origin columns. Types that lack shapes must be left out by the caller.
+        steps: rows of whole steps of the same run, of one size.
     """
     if not any(row["p50_ms"] for row in rows):
         return ["Nothing was measured, so nothing can be said.", *_failed(rows)]
     names = list(dict.fromkeys(row["format"] for row in rows))
     found = {name: totals([row for row in rows if row["format"] == name]) for name in names}
-    return [_machine(rows[0]), _exact(found), _best(found), _beside(found), _price(rows), *_failed(rows)]
+    return [_machine(rows[0]), _step(steps) or _exact(found), _best(found), _beside(found), _price(rows), *_failed(rows)]
 
 
 def _machine(row: Mapping) -> str:
@@ -45,6 +48,30 @@ def _ratios(found: Mapping[str, Mapping[str, Total]], over: str, under: str) -> 
 def _exact(found: Mapping[str, Mapping[str, Total]]) -> str:
     said = _ratios(found, _OURS + "exact", "torch")
     return f"Time of exact mode, with unquantized torch as 1: {said}." if said else "Exact mode: not measured."
+
+
+def _step(steps: Sequence[Mapping]) -> str:
+    """Compare one whole step in exact mode with the unquantized one: time, and bytes of weights."""
+    said, kinds = [], {"step": "One whole step", "embedded step": "One step of the tiny embedded model"}
+    sides = {
+        (row["what"], row["format"], row["provider"]): row
+        for row in steps
+        if row["what"] in kinds and row["p50_ms"] and row["weight_bytes"]
+    }
+    for (what, name, side), mine in sides.items():
+        plain = sides.get((what, name, "torch"))
+        if side != _OURS + "exact" or plain is None:
+            continue
+        both = [Total(*(float(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms"))) for row in (mine, plain)]
+        time = f"{both[0].p50 / both[1].p50:.2f} times the time" if both[0].differs(both[1]) else "no difference seen in time"
+        said.append(f"{name} {time}, {_bytes(int(plain['weight_bytes']) - int(mine['weight_bytes']))} smaller")
+    if not said:
+        return ""
+    return f"{kinds[next(iter(sides))[0]]} in exact mode beside the unquantized one: {'; '.join(said)}."
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if abs(count) >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _best(found: Mapping[str, Mapping[str, Total]]) -> str:

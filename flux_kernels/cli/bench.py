@@ -2,99 +2,174 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..benchmark.session import Found, Plan
+
+_MINUTES = dict(cuda=7.0, cpu=2.7)
+_CPU_SCALE = 16
 
 
 def bench(
     formats: Annotated[str, typer.Option(help="ggml types, comma-separated.")] = "Q4_K,Q6_K,Q8_0",
     peers: Annotated[bool, typer.Option("--peers", help="Other libraries too, where installed.")] = False,
-    minutes: Annotated[float, typer.Option(help="Begin no new shape after this time.")] = 7.0,
+    everything: Annotated[bool, typer.Option("--all", help="All types, all sizes of picture, all peers. Takes hours.")] = False,
+    step: Annotated[
+        bool, typer.Option(help="Also one step as a whole: FLUX.1-dev's on a GPU, the embedded model's on a CPU.")
+    ] = True,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Begin nothing new after this time. [default: 7; 2.7 on a CPU; none with --all]", show_default=False),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; the median counts.")] = 5,
     scale: Annotated[int, typer.Option(min=0, help="Divide M and N by this; 0: 1 on a GPU, 16 on a CPU.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page: plots, every row, what a speed costs.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the speeds of every call as a PNG.")] = None,
-    contribute: Annotated[Path | None, typer.Option(help="Write the rows to this new CSV file, to send in.")] = None,
+    contribute: Annotated[
+        Path | None, typer.Option(help="Write the rows to this new CSV file, to send in; whole steps to NAME-step.csv.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows and verdict as JSON, for machines.")] = False,
 ) -> None:
-    """Time every linear call of a FLUX.1-dev step on this machine: unquantized, diffusers' GGUF layers, this library.
+    """Time every linear call of a FLUX.1-dev step, and a step as a whole: unquantized, diffusers' GGUF layers, this library.
 
-    A speed is shown only where the result is right, checked against float64 in the same run.
+    A speed is shown only where the result is right, checked in the same run. Ends with what the numbers say, in plain words.
 
     [bold]Examples[/]
 
       flux-kernels bench
-      flux-kernels bench --plot speed.png
+      flux-kernels bench --report bench.html
       flux-kernels bench --formats Q4_K --peers --contribute my-card.csv
+      flux-kernels bench --all --report everything.html
     """
     import torch
 
-    from ..benchmark.ceilings import measure_ceilings
-    from ..benchmark.linears import measure, summary
-    from ..benchmark.providers import PROVIDERS
-    from ..benchmark.record import append_csv, origin
-    from ..benchmark.shapes import reduced, step_calls
-    from ..benchmark.verdict import verdict
-    from ..errors import FormatError
-    from ..formats import get_format
+    from ..benchmark.json_rows import document
+    from ..benchmark.page import fidelity_rows, page
+    from ..benchmark.record import append_csv
+    from ..benchmark.session import measure_all
+    from ..html_page import write_whole
 
-    names = [get_format(name).name for name in formats.split(",")]
-    if contribute is not None and contribute.exists():
-        raise FormatError(f"{contribute} is there already. Name a new file for --contribute.")
+    files = {} if contribute is None else dict(linear=contribute, step=contribute.with_name(f"{contribute.stem}-step.csv"))
+    _check_targets(files, report, plot)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    scale = scale or (1 if device.type == "cuda" else 16)
-    groups = ("base", "ours", "peer") if peers else ("base", "ours")
-    wanted = [one.name for one in PROVIDERS.values() if one.group in groups and (peers or "compiled" not in one.name)]
-    end, made_at, rows = time.monotonic() + 60 * minutes, origin(device), []
-    console = Console(highlight=False)
-    ceilings = measure_ceilings(device, dtype)
-    work = [(name, call) for name in names for call in step_calls()]
-    late = 0
+    plan = _plan(device, formats, peers or everything, everything, step, minutes, repeats, scale)
+    console = Console(highlight=False, stderr=as_json)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as bar:
-        task = bar.add_task("measuring", total=len(work))
-        for name, call in work:
-            bar.update(task, description=f"{name} {call.where}")
-            if time.monotonic() > end:
-                late += 1
-                continue
-            for row in measure(name, reduced(call, scale), wanted, device, dtype, repeats, ceilings):
-                rows.append(row)
-                if contribute is not None:
-                    append_csv(row | made_at, contribute)
-            bar.advance(task)
-    size = "" if scale == 1 else f", M and N divided by {scale}"
-    console.print(f"{made_at['device']}, torch {made_at['torch']}, commit {made_at['commit']}{size}", soft_wrap=True)
-    console.print(summary([row for row in rows if row["format"] in _complete(rows, len(work) // len(names))]), soft_wrap=True)
-    whole = _complete(rows, len(work) // len(names))
-    for line in verdict([row | made_at for row in rows if row["format"] in whole]):
-        console.print(line, soft_wrap=True)
-    for note in dict.fromkeys(f"{row['provider']}: {row['note']}" for row in rows if row["note"]):
-        console.print(f"[dim]{note}[/]", soft_wrap=True)
-    if late:
-        console.print(
-            f"{late} of {len(work)} shapes were not begun in {minutes:g} minutes; types they belong to are not summed."
+        task = bar.add_task("measuring", total=plan.work(device))
+        found = measure_all(
+            plan,
+            device,
+            torch.bfloat16 if device.type == "cuda" else torch.float32,
+            tell=lambda words, done: bar.update(task, description=words, advance=done),
+            on_row=lambda kind, row: append_csv(row, files[kind]) if files else None,
         )
-    measured = [row | made_at for row in rows if row["p50_ms"]]
-    if plot is not None and measured:
+    lines = _verdict(found, plan)
+    if as_json:
+        typer.echo(document(found, lines, fidelity_rows()))
+    else:
+        _print(console, found, plan, lines)
+    if report is not None:
+        write_whole(report, page(found, lines, fidelity_rows()).encode())
+        console.print(f"Report in [bold]{escape(str(report))}[/]: one page, to open in a browser.", soft_wrap=True)
+    if plot is not None and any(row["p50_ms"] for row in found.linears):
         from ..benchmark.plots import speed_beside_rows
 
-        part = plot.with_name(f"{plot.name}.part")
-        part.write_bytes(speed_beside_rows(measured))
-        part.replace(plot)
-        console.print(f"Plot in [bold]{plot}[/].", soft_wrap=True)
-    if contribute is not None:
-        console.print(f"Rows in [bold]{contribute}[/]: add it under bench/results in a pull request.", soft_wrap=True)
+        write_whole(plot, speed_beside_rows(found.linears))
+        console.print(f"Plot in [bold]{escape(str(plot))}[/].", soft_wrap=True)
+    for path in (path for path in files.values() if path.exists()):
+        console.print(f"Rows in [bold]{escape(str(path))}[/]: add it under bench/results in a pull request.", soft_wrap=True)
 
 
-def _complete(rows: list[dict], shapes: int) -> list[str]:
-    """List the formats whose every shape was measured."""
-    found: dict[str, set] = {}
-    for row in rows:
-        found.setdefault(row["format"], set()).add(row["where"])
-    return [name for name, where in found.items() if len(where) == shapes]
+def _check_targets(files: dict[str, Path], report: Path | None, plot: Path | None) -> None:
+    """Raise, before anything is measured, where what is asked for cannot be written."""
+    from ..html_page import check_writable
+
+    for path in files.values():
+        if path.exists():
+            raise FormatError(f"{path} is there already. Name a new file for --contribute.")
+        check_writable(path, "--contribute")
+    for option, target in (("--report", report), ("--plot", plot)):
+        if target is not None:
+            check_writable(target, option)
+            import matplotlib  # noqa: F401 - a missing one is better told now
+
+
+def _plan(
+    device: torch.device,
+    formats: str,
+    peers: bool,
+    everything: bool,
+    step: bool,
+    minutes: float | None,
+    repeats: int,
+    scale: int,
+) -> Plan:
+    from ..benchmark import linears  # noqa: F401 - registers every side
+    from ..benchmark.providers import PROVIDERS
+    from ..benchmark.session import MAIN_SIZE, Plan
+    from ..benchmark.shapes import STEPS
+    from ..formats import FORMATS, get_format
+
+    groups = ("base", "ours", "peer") if peers else ("base", "ours")
+    wanted = [one.name for one in PROVIDERS.values() if one.group in groups and (peers or "compiled" not in one.name)]
+    return Plan(
+        formats=list(FORMATS) if everything else [get_format(name).name for name in formats.split(",")],
+        providers=wanted,
+        sizes=list(STEPS) if everything else [MAIN_SIZE],
+        scale=scale or (1 if device.type == "cuda" else _CPU_SCALE),
+        repeats=repeats,
+        minutes=_MINUTES[device.type] if minutes is None and not everything else minutes,
+        steps=step,
+        denoise=len(FORMATS) if everything else 1,
+    )
+
+
+def _verdict(found: Found, plan: Plan) -> list[str]:
+    from ..benchmark.session import MAIN_SIZE
+    from ..benchmark.shapes import size_name
+    from ..benchmark.verdict import verdict
+
+    steps = [row for row in found.steps if row["size"] == MAIN_SIZE or row["what"] == "embedded step"]
+    return verdict(found.whole(size_name(MAIN_SIZE, plan.scale)), steps)
+
+
+def _print(console: Console, found: Found, plan: Plan, lines: list[str]) -> None:
+    from ..benchmark.linears import summary
+    from ..benchmark.record import origin_text
+    from ..benchmark.shapes import size_name
+    from ..benchmark.step_verdict import step_verdict
+
+    console.print(origin_text(found.origin), soft_wrap=True)
+    console.print(summary([row for size in plan.sizes for row in found.whole(size_name(size, plan.scale))]), soft_wrap=True)
+    for row in (row for row in found.steps if row["p50_ms"]):
+        time = f"{float(row['p50_ms']):10.1f} ms"
+        console.print(f"{row['format']:8} {row['provider']:30} {time} {row['what']}, {row['size']}", soft_wrap=True)
+    for line in step_verdict(found.steps):
+        console.print(line, markup=False, soft_wrap=True)
+    without = [row for row in found.linears if not row["p50_ms"]]
+    for note in dict.fromkeys(f"{row['provider']}: {row['note']}" for row in without):
+        console.print(note, style="dim", markup=False, soft_wrap=True)
+    if found.calls_late:
+        console.print(
+            f"{found.calls_late} of {len(plan.calls())} shapes were not begun in {plan.minutes:g} minutes; types they belong to "
+            "are not summed.",
+            soft_wrap=True,
+        )
+    if found.steps_late:
+        late = ", ".join(f"{name} {size}" for size, name in found.steps_late)
+        console.print(f"No time was left for the whole step of {late}.", soft_wrap=True)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+import torch
 from typer.testing import CliRunner
 
+from flux_kernels.benchmark import session
 from flux_kernels.benchmark.record import read_csv
+from flux_kernels.benchmark.session import Plan
 from flux_kernels.cli import app
 
 
@@ -15,18 +21,18 @@ def bench(*arguments):
 
 
 def test_every_row_tells_where_it_comes_from(tmp_path):
-    result = bench("--repeats", 1, "--contribute", tmp_path / "rows.csv", "--plot", tmp_path / "speed.png")
+    result = bench("--repeats", 2, "--no-step", "--contribute", tmp_path / "rows.csv", "--plot", tmp_path / "speed.png")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv", "speed.png"]
-    assert "x torch" in result.output
+    assert "x torch" in result.output and "Price:" in result.output.splitlines()[-3]
     rows = read_csv(tmp_path / "rows.csv")
     assert all(row["device"] and row["torch"] and row["commit"] and row["date"] for row in rows)
     assert {"torch", "ours exact"} <= {row["provider"] for row in rows if row["p50_ms"]}
 
 
 def test_types_cut_short_by_time_are_not_summed(tmp_path):
-    result = bench("--minutes", 0)
+    result = bench("--no-step", "--minutes", 0)
     assert result.exit_code == 0, result.output
     assert "x torch" not in result.output and "11 of 11 shapes were not begun" in result.output
 
@@ -36,3 +42,52 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
     there.write_text("mine")
     result = bench("--contribute", there)
     assert result.exit_code == 1 and there.read_text() == "mine"
+
+
+def test_a_run_for_machines_with_its_page_and_the_whole_step(tmp_path, monkeypatch):
+    """JSON alone on standard output, the page beside it, whole steps in a table of their own (without pictures, for time)."""
+    steps = session.measure_steps
+    monkeypatch.setattr(session, "measure_steps", lambda *names, **options: steps(*names, **options | dict(denoising=False)))
+    result = bench("--repeats", 1, "--json", "--report", tmp_path / "a.html", "--contribute", tmp_path / "card.csv")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert len(found["verdict"]) == 5 and "tiny embedded model" in found["verdict"][1]
+    assert len(found["linears"]) == len(read_csv(tmp_path / "card.csv")) and found["not_begun"] == dict(
+        linear_calls=0, steps=[]
+    )
+    steps = read_csv(tmp_path / "card-step.csv")
+    assert len(steps) == len(found["steps"]) and {row["what"] for row in steps} == {"embedded step"}
+    page = (tmp_path / "a.html").read_text()
+    assert found["verdict"][0] in page and page.count("<img") == 4 and "Report in" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "card-step.csv", "card.csv"]
+
+
+@pytest.mark.parametrize("option", ["--report", "--plot", "--contribute"])
+def test_a_missing_folder_is_told_before_anything_is_measured(tmp_path, monkeypatch, option):
+    monkeypatch.setattr(session, "measure_ceilings", lambda *_: pytest.fail("measured"))
+    result = bench(option, tmp_path / "absent" / "file")
+    assert result.exit_code == 1 and option in result.output and "no folder" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monkeypatch):
+    """Three types, each of 40 s on a clock of ours; 100 s: the third would end too late."""
+    clock, pipelines = [0.0], []
+
+    def measured(names, *_, denoising, **__):
+        clock[0] += 40
+        pipelines.append(denoising)
+        yield dict(format=names[0])
+
+    monkeypatch.setattr(session.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(session, "measure_steps", measured)
+    monkeypatch.setattr(session, "measure", lambda *_: iter(()))
+    monkeypatch.setattr(session, "measure_ceilings", lambda *_: None)
+    plan = Plan(["Q4_K", "Q6_K", "Q8_0"], ["torch"], minutes=100 / 60)
+    told = []
+    found = session.measure_all(
+        plan, torch.device("cpu"), torch.float32, lambda words, done: told.append(done), lambda kind, row: None
+    )
+    assert [row["format"] for row in found.steps] == ["Q4_K", "Q6_K"] and found.steps_late == [("1024x1024", "Q8_0")]
+    assert pipelines == [True, False]
+    assert sum(told) == plan.work(torch.device("cpu")) - 1

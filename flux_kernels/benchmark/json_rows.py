@@ -1,0 +1,48 @@
+"""What one run of `flux-kernels bench` found, as a JSON document for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from .session import Found
+from .step_verdict import step_verdict
+
+_WORDS = ("format", "provider", "size", "where", "what", "dtype", "note", "compute")
+_ORIGIN = ("device", "capability", "driver", "torch", "triton", "commit", "date")
+
+
+def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[str, object]] = ()) -> str:
+    """Return JSON with the rows of linear calls and whole steps, the measured ceilings, the verdict, and what was not begun in time.
+
+    Numbers are numbers; what was not measured, or is no finite number, is null.
+    """
+    return json.dumps(
+        dict(
+            verdict=list(verdict),
+            origin=dict(found.origin),
+            ceilings=asdict(found.ceilings),
+            linears=[_plain(row) for row in found.linears],
+            steps=[_plain(row) for row in found.steps],
+            steps_in_words=step_verdict(found.steps),
+            embedded_fidelity=[_plain(row) for row in pictures],
+            not_begun=dict(linear_calls=found.calls_late, steps=[list(one) for one in found.steps_late]),
+        ),
+        indent=1,
+        allow_nan=False,
+    )
+
+
+def _plain(row: Mapping[str, object]) -> dict[str, object]:
+    return {name: value if name in (*_WORDS, *_ORIGIN) else _number(value) for name, value in row.items()}
+
+
+def _number(value: object) -> float | int | None:
+    if value in ("", None):
+        return None
+    number = float(str(value))
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() else number

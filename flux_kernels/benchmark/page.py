@@ -1,0 +1,215 @@
+"""The report on one run of `flux-kernels bench`: an HTML page that needs no network, with figures, every row, and its price."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+from ..html_page import document, image, table
+from .plot_style import label
+from .plots import memory_against_time, roofline, speed_beside_rows, throughput
+from .providers import PROVIDERS
+from .record import CHECKOUT, origin_text, read_csv
+from .session import Found
+from .step_verdict import step_verdict
+from .totals import by_step, totals
+
+_FIDELITY = CHECKOUT / "bench" / "results" / "embedded_fidelity.csv"
+_OURS = "ours "
+_CAPTIONS = {
+    "speed": (
+        "Beside the unquantized layer",
+        (
+            "Each mark is one kind of linear call of a FLUX.1-dev step, timed in turn with torch's layer on the same weights in 16 or 32 "
+            "bit. A mark on the line is as fast as that layer; a mark at 2 takes half its time."
+        ),
+    ),
+    "throughput": (
+        "Operations a second",
+        (
+            "A layer gets one row for each token. Many rows keep the arithmetic units busy; with one row, reading the weights takes the "
+            "time. Bars reach from the 20th to the 80th percentile of the repeats: where they overlap, no difference was seen."
+        ),
+    ),
+    "roofline": (
+        "What holds each call back",
+        (
+            "A call needs arithmetic and must move bytes. Both limits were measured in this run, with a large copy and a large product of "
+            "torch, so that a call of another shape may pass them a little, and one that computes in fewer bits by more."
+        ),
+    ),
+    "memory": (
+        "Memory and time of whole runs",
+        (
+            "The layers together, with attention and everything else between them: how much memory the weights take, how much was in use "
+            "at once, and how long it took."
+        ),
+    ),
+}
+_LINEAR = {
+    "format": "type",
+    "size": "step",
+    "provider": "side",
+    "where": "call",
+    "m": "M",
+    "n": "N",
+    "k": "K",
+    "calls": "calls a step",
+    "dtype": "dtype",
+    "p20_ms": "p20 ms",
+    "p50_ms": "median ms",
+    "p80_ms": "p80 ms",
+    "tflops": "TFLOP/s",
+    "packed_gb_s": "GB/s of weight",
+    "share_of_matmul": "of arithmetic limit",
+    "share_of_copy": "of memory limit",
+    "error": "RMS error",
+    "max_error": "largest error",
+    "note": "note",
+}
+_STEP = {
+    "format": "type",
+    "what": "what",
+    "size": "size",
+    "provider": "side",
+    "p20_ms": "p20 ms",
+    "p50_ms": "median ms",
+    "p80_ms": "p80 ms",
+    "peak_bytes": "most bytes in use",
+    "weight_bytes": "bytes of weights",
+    "error": "RMS error",
+    "note": "note",
+}
+_WORDS = ("type", "step", "side", "call", "dtype", "what", "size", "note")
+
+
+def figures(found: Found) -> dict[str, bytes]:
+    """Draw what the rows allow, as PNG bytes by name.
+
+    Raises:
+        ImportError: where matplotlib is missing.
+    """
+    drawn = {}
+    if any(row["provider"] == "torch" and row["p50_ms"] for row in found.linears):
+        drawn["speed"] = speed_beside_rows(found.linears)
+        drawn["throughput"] = throughput(found.linears)
+        drawn["roofline"] = roofline(found.linears, found.ceilings)
+    if any(row["p50_ms"] and (row["peak_bytes"] or row["weight_bytes"]) for row in found.steps):
+        drawn["memory"] = memory_against_time(found.steps)
+    return drawn
+
+
+def fidelity_rows() -> list[dict[str, str]]:
+    """Read what types and modes cost in pictures of the embedded model, where this is a checkout that has it."""
+    return read_csv(_FIDELITY) if _FIDELITY.exists() else []
+
+
+def page(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ()) -> str:
+    """Return the HTML page; figures are inside it.
+
+    Args:
+        found: what was measured.
+        verdict: plain-text lines, which stand first.
+        pictures: rows of `fidelity_rows`.
+    """
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in verdict)
+    parts = [f"<h1>flux_kernels on {html.escape(found.origin['device'])}</h1>", f'<ul class="key">{lines}</ul>']
+    parts.append(_prices(found, pictures))
+    said = "".join(f"<li>{html.escape(line)}</li>" for line in step_verdict(found.steps))
+    parts.append(f"<h2>Whole runs</h2><ul>{said}</ul>" if said else "")
+    for name, png in figures(found).items():
+        title, caption = _CAPTIONS[name]
+        parts.append(f"<h2>{title}</h2><p>{html.escape(caption)}</p>{image(png, title)}")
+    origins = list(dict.fromkeys(origin_text(row) for row in (*found.linears, *found.steps)))
+    parts.append(_every("Every linear call", _LINEAR, found.linears, origins))
+    parts.append(_every("Every whole run", _STEP, found.steps, origins))
+    parts.append(_sources(found, origins))
+    return document(f"flux_kernels on {found.origin['device']}", parts)
+
+
+def _prices(found: Found, pictures: Sequence[Mapping]) -> str:
+    """Put what each type and mode costs in accuracy beside its speed."""
+    quality = {(row["format"], row["compute"]): row for row in pictures}
+    steps = {(row["format"], row["provider"], row["size"]): row for row in found.steps if row["what"] == "step"}
+    tiny = {(row["format"], row["provider"]): row for row in found.steps if row["what"] == "embedded step"}
+    lines = []
+    for (size, name), rows in by_step(found.linears).items():
+        sums = totals(rows)
+        for side in dict.fromkeys(row["provider"] for row in rows):
+            mine = [row for row in rows if row["provider"] == side]
+            step, seen = (
+                steps.get((name, side, size), tiny.get((name, side), {})),
+                quality.get((name, side.removeprefix(_OURS)), {}),
+            )
+            speed = _speed(sums, side) or next((row["note"] for row in mine if row["note"]), "not measured")
+            errors = (_largest(mine, "error"), _largest(mine, "max_error"))
+            shown = seen if side.startswith(_OURS) else {}
+            lines.append(
+                (
+                    name,
+                    size,
+                    label(side),
+                    speed,
+                    *errors,
+                    step.get("error", ""),
+                    shown.get("psnr_db", ""),
+                    shown.get("ssim", ""),
+                )
+            )
+    heads = ("type", "step", "side", "speed, torch = 1", "RMS error", "largest error", "error of a step", "PSNR dB", "SSIM")
+    made = ""
+    if pictures:
+        made = (
+            f" PSNR and SSIM are of the tiny embedded model's pictures against its own in 16 bit ({pictures[0]['seeds']} a cell, "
+            f"{origin_text(pictures[0])}), not of FLUX.1 and not of this run."
+        )
+    text = (
+        "Speed is the time of all linear calls of one step. Errors are against float64 on the same packed weights, divided by the RMS of "
+        "the right output: the worst of all calls. Other libraries pack the weights anew, so theirs has that loss in it; the error of a "
+        f"step is that of its output.{made}"
+    )
+    return f"<h2>Speed and its price</h2><p>{html.escape(text)}</p>{table(heads, lines, heads[3:])}"
+
+
+def _speed(sums: Mapping, side: str) -> str:
+    if side not in sums or "torch" not in sums:
+        return ""
+    same = side == "torch" or sums[side].differs(sums["torch"])
+    return f"{sums['torch'].p50 / sums[side].p50:.2f}{'' if same else ' (no difference seen)'}"
+
+
+def _largest(rows: Sequence[Mapping], column: str) -> str:
+    values = [float(row[column]) for row in rows if row[column] not in ("", None)]
+    return f"{max(values):.2g}" if values and all(map(math.isfinite, values)) else ""
+
+
+def _every(title: str, columns: Mapping[str, str], rows: Sequence[Mapping], origins: Sequence[str]) -> str:
+    if not rows:
+        return ""
+    heads = [*columns.values(), "origin"]
+    lines = [[*(_cell(name, row[name]) for name in columns), origins.index(origin_text(row)) + 1] for row in rows]
+    numbers = [head for head in heads if head not in _WORDS]
+    return f"<details><summary>{title} ({len(rows)} rows)</summary>{table(heads, lines, numbers)}</details>"
+
+
+def _cell(column: str, value: object) -> object:
+    if value in ("", None):
+        return ""
+    if column.startswith("share_"):
+        return f"{float(str(value)):.1%}"
+    return f"{int(str(value)):,}" if column.endswith("_bytes") else value
+
+
+def _sources(found: Found, origins: Sequence[str]) -> str:
+    """Name the origins that rows refer to, the limits, and whose documentation each call follows."""
+    ceilings = found.ceilings
+    said = [f"Origin {number}: {text}." for number, text in enumerate(origins, 1)]
+    said.append(
+        f"Limits measured in this run: a copy moves {ceilings.copy_gb_s:.4g} GB/s (read plus written), torch's product does "
+        f"{ceilings.matmul_tflops:.4g} TFLOP/s in {ceilings.dtype}."
+    )
+    for side in dict.fromkeys(row["provider"] for row in found.linears):
+        if PROVIDERS[side].source:
+            said.append(f"{side} is called as in {PROVIDERS[side].source.removeprefix('https://')}.")
+    return "".join(f'<p class="faint">{html.escape(line)}</p>' for line in said)

@@ -1,0 +1,128 @@
+"""One run of `flux-kernels bench`: what is measured, in which order, and until when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .ceilings import Ceilings, measure_ceilings
+from .linears import measure
+from .record import origin
+from .shapes import STEPS, Call, reduced, size_name, step_calls
+from .whole_step import measure_steps
+
+MAIN_SIZE = "1024x1024"
+_LINEAR_SHARE = 0.6  # of the time, where the whole step is to be measured too
+
+Tell = Callable[[str, int], None]  # words on what is done now, and how many pieces of work are done since
+OnRow = Callable[[str, dict], None]  # "linear" or "step", and the row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what to measure.
+
+    Attributes:
+        formats: ggml types, by name.
+        providers: for the linear calls; the whole step has its own.
+        sizes: names of `shapes.STEPS`.
+        scale: M and N of the linear calls are divided by it.
+        repeats: runs of each side, in turn.
+        minutes: no piece of work is begun after this time; None: no limit.
+        steps: whether a whole step is measured too.
+        denoise: for how many of the types the embedded model's pipeline is run too, which takes long beside its purpose.
+    """
+
+    formats: Sequence[str]
+    providers: Sequence[str]
+    sizes: Sequence[str] = (MAIN_SIZE,)
+    scale: int = 1
+    repeats: int = 5
+    minutes: float | None = None
+    steps: bool = True
+    denoise: int = 1
+
+    def calls(self) -> list[tuple[str, str, Call]]:
+        """List size, type and call of every comparison of linear calls."""
+        return [(size, name, call) for size in self.sizes for name in self.formats for call in step_calls(**STEPS[size])]
+
+    def whole_steps(self, device: torch.device) -> list[tuple[str, str]]:
+        """List size and type of every whole step; a CPU has one size, that of the embedded model."""
+        sizes = self.sizes if device.type != "cpu" else self.sizes[:1]
+        return [(size, name) for size in sizes for name in self.formats] if self.steps else []
+
+    def work(self, device: torch.device) -> int:
+        """Count the pieces of work that `Tell` is told of."""
+        return len(self.calls()) + len(self.whole_steps(device))
+
+
+@dataclass
+class Found:
+    """Hold what one run measured; rows have their origin columns.
+
+    Attributes:
+        calls_late: how many comparisons of linear calls were not begun in time.
+        steps_late: size and type of whole steps not begun in time.
+    """
+
+    origin: Mapping[str, str]
+    ceilings: Ceilings
+    linears: list[dict] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)
+    calls_late: int = 0
+    steps_late: list[tuple[str, str]] = field(default_factory=list)
+
+    def whole(self, size: str) -> list[dict]:
+        """Return the rows of a size, only of types whose every call was begun: others cannot be summed."""
+        mine = [row for row in self.linears if row["size"] == size]
+        calls: dict[str, set[str]] = {}
+        for row in mine:
+            calls.setdefault(row["format"], set()).add(row["where"])
+        expected = len(step_calls())
+        return [row for row in mine if len(calls[row["format"]]) == expected]
+
+
+def measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell, on_row: OnRow) -> Found:
+    """Measure the linear calls, then the whole steps; every row is given to `on_row` as soon as it is there."""
+    started, limit = time.monotonic(), float("inf") if plan.minutes is None else 60 * plan.minutes
+    tell("ceilings", 0)
+    found = Found(origin(device), measure_ceilings(device, dtype))
+    for kind, row in _linears(plan, found, device, dtype, tell, started + limit * (_LINEAR_SHARE if plan.steps else 1)):
+        on_row(kind, row)
+    for kind, row in _steps(plan, found, device, tell, started + limit):
+        on_row(kind, row)
+    return found
+
+
+def _linears(plan, found: Found, device, dtype, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
+    for size, name, call in plan.calls():
+        if time.monotonic() > end:
+            found.calls_late += 1
+            continue
+        tell(f"{name} {call.where}", 0)
+        named = size_name(size, plan.scale)
+        for row in measure(
+            name, reduced(call, plan.scale), list(plan.providers), device, dtype, plan.repeats, found.ceilings, named
+        ):
+            found.linears.append(row | found.origin)
+            yield "linear", found.linears[-1]
+        tell(f"{name} {call.where}", 1)
+
+
+def _steps(plan, found: Found, device, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
+    longest = 0.0  # a whole step is much work in one piece: it is begun only where one as long as those before would be done
+    for size, name in plan.whole_steps(device):
+        begun = time.monotonic()
+        if begun + longest > end:
+            found.steps_late.append((size, name))
+            continue
+        denoising = size == plan.sizes[0] and name in plan.formats[: plan.denoise]
+        options = dict(size=size, repeats=plan.repeats, denoising=denoising, progress=lambda text: tell(text, 0))
+        for row in measure_steps([name], device, **options):
+            found.steps.append(row)
+            yield "step", row
+        longest = max(longest, time.monotonic() - begun)
+        tell(f"whole step, {name}", 1)
