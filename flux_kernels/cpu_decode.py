@@ -1,9 +1,9 @@
-"""Decode on the CPU with libggml's own routines where libggml-python is installed: the same bits, several times faster.
+"""Decode on the CPU: the bits of the torch reference, several times faster where there is a faster way.
 
-ggml reads a block once and writes its weights; the torch decode is a chain of elementwise passes over every weight. On one
-core 3072 x 3072 of Q4_K to bfloat16 take 3 ms instead of 14 (docs/decisions/torch-backend-on-cpu.md). Row chunks go to as many
-threads as torch uses; each converts a chunk that is still in its cache. Source: ggml-quants.h dequantize_row_*, ggml.h
-ggml_fp32_to_bf16_row and ggml_fp32_to_fp16_row.
+The torch decode is a chain of passes over every weight, with new memory for each. Faster are the format's own unpacking of
+8-byte words (`BlockFormat.unpacker`), and libggml's routine where libggml-python is installed, which reads a block once and
+writes its weights. Both go by chunks of rows that stay in a core's cache until they are rounded to 16 bits.
+docs/decisions/torch-backend-on-cpu.md has the times. Source: ggml-quants.h dequantize_row_*.
 """
 
 from __future__ import annotations
@@ -18,71 +18,130 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import libggml
+from . import libggml, reference
 from .formats import BlockFormat
 
-CHUNK_WEIGHTS = 1 << 16  # 256 KiB in float32: stays in a core's cache until it is converted
-_CONVERTERS = {torch.bfloat16: "ggml_fp32_to_bf16_row", torch.float16: "ggml_fp32_to_fp16_row", torch.float32: None}
+CHUNK_WEIGHTS = 1 << 17  # by libggml at a time: 512 KiB in float32
+SPANS_PER_THREAD = 4  # of chunks: few, since handing one to a thread costs tens of microseconds; more than one, for balance
+UNPACK_WEIGHTS = (
+    1 << 19
+)  # by torch's operations, for each of its threads; a call of one costs as much as its work on 2^16 bytes
+KEPT_UNPACKERS = 4  # chunk sizes whose memory a thread keeps: a full and a last chunk of two layer shapes
 _local = threading.local()
 
+Routine = Callable[[int, int, int], None]
 
-def serves(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool) -> bool:
-    """Tell whether rows can be decoded here: in file order, on the CPU, of a type and to a dtype that libggml has."""
-    return data.device.type == "cpu" and not planes and dtype in _CONVERTERS and _routine(fmt) is not None
+
+def serves(data: Tensor, dtype: torch.dtype, planes: bool) -> bool:
+    """Tell whether rows can be decoded here: in file order, on the CPU, to a dtype products are computed in."""
+    return data.device.type == "cpu" and not planes and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Decode packed rows uint8 [N, row bytes] (contiguous, file order) to [N, K] of `dtype`.
 
+    float32 has libggml's bits, a 16-bit type is the float32 value rounded once; a NaN stays one, but of any bits.
+
     Args:
         out: contiguous [N, K] of `dtype` on the CPU to write to, or None for a new tensor.
     """
     n, k = data.shape[0], fmt.row_weights(data.shape[1])
-    out = torch.empty(n, k, dtype=dtype) if out is None else out
-    step = max(1, CHUNK_WEIGHTS // k)
-    starts = range(0, n, step)
-    source, target = data.data_ptr(), out.data_ptr()
-    row_bytes, out_bytes = data.shape[1], k * out.element_size()
-    routine, convert = _routine(fmt), _function(_CONVERTERS[dtype])
-
-    def decode(start: int) -> None:
-        weights = min(step, n - start) * k
-        to = target + start * out_bytes
-        if convert is None:
-            routine(source + start * row_bytes, to, weights)
-        else:
-            buffer = _buffer(step * k)
-            routine(source + start * row_bytes, buffer, weights)
-            convert(buffer, to, weights)
-
-    threads = torch.get_num_threads()
-    if threads == 1 or len(starts) < 2:
-        for start in starts:
-            decode(start)
-    else:
-        list(_pool(threads).map(decode, starts))
+    out = torch.empty(n, k, dtype=dtype, device="cpu") if out is None else out
+    routine = _routine(fmt) if fmt.unpacker is None else None
+    if routine is not None:
+        _by_libggml(routine, data, out)
+        return out
+    decode = _by_torch if fmt.unpacker is None else _by_unpacking
+    step = max(1, UNPACK_WEIGHTS * torch.get_num_threads() // k)
+    with torch.inference_mode():  # which may write to tensors made inside and outside of it
+        for start in range(0, n, step):
+            decode(data[start : start + step], fmt, out[start : start + step])
     return out
 
 
 def weight_scratch(n: int, k: int, dtype: torch.dtype) -> Tensor:
     """Return this thread's scratch as [n, k] of `dtype`: fresh memory for every call costs more than the decode itself."""
-    size = n * k * dtype.itemsize
-    scratch = getattr(_local, "scratch", None)
-    if scratch is None or scratch.numel() < size:
-        scratch = _local.scratch = torch.empty(size, dtype=torch.uint8)
-    return scratch[:size].view(dtype).view(n, k)
+    return _memory("weight", n * k * dtype.itemsize).view(dtype).view(n, k)
 
 
-def _buffer(weights: int) -> int:
-    """Return the address of this thread's float32 buffer."""
-    if getattr(_local, "size", 0) < weights:
-        _local.buffer, _local.size = torch.empty(weights), weights
-    return _local.buffer.data_ptr()
+def _by_torch(data: Tensor, fmt: BlockFormat, out: Tensor) -> None:
+    out.copy_(reference.decode_rows(data, fmt))
+
+
+def _by_unpacking(data: Tensor, fmt: BlockFormat, out: Tensor) -> None:
+    """Unpack to codes and scales, multiply in float32, round."""
+    blocks = data.view(-1, fmt.type_size)
+    codes, scales = _unpacker(fmt, blocks.shape[0])(blocks)
+    values = (out if out.dtype == torch.float32 else _floats(out.numel())).view(codes.shape).copy_(codes)
+    groups = values.view(*scales.shape, -1)
+    torch.mul(groups, scales[..., None], out=groups)
+    if out.dtype != torch.float32:
+        out.copy_(values.view(out.shape))
+
+
+def _by_libggml(routine: Routine, data: Tensor, out: Tensor) -> None:
+    """Give spans of rows to as many threads as torch uses; each span goes chunk by chunk."""
+    (n, row_bytes), k = data.shape, out.shape[1]
+    source, target = data.data_ptr(), out.data_ptr()
+    step = max(1, CHUNK_WEIGHTS // k)
+    chunks, threads = -(-n // step), torch.get_num_threads()
+
+    def decode(first: int, end: int) -> None:
+        if out.dtype == torch.float32:
+            routine(source + first * row_bytes, target + 4 * first * k, (end - first) * k)
+            return
+        values = _floats(step * k).view(step, k)
+        with torch.inference_mode():
+            for start in range(first, end, step):
+                rows = min(step, end - start)
+                routine(source + start * row_bytes, values.data_ptr(), rows * k)
+                out[start : start + rows].copy_(values[:rows])
+
+    if threads == 1 or chunks == 1:
+        decode(0, n)
+        return
+    span = step * -(-chunks // (SPANS_PER_THREAD * threads))
+    ends = [min(start + span, n) for start in range(0, n, span)]
+    list(_pool(threads).map(decode, range(0, n, span), ends))
+
+
+def _unpacker(fmt: BlockFormat, blocks: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Return this thread's unpacker for so many blocks of a format that has one."""
+    kept = _local.__dict__.setdefault("unpackers", {})
+    if (fmt.name, blocks) not in kept:
+        if len(kept) == KEPT_UNPACKERS:
+            kept.clear()
+        kept[fmt.name, blocks] = fmt.unpacker(blocks)  # type: ignore[misc]
+    return kept[fmt.name, blocks]
+
+
+def _floats(count: int) -> Tensor:
+    return _memory("floats", 4 * count).view(torch.float32)
+
+
+def _memory(name: str, size: int) -> Tensor:
+    """Return this thread's memory of a name, uint8 [size]."""
+    memory = getattr(_local, name, None)
+    if memory is None or memory.numel() < size:
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        setattr(_local, name, memory)
+    return memory[:size]
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="flux_kernels decode")
+    """Start threads in which torch's operations run on one thread: each decodes a chunk of its own.
+
+    torch.set_num_threads is a setting of the calling thread, and the default of threads that have not computed yet; so the
+    default is put back when all have started.
+    """
+    pool = ThreadPoolExecutor(threads, "flux_kernels decode", initializer=torch.set_num_threads, initargs=(1,))
+    started = threading.Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(threads)
+    return pool
 
 
 if hasattr(os, "register_at_fork"):
@@ -90,17 +149,12 @@ if hasattr(os, "register_at_fork"):
 
 
 @cache
-def _routine(fmt: BlockFormat) -> Callable[[int, int, int], None] | None:
+def _routine(fmt: BlockFormat) -> Routine | None:
+    """Return libggml's row function of a format (source, target, count), or None where there is none."""
     if not libggml.available():
         return None
-    return _function(f"dequantize_row_{fmt.name.lower().replace('_k', '_K')}")
-
-
-@cache
-def _function(name: str | None) -> Callable[[int, int, int], None] | None:
-    """Return one of libggml's row functions (source, target, count), or None where this libggml lacks it."""
-    function = getattr(libggml.library(), name, None) if name else None
-    if function is not None:
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        function.restype = None
-    return function
+    routine = getattr(libggml.library(), f"dequantize_row_{fmt.name.lower().replace('_k', '_K')}", None)
+    if routine is not None:
+        routine.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        routine.restype = None
+    return routine

@@ -16,7 +16,7 @@ from .low_rank import Branch, join, outlier_branch
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
     """Decode packed rows uint8 [N, row bytes] to [N, K] of `dtype`."""
-    if cpu_decode.serves(data, fmt, dtype, planes):
+    if cpu_decode.serves(data, dtype, planes):
         return cpu_decode.dequantize(data, fmt, dtype)
     return reference.dequantize(data, fmt, dtype, planes)
 
@@ -47,7 +47,7 @@ def linear(
 
 def _weight(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool) -> Tensor:
     """Decode a weight for one product; the result may be this thread's scratch, which the next call overwrites."""
-    if cpu_decode.serves(data, fmt, dtype, planes):
+    if cpu_decode.serves(data, dtype, planes):
         scratch = cpu_decode.weight_scratch(data.shape[0], fmt.row_weights(data.shape[1]), dtype)
         return cpu_decode.dequantize(data, fmt, dtype, scratch)
     return reference.dequantize(data, fmt, dtype, planes)

@@ -1,8 +1,10 @@
-"""The decode through libggml on the CPU: the bits of the pure-torch reference, for every type, dtype and thread count."""
+"""The decode on the CPU, by libggml or by a format's own unpacking: the bits of the torch reference, for every type, dtype
+and thread count."""
 
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ import torch
 from flux_kernels import cpu_decode, libggml, reference, torch_backend
 from flux_kernels.formats import FORMATS
 
+from . import libggml_oracle as oracle
 from .kernels.samples import finite_rows
 
-pytestmark = pytest.mark.skipif(not libggml.available(), reason="libggml-python is not installed")
+with_libggml = pytest.mark.skipif(not libggml.available(), reason="libggml-python is not installed")
+UNPACKED = [name for name, fmt in FORMATS.items() if fmt.unpacker is not None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -31,11 +35,12 @@ def threads(request):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_bits_are_those_of_the_reference(name, dtype, threads, monkeypatch):
-    """Every format libggml knows, in several chunks with a short last one; 16 bit is the float32 value rounded once."""
+    """Every format, in several chunks and spans with short last ones; 16 bit is the float32 value rounded once."""
     fmt = FORMATS[name]
     data, _ = finite_rows(name, 37)
-    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 5 * fmt.row_weights(data.shape[1]))
-    assert cpu_decode.serves(data, fmt, dtype, False)
+    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 2 * fmt.row_weights(data.shape[1]))
+    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 5 * fmt.row_weights(data.shape[1]))
+    assert cpu_decode.serves(data, dtype, False)
     assert torch.equal(bits(cpu_decode.dequantize(data, fmt, dtype)), bits(reference.dequantize(data, fmt, dtype)))
 
 
@@ -51,6 +56,67 @@ def test_overflow_infinity_and_subnormals_round_alike(dtype):
     assert torch.equal(bits(cpu_decode.dequantize(blocks, fmt, dtype)), bits(expected))
 
 
+@with_libggml
+@pytest.mark.parametrize("name", UNPACKED)
+def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
+    """Random bytes, with NaN and infinity among the scales, every code and sub-scale: the bits of libggml, signed zeros included."""
+    fmt = FORMATS[name]
+    data = torch.randint(0, 256, (61, fmt.row_bytes(1024)), dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    infinities = torch.tensor([[float("inf")], [-float("inf")]]).half().view(torch.uint8)
+    at = fmt.layout.offsets["d"]
+    data.view(-1, fmt.type_size)[:2, at : at + 2] = infinities
+    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 7 * 1024)
+    want = torch.from_numpy(oracle.dequantize(name, data.numpy(), 1024))
+    assert want.isnan().any() and want.isinf().any()
+    monkeypatch.setattr(cpu_decode, "_routine", lambda fmt: pytest.fail("libggml decoded instead"))
+    for dtype in DTYPES:  # a NaN stays one; which one depends in torch on the place in a vector register
+        got, rounded = cpu_decode.dequantize(data, fmt, dtype), want.to(dtype)
+        assert torch.equal(got.isnan(), rounded.isnan())
+        assert torch.equal(bits(got.masked_fill(got.isnan(), 0)), bits(rounded.masked_fill(rounded.isnan(), 0)))
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_unpackers_keep_little_and_follow_the_shape(name):
+    """More shapes than are kept, there and back: every decode is right, and a thread's memory is bounded."""
+    fmt = FORMATS[name]
+    for n in (1, 2, 3, 4, 5, 6, 5, 1):
+        data, weight = finite_rows(name, n)
+        assert torch.equal(cpu_decode.dequantize(data, fmt, torch.float32), weight)
+        assert len(cpu_decode._local.unpackers) <= cpu_decode.KEPT_UNPACKERS
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "Q8_0"])
+def test_a_users_defaults_and_inference_mode_change_nothing(name, threads, monkeypatch):
+    """Memory is kept from call to call: what is made under other defaults, or in inference mode, must serve outside of it."""
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 40)
+    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 1024)
+    monkeypatch.setattr(cpu_decode, "_local", threading.local())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            inside = cpu_decode.dequantize(data, fmt, torch.bfloat16)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(inside, weight.bfloat16())
+    assert torch.equal(cpu_decode.dequantize(data, fmt, torch.bfloat16), inside)
+    out = torch.zeros(weight.shape)
+    assert torch.equal(cpu_decode.dequantize(data, fmt, torch.float32, out), weight) and not out.is_inference()
+
+
+def test_decoding_threads_leave_torchs_thread_count_alone(threads):
+    """The pool's threads compute on one thread each; the caller and threads that start later keep the number set."""
+    data, _ = finite_rows("Q4_K", 64, repeats=16)
+    cpu_decode._pool.cache_clear()
+    cpu_decode.dequantize(data, FORMATS["Q4_K"], torch.bfloat16)
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert torch.get_num_threads() == threads and later == [threads]
+
+
 def test_a_result_does_not_change_with_the_next_call():
     """The product is computed from a scratch that calls share; results and decoded weights are memory of their own."""
     (first, weight), (second, _) = finite_rows("Q4_K", 8), finite_rows("Q4_K", 16)
@@ -62,22 +128,24 @@ def test_a_result_does_not_change_with_the_next_call():
 
 
 def test_planes_and_other_devices_take_the_torch_decode():
-    fmt = FORMATS["Q8_0"]
     data, _ = finite_rows("Q8_0", 2)
-    assert not cpu_decode.serves(data, fmt, torch.float32, True)
-    assert not cpu_decode.serves(data.to("meta"), fmt, torch.float32, False)
-    assert not cpu_decode.serves(data, fmt, torch.float64, False)
+    assert not cpu_decode.serves(data, torch.float32, True)
+    assert not cpu_decode.serves(data.to("meta"), torch.float32, False)
+    assert not cpu_decode.serves(data, torch.float64, False)
 
 
-def test_without_libggml_the_torch_decode_serves(monkeypatch):
+@pytest.mark.parametrize("name", ["Q6_K", "Q4_K", "IQ4_XS"])
+def test_without_libggml_torch_decodes(name, threads, monkeypatch):
     cpu_decode._routine.cache_clear()
     monkeypatch.setattr(libggml, "available", lambda: False)
-    data, weight = finite_rows("Q6_K", 3)
-    assert not cpu_decode.serves(data, FORMATS["Q6_K"], torch.float32, False)
-    assert torch.equal(torch_backend.dequantize(data, FORMATS["Q6_K"], torch.float32), weight)
+    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 1024)
+    data, weight = finite_rows(name, 5)
+    for dtype in DTYPES:
+        assert torch.equal(torch_backend.dequantize(data, FORMATS[name], dtype), weight.to(dtype))
     cpu_decode._routine.cache_clear()
 
 
+@with_libggml
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX")
 def test_a_forked_child_decodes(monkeypatch):
     """Threads do not survive a fork; the child makes a pool of its own (data loaders fork)."""
