@@ -81,8 +81,8 @@ def _whole_step(options: argparse.Namespace) -> list[str]:
     found = importlib.util.find_spec("flux_kernels.benchmark.whole_step")
     if found is None or "__main__" not in Path(str(found.origin)).read_text(encoding="utf-8"):
         return []
-    device = ["--device", "cpu"] if options.dry_run else []
-    return _python("flux_kernels.benchmark.whole_step", "--write", "{out}/whole_step.csv", *device)
+    dry = ["--device", "cpu", "--repeats", "2", "--formats", "Q4_K"] if options.dry_run else []
+    return _python("flux_kernels.benchmark.whole_step", "--write", "{out}/whole_step.csv", *dry)
 
 
 def run_part(name: str, command: list[str], out: Path, seconds_left: float) -> str:

@@ -39,11 +39,13 @@ def measure_denoising(
     final latents to those of the first provider.
     """
     go_offline_quietly()
-    rows, calls, expected = [], {}, None
+    rows: list[dict] = []
+    calls: dict[str, Callable[[], Tensor]] = {}  # by position of the row
+    expected: Tensor | None = None
     for provider in providers:
         progress(f"denoising, {name}: checking {provider}")
         for what in DENOISING:
-            row = dict.fromkeys(COLUMNS, "") | dict(format=name, provider=provider, what=what, size=DENOISED)
+            row: dict = dict.fromkeys(COLUMNS, "") | dict(format=name, provider=provider, what=what, size=DENOISED)
             rows.append(row)
             offload = what == DENOISING[1]
             if offload and device.type == "cpu":
@@ -62,14 +64,13 @@ def measure_denoising(
             error = relative(latents, expected)
             row |= dict(weight_bytes=weight_bytes, error=f"{error:.3g}", note=_NOTE)
             if error <= LARGEST_GATE:
-                calls[provider, what] = call
+                calls[str(len(rows) - 1)] = call
                 row["peak_bytes"] = "" if extra is None else extra + (0 if offload else weight_bytes)
             else:
                 row["note"] = f"wrong result: relative error {error:.2g}, at most {LARGEST_GATE:.2g}"
     progress(f"denoising, {name}: timing")
-    for (provider, what), times in interleaved(calls, repeats, device).items():
-        row = next(row for row in rows if (row["provider"], row["what"]) == (provider, what))
-        row |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), (f"{value:.3f}" for value in percentiles(times))))
+    for index, times in interleaved(calls, repeats, device).items():
+        rows[int(index)] |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), (f"{value:.3f}" for value in percentiles(times))))
     return rows
 
 

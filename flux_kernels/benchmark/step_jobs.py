@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from ..errors import FormatError
 from ..flux.calls import TEXT
 from .record import origin
 from .shapes import STEPS
-from .step_model import StepConfig
+from .step_inputs import FLUX_DEV, StepConfig
 from .step_timing import COLUMNS, DENOISED, DENOISING, EMBEDDED_BATCH, StepCase, measure_format
 
 Key = tuple[str, str, str, str, str]  # format, provider, what, size, commit
@@ -39,7 +39,7 @@ class Job:
     whats: tuple[str, ...]
     size: str
     providers: list[str]
-    made_at: Mapping[str, str]
+    made_at: dict[str, str]
     measure: Callable[[str, Progress], Iterable[dict]]
 
     def keys(self, name: str) -> list[Key]:
@@ -71,13 +71,12 @@ def step_job(size: str, full: bool, device: torch.device, repeats: int) -> Job:
 
 
 def denoising_job(device: torch.device, repeats: int) -> Job:
-    """Make the job of a denoising run of the embedded model, on one thread."""
-    providers = [name for name in _providers() if name != "dequantize"]
-
-    def absent(name: str, progress: Progress) -> Iterable[dict]:
+    """Make the job of a denoising run of the embedded model, on one thread; it says so where packages are missing."""
+    providers, made_at = [name for name in _providers() if name != "dequantize"], _embedded_origin(device)
+    if not _installed("diffusers", "transformers", "gguf"):
         note = "needs diffusers, transformers and gguf: not all are installed"
-        empty = dict.fromkeys(COLUMNS, "") | dict(format=name, size=DENOISED, note=note)
-        return [empty | dict(provider=one, what=what) for one in providers for what in DENOISING]
+        row = dict.fromkeys(COLUMNS, "") | dict(provider="ours exact", what=DENOISING[0], size=DENOISED, note=note)
+        return Job(DENOISING[:1], DENOISED, ["ours exact"], made_at, lambda name, _: [row | dict(format=name)])
 
     def measure(name: str, progress: Progress) -> Iterable[dict]:
         from .denoising import measure_denoising
@@ -85,8 +84,7 @@ def denoising_job(device: torch.device, repeats: int) -> Job:
         with one_thread():
             return measure_denoising(name, providers, device, _dtype(device), repeats, progress)
 
-    there = _installed("diffusers", "transformers", "gguf")
-    return Job(DENOISING, DENOISED, providers, _embedded_origin(device), measure if there else absent)
+    return Job(DENOISING, DENOISED, providers, made_at, measure)
 
 
 def _embedded_origin(device: torch.device) -> dict[str, str]:
@@ -99,7 +97,10 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _installed(*names: str) -> bool:
-    return all(importlib.util.find_spec(name) for name in names)
+    try:
+        return all(importlib.util.find_spec(name) for name in names)
+    except ModuleNotFoundError:  # where an import hook hides a package
+        return False
 
 
 def _providers() -> list[str]:
@@ -114,7 +115,7 @@ def true_size(size: str) -> StepCase:
     height, width, batch = (int(part or 1) for part in found.groups()) if found else (0, 0, 0)
     if not (height and width and batch) or height % 16 or width % 16:
         raise FormatError(f"A size is height x width in multiples of 16, got {size!r}. Known: {', '.join(STEPS)}.")
-    return StepCase("step", size, StepConfig(), height, width, batch, TEXT)
+    return StepCase("step", size, FLUX_DEV, height, width, batch, TEXT)
 
 
 def embedded() -> StepCase:

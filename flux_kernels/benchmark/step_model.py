@@ -7,86 +7,19 @@ the two. Source: diffusers' FluxTransformer2DModel, read for the arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flux.calls import DOUBLE, MLP, SINGLE, TEXT, WIDTH, image_tokens
-from .shapes import LATENT, POOLED, SINUSOID, TEXT_WIDTH
+from ..flux.calls import MLP, WIDTH
+from .shapes import SINUSOID
+from .step_inputs import FLUX_DEV, StepConfig, StepInputs
 
 MakeLinear = Callable[[str, int, int], nn.Module]  # (name, N, K) -> the layer
 _EPS, _THETA, _MAX_PERIOD = 1e-6, 1e4, 1e4
 _MLP_RATIO = MLP // WIDTH
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """Hold the sizes of a transformer, under the names of its config in diffusers; the defaults are FLUX.1-dev's."""
-
-    num_layers: int = DOUBLE
-    num_single_layers: int = SINGLE
-    num_attention_heads: int = 24
-    attention_head_dim: int = WIDTH // 24
-    in_channels: int = LATENT
-    joint_attention_dim: int = TEXT_WIDTH
-    pooled_projection_dim: int = POOLED
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> StepConfig:
-        """Take what it needs of a config.json."""
-        return cls(**{field.name: config[field.name] for field in fields(cls)})
-
-    @property
-    def width(self) -> int:
-        """Return the width of both streams."""
-        return self.num_attention_heads * self.attention_head_dim
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """Hold the inputs of one step: image [B, T, latent], text [B, S, text width], pooled [B, pooled], time and guidance [B].
-
-    `positions` is [S + T, 3]: index, row and column of each token; text tokens have zeros.
-    """
-
-    image: Tensor
-    text: Tensor
-    pooled: Tensor
-    time: Tensor
-    guidance: Tensor
-    positions: Tensor
-
-    def to(self, dtype: torch.dtype) -> StepInputs:
-        """Cast all but the positions."""
-        return StepInputs(*(tensor.to(dtype) for tensor in list(self.__dict__.values())[:-1]), self.positions)
-
-
-def step_inputs(
-    config: StepConfig, height: int, width: int, batch: int, device: torch.device, dtype: torch.dtype, text: int = TEXT
-) -> StepInputs:
-    """Make random inputs for a picture of `height` x `width` pixels: unit latents, text features, middle of the schedule."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    rows, columns = height // 16, width // 16
-    grid = torch.zeros(rows, columns, 3)
-    grid[..., 1], grid[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)
-    return StepInputs(
-        image=normal(batch, image_tokens(height, width), config.in_channels),
-        text=normal(batch, text, config.joint_attention_dim),
-        pooled=normal(batch, config.pooled_projection_dim),
-        # Times 1000 both are exact in bfloat16; 3500 is not, and its sinusoids in float32 would be those of another guidance.
-        time=torch.full((batch,), 0.5, device=device, dtype=dtype),
-        guidance=torch.full((batch,), 4.0, device=device, dtype=dtype),
-        positions=torch.cat([torch.zeros(text, 3), grid.flatten(0, 1)]).to(device),
-    )
 
 
 def rotary(positions: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -141,25 +74,37 @@ class TwoLinears(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class LinearGelu(nn.Module):
+    """Hold the first half of an MLP: linear, GELU."""
+
+    def __init__(self, proj: nn.Module):
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
 class FeedForward(nn.Module):
     """Hold a double block's MLP, numbered as diffusers does it."""
 
     def __init__(self, make: MakeLinear, name: str, width: int):
         super().__init__()
-        first = nn.Module()
-        first.proj = make(f"{name}.net.0.proj", _MLP_RATIO * width, width)
+        first = LinearGelu(make(f"{name}.net.0.proj", _MLP_RATIO * width, width))
         self.net = nn.ModuleList([first, nn.Identity(), make(f"{name}.net.2", width, _MLP_RATIO * width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net[2](self.net[0](x))
 
 
 class Attention(nn.Module):
     """Hold joint attention: of both streams with weights of their own (double), or of their concatenation."""
 
+    to_add_out: nn.Module
+
     def __init__(self, make: MakeLinear, name: str, config: StepConfig, double: bool):
         super().__init__()
-        self.head, self.double = config.attention_head_dim, double
+        self.head = config.attention_head_dim
         plain = ("to_q", "to_k", "to_v") + (("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out") if double else ())
         for layer in plain:
             self.add_module(layer, make(f"{name}.{layer}", config.width, config.width))
@@ -169,13 +114,17 @@ class Attention(nn.Module):
             self.add_module(norm, nn.RMSNorm(self.head, eps=_EPS))
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], text: Tensor | None = None) -> Tensor:
-        """Return the heads' results [B, tokens, width], text tokens first; double blocks project them afterwards."""
+        """Return the heads' results [B, tokens, width], text tokens first; double blocks pass them to `out`."""
         q, k, v = self._heads(x, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k)
         if text is not None:
             projections = (self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k)
             q, k, v = (torch.cat(pair, dim=2) for pair in zip(self._heads(text, *projections), (q, k, v)))
         mixed = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v)
         return mixed.transpose(1, 2).flatten(2)
+
+    def out(self, mixed: Tensor, text: bool = False) -> Tensor:
+        """Project one stream's part of the heads' results (double blocks)."""
+        return self.to_add_out(mixed) if text else self.to_out[0](mixed)
 
     def _heads(self, x: Tensor, to_q, to_k, to_v, norm_q, norm_k) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for layer in (to_q, to_k, to_v))
@@ -198,8 +147,8 @@ class DoubleBlock(nn.Module):
         mixed = self.attn(normalized(image, *of_image[:2]), angles, normalized(text, *of_text[:2]))
         # Slices of one tensor: contiguous, as every linear wants them and diffusers makes them.
         mixed_text, mixed_image = mixed[:, : text.shape[1]].contiguous(), mixed[:, text.shape[1] :].contiguous()
-        image = _second_half(image, self.attn.to_out[0](mixed_image), of_image, self.ff)
-        text = _second_half(text, self.attn.to_add_out(mixed_text), of_text, self.ff_context)
+        image = _second_half(image, self.attn.out(mixed_image), of_image, self.ff)
+        text = _second_half(text, self.attn.out(mixed_text, text=True), of_text, self.ff_context)
         return text, image
 
 
@@ -245,7 +194,7 @@ class TimeTextEmbedding(nn.Module):
 class StepModel(nn.Module):
     """Run one step: the whole transformer, its linear layers made by `make` in the order of their use."""
 
-    def __init__(self, make: MakeLinear, config: StepConfig = StepConfig()):
+    def __init__(self, make: MakeLinear, config: StepConfig = FLUX_DEV):
         super().__init__()
         width = config.width
         self.config = config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from .memory import extra_peak, free_bytes
 from .providers import PROVIDERS, Unavailable
-from .step_model import StepConfig, StepInputs, StepModel, step_inputs
+from .step_inputs import StepConfig, StepInputs, step_inputs
+from .step_model import StepModel
 from .step_weights import StepWeights, build, build_reference, make_weights
 
 COLUMNS = ("format", "provider", "what", "size", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "weight_bytes", "error", "note")
@@ -139,16 +140,18 @@ def why(problem: Exception) -> str:
     )
 
 
-def _unquantized(case: StepCase) -> StepModel:
+def _unquantized(config: StepConfig, stored: Mapping[str, Tensor]) -> StepModel:
     """Return the float32 model of the weights that were quantized."""
-    model = StepModel(lambda _, n, k: nn.Linear(k, n), case.config)
-    model.load_state_dict({name: tensor.float() for name, tensor in case.stored.items()})
+    model = StepModel(lambda _, n, k: nn.Linear(k, n), config)
+    model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     return model
 
 
 def _measure_round(case, weights, inputs, providers, reuse, device, repeats, progress) -> list[dict]:
     oracle, models, rows = Oracle(weights, inputs), {}, {}
-    unquantized = None if case.stored is None else run(_unquantized(case).to(device), inputs.to(torch.float32))
+    unquantized = (
+        None if case.stored is None else run(_unquantized(case.config, case.stored).to(device), inputs.to(torch.float32))
+    )
     for provider in providers:
         progress(f"{case.what}, {weights.fmt.name}: checking {provider}")
         first_only = reuse and provider == "torch"
@@ -164,7 +167,7 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
         try:
             model = build(weights, provider, first_only)
             y = run(model, inputs)
-            extra = extra_peak(lambda model=model: run(model, inputs), device)
+            extra = extra_peak(partial(run, model, inputs), device)
             error, gate = oracle.error(y, first_only), oracle.gate(PROVIDERS[provider].gate, first_only)
         except Exception as problem:
             if is_ours_to_mend(provider, problem):
@@ -180,7 +183,7 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
         else:
             row["note"] = f"wrong result: relative error {error:.2g}, at most {gate:.2g}"
     progress(f"{case.what}, {weights.fmt.name}: timing")
-    work = {provider: lambda model=model: run(model, inputs) for provider, model in models.items()}
+    work = {provider: partial(run, model, inputs) for provider, model in models.items()}
     for provider, times in interleaved(work, repeats, device).items():
         rows[provider] |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), (f"{value:.3f}" for value in percentiles(times))))
     return list(rows.values())

@@ -22,7 +22,8 @@ from ..linear import GGUFLinear
 from ..packing import quantizer
 from ..random_rows import random_rows
 from .providers import PROVIDERS, Problem
-from .step_model import StepConfig, StepModel
+from .step_inputs import StepConfig
+from .step_model import StepModel
 
 _OURS = "ours "
 _INDEX = re.compile(r"(?<=blocks\.)\d+")

@@ -39,16 +39,20 @@ def test_every_part_runs_without_anything_but_torch_and_triton(tmp_path):
     out = tmp_path / "out"
     environment = os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS="1")
     environment.pop("TRITON_INTERPRET", None)  # its interpreter needs numpy; a GPU does not use it
-    names = "correctness,tuning,linears,roofline,calibration"
+    names = "correctness,tuning,linears,roofline,calibration,whole_step"
     command = [sys.executable, "-m", "bench.gpu_session", "--dry-run", "--scale", "512", "--out", str(out), "--parts", names]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": done (") == 5
+    assert done.stdout.count(": done (") == 6
     checked = read_csv(out / "correctness.csv")
     assert len({row["format"] for row in checked}) == 25 and all(row["p50_ms"] for row in checked)
     diffusers = next(row for row in read_csv(out / "linear.csv") if row["provider"] == "diffusers")
     assert "not installed" in diffusers["note"]
     assert read_csv(out / "calibration.csv")
+    steps = {(row["provider"], row["what"]): row for row in read_csv(out / "whole_step.csv")}
+    assert all(steps[name, "embedded step"]["p50_ms"] for name in ("torch", "dequantize", *gpu_session.OURS.split(",")))
+    assert "not installed" in steps["diffusers", "embedded step"]["note"]
+    assert "not all are installed" in steps["ours exact", "denoising"]["note"]
     assert "Q4_K" in (out / "roofline.log").read_text()
 
 

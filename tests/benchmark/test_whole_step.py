@@ -1,0 +1,199 @@
+"""Whole steps: no time for a wrong output, memory that is counted, models that do not fit, and rows that are not made twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flux_kernels.benchmark import step_jobs, step_timing, whole_step
+from flux_kernels.benchmark.record import read_csv
+from flux_kernels.benchmark.step_inputs import StepConfig, step_inputs
+from flux_kernels.benchmark.step_jobs import Job, true_size
+from flux_kernels.benchmark.step_timing import COLUMNS, StepCase, measure_format, relative, run
+from flux_kernels.benchmark.step_weights import build, build_reference, linear_shapes, make_weights
+from flux_kernels.benchmark.whole_step import main, measure_steps, row_key
+from flux_kernels.errors import FormatError
+from flux_kernels.formats import FORMATS
+from flux_kernels.linear import GGUFLinear
+
+CPU = torch.device("cpu")
+MODES = ("ours exact", "ours fp16_accumulate", "ours int8")
+SMALL = StepConfig(
+    num_layers=2,
+    num_single_layers=2,
+    num_attention_heads=4,
+    attention_head_dim=64,
+    joint_attention_dim=64,
+    pooled_projection_dim=64,
+    axes_dims_rope=(8, 28, 28),
+)
+CASE = StepCase("step", "64x64", SMALL, 64, 64, 1, 20)
+
+
+def measure(providers, name="Q8_0", case=CASE, dtype=torch.float32):
+    rows = list(measure_format(case, name, list(providers), CPU, dtype, 2, lambda _: None))
+    assert all(tuple(row) == COLUMNS for row in rows)
+    return {row["provider"]: row for row in rows}
+
+
+def small_weights(name="Q8_0", dtype=torch.float32):
+    return make_weights(SMALL, FORMATS[name], CPU, dtype)
+
+
+@pytest.fixture
+def planes(monkeypatch):
+    """Hold the rows as a GPU does: as field planes, which diffusers cannot read."""
+
+    def rearranged(*arguments):
+        weights = make_weights(*arguments)
+        for name, one in weights.packed.items():
+            weights.packed[name] = replace(one, data=weights.fmt.layout.to_planes(one.data), planes=True)
+        return weights
+
+    monkeypatch.setattr(step_timing, "make_weights", rearranged)
+
+
+def test_random_weights_differ_between_blocks_and_have_bytes_of_their_own():
+    weights = small_weights("Q4_K")
+    first, second = (weights.packed[f"transformer_blocks.{i}.ff.net.2"].data for i in (0, 1))
+    assert not torch.equal(first, second) and torch.equal(first.roll(1, 0), second)
+    assert len({one.data.data_ptr() for one in weights.packed.values()}) == len(weights.packed)
+    outside = {name for name in linear_shapes(SMALL) if "blocks." not in name}
+    assert set(weights.plain) == outside and len(outside) == 10
+    held = sum(parameter.nbytes for parameter in build(weights, "ours exact").parameters())
+    assert held == weights.nbytes()
+    whole = sum(parameter.nbytes for parameter in build(weights, "torch").parameters())
+    assert whole == weights.nbytes(unquantized=True)
+
+
+def test_every_mode_is_timed_and_its_price_is_told():
+    rows = measure(("torch", "dequantize", *MODES))
+    assert all(row["p50_ms"] and int(row["peak_bytes"]) > int(row["weight_bytes"]) for row in rows.values())
+    assert float(rows["ours exact"]["error"]) < 1e-5 < float(rows["ours int8"]["error"]) < 0.05
+    assert rows["torch"]["weight_bytes"] > 3 * rows["ours exact"]["weight_bytes"]
+
+
+def test_modes_spare_the_layers_that_swap_linear_spares():
+    model = build(small_weights(), "ours int8")
+    modes = {name: layer.compute for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    assert modes["transformer_blocks.1.norm1_context.linear"] == "exact"
+    assert modes["single_transformer_blocks.0.proj_out"] == "int8"
+
+
+def test_a_wrong_output_has_no_time(monkeypatch):
+    """One matrix of 56, times 1.5: far beyond what noise of 1 % a layer does, and found in every 16-bit mode."""
+    made = step_timing.build
+
+    def wrong(weights, provider, first_blocks_only=False):
+        model = made(weights, provider, first_blocks_only)
+        if provider == "ours exact":
+            model.single_transformer_blocks[1].proj_out.register_forward_hook(lambda _m, _x, y: 1.5 * y)
+        return model
+
+    monkeypatch.setattr(step_timing, "build", wrong)
+    rows = measure(("torch", "ours exact"), dtype=torch.bfloat16)
+    assert rows["torch"]["p50_ms"] and rows["ours exact"]["p50_ms"] == "" and rows["ours exact"]["peak_bytes"] == ""
+    assert rows["ours exact"]["note"].startswith("wrong result: relative error")
+
+
+def test_the_gate_is_what_noise_of_each_layer_adds_up_to():
+    """Noise of no size gives float32's own error, none; ten times the noise about ten times the error."""
+    weights = small_weights()
+    oracle = step_timing.Oracle(weights, step_inputs(SMALL, 64, 64, 1, CPU, torch.float32, text=20))
+    small, large = oracle.gate(0.001), oracle.gate(0.01)
+    assert oracle.gate(0.0) == 0.0 and 0.0005 < small < 0.01 and large == pytest.approx(10 * small, rel=0.3)
+    assert oracle.gate(1000.0) == step_timing.LARGEST_GATE
+
+
+def test_a_model_that_does_not_fit_reuses_one_block_of_each_kind(monkeypatch):
+    """The row says so, its bytes are the whole model's, and its output is judged by a reference that reuses them too."""
+    weights = small_weights()
+    reused = build(weights, "torch", first_blocks_only=True)
+    assert sum(parameter.nbytes for parameter in reused.parameters()) < 0.6 * weights.nbytes(unquantized=True)
+    inputs = step_inputs(SMALL, 64, 64, 1, CPU, torch.float32, text=20)
+    own, other = run(build_reference(weights, first_blocks_only=True), inputs), run(build_reference(weights), inputs)
+    assert relative(run(reused, inputs), own) < 1e-5 and relative(run(reused, inputs), other) > 0.1
+    monkeypatch.setattr(step_timing, "free_bytes", lambda _: 0)
+    rows = measure(("torch", "ours exact"))
+    assert rows["torch"]["p50_ms"] and "does not fit: one double and one single block" in rows["torch"]["note"]
+    assert rows["torch"]["weight_bytes"] == weights.nbytes(unquantized=True) and not rows["ours exact"]["note"]
+
+
+@pytest.mark.parametrize(("free", "rounds"), [(None, 1), (0, 2)])
+def test_two_arrangements_of_the_rows_go_in_rounds_where_they_do_not_fit(monkeypatch, planes, free, rounds):
+    pytest.importorskip("diffusers")
+    seen = []
+    timed = step_timing.interleaved
+    monkeypatch.setattr(step_timing, "interleaved", lambda work, *more: (seen.append(list(work)), timed(work, *more))[1])
+    monkeypatch.setattr(step_timing, "free_bytes", lambda _: free)
+    rows = measure(("torch", "diffusers", "ours exact", "ours int8"))
+    whole = ["torch", "diffusers", "ours exact", "ours int8"]
+    assert seen == ([whole] if rounds == 1 else [["torch", "ours exact", "ours int8"], ["torch", "diffusers"]])
+    assert len(rows) == 4 and all(row["p50_ms"] for row in rows.values())
+    assert ("in a round of its own" in rows["diffusers"]["note"]) == (rounds == 2)
+
+
+def test_a_failure_of_another_library_is_a_note_and_one_of_ours_an_error(monkeypatch):
+    made = step_timing.build
+
+    def failing(weights, provider, first_blocks_only=False):
+        if provider == bad:
+            raise ValueError("it broke")
+        return made(weights, provider, first_blocks_only)
+
+    monkeypatch.setattr(step_timing, "build", failing)
+    bad = "dequantize"
+    assert measure(("torch", "dequantize"))["dequantize"]["note"] == "ValueError: it broke"
+    bad = "ours exact"
+    with pytest.raises(ValueError, match="it broke"):
+        measure(("torch", "ours exact"))
+
+
+def test_sizes_are_read_and_wrong_ones_refused():
+    case = true_size("768x1360 batch 2")
+    assert (case.height, case.width, case.batch, case.config) == (768, 1360, 2, StepConfig())
+    for size in ("1024", "1000x1024", "0x16", "16x16 batch 0", "1024x1024 batch"):
+        with pytest.raises(FormatError, match="multiples of 16"):
+            true_size(size)
+    with pytest.raises(FormatError):
+        next(measure_steps(["Q9_K"], CPU))
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
+    """The embedded model's step through the command: every column, an origin; a second call measures what is missing alone."""
+    monkeypatch.setattr(whole_step, "denoising_job", lambda *_: Job((), "", [], {}, lambda *_: []))
+    monkeypatch.setattr(
+        step_jobs, "origin", lambda _: dict(device="a CPU", commit="abc", date="2026-01-01")
+    )  # others may commit
+    path = tmp_path / "step.csv"
+    command = ["--write", str(path), "--device", "cpu", "--formats", "Q8_0", "--repeats", "2"]
+    assert main(command) == 0
+    rows = read_csv(path)
+    assert list(rows[0])[: len(COLUMNS)] == list(COLUMNS) and all(row["commit"] and row["date"] for row in rows)
+    assert len(rows) == len({row_key(row) for row in rows}) and {"torch", *MODES} <= {row["provider"] for row in rows}
+    assert all("off the unquantized model's output" in row["note"] for row in rows if row["p50_ms"])
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert read_csv(path)[:-1] == rows[:-1] and len(read_csv(path)) == len(rows)
+    assert main(command) == 0
+    assert "#" not in capsys.readouterr().out.split("timing")[-1]
+
+
+def test_out_of_time_begins_nothing():
+    assert list(measure_steps(["Q8_0"], CPU, minutes=0.0)) == []
+
+
+def test_a_denoising_run_is_timed_and_says_what_offload_needs():
+    """Five float32 sides of one run on the embedded model: where layers agree to float32, so do 16 steps."""
+    pytest.importorskip("diffusers")
+    from flux_kernels.benchmark.denoising import measure_denoising
+
+    rows = measure_denoising("Q8_0", ["torch", "ours exact", "ours int8"], CPU, torch.float32, 1, lambda _: None)
+    assert len(rows) == 6 and all(tuple(row) == COLUMNS for row in rows)
+    run_, offloaded = rows[::2], rows[1::2]
+    assert all(row["p50_ms"] and int(row["peak_bytes"]) > int(row["weight_bytes"]) for row in run_)
+    assert float(run_[1]["error"]) < 1e-4 < float(run_[2]["error"]) < 0.1
+    assert all(row["p50_ms"] == "" and "needs a GPU" in row["note"] for row in offloaded)
