@@ -20,12 +20,12 @@ _SIDES = {  # name for people, colour, mark
     "diffusers compiled": ("diffusers' layers, compiled", "#a85f00", "v"),
     "dequantize": ("decode, then multiply", "#9a8f00", "D"),
     "ours exact": ("flux_kernels exact", "#2f6db3", "o"),
-    "ours fp16_accumulate": ("flux_kernels fp16_accumulate", "#2b8a3e", "h"),
+    "ours fp16_accumulate": ("flux_kernels fp16_accumulate", "#2b8a3e", "d"),
     "ours int8": ("flux_kernels int8", "#c2255c", "X"),
 }
 _PEER_COLORS, _PEER_MARKS = (
     ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29"),
-    ("P", "X", "*", "<", ">", "h", "d"),
+    ("P", "*", "<", ">", "p", "8", "H"),
 )
 _COLUMNS, _DPI = 3, 130  # panels beside each other; dots an inch
 

@@ -9,6 +9,7 @@ from .ceilings import Ceilings
 from .linears import least_bytes
 from .plot_style import FAINT, INK, finished, label, log_scale, look, panels, providers
 
+_SPREAD = 1.6  # how far apart the sides of one M are drawn, as a factor
 _DOT = dict(linestyle="", markersize=5, alpha=0.75)
 _FORMAT_MARKS = "osD^vP*X<>hpd8"
 _KINDS = {"step": "one step of FLUX.1-dev", "embedded step": "one step of the tiny embedded model"}
@@ -72,14 +73,15 @@ def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
     for axes, name in drawn:
         axes.axhline(1, color=INK, linewidth=1.2, label=label("torch"))
         for index, provider in enumerate(sides):
-            # Beside each other: at one M the sides would hide each other.
-            shift = 1.13 ** (index - (len(sides) - 1) / 2)
+            shift = _SPREAD ** (index / max(1, len(sides) - 1) - 0.5)  # at one M the sides would hide each other
             mine = [(int(row["m"]) * shift, base[_call(row)] / float(row["p50_ms"])) for row in _of(measured, name, provider)]
             if mine:
                 axes.plot(*zip(*mine), **look(provider, measured), **_DOT, label=label(provider))
         log_scale(axes, "x", "y")
     title = "Speed of each kind of call beside the unquantized layer: above the line is faster"
-    return finished(figure, measured, title, _ROWS, "speed, with the unquantized layer as 1")
+    return finished(
+        figure, measured, title, f"{_ROWS}, sides drawn beside each other", "speed, with the unquantized layer as 1"
+    )
 
 
 def memory_against_time(rows: Sequence[Mapping]) -> bytes:

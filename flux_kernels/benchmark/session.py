@@ -12,7 +12,7 @@ from .ceilings import Ceilings, measure_ceilings
 from .linears import measure
 from .record import origin
 from .shapes import STEPS, Call, reduced, size_name, step_calls
-from .whole_step import measure_steps
+from .whole_step import measure_steps, row_key
 
 MAIN_SIZE = "1024x1024"
 _LINEAR_SHARE = 0.6  # of the time, where the whole step is to be measured too
@@ -32,7 +32,7 @@ class Plan:
         scale: M and N of the linear calls are divided by it.
         repeats: runs of each side, in turn.
         minutes: no piece of work is begun after this time; None: no limit.
-        steps: whether a whole step is measured too.
+        steps: whether whole runs are measured too: a step of each type, and pictures.
         denoise: for how many of the types the embedded model's pipeline is run too, which takes long beside its purpose.
     """
 
@@ -49,14 +49,17 @@ class Plan:
         """List size, type and call of every comparison of linear calls."""
         return [(size, name, call) for size in self.sizes for name in self.formats for call in step_calls(**STEPS[size])]
 
-    def whole_steps(self, device: torch.device) -> list[tuple[str, str]]:
-        """List size and type of every whole step; a CPU has one size, that of the embedded model."""
+    def whole_runs(self, device: torch.device) -> list[tuple[str, str, bool]]:
+        """List size and type of every whole run, and whether it is of pictures; a CPU has one size, the embedded model's."""
+        if not self.steps:
+            return []
         sizes = self.sizes if device.type != "cpu" else self.sizes[:1]
-        return [(size, name) for size in sizes for name in self.formats] if self.steps else []
+        steps = [(size, name, False) for size in sizes for name in self.formats]
+        return steps + [(self.sizes[0], name, True) for name in self.formats[: self.denoise]]
 
     def work(self, device: torch.device) -> int:
         """Count the pieces of work that `Tell` is told of."""
-        return len(self.calls()) + len(self.whole_steps(device))
+        return len(self.calls()) + len(self.whole_runs(device))
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Found:
 
     Attributes:
         calls_late: how many comparisons of linear calls were not begun in time.
-        steps_late: size and type of whole steps not begun in time.
+        runs_late: what whole runs were not begun in time, in words.
     """
 
     origin: Mapping[str, str]
@@ -73,7 +76,7 @@ class Found:
     linears: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
     calls_late: int = 0
-    steps_late: list[tuple[str, str]] = field(default_factory=list)
+    runs_late: list[str] = field(default_factory=list)
 
     def whole(self, size: str) -> list[dict]:
         """Return the rows of a size, only of types whose every call was begun: others cannot be summed."""
@@ -113,16 +116,17 @@ def _linears(plan, found: Found, device, dtype, tell: Tell, end: float) -> Itera
 
 
 def _steps(plan, found: Found, device, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
-    longest = 0.0  # a whole step is much work in one piece: it is begun only where one as long as those before would be done
-    for size, name in plan.whole_steps(device):
+    longest = dict.fromkeys((False, True), 0.0)  # seconds, without and with pictures
+    for size, name, pictures in plan.whole_runs(device):
         begun = time.monotonic()
-        if begun + longest > end:
-            found.steps_late.append((size, name))
+        # Much work in one piece: it is begun only where one as long as the longest before would be done in time.
+        if begun + longest[pictures] > end:
+            found.runs_late.append(f"{'denoising' if pictures else 'whole step'}, {name}, {size}")
             continue
-        denoising = size == plan.sizes[0] and name in plan.formats[: plan.denoise]
-        options = dict(size=size, repeats=plan.repeats, denoising=denoising, progress=lambda text: tell(text, 0))
+        done = {row_key(row) for row in found.steps} if pictures else ()
+        options = dict(size=size, repeats=plan.repeats, denoising=pictures, done=done, progress=lambda text: tell(text, 0))
         for row in measure_steps([name], device, **options):
             found.steps.append(row)
             yield "step", row
-        longest = max(longest, time.monotonic() - begun)
+        longest[pictures] = max(longest[pictures], time.monotonic() - begun)
         tell(f"whole step, {name}", 1)

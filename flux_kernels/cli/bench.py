@@ -168,8 +168,7 @@ def _print(console: Console, found: Found, plan: Plan, lines: list[str]) -> None
             "are not summed.",
             soft_wrap=True,
         )
-    if found.steps_late:
-        late = ", ".join(f"{name} {size}" for size, name in found.steps_late)
-        console.print(f"No time was left for the whole step of {late}.", soft_wrap=True)
+    if found.runs_late:
+        console.print(f"No time was left for: {'; '.join(found.runs_late)}.", soft_wrap=True)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

@@ -52,9 +52,8 @@ def test_a_run_for_machines_with_its_page_and_the_whole_step(tmp_path, monkeypat
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert len(found["verdict"]) == 5 and "tiny embedded model" in found["verdict"][1]
-    assert len(found["linears"]) == len(read_csv(tmp_path / "card.csv")) and found["not_begun"] == dict(
-        linear_calls=0, steps=[]
-    )
+    assert len(found["linears"]) == len(read_csv(tmp_path / "card.csv"))
+    assert found["not_begun"] == dict(linear_calls=0, whole_runs=[])
     steps = read_csv(tmp_path / "card-step.csv")
     assert len(steps) == len(found["steps"]) and {row["what"] for row in steps} == {"embedded step"}
     page = (tmp_path / "a.html").read_text()
@@ -71,13 +70,13 @@ def test_a_missing_folder_is_told_before_anything_is_measured(tmp_path, monkeypa
 
 
 def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monkeypatch):
-    """Three types, each of 40 s on a clock of ours; 100 s: the third would end too late."""
+    """Three types, each of 40 s on a clock of ours; 100 s: the third would end too late, pictures are another matter."""
     clock, pipelines = [0.0], []
 
     def measured(names, *_, denoising, **__):
-        clock[0] += 40
+        clock[0] += 10 if denoising else 40
         pipelines.append(denoising)
-        yield dict(format=names[0])
+        yield dict(format=names[0], provider="torch", what="step", size="1024x1024", commit="abc")
 
     monkeypatch.setattr(session.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(session, "measure_steps", measured)
@@ -88,6 +87,6 @@ def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monke
     found = session.measure_all(
         plan, torch.device("cpu"), torch.float32, lambda words, done: told.append(done), lambda kind, row: None
     )
-    assert [row["format"] for row in found.steps] == ["Q4_K", "Q6_K"] and found.steps_late == [("1024x1024", "Q8_0")]
-    assert pipelines == [True, False]
+    assert [row["format"] for row in found.steps] == ["Q4_K", "Q6_K", "Q4_K"]
+    assert found.runs_late == ["whole step, Q8_0, 1024x1024"] and pipelines == [False, False, True]
     assert sum(told) == plan.work(torch.device("cpu")) - 1
