@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -23,8 +26,14 @@ class OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Invoke the command; `--traceback` lets every error through."""
+        # As Ctrl-C does: what is half done is cleaned up on the way out, such as files that are not renamed yet.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `flux-kernels ... | head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except ImportError as error:
             if error.name is None or error.name.startswith("flux_kernels") or ctx.params.get("traceback"):
                 raise

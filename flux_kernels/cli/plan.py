@@ -102,7 +102,7 @@ def plan(
         typer.echo(made.to_json())
         return
     _print(console, problem, made, table, metric)
-    _print_written(console, out, made.options["file_name"], export, written)
+    _print_written(console, out, made, costs, export, written)
 
 
 def _need(*packages: str) -> None:
@@ -248,10 +248,15 @@ def _types_table(layout: FileLayout, made: Plan, problem: Problem) -> Table:
     return table
 
 
-def _print_written(console: Console, out: Path, name: str, export: Path | None, written: list[Path]) -> None:
+def _print_written(console: Console, out: Path, made: Plan, costs: Path, export: Path | None, written: list[Path]) -> None:
+    from ..mixed.covariance import covariance_path
+    from ..mixed.imatrix import imatrix_path
+
     for path in (out, *([export] if export else []), *written):
         console.print(f"Wrote {path}", soft_wrap=True)
-    console.print(f"Next: flux-kernels quantize SOURCE {name} --plan {out}", soft_wrap=True)
+    beside = {"--imatrix": imatrix_path(costs)} | ({"--covariance": covariance_path(costs)} if made.low_rank else {})
+    measured_with = "".join(f" {option} {path}" for option, path in beside.items() if path.exists())
+    console.print(f"Next: flux-kernels quantize SOURCE {made.options['file_name']} --plan {out}{measured_with}", soft_wrap=True)
 
 
 def _size(count: int) -> str:

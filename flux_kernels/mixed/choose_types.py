@@ -14,6 +14,7 @@ from .. import libggml
 from ..errors import FormatError
 from ..flux.names import block_of
 from ..flux.types import BLOCK, NAMED_TYPES, RULES, VECTOR, file_type, tensor_kind, tensor_types
+from ..formats import PLAIN_TYPES
 from ..packing import Engine, quantizer
 from .plan_file import Plan
 from .source import SourceModel, SourceTensor
@@ -79,6 +80,7 @@ def choose_types(source: SourceModel, request: Request) -> Choice:
     given = _given(shapes, request)
     chosen.types.update(given)
     _check_blocks(chosen, shapes, given, RULES[request.layout].leftover)
+    chosen.notes += _unplanned(chosen, shapes, given, request)
     chosen.ranks = _ranks(source, chosen.types, request)
     if chosen.ranks:
         chosen.notes.append(
@@ -143,6 +145,17 @@ def _given(shapes: Mapping[str, tuple[int, ...]], request: Request) -> dict[str,
         if kind is not None:
             planned[name] = kind
     return planned
+
+
+def _unplanned(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request) -> list[str]:
+    """Say which block matrices a plan leaves in 16 bit because it does not name them."""
+    if request.plan is None or request.type is not None:
+        return []
+    blocks = [name for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK]
+    left = [name for name in blocks if name not in given and chosen.types[name] in PLAIN_TYPES]
+    if not left:
+        return []
+    return [f"The plan does not name {_listed(left)}: they stay in {chosen.types[left[0]]}. --type gives them one."]
 
 
 def _ranks(source: SourceModel, types: Mapping[str, str], request: Request) -> dict[str, int]:

@@ -190,6 +190,11 @@ def prepare(
         weighted, lacking = match_importance(model, choice.types, means)
         notes += [lacking] if lacking else []
     check_engine(model, choice.types, engine, weighted)
+    if covariance is not None and not choice.ranks:
+        raise FormatError(
+            "Covariances serve the low-rank corrections of a plan, and none are asked for. Leave --covariance out, or give a --plan "
+            "that has corrections (`measure --types Q4_K+r16`, then `plan`)."
+        )
     covariances = load_covariance(covariance, model, choice.ranks) if covariance is not None else {}
     if choice.ranks and not covariances:
         notes.append("Corrections are fitted without --covariance: less good than what was measured with it.")

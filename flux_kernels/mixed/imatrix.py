@@ -12,6 +12,7 @@ import os
 import secrets
 import struct
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ _MOST_CALLS = 2**31 - 1  # the legacy format counts in int32
 _MOST_ENTRIES, _MOST_NAME, _MOST_VALUES = 2**20, 2**16, 2**24  # above any model: they bound what a damaged file can ask for
 
 Sums = Mapping[str, tuple[Tensor, int]]
+
+
+def imatrix_path(costs: Path) -> Path:
+    """Return where `measure` keeps the importance it collected, beside its table of costs."""
+    return costs.with_suffix(".imatrix.gguf")
 
 
 def save_imatrix(path: str | os.PathLike[str], sums: Sums, *, datasets: Iterable[str] = ()) -> None:

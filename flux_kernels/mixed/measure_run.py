@@ -26,6 +26,7 @@ from .capture import Size, capture
 from .cost import CostRow, CostTable, sidecar
 from .covariance import covariance_path, save_covariance
 from .file_layout import parse_option
+from .imatrix import imatrix_path, load_imatrix, save_imatrix
 from .measure import Importance, Measurer
 from .measure_log import MeasureLog, missing, read_logs
 from .measured_model import Source16, open_pipeline, open_transformer
@@ -83,7 +84,7 @@ class Request:
     @property
     def imatrix_path(self) -> Path:
         """Path of the importance that was used."""
-        return self.out.with_suffix(".imatrix.gguf")
+        return imatrix_path(self.out)
 
     def as_table(self) -> Request:
         """Return this request with the importance that the table `out` was measured with, and covariances if it used any."""
@@ -167,8 +168,6 @@ def open_measurement(request: Request, world: World = World(), progress: Progres
         version=own_version(),
     )
     if request.weighted and request.imatrix != request.imatrix_path and world.rank == 0:
-        from .imatrix import save_imatrix
-
         save_imatrix(request.imatrix_path, dict(measurer.importance), datasets=sorted({state.prompt for state in states.items}))
     if measurer.covariance and world.rank == 0 and not covariance_path(request.out).exists():
         save_covariance(covariance_path(request.out), measurer.covariance)
@@ -225,8 +224,6 @@ def _importance(request: Request) -> Importance | str | None:
         return None
     if request.imatrix is None:
         return "collect"
-    from .imatrix import load_imatrix
-
     return {name: (mean, 1.0) for name, mean in load_imatrix(request.imatrix).items()}
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -54,6 +58,26 @@ def test_plans_and_patterns_are_taken(tmp_path):
     types = json.loads(result.stdout)["types"]
     assert types["single_blocks.0.linear1.weight"] == "Q6_K" and types["single_blocks.1.linear2.weight"] == "Q5_K"
     assert types["double_blocks.0.img_attn.qkv.weight"] == "F16"
+    (note,) = (note for note in json.loads(result.stdout)["notes"] if note.startswith("The plan does not name"))
+    assert "double_blocks.0.img_attn.qkv.weight" in note and "linear2" not in note and "they stay in F16" in note
+
+
+def test_covariances_without_corrections_are_refused(tmp_path):
+    result = invoke(SOURCE, "--type", "Q4_K_S", "--covariance", tmp_path / "c.safetensors", "--dry-run")
+    assert result.exit_code == 1 and "serve the low-rank corrections of a plan" in result.output
+
+
+def test_a_terminated_command_leaves_no_half_file(tmp_path):
+    """As systemd, a batch queue or `kill` stop it."""
+    command = [sys.executable, "-m", "flux_kernels", "quantize", SOURCE, tmp_path / "out.gguf", "--type", "Q2_K"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [path.suffix != ".gguf" for path in tmp_path.iterdir()] == [True], process.poll()
+    process.terminate()
+    _, messages = process.communicate(timeout=60)
+    assert (process.returncode, list(tmp_path.iterdir())) == (128 + signal.SIGTERM, []), messages
 
 
 @pytest.mark.parametrize(
