@@ -53,6 +53,12 @@ def test_the_other_kernels_keep_the_invariants():
     assert {row["kernel"] for row in report["rows"]} == names
 
 
+def test_branches_do_not_spill_where_the_default_tile_would():
+    report = run("--formats", "IQ2_S,IQ3_S", "--capabilities", "80", "--kernels", "wide_branch")
+    fp16 = run("--formats", "IQ1_S,Q4_K", "--capabilities", "80", "--kernels", "fp16_branch")
+    assert not report["problems"] + fp16["problems"], "\n".join(report["problems"] + fp16["problems"])
+
+
 def test_float32_activations_use_no_tensor_cores():
     """Triton's default for float32 is TF32, which the interpreter hides; IEEE products have no tensor-core instruction."""
     report = run("--formats", "Q4_K", "--capabilities", "86,90", "--kernels", "medium", "--dtype", "fp32")

@@ -8,7 +8,17 @@ from functools import partial
 import triton
 
 from flux_kernels.formats import FORMATS
-from flux_kernels.kernels.tuning import INT8_TILE, UNPACK_ROWS, Tile, fp16_tile, fused_tile, largest_tile_k, small_m_tile
+from flux_kernels.kernels.tuning import (
+    INT8_TILE,
+    UNPACK_ROWS,
+    Tile,
+    branch_tile,
+    fp16_tile,
+    fused_tile,
+    largest_tile_k,
+    small_m_tile,
+    split_k_tile,
+)
 
 from .cards import CARDS, occupancy
 from .compile import (
@@ -64,20 +74,24 @@ def fused_row(name: str, capability: int, tile: Tile, dtype: str = "bf16", branc
 
 def _shipped_fused(m: int, branch: bool = False):
     def row(name: str, capability: int, dtype: str) -> Row:
-        return fused_row(name, capability, fused_tile(FORMATS[name], m, _N, _K, divmod(capability, 10)), dtype, branch)
+        fmt, card = FORMATS[name], divmod(capability, 10)
+        tile = fused_tile(fmt, m, _N, _K, card)
+        return fused_row(name, capability, branch_tile("fused_gemm", fmt, tile, card) if branch else tile, dtype, branch)
 
     return row
 
 
 def _split_k(name: str, capability: int, dtype: str) -> Row:
-    tile = replace(fused_tile(FORMATS[name], 512, _N, _K, divmod(capability, 10)), splits=SPLITS)
+    tile = replace(split_k_tile(FORMATS[name], 512, _N, _K, divmod(capability, 10)), splits=SPLITS)
     built = compile_split_k(name, capability, tile, dtype)
     return _row("split_k", name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
 
 
 def _shipped_fp16(kernel: str, branch: bool):
     def row(name: str, capability: int, dtype: str) -> Row:
-        tile = fp16_tile(FORMATS[name], _K, divmod(capability, 10))
+        fmt, card = FORMATS[name], divmod(capability, 10)
+        tile = fp16_tile(fmt, _K, card)
+        tile = branch_tile("fp16_gemm", fmt, tile, card) if branch else tile
         built = compile_fp16(name, capability, tile, dtype, branch=branch)
         return _row(kernel, name, capability, dtype, str(tile), built, tile.block_n * tile.tile_k)
 

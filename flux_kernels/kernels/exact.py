@@ -11,10 +11,10 @@ from ..low_rank import Branch
 from . import two_stage
 from .choice import Choice, choose
 from .fused_gemm import fused_gemm_kernel
-from .launching import format_constants, pointers, table_of
+from .launching import capability_of, format_constants, pointers, table_of
 from .small_m import small_m_kernel
 from .split_k import add_splits_kernel, split_k_kernel
-from .tuning import Tile
+from .tuning import Tile, branch_tile
 
 _ADD_BLOCK = 1024  # columns a program of the reduction adds
 
@@ -46,6 +46,8 @@ def _small_m(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes:
 def _fused(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
     m, n = y.shape
     hidden, up, rank = pointers(branch)
+    if branch is not None:
+        tile = branch_tile("fused_gemm", fmt, tile, capability_of(x.device))
     constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile, x.dtype)
     grid = (_tiles(m, n, tile),)
     operands = (x, data, table_of(fmt, data), bias, hidden, up, y)

@@ -11,7 +11,8 @@ from ..low_rank import Branch
 from .activations import scale_to_fp16_kernel
 from .choice import Choice, choose
 from .fp16_gemm import fp16_gemm_kernel
-from .launching import format_constants, pointers, table_of
+from .launching import capability_of, format_constants, pointers, table_of
+from .tuning import branch_tile
 
 _SCALE_BLOCK = 1024
 
@@ -34,6 +35,8 @@ def linear(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     scale_to_fp16_kernel[(m,)](x, scaled, scale, x.stride(0), K=constants["K"], BLOCK_K=_SCALE_BLOCK)
     tile = (choice or choose("fp16_accumulate", fmt, m, n, constants["K"], x.device)).tile
+    if branch is not None:
+        tile = branch_tile("fp16_gemm", fmt, tile, capability_of(x.device))
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=tile.ldmatrix)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)

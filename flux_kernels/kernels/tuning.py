@@ -69,6 +69,17 @@ _FP16_EXCEPTIONS = dict.fromkeys(_GRID_TILES, _MEDIUM) | {
     name: Tile(block_m=128, block_n=64, tile_k=128, num_warps=8, num_stages=2)
     for name in ("Q8_0", "MXFP4")
 }
+
+# Where a low-rank branch in the epilogue makes the default tile spill, all on A100: (kernel, format) -> the tile instead.
+_BRANCH_EXCEPTIONS = {
+    ("fused_gemm", "IQ2_S"): _WIDE_STAGED,
+    ("fused_gemm", "IQ3_S"): _WIDE_STAGED,
+    ("fp16_gemm", "IQ1_S"): replace(_MEDIUM, num_warps=8),
+    ("fp16_gemm", "Q4_K"): _FP16_EXCEPTIONS["Q8_0"],
+}
+# As a part of split-K IQ4_XS's wide tile spills on sm_120.
+_SPLIT_K_EXCEPTIONS = {"IQ4_XS": Tile(block_m=128, block_n=64, tile_k=256, num_warps=8, num_stages=2)}
+
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
 
@@ -141,6 +152,20 @@ def _wide_tile(fmt: BlockFormat) -> Tile:
     if fmt.name in _WIDE_EXCEPTIONS:
         return _WIDE_EXCEPTIONS[fmt.name]
     return _WIDE if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS
+
+
+def branch_tile(kernel: str, fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None) -> Tile:
+    """Return the tile with which "fused_gemm" or "fp16_gemm" runs with a low-rank branch where it has `tile` without one."""
+    instead = _BRANCH_EXCEPTIONS.get((kernel, fmt.name)) if capability == _A100 else None
+    spills = instead is not None and tile.block_m >= _MEDIUM.block_m
+    return replace(instead, tile_k=min(instead.tile_k, tile.tile_k)) if spills else tile
+
+
+def split_k_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Tile:
+    """Return the wide tile of split-K, before the number of splits is chosen."""
+    tile = fused_tile(fmt, m, n, k, capability)
+    instead = _SPLIT_K_EXCEPTIONS.get(fmt.name)
+    return replace(instead, tile_k=tile.tile_k) if instead and tile.block_n > instead.block_n else tile
 
 
 def small_m_tile(fmt: BlockFormat, k: int) -> Tile:
