@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flux_kernels.base_pipeline import one_thread
 from flux_kernels.benchmark import step_jobs, step_timing, whole_step
 from flux_kernels.benchmark.record import read_csv
 from flux_kernels.benchmark.step_inputs import StepConfig, step_inputs
@@ -14,6 +15,7 @@ from flux_kernels.benchmark.step_jobs import Job, true_size
 from flux_kernels.benchmark.step_timing import COLUMNS, StepCase, measure_format, relative, run
 from flux_kernels.benchmark.step_weights import build, build_reference, linear_shapes, make_weights
 from flux_kernels.benchmark.whole_step import main, measure_steps, row_key
+from flux_kernels.embedded import PIPELINE_KWARGS
 from flux_kernels.errors import FormatError
 from flux_kernels.formats import FORMATS
 from flux_kernels.linear import GGUFLinear
@@ -30,6 +32,13 @@ SMALL = StepConfig(
     axes_dims_rope=(8, 28, 28),
 )
 CASE = StepCase("step", "64x64", SMALL, 64, 64, 1, 20)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Run on one thread: the models are so small that further ones wait for each other, long on a busy machine."""
+    with one_thread():
+        yield
 
 
 def measure(providers, name="Q8_0", case=CASE, dtype=torch.float32):
@@ -186,9 +195,10 @@ def test_out_of_time_begins_nothing():
     assert list(measure_steps(["Q8_0"], CPU, minutes=0.0)) == []
 
 
-def test_a_denoising_run_is_timed_and_says_what_offload_needs():
-    """Five float32 sides of one run on the embedded model: where layers agree to float32, so do 16 steps."""
+def test_a_denoising_run_is_timed_and_says_what_offload_needs(monkeypatch):
+    """Three float32 sides of a run of two steps on the embedded model: where layers agree to float32, so do the steps."""
     pytest.importorskip("diffusers")
+    monkeypatch.setitem(PIPELINE_KWARGS, "num_inference_steps", 2)
     from flux_kernels.benchmark.denoising import measure_denoising
 
     rows = measure_denoising("Q8_0", ["torch", "ours exact", "ours int8"], CPU, torch.float32, 1, lambda _: None)
