@@ -115,6 +115,22 @@ def _mode_refusal(backend: Backend, compute: str, device: torch.device) -> str |
     return None
 
 
+def usable_device(name: torch.device | str) -> torch.device:
+    """Return the device of a name.
+
+    Raises:
+        BackendUnavailable: where torch does not know the name or cannot use such a device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BackendUnavailable(
+            f"The device {str(name)!r} cannot be used here: {str(error).splitlines()[0]} `flux-kernels doctor` tells what is there."
+        ) from error
+    return device
+
+
 def execution_devices(device: torch.device) -> list[torch.device]:
     """List the devices a layer on `device` may run on: itself, and an accelerator where one may be moved to (offloading)."""
     if device.type not in ("cpu", "meta"):

@@ -247,6 +247,8 @@ def _embedded(request: Request) -> bool:
 
 
 def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
+    if lora.file.suffix == ".gguf":
+        raise FormatError(f"{lora.file} is a GGUF file; diffusers reads LoRAs from safetensors. A whole model goes to --gguf.")
     where = {"weight_name": lora.file.name, "adapter_name": name, "local_files_only": True}
     try:
         with warnings.catch_warnings():

@@ -328,3 +328,9 @@ def test_gguf_py_reads_what_it_should_of_the_synthetic_files(q8_file):
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(q8_file[0]).tensors}
     for name, (_, kind, shape) in q8_file[1].tensors.items():
         assert (tensors[name].tensor_type.name, tuple(tensors[name].shape[::-1])) == (kind, shape)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_said_first(device, tmp_path):
+    with pytest.raises(BackendUnavailable, match=f"'{device}' cannot be used here"):
+        load_flux(tmp_path / "never-read.gguf", device=device)

@@ -222,14 +222,6 @@ def _dtype(name: str) -> Any:
 
 
 def _device(name: str) -> Any:
-    import torch
+    from ..backends import usable_device
 
-    from ..errors import BackendUnavailable, FormatError
-
-    try:
-        device = torch.device(name) if name else None
-    except RuntimeError:
-        raise FormatError(f"--device is cpu, cuda or cuda:N, got {name!r}.") from None
-    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("--device cuda: torch sees no GPU. `flux-kernels doctor` tells why.")
-    return device
+    return usable_device(name) if name else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..backends import check_activation_dtype, check_names, check_runnable
+from ..backends import check_activation_dtype, check_names, check_runnable, usable_device
 from ..compute import compute_of_layer
 from ..diffusers_guard import guard
 from ..formats import FORMATS
@@ -56,12 +56,12 @@ def load_flux(
 
     Raises:
         GGUFError: for a damaged file, another model (it says which), and missing, superfluous or wrongly shaped tensors.
-        BackendUnavailable: where the backend or compute mode cannot run here.
+        BackendUnavailable: where the device, backend or compute mode cannot run here.
     """
     check_names(backend, compute)
     check_activation_dtype(dtype, "dtype")
+    place = usable_device("cpu" if device is None else device)
     stored = open_flux(path, config)
-    place = torch.device("cpu" if device is None else device)
     for format in set(stored.types.values()) & FORMATS.keys():
         check_runnable(backend, compute, place, FORMATS[format])
     model = empty_model(stored.config).eval()

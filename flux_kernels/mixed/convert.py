@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..backends import usable_device
 from ..errors import BackendUnavailable, FormatError, GGUFError
 from ..flux.low_rank_tensors import correction_names
 from ..flux.names import block_of
@@ -250,12 +251,9 @@ def check_target(source: SourceModel, path: str | os.PathLike[str], nbytes: int,
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-    except RuntimeError:
-        raise BackendUnavailable(f'device is "auto", "cpu" or "cuda", got {name!r}.') from None
-    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and not torch.cuda.is_available()):
-        raise BackendUnavailable(f"{name} cannot be used here. Give --device cpu, or auto.")
+    place = usable_device(name)
+    if place.type not in ("cpu", "cuda"):
+        raise BackendUnavailable(f'Quantizing runs on "cpu", "cuda" or "auto", got {name!r}.')
     return place
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..backends import check_activation_dtype, check_names, check_runnable
+from ..backends import check_activation_dtype, check_names, check_runnable, usable_device
 from ..diffusers_guard import guard
 from ..embedding import GGUFEmbedding
 from ..errors import GGUFError
@@ -64,12 +64,12 @@ def load_t5(
 
     Raises:
         GGUFError: for a damaged file, another model, and missing, superfluous or wrongly shaped tensors, which it names.
-        BackendUnavailable: where the backend or compute mode cannot run here.
+        BackendUnavailable: where the device, backend or compute mode cannot run here.
     """
     check_names(backend, compute)
     check_activation_dtype(dtype, "dtype")
+    place = usable_device("cpu" if device is None else device)
     stored = open_t5(path)
-    place = torch.device("cpu" if device is None else device)
     for format in {tensor.format for tensor in stored.tensors.values()} & FORMATS.keys():
         check_runnable(backend, compute, place, FORMATS[format])
     model = empty_t5(stored.config).eval()

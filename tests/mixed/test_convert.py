@@ -328,7 +328,7 @@ def test_devices_that_are_not_there_are_refused():
     with pytest.raises(BackendUnavailable, match="tpu"):
         prepare(EMBEDDED, Request("Q8_0"), device="tpu")
     if not torch.cuda.is_available():
-        with pytest.raises(BackendUnavailable, match="cuda cannot be used here. Give --device cpu"):
+        with pytest.raises(BackendUnavailable, match="'cuda' cannot be used here"):
             prepare(EMBEDDED, Request("Q8_0"), device="cuda")
 
 
