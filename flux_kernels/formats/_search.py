@@ -50,6 +50,10 @@ class Blocks:
         none = (largest == 0).float()
         return cls(x, w.div_(largest + none).add_(none))
 
+    def take(self, columns: Tensor) -> Blocks:
+        """Return the blocks of these positions in n."""
+        return Blocks(self.x[..., columns], None if self.w is None else self.w[..., columns])
+
     def scratch(self, index: int) -> Tensor:
         """Return one of two buffers like x, for what does not outlive a function: fresh memory costs as much as arithmetic."""
         return self._scratch[index]
@@ -71,6 +75,11 @@ class Blocks:
         """Return 1 for each block of equal weights other than 0, else 0: [1, 1, n]."""
         low, high = self.x.amin((0, 1), keepdim=True), self.x.amax((0, 1), keepdim=True)
         return ((low == high) & (low != 0)).float()
+
+    def one_sided(self) -> Tensor:
+        """Return 1 for each block of which a quarter of the sub-blocks has weights of one sign only, else 0: [1, 1, n]."""
+        low, high = self.x.amin(1, keepdim=True), self.x.amax(1, keepdim=True)
+        return (((low > 0) | (high < 0)).float().mean(0, keepdim=True) >= 0.25).float()
 
     def worth(self, y: Tensor) -> Tensor:
         """Return 1 for each block that y serves better than all zeros would, else 0: [1, 1, n]."""
@@ -106,6 +115,17 @@ def keep(best: list[Tensor], found: list[Tensor]) -> list[Tensor]:
     for old, new in zip(best, found, strict=True):
         old.lerp_(new, better)
     return best
+
+
+def chosen(mask: Tensor) -> Tensor:
+    """Return the positions of what is not 0 in a mask [1, 1, n]: [columns]."""
+    return mask.flatten().nonzero().flatten()
+
+
+def put_better(best: list[Tensor], found: list[Tensor], columns: Tensor) -> None:
+    """Overwrite these columns of what is `best` by what was `found` for them where the error, first in both, is smaller."""
+    for old, new in zip(best, keep([t[..., columns] for t in best], found), strict=True):
+        old[..., columns] = new
 
 
 def half(t: Tensor) -> Tensor:

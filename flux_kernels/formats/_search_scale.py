@@ -12,7 +12,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ._search import Blocks, half, half_above, improvement, keep, nonzero, ratio, refitted, round_to, total
+from ._search import Blocks, chosen, half, half_above, improvement, keep, nonzero, put_better, ratio, refitted, round_to, total
+
+_THOROUGH_SUPERS = 6  # of either way to choose a d
 
 Snap = Callable[[Tensor, Tensor], Tensor]  # (z, out): writes the level nearest to each z to out, and returns out
 
@@ -110,8 +112,22 @@ class HalfScaleSearch:
         _, d = best_scale(b, self.snap, (nonzero(half(scale)) for scale in scales))
         for _ in range(self.refits):
             _, d = best_scale(b, self.snap, (d, nonzero(half(fitted(b, snapped(b, d, self.snap))))))
+        d = self._thorough(b, d)
         y = snapped(b, d, self.snap)
         return d * b.worth(d * y), y
+
+    def _thorough(self, b: Blocks, d: Tensor) -> Tensor:
+        """Refit every start, not only the best, where rounding d to fp16 is more than a hundredth of the error."""
+        _, xy, yy = b.products(snapped(b, d, self.snap))
+        columns = chosen(improvement(0.01 * best_scale(b, self.snap, [d])[0], (ratio(xy, yy) - d).square() * yy))
+        if not columns.numel():
+            return d
+        hard = b.take(columns)
+        peak = outermost(hard.x, 1)
+        starts = self.snap(*torch.arange(-128.0, 128.0, device=d.device).repeat(2, 1)).unique().tolist()
+        scales = (fitted(hard, snapped(hard, nonzero(peak * (1 / start)), self.snap)) for start in starts if start)
+        _, found = best_scale(hard, self.snap, chain([d[..., columns]], (nonzero(half(scale)) for scale in scales)))
+        return d.index_copy(2, columns, found)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,9 @@ class SuperScaleSearch:
         supers: (stretch, reach) by which d is tried: sub-block scales times stretch, the widest as -reach * d.
         moves: steps of sc that are tried.
         turns: searches over the moves, each followed by a fit of d.
+        other: finds one more (d, sc) to try.
+        thorough_starts: instead of `starts` in a more thorough search, of blocks that are hard to get right.
+        hard: a block is where its error is so many times that before d and sc were rounded.
     """
 
     snap: Snap
@@ -133,28 +152,35 @@ class SuperScaleSearch:
     weighted_starts: Sequence[float]
     reach: int
     supers: Sequence[tuple[float, int]]
+    other: Callable[[Blocks], tuple[Tensor, Tensor]]
+    thorough_starts: Sequence[float]
     moves: Sequence[int] = (-1, 1)
     turns: int = 1
-    other: Callable[[Blocks], tuple[Tensor, Tensor]] | None = None
+    hard: float = 1.05
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """Return d [1, 1, n], sc [G, 1, n] and levels [G, B, n]."""
-        best = self._moved(b, *self._start(b))
-        if self.other is not None:
-            d, sc = self.other(b)
-            keep(best, self._moved(b, nonzero(d), self._legal(sc)))
+        ideal, d, sc = self._start(b)
+        best = self._moved(b, d, sc)
+        if b.w is not None:
+            keep(best, self._moved_other(b))
+        hard = chosen(improvement(ideal * self.hard, best[0]) + b.one_sided())
+        if hard.numel():
+            part = b.take(hard)
+            put_better(best, keep(self._thorough(part), self._moved_other(part)), hard)
         _, d, sc = best
         y = snapped(b, d * sc, self.snap)
         d = d * b.worth(d * sc * y)
         self._put_constants(b, d, sc, y)
         return d, sc, y
 
-    def _start(self, b: Blocks) -> tuple[Tensor, Tensor]:
-        """Fit each sub-block on its own, and the d that suits the fits best."""
+    def _start(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """Fit each sub-block on its own, and the d that suits the fits best; return their error before rounding too."""
         peak = nonzero(outermost(b.x, 1))
         starts = (*self.starts, *(self.weighted_starts if b.w is not None else ()))
         _, scale = best_scale(b, self.snap, (peak * (1 / start) for start in starts))
         scale = fitted(b, snapped(b, scale, self.snap))
+        ideal, _ = best_scale(b, self.snap, [nonzero(scale)])
         widest = outermost(scale, 0)
         best: list[Tensor] = []
         for stretch, reach in self.supers:
@@ -163,7 +189,25 @@ class SuperScaleSearch:
             error, found = best_scale(b, self.snap, [d * self._legal(scale * stretch / d)])
             best = keep(best, [total(error, 0), d, found]) if best else [total(error, 0), d, found]
         _, d, scale = best
-        return d, self._legal(scale / d)
+        return total(ideal, 0), d, self._legal(scale / d)
+
+    def _moved_other(self, b: Blocks) -> list[Tensor]:
+        d, sc = self.other(b)
+        return self._moved(b, nonzero(d), self._legal(sc))
+
+    def _thorough(self, b: Blocks) -> list[Tensor]:
+        """Try more d, and for each of them every fit in every sub-block: where rounding d and sc is most of the error."""
+        peak = nonzero(outermost(b.x, 1))
+        fits = [nonzero(fitted(b, snapped(b, peak * (1 / start), self.snap))) for start in self.thorough_starts]
+        best: list[Tensor] = []
+        for scale in fits[:: len(fits) // _THOROUGH_SUPERS]:
+            widest = outermost(scale, 0)
+            for reach in range(self.reach, self.reach - _THOROUGH_SUPERS, -1):
+                d = nonzero(half(widest / -reach))
+                error, found = best_scale(b, self.snap, (d * self._legal(fit / d) for fit in fits))
+                found = [total(error, 0), d, self._legal(found / d)]
+                best = keep(best, found) if best else found
+        return self._moved(b, *best[1:])
 
     def _moved(self, b: Blocks, d: Tensor, sc: Tensor) -> list[Tensor]:
         """Improve (d, sc) in turns: sc by its neighbours, d by a fit; return the error of each block and both."""

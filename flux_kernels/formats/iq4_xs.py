@@ -64,6 +64,7 @@ SEARCH = SuperScaleSearch(
     codebook(IQ4_VALUES),
     starts=(-140, -135, -130, -127, -124, -120, -116, -113, -110, -106, -102, 95, 100, 105, 109, 113, 117, 121, 125),
     weighted_starts=[-148 + 8 * i for i in range(10)],
+    thorough_starts=[sign * (150 - 3 * i) for i in range(24) for sign in (-1, 1)],
     reach=32,
     supers=((1, 32), (127 / 104, 32), (-127 / 113, 32), (1, 31), (1, 30)),
     other=partial(super_scale, snap=codebook(IQ4_VALUES), peak_levels=IQ4_PEAKS, reach=32, spread=2),

@@ -69,6 +69,7 @@ SEARCH = SuperScaleSearch(
     integers(-4, 3),
     starts=(-4, -4.5, -3.75, -3.5, -3.25, -3, 2.75, 3, 3.4),
     weighted_starts=[-1.2 - 0.15 * i for i in range(27)] + [1.5 + 0.3 * i for i in range(9)],
+    thorough_starts=[-4.8 + 0.15 * i for i in range(25)] + [1.5 + 0.15 * i for i in range(15)],
     reach=32,
     supers=((1, 32), (4 / 3, 32), (1, 31), (1, 30)),
     turns=2,
