@@ -6,15 +6,18 @@ python tools/write_readme_tables.py --check    # exit code 1 and a diff where RE
 
 from __future__ import annotations
 
-import csv
 import difflib
 import sys
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-FIDELITY = README.parent / "bench" / "results" / "embedded_fidelity.csv"
+RESULTS = README.parent / "bench" / "results"
+FIDELITY, LINEAR = RESULTS / "embedded_fidelity.csv", RESULTS / "linear_cpu.csv"
 sys.path.insert(0, str(README.parent))
 
+from flux_kernels.benchmark.record import origin_text, read_csv
+from flux_kernels.benchmark.totals import TWINS, Total, by_step, totals
+from flux_kernels.compute import COMPUTE_MODES
 from flux_kernels.formats import FORMATS, PLAIN_TYPES, BlockFormat
 
 
@@ -43,8 +46,7 @@ def _cells(fmt: BlockFormat) -> list[str]:
 
 def mode_table() -> str:
     """Return the markdown table of bench/results/embedded_fidelity.csv: PSNR by type and compute mode."""
-    with FIDELITY.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(FIDELITY)
     modes = list(dict.fromkeys(row["compute"] for row in rows))
     found = {(row["format"], row["compute"]): f"{float(row['psnr_db']):.1f} dB" for row in rows}
     lines = [f"| type | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
@@ -55,7 +57,30 @@ def mode_table() -> str:
     return "\n".join([*lines, "", f"PSNR against the same pictures in 16 bit; {made}."])
 
 
-TABLES = {"formats": format_table, "modes": mode_table}
+def linear_table() -> str:
+    """Return the markdown table of bench/results/linear_cpu.csv: speed of one step's linear calls beside torch's, by type."""
+    rows = read_csv(LINEAR)
+    sides = {"diffusers": "diffusers' GGUF layers", **{f"ours {mode}": mode for mode in COMPUTE_MODES}}
+    lines = [f"| type | {' | '.join(sides.values())} |", "|---" * (len(sides) + 1) + "|"]
+    for (_, name), mine in by_step(rows).items():
+        found = totals(mine)
+        lines.append(f"| {name} | {' | '.join(_beside_torch(found, side) for side in sides)} |")
+    one = rows[0]
+    text = (
+        f"Linear calls of one step, CPU: speed with unquantized torch as 1; more is faster, ~ means that no difference was seen. "
+        f"{one['size']}, {one['dtype']}, {origin_text(one)}. {TWINS} **This says nothing about GPUs.**"
+    )
+    return "\n".join([*lines, "", text])
+
+
+def _beside_torch(found: dict[str, Total], side: str) -> str:
+    if not {side, "torch"} <= found.keys():
+        return "not measured"
+    same = "" if found[side].differs(found["torch"]) else "~"
+    return f"{same}{found['torch'].p50 / found[side].p50:.2f}"
+
+
+TABLES = {"formats": format_table, "modes": mode_table, "linears": linear_table}
 
 
 def with_tables(text: str) -> str:

@@ -13,7 +13,7 @@ from .providers import PROVIDERS
 from .record import CHECKOUT, origin_text, read_csv
 from .session import Found
 from .step_verdict import step_verdict
-from .totals import by_step, totals
+from .totals import TWINS, by_step, totals
 
 _FIDELITY = CHECKOUT / "bench" / "results" / "embedded_fidelity.csv"
 _OURS = "ours "
@@ -134,7 +134,8 @@ def _prices(found: Found, pictures: Sequence[Mapping]) -> str:
     steps = {(row["format"], row["provider"], row["size"]): row for row in found.steps if row["what"] == "step"}
     tiny = {(row["format"], row["provider"]): row for row in found.steps if row["what"] == "embedded step"}
     lines = []
-    for (size, name), rows in by_step(found.linears).items():
+    whole = [row for one in dict.fromkeys(row["size"] for row in found.linears) for row in found.whole(one)]
+    for (size, name), rows in by_step(whole).items():
         sums = totals(rows)
         for side in dict.fromkeys(row["provider"] for row in rows):
             mine = [row for row in rows if row["provider"] == side]
@@ -167,7 +168,7 @@ def _prices(found: Found, pictures: Sequence[Mapping]) -> str:
     text = (
         "Speed is the time of all linear calls of one step. Errors are against float64 on the same packed weights, divided by the RMS of "
         "the right output: the worst of all calls. Other libraries pack the weights anew, so theirs has that loss in it; the error of a "
-        f"step is that of its output.{made}"
+        f"step is that of its output.{made}{'' if found.origin['capability'] else f' {TWINS}'}"
     )
     return f"<h2>Speed and its price</h2><p>{html.escape(text)}</p>{table(heads, lines, heads[3:])}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+TWINS = "On a CPU fp16_accumulate and int8 are imitated in torch for their rounding, not for speed."
+
 
 class Total(NamedTuple):
     """Hold milliseconds a step: the sums of the 20th, 50th and 80th percentiles of its calls."""
