@@ -19,6 +19,8 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         # What torch holds but does not use counts as free.
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -39,7 +41,8 @@ def extra_peak(function: Callable[[], object], device: torch.device) -> int | No
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if not torch.profiler.kineto_available():
+    if device.type != "cpu" or not torch.profiler.kineto_available():
+        function()
         return None
     return _counted(function)
 

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 
+from ..errors import FormatError
 from ..formats import get_format
 from .record import append_csv, read_csv
 from .step_jobs import Key, denoising_job, step_job
+from .step_timing import COLUMNS
 
 FORMATS = ("Q4_K", "Q6_K", "Q8_0")
 
@@ -82,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="the true size on a CPU too: hours, and 12 GB or more")
     options = parser.parse_args(arguments)
     there = read_csv(options.write) if options.write and options.write.exists() else []
+    if there and list(there[0])[: len(COLUMNS)] != list(COLUMNS):
+        parser.error(f"{options.write} holds other rows than those of whole steps. Name another file.")
     rows = measure_steps(
         options.formats.split(","),
         torch.device(options.device),
@@ -92,14 +96,19 @@ def main(arguments: list[str] | None = None) -> int:
         done={row_key(row) for row in there},
         progress=lambda text: print(f"# {text}", flush=True),
     )
-    wrong = False
-    for row in rows:
-        wrong |= row["provider"].startswith("ours") and row["note"].startswith("wrong result")
-        named = f"{row['format']:8} {row['what']:24} {row['provider']:20}"
-        print(f"{named} {row['p50_ms']:>10} ms {row['error']:>9}  {row['note']}", flush=True)
-        if options.write:
-            append_csv(row, options.write)
-    return int(wrong)
+    try:
+        return int(sum(_show(row, options.write) for row in rows) > 0)
+    except FormatError as error:
+        parser.error(str(error))
+
+
+def _show(row: dict, path: Path | None) -> bool:
+    """Print and write a row; tell whether it is a wrong result of ours."""
+    named = f"{row['format']:8} {row['what']:24} {row['provider']:20}"
+    print(f"{named} {row['p50_ms']:>10} ms {row['error']:>9}  {row['note']}", flush=True)
+    if path:
+        append_csv(row, path)
+    return row["provider"].startswith("ours") and row["note"].startswith("wrong result")
 
 
 if __name__ == "__main__":

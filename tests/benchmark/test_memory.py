@@ -40,6 +40,12 @@ def test_an_error_comes_through(capfd):
         extra_peak(lambda: 1 / 0, CPU)
 
 
+def test_a_device_that_does_not_tell_is_run_all_the_same():
+    ran = []
+    assert extra_peak(lambda: ran.append(1), torch.device("meta")) is None and ran == [1]
+    assert free_bytes(torch.device("meta")) is None
+
+
 def test_free_memory_is_plausible():
     free = free_bytes(CPU)
     assert free is None or 1e7 < free < 1e14

@@ -170,6 +170,14 @@ def test_sizes_are_read_and_wrong_ones_refused():
         next(measure_steps(["Q9_K"], CPU))
 
 
+def test_the_true_size_runs_on_a_cpu_on_demand(monkeypatch):
+    monkeypatch.setattr(step_jobs, "FLUX_DEV", SMALL)
+    monkeypatch.setattr(step_jobs, "TEXT", 20)
+    rows = list(measure_steps(["Q8_0"], CPU, size="32x48 batch 2", repeats=1, full=True, denoising=False))
+    assert {(row["what"], row["size"], row["format"]) for row in rows} == {("step", "32x48 batch 2", "Q8_0")}
+    assert all(row["p50_ms"] for row in rows if row["provider"] != "diffusers")
+
+
 def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
     """The embedded model's step through the command: every column, an origin; a second call measures what is missing alone."""
     monkeypatch.setattr(whole_step, "denoising_job", lambda *_: Job((), "", [], {}, lambda *_: []))
@@ -189,6 +197,16 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsy
     assert read_csv(path)[:-1] == rows[:-1] and len(read_csv(path)) == len(rows)
     assert main(command) == 0
     assert "#" not in capsys.readouterr().out.split("timing")[-1]
+
+
+def test_the_command_refuses_in_one_sentence(tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    for command, words in ((["--formats", "Q9_K"], "Unknown block format"), (["--write", str(other)], "other rows")):
+        with pytest.raises(SystemExit) as refusal:
+            main([*command, "--device", "cpu"])
+        assert refusal.value.code == 2 and words in capsys.readouterr().err
+    assert other.read_text() == "a,b\n1,2\n"
 
 
 def test_out_of_time_begins_nothing():
