@@ -63,7 +63,7 @@ def test_the_calls_are_those_of_the_tables(size):
     made: Counter = Counter()
     meta = torch.device("meta")
     with meta:
-        model = StepModel(lambda _, n, k: Recorder(n, k, made))
+        model = StepModel(lambda _, n, k: Recorder(n, k, made)).to(torch.bfloat16)
     inputs = step_inputs(StepConfig(), **{"batch": 1, **STEPS[size]}, device=meta, dtype=torch.bfloat16)
     assert model(inputs).shape == (inputs.image.shape[0], inputs.image.shape[1], 64)
     listed: Counter = Counter()
