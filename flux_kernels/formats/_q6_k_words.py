@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Unpacker:
-    """Unpack superblocks on a CPU with operations on 8-byte words: three times as fast as ggml's loop, which does not vectorise.
+    """Unpack superblocks on a CPU with operations on 8-byte words; ggml's loop over them does not vectorise.
 
     Every intermediate is memory kept from call to call, all views of it are made once: at this size both cost more than the
     arithmetic. Nibbles lie as decoded, low ones of 64 bytes and then high ones; the four 2-bit planes of 32 bytes of qh are
