@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,7 @@ def measure(
             errors[provider] = relative_errors(function(x), x, problem)
             if errors[provider][0] <= gate:
                 functions[provider] = lambda function=function: function(x)
+                notes[provider] = _version(PROVIDERS[provider].package)
             else:
                 notes[provider] = f"wrong result: relative error {errors[provider][0]:.2g}, at most {gate}"
         except Unavailable as error:
@@ -78,6 +81,14 @@ def measure(
         yield _row(
             name, size, call, provider, times.get(provider), errors.get(provider), notes.get(provider, ""), problem, ceilings
         )
+
+
+def _version(package: str) -> str:
+    """Name a distribution with its version, for the note of a row that was measured with it."""
+    try:
+        return f"{package} {version(package)}" if package else ""
+    except PackageNotFoundError:
+        return f"{package}, version not known"
 
 
 def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | None:

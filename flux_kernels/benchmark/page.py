@@ -143,7 +143,9 @@ def _prices(found: Found, pictures: Sequence[Mapping]) -> str:
                 steps.get((name, side, size), tiny.get((name, side), {})),
                 quality.get((name, side.removeprefix(_OURS)), {}),
             )
-            speed = _speed(sums, side) or next((row["note"] for row in mine if row["note"]), "not measured")
+            speed = _speed(sums, side) or next(
+                (row["note"] for row in mine if row["note"] and not row["p50_ms"]), "not measured"
+            )
             errors = (_largest(mine, "error"), _largest(mine, "max_error"))
             shown = seen if side.startswith(_OURS) else {}
             lines.append(

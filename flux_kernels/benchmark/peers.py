@@ -41,11 +41,11 @@ def _gpu(problem: Problem, what: str) -> None:
         raise Unavailable(f"{what} needs a GPU")
 
 
-# Sources: addresses from the packages' own metadata (0.50.2, 0.18.0, 0.2.8, 0.6.0.post2, 0.2.7, 0.0.5), and the place to read there.
-_BNB = "https://huggingface.co/docs/bitsandbytes/main, docstring of bitsandbytes.nn."
+# Each `source` is the page, and the place on it, whose call is made here. Which versions ran where: docs/decisions/peers.md.
+_BNB = "https://huggingface.co/docs/bitsandbytes/reference/nn/"
 
 
-@provider("bitsandbytes nf4", "peer", GATE_4, source=_BNB + "Linear4bit", own_weights=True)
+@provider("bitsandbytes nf4", "peer", GATE_4, source=_BNB + "linear4bit", own_weights=True, package="bitsandbytes")
 def _bitsandbytes_nf4(problem: Problem):
     """NF4 with the compute dtype of the activations."""
     bnb, plain = _needs("bitsandbytes"), _plain(problem)
@@ -66,12 +66,12 @@ def _bitsandbytes_int8(threshold: float):
 
 
 # With the outlier threshold that diffusers' BitsAndBytesConfig sets, and with the class's own default, which has none and is faster.
-_INT8 = dict(source=_BNB + "Linear8bitLt", own_weights=True)
+_INT8 = dict(source=_BNB + "linear8bit", own_weights=True, package="bitsandbytes")
 provider("bitsandbytes int8", "peer", GATE_8, **_INT8)(_bitsandbytes_int8(6.0))
 provider("bitsandbytes int8 no outliers", "peer", GATE_8, **_INT8)(_bitsandbytes_int8(0.0))
 
 
-_TORCHAO = "https://docs.pytorch.org/ao/stable/quick_start.html, docstrings of the torchao.quantization configs"
+_TORCHAO = "https://docs.pytorch.org/ao/stable/quick_start.html: quantize_ and torch.compile"
 
 
 def _torchao(config: str, needs_gpu: bool = False):
@@ -88,7 +88,7 @@ def _torchao(config: str, needs_gpu: bool = False):
     return make
 
 
-_AO = dict(source=_TORCHAO, own_weights=True)
+_AO = dict(source=_TORCHAO, own_weights=True, package="torchao")
 provider("torchao int8 weight-only", "peer", GATE_8, **_AO)(_torchao("Int8WeightOnlyConfig"))
 provider("torchao int8 dynamic", "peer", GATE_8, **_AO)(_torchao("Int8DynamicActivationInt8WeightConfig"))
 provider("torchao fp8 dynamic", "peer", GATE_8, **_AO)(_torchao("Float8DynamicActivationFloat8WeightConfig", True))
@@ -98,8 +98,9 @@ provider("torchao fp8 dynamic", "peer", GATE_8, **_AO)(_torchao("Float8DynamicAc
     "sdnq int8",
     "peer",
     GATE_8,
-    source="https://github.com/Disty0/sdnq, README: post load quantization on any model",
+    source="https://github.com/Disty0/sdnq, README: quantization config, post load quantization on any model",
     own_weights=True,
+    package="sdnq",
 )
 def _sdnq(problem: Problem):
     """int8 with quantized matmul, the combination its documentation gives for speed."""
@@ -119,7 +120,11 @@ def _gemlite(name: str):
     return make
 
 
-_GEM = dict(source="https://github.com/mobiusml/gemlite/, classes of gemlite.helper", own_weights=True)
+_GEM = dict(
+    source="https://github.com/mobiusml/gemlite, gemlite/helper.py: what patch_model does to a linear layer",
+    own_weights=True,
+    package="gemlite",
+)
 provider("gemlite int8 weight-only", "peer", GATE_8, **_GEM)(_gemlite("A16W8_INT8"))
 provider("gemlite int8 dynamic", "peer", GATE_8, **_GEM)(_gemlite("A8W8_INT8_dynamic"))
 
@@ -130,6 +135,7 @@ provider("gemlite int8 dynamic", "peer", GATE_8, **_GEM)(_gemlite("A8W8_INT8_dyn
     GATE_8,
     source="https://github.com/huggingface/optimum-quanto, README: quantization workflow for vanilla pytorch models",
     own_weights=True,
+    package="optimum-quanto",
 )
 def _quanto(problem: Problem):
     """Weights of 8 bits, frozen; activations stay as they are."""
@@ -140,7 +146,10 @@ def _quanto(problem: Problem):
     return model
 
 
-_VLLM = dict(source="https://github.com/vllm-project/vllm-gguf-plugin, vllm_gguf_plugin/ops.py")
+_VLLM = dict(
+    source="https://github.com/vllm-project/vllm-gguf-plugin, quantization/linear.py: what its linear layer calls",
+    package="vllm-gguf-plugin",
+)
 
 
 def _packed_call(multiply, problem: Problem):

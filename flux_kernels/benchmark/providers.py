@@ -39,6 +39,7 @@ class Provider:
         group: "base" (unquantized, or decode first), "ours", "kernels" (ours, one algorithm by name) or "peer".
         source: where its makers document the call made here.
         own_weights: whether it quantizes the decoded weight anew, so that its bytes are not the packed ones.
+        package: the distribution whose version belongs in the row.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Provider:
     group: str
     source: str = ""
     own_weights: bool = False
+    package: str = ""
 
 
 PROVIDERS: dict[str, Provider] = {}
@@ -86,7 +88,7 @@ def _dequantize_then_linear(problem: Problem):
 _DIFFUSERS = "https://huggingface.co/docs/diffusers/quantization/gguf"
 
 
-@provider("diffusers", "base", source=_DIFFUSERS)
+@provider("diffusers", "base", source=_DIFFUSERS, package="diffusers")
 def _diffusers(problem: Problem):
     """diffusers' own GGUFLinear, eager."""
     try:
@@ -105,7 +107,10 @@ def _diffusers(problem: Problem):
     return layer
 
 
-@provider("diffusers compiled", "base", source="https://huggingface.co/docs/diffusers/optimization/fp16#torchcompile")
+_COMPILED = "https://huggingface.co/docs/diffusers/optimization/fp16#torchcompile"
+
+
+@provider("diffusers compiled", "base", source=_COMPILED, package="diffusers")
 def _diffusers_compiled(problem: Problem):
     """The same under torch.compile."""
     layer = _diffusers(problem)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -57,6 +59,14 @@ def test_no_speed_is_reported_for_a_wrong_result(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "wrong", wrong)
     (row,) = measure("Q8_0", SMALL, ["wrong"], CPU, torch.float32, repeats=2)
     assert row["p50_ms"] == "" and "wrong result" in row["note"]
+
+
+def test_every_other_library_cites_whose_call_it_is_and_rows_say_the_version():
+    """Also those that are not installed: where the documented call is to be read, and whose version counts."""
+    others = [one for one in PROVIDERS.values() if one.group == "peer" or one.name.startswith("diffusers")]
+    assert len(others) > 10 and all(one.source.startswith("https://") and one.package for one in others)
+    ours, theirs = measure("Q8_0", SMALL, ["ours exact", "diffusers"], CPU, torch.float32, repeats=1)
+    assert ours["note"] == "" and theirs["note"] == f"diffusers {version('diffusers')}"
 
 
 def test_runs_alternate_and_percentiles_are_ordered():
