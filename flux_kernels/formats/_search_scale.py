@@ -170,6 +170,7 @@ class SuperScaleSearch:
             put_better(best, keep(self._thorough(part), self._moved_other(part)), hard)
         _, d, sc = best
         y = snapped(b, d * sc, self.snap)
+        sc = sc * improvement(b.error(d * sc * y), b.error(torch.zeros_like(y)))  # levels need not include 0
         d = d * b.worth(d * sc * y)
         self._put_constants(b, d, sc, y)
         return d, sc, y
@@ -200,14 +201,14 @@ class SuperScaleSearch:
         peak = nonzero(outermost(b.x, 1))
         fits = [nonzero(fitted(b, snapped(b, peak * (1 / start), self.snap))) for start in self.thorough_starts]
         best: list[Tensor] = []
-        for scale in fits[:: len(fits) // _THOROUGH_SUPERS]:
-            widest = outermost(scale, 0)
+        for fit in fits[:: len(fits) // _THOROUGH_SUPERS]:
+            widest = outermost(fit, 0)
             for reach in range(self.reach, self.reach - _THOROUGH_SUPERS, -1):
                 d = nonzero(half(widest / -reach))
-                error, found = best_scale(b, self.snap, (d * self._legal(fit / d) for fit in fits))
-                found = [total(error, 0), d, self._legal(found / d)]
+                _, scale = best_scale(b, self.snap, (d * self._legal(fit / d) for fit in fits))
+                found = self._moved(b, d, self._legal(scale / d))
                 best = keep(best, found) if best else found
-        return self._moved(b, *best[1:])
+        return best
 
     def _moved(self, b: Blocks, d: Tensor, sc: Tensor) -> list[Tensor]:
         """Improve (d, sc) in turns: sc by its neighbours, d by a fit; return the error of each block and both."""
