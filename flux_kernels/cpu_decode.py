@@ -26,6 +26,7 @@ SPANS_PER_THREAD = 4  # of chunks: few, since handing one to a thread costs tens
 UNPACK_WEIGHTS = (
     1 << 19
 )  # by torch's operations, for each of its threads; a call of one costs as much as its work on 2^16 bytes
+UNPACK_THREADS = 8  # at most counted for that: 12 MB a kept unpacker
 KEPT_UNPACKERS = 4  # chunk sizes whose memory a thread keeps: a full and a last chunk of two layer shapes
 _local = threading.local()
 
@@ -52,7 +53,7 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor |
         _by_libggml(routine, data, out)
         return out
     decode = _by_torch if fmt.unpacker is None else _by_unpacking
-    step = max(1, UNPACK_WEIGHTS * torch.get_num_threads() // k)
+    step = max(1, UNPACK_WEIGHTS * min(torch.get_num_threads(), UNPACK_THREADS) // k)
     with torch.inference_mode():  # which may write to tensors made inside and outside of it
         for start in range(0, n, step):
             decode(data[start : start + step], fmt, out[start : start + step])
