@@ -28,7 +28,7 @@ def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[st
             steps=[_plain(row) for row in found.steps],
             steps_in_words=step_verdict(found.steps),
             embedded_fidelity=[_plain(row) for row in pictures],
-            not_begun=dict(linear_calls=found.calls_late, whole_runs=found.runs_late),
+            not_run=dict(linear_calls=found.calls_late, whole_runs=found.not_run),
         ),
         indent=1,
         allow_nan=False,

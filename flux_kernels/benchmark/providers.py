@@ -96,13 +96,13 @@ def _diffusers(problem: Problem):
         from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
     except ImportError as error:
         raise Unavailable(f"not installed: {error.name}") from error
-    kind = gguf.GGMLQuantizationType(problem.fmt.ggml_type)
-    if kind not in dequantize_functions:
+    kind = problem.fmt.ggml_type  # the gguf package may not know a type as young as this library's youngest
+    if kind not in {int(known) for known in dequantize_functions}:
         raise Unavailable(f"diffusers does not support {problem.fmt.name}")
     data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
     k = problem.fmt.row_weights(data.shape[1])
     layer = GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
-    layer.weight = GGUFParameter(data, quant_type=kind)
+    layer.weight = GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(kind))
     layer.bias = torch.nn.Parameter(problem.bias.to(problem.dtype), requires_grad=False)
     return layer
 

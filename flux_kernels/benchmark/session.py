@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import FormatError
 from .ceilings import Ceilings, measure_ceilings
 from .linears import measure
 from .record import origin
@@ -16,6 +17,8 @@ from .whole_step import measure_steps, row_key
 
 MAIN_SIZE = "1024x1024"
 _LINEAR_SHARE = 0.6  # of the time, where the whole step is to be measured too
+
+_PICTURE_SECONDS = 45.0  # what the embedded model's pictures of one type took on a 2-core CPU
 
 Tell = Callable[[str, int], None]  # words on what is done now, and how many pieces of work are done since
 OnRow = Callable[[str, dict], None]  # "linear" or "step", and the row
@@ -68,7 +71,7 @@ class Found:
 
     Attributes:
         calls_late: how many comparisons of linear calls were not begun in time.
-        runs_late: what whole runs were not begun in time, in words.
+        not_run: which whole runs were left out, and why.
     """
 
     origin: Mapping[str, str]
@@ -76,7 +79,7 @@ class Found:
     linears: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
     calls_late: int = 0
-    runs_late: list[str] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
 
     def whole(self, size: str) -> list[dict]:
         """Return the rows of a size, only of types whose every call was begun: others cannot be summed."""
@@ -116,17 +119,20 @@ def _linears(plan, found: Found, device, dtype, tell: Tell, end: float) -> Itera
 
 
 def _steps(plan, found: Found, device, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
-    longest = dict.fromkeys((False, True), 0.0)  # seconds, without and with pictures
+    longest = {False: 0.0, True: _PICTURE_SECONDS}  # seconds, of steps and of pictures
     for size, name, pictures in plan.whole_runs(device):
-        begun = time.monotonic()
+        begun, words = time.monotonic(), f"{'denoising' if pictures else 'whole step'}, {name}, {size}"
         # Much work in one piece: it is begun only where one as long as the longest before would be done in time.
         if begun + longest[pictures] > end:
-            found.runs_late.append(f"{'denoising' if pictures else 'whole step'}, {name}, {size}")
+            found.not_run.append(f"{words} (no time was left)")
             continue
         done = {row_key(row) for row in found.steps} if pictures else ()
         options = dict(size=size, repeats=plan.repeats, denoising=pictures, done=done, progress=lambda text: tell(text, 0))
-        for row in measure_steps([name], device, **options):
-            found.steps.append(row)
-            yield "step", row
+        try:
+            for row in measure_steps([name], device, **options):
+                found.steps.append(row)
+                yield "step", row
+        except FormatError as error:  # such as a type that nothing here quantizes: the other rows stay
+            found.not_run.append(f"{words} ({error})")
         longest[pictures] = max(longest[pictures], time.monotonic() - begun)
         tell(f"whole step, {name}", 1)

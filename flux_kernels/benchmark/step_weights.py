@@ -93,7 +93,11 @@ def make_weights(
 def _rows(weights: StepWeights, name: str, n: int, k: int, planes: bool, device: torch.device, stored) -> Tensor:
     fmt, first, index = weights.fmt, first_block(name), _INDEX.search(name)
     if stored is not None:
-        rows = quantizer(fmt)(stored[f"{name}.weight"].float(), None)
+        weight = stored[f"{name}.weight"].float()
+        even = (
+            None if fmt.quantize is not None else torch.ones_like(weight[:1]).expand_as(weight)
+        )  # libggml's quantizers of some types insist on one
+        rows = quantizer(fmt)(weight, even)
         return (fmt.layout.to_planes(rows) if planes else rows).to(device)
     if first in weights.packed and index is not None:
         return weights.packed[first].data.roll(int(index[0]), 0)

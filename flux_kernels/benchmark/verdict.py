@@ -23,7 +23,9 @@ def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]
         steps: rows of whole steps of the same run, of one size.
     """
     if not any(row["p50_ms"] for row in rows):
-        return ["Nothing was measured, so nothing can be said.", *_failed(rows)]
+        nothing = "Nothing was measured, so nothing can be said."
+        cut = "No type was timed in every linear call of a step, so nothing is said about them."
+        return [nothing if rows else cut, *filter(None, [_step(steps)]), *_failed(rows)]
     names = list(dict.fromkeys(row["format"] for row in rows))
     found = {name: totals([row for row in rows if row["format"] == name]) for name in names}
     return [_machine(rows[0]), _step(steps) or _exact(found), _best(found), _beside(found), _price(rows), *_failed(rows)]

@@ -23,7 +23,10 @@ _CPU_SCALE = 16
 
 def bench(
     formats: Annotated[str, typer.Option(help="ggml types, comma-separated.")] = "Q4_K,Q6_K,Q8_0",
-    peers: Annotated[bool, typer.Option("--peers", help="Other libraries too, where installed.")] = False,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Other libraries too, where installed. Some compile for minutes a type: raise --minutes."),
+    ] = False,
     everything: Annotated[bool, typer.Option("--all", help="All types, all sizes of picture, all peers. Takes hours.")] = False,
     step: Annotated[
         bool, typer.Option(help="Also one step as a whole: FLUX.1-dev's on a GPU, the embedded model's on a CPU.")
@@ -168,7 +171,7 @@ def _print(console: Console, found: Found, plan: Plan, lines: list[str]) -> None
             "are not summed.",
             soft_wrap=True,
         )
-    if found.runs_late:
-        console.print(f"No time was left for: {'; '.join(found.runs_late)}.", soft_wrap=True)
+    if found.not_run:
+        console.print(f"Not run: {'; '.join(found.not_run)}.", soft_wrap=True)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

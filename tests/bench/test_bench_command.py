@@ -12,6 +12,7 @@ from flux_kernels.benchmark import session
 from flux_kernels.benchmark.record import read_csv
 from flux_kernels.benchmark.session import Plan
 from flux_kernels.cli import app
+from flux_kernels.errors import FormatError
 
 
 def bench(*arguments):
@@ -53,7 +54,7 @@ def test_a_run_for_machines_with_its_page_and_the_whole_step(tmp_path, monkeypat
     found = json.loads(result.stdout)
     assert len(found["verdict"]) == 5 and "tiny embedded model" in found["verdict"][1]
     assert len(found["linears"]) == len(read_csv(tmp_path / "card.csv"))
-    assert found["not_begun"] == dict(linear_calls=0, whole_runs=[])
+    assert found["not_run"] == dict(linear_calls=0, whole_runs=[])
     steps = read_csv(tmp_path / "card-step.csv")
     assert len(steps) == len(found["steps"]) and {row["what"] for row in steps} == {"embedded step"}
     page = (tmp_path / "a.html").read_text()
@@ -70,11 +71,13 @@ def test_a_missing_folder_is_told_before_anything_is_measured(tmp_path, monkeypa
 
 
 def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monkeypatch):
-    """Three types, each of 40 s on a clock of ours; 100 s: the third would end too late, pictures are another matter."""
+    """Three types, each of 40 s on a clock of ours; 119 s: the third would end too late, pictures of 30 s would not."""
     clock, pipelines = [0.0], []
 
     def measured(names, *_, denoising, **__):
-        clock[0] += 10 if denoising else 40
+        if names[0] == "IQ1_S":
+            raise FormatError("nothing quantizes it")
+        clock[0] += 30 if denoising else 40
         pipelines.append(denoising)
         yield dict(format=names[0], provider="torch", what="step", size="1024x1024", commit="abc")
 
@@ -82,11 +85,16 @@ def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monke
     monkeypatch.setattr(session, "measure_steps", measured)
     monkeypatch.setattr(session, "measure", lambda *_: iter(()))
     monkeypatch.setattr(session, "measure_ceilings", lambda *_: None)
-    plan = Plan(["Q4_K", "Q6_K", "Q8_0"], ["torch"], minutes=100 / 60)
+    monkeypatch.setattr(session, "_PICTURE_SECONDS", 30.0)
+    plan = Plan(["Q4_K", "IQ1_S", "Q6_K", "Q8_0"], ["torch"], minutes=119 / 60)
     told = []
     found = session.measure_all(
         plan, torch.device("cpu"), torch.float32, lambda words, done: told.append(done), lambda kind, row: None
     )
     assert [row["format"] for row in found.steps] == ["Q4_K", "Q6_K", "Q4_K"]
-    assert found.runs_late == ["whole step, Q8_0, 1024x1024"] and pipelines == [False, False, True]
+    assert found.not_run == [
+        "whole step, IQ1_S, 1024x1024 (nothing quantizes it)",
+        "whole step, Q8_0, 1024x1024 (no time was left)",
+    ]
+    assert pipelines == [False, False, True]
     assert sum(told) == plan.work(torch.device("cpu")) - 1

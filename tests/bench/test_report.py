@@ -26,6 +26,7 @@ def test_nothing_is_said_about_what_was_not_measured():
     lines = verdict([row("torch", "2"), row("ours exact", "", error="")])
     assert "not measured" in lines[1] and "not measured" in lines[3] and "not measured" in lines[4]
     assert verdict([row("torch", "")]) == ["Nothing was measured, so nothing can be said."]
+    assert verdict([]) == ["No type was timed in every linear call of a step, so nothing is said about them."]
 
 
 def test_overlapping_spreads_are_no_difference():
