@@ -21,12 +21,10 @@ from torch import Tensor
 from . import libggml, reference
 from .formats import BlockFormat
 
-CHUNK_WEIGHTS = 1 << 17  # by libggml at a time: 512 KiB in float32
-SPANS_PER_THREAD = 4  # of chunks: few, since handing one to a thread costs tens of microseconds; more than one, for balance
-UNPACK_WEIGHTS = (
-    1 << 19
-)  # by torch's operations, for each of its threads; a call of one costs as much as its work on 2^16 bytes
-UNPACK_THREADS = 8  # at most counted for that: 12 MB a kept unpacker
+CHUNK_WEIGHTS = 1 << 19  # a thread's at a time, 2 MiB in float32: a quarter of it takes a third longer, in calls from Python
+SPANS_PER_THREAD = 2  # more than one, for balance; few, since handing one to a thread costs tens of microseconds
+SPAN_WEIGHTS = 1 << 16  # at least
+UNPACK_THREADS = 8  # counted at most: torch's operations share a chunk of all threads, and 12 MB are kept for eight
 KEPT_UNPACKERS = 4  # chunk sizes whose memory a thread keeps: a full and a last chunk of two layer shapes
 _local = threading.local()
 
@@ -53,7 +51,7 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor |
         _by_libggml(routine, data, out)
         return out
     decode = _by_torch if fmt.unpacker is None else _by_unpacking
-    step = max(1, UNPACK_WEIGHTS * min(torch.get_num_threads(), UNPACK_THREADS) // k)
+    step = max(1, CHUNK_WEIGHTS * min(torch.get_num_threads(), UNPACK_THREADS) // k)
     with torch.inference_mode():  # which may write to tensors made inside and outside of it
         for start in range(0, n, step):
             decode(data[start : start + step], fmt, out[start : start + step])
@@ -84,8 +82,9 @@ def _by_libggml(routine: Routine, data: Tensor, out: Tensor) -> None:
     """Give spans of rows to as many threads as torch uses; each span goes chunk by chunk."""
     (n, row_bytes), k = data.shape, out.shape[1]
     source, target = data.data_ptr(), out.data_ptr()
-    step = max(1, CHUNK_WEIGHTS // k)
-    chunks, threads = -(-n // step), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    span = max(1, n) if threads == 1 else max(1, SPAN_WEIGHTS // k, -(-n // (SPANS_PER_THREAD * threads)))
+    step = min(span, max(1, CHUNK_WEIGHTS // k))
 
     def decode(first: int, end: int) -> None:
         if out.dtype == torch.float32:
@@ -98,12 +97,11 @@ def _by_libggml(routine: Routine, data: Tensor, out: Tensor) -> None:
                 routine(source + start * row_bytes, values.data_ptr(), rows * k)
                 out[start : start + rows].copy_(values[:rows])
 
-    if threads == 1 or chunks == 1:
+    if span >= n:
         decode(0, n)
-        return
-    span = step * -(-chunks // (SPANS_PER_THREAD * threads))
-    ends = [min(start + span, n) for start in range(0, n, span)]
-    list(_pool(threads).map(decode, range(0, n, span), ends))
+    else:
+        ends = [min(start + span, n) for start in range(0, n, span)]
+        list(_pool(threads).map(decode, range(0, n, span), ends))
 
 
 def _unpacker(fmt: BlockFormat, blocks: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -38,8 +38,8 @@ def test_bits_are_those_of_the_reference(name, dtype, threads, monkeypatch):
     """Every format, in several chunks and spans with short last ones; 16 bit is the float32 value rounded once."""
     fmt = FORMATS[name]
     data, _ = finite_rows(name, 37)
-    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 2 * fmt.row_weights(data.shape[1]))
-    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 5 * fmt.row_weights(data.shape[1]))
+    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 4 * fmt.row_weights(data.shape[1]))
+    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
     assert cpu_decode.serves(data, dtype, False)
     assert torch.equal(bits(cpu_decode.dequantize(data, fmt, dtype)), bits(reference.dequantize(data, fmt, dtype)))
 
@@ -65,7 +65,7 @@ def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
     infinities = torch.tensor([[float("inf")], [-float("inf")]]).half().view(torch.uint8)
     at = fmt.layout.offsets["d"]
     data.view(-1, fmt.type_size)[:2, at : at + 2] = infinities
-    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 7 * 1024)
+    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 7 * 1024)
     want = torch.from_numpy(oracle.dequantize(name, data.numpy(), 1024))
     assert want.isnan().any() and want.isinf().any()
     monkeypatch.setattr(cpu_decode, "_routine", lambda fmt: pytest.fail("libggml decoded instead"))
@@ -91,6 +91,7 @@ def test_a_users_defaults_and_inference_mode_change_nothing(name, threads, monke
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 40)
     monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 1024)
+    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
     monkeypatch.setattr(cpu_decode, "_local", threading.local())
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -117,6 +118,12 @@ def test_decoding_threads_leave_torchs_thread_count_alone(threads):
     assert torch.get_num_threads() == threads and later == [threads]
 
 
+@pytest.mark.parametrize("name", ["Q6_K", "Q8_0"])
+def test_no_rows_decode_to_none(name, threads):
+    data, _ = finite_rows(name, 1)
+    assert cpu_decode.dequantize(data[:0], FORMATS[name], torch.bfloat16).shape == (0, 512)
+
+
 def test_a_result_does_not_change_with_the_next_call():
     """The product is computed from a scratch that calls share; results and decoded weights are memory of their own."""
     (first, weight), (second, _) = finite_rows("Q4_K", 8), finite_rows("Q4_K", 16)
@@ -138,7 +145,7 @@ def test_planes_and_other_devices_take_the_torch_decode():
 def test_without_libggml_torch_decodes(name, threads, monkeypatch):
     cpu_decode._routine.cache_clear()
     monkeypatch.setattr(libggml, "available", lambda: False)
-    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 1024)
+    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 1024)
     data, weight = finite_rows(name, 5)
     for dtype in DTYPES:
         assert torch.equal(torch_backend.dequantize(data, FORMATS[name], dtype), weight.to(dtype))
@@ -150,7 +157,7 @@ def test_without_libggml_torch_decodes(name, threads, monkeypatch):
 def test_a_forked_child_decodes(monkeypatch):
     """Threads do not survive a fork; the child makes a pool of its own (data loaders fork)."""
     data, _ = finite_rows("Q4_K", 64)
-    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 4096)
+    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 4096)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     expected = cpu_decode.dequantize(data, FORMATS["Q4_K"], torch.float32)
     child = os.fork()
