@@ -54,6 +54,10 @@ class Blocks:
         """Return the blocks of these positions in n."""
         return Blocks(self.x[..., columns], None if self.w is None else self.w[..., columns])
 
+    def repeated(self, times: int) -> Blocks:
+        """Return all blocks so many times, one set of them after another: to try as many candidates at once."""
+        return Blocks(self.x.repeat(1, 1, times), None if self.w is None else self.w.repeat(1, 1, times))
+
     def scratch(self, index: int) -> Tensor:
         """Return one of two buffers like x, for what does not outlive a function: fresh memory costs as much as arithmetic."""
         return self._scratch[index]
@@ -99,9 +103,20 @@ def total(t: Tensor, dim: int = 1) -> Tensor:
     return t
 
 
+def outermost(t: Tensor, dim: int) -> Tensor:
+    """Return the value of the largest magnitude along `dim`, with its sign."""
+    low, high = t.amin(dim, keepdim=True), t.amax(dim, keepdim=True)
+    return torch.lerp(high, low, improvement(low, -high))
+
+
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """Divide a by b >= 0; 0 where b is 0."""
     return torch.sign(b) * a / b.clamp(min=1e-37)
+
+
+def signed_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Divide a by b of either sign; 0 where b is 0."""
+    return torch.sign(b) * a / b.abs().clamp(min=1e-37)
 
 
 def improvement(new: Tensor, old: Tensor) -> Tensor:
@@ -117,9 +132,23 @@ def keep(best: list[Tensor], found: list[Tensor]) -> list[Tensor]:
     return best
 
 
+def best_of(found: list[Tensor], times: int) -> list[Tensor]:
+    """Keep the best of what was found for `repeated` blocks."""
+    first, *others = zip(*(t.chunk(times, -1) for t in found), strict=True)
+    best = [t.clone() for t in first]
+    for other in others:
+        keep(best, list(other))
+    return best
+
+
 def chosen(mask: Tensor) -> Tensor:
     """Return the positions of what is not 0 in a mask [1, 1, n]: [columns]."""
     return mask.flatten().nonzero().flatten()
+
+
+def portions(columns: Tensor, b: Blocks) -> tuple[Tensor, ...]:
+    """Cut columns so that sixteen or more copies of a portion are about as many blocks as b; none where there are none."""
+    return columns.split(max(1, b.x.shape[2] // 16)) if columns.numel() else ()
 
 
 def put_better(best: list[Tensor], found: list[Tensor], columns: Tensor) -> None:

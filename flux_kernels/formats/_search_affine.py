@@ -13,8 +13,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._search import HALF_STEP, Blocks, half, half_above, improvement, keep, nonzero, ratio, refitted, round_to, total
+from ._search import (
+    HALF_STEP,
+    Blocks,
+    best_of,
+    chosen,
+    half,
+    half_above,
+    improvement,
+    keep,
+    nonzero,
+    outermost,
+    portions,
+    put_better,
+    ratio,
+    refitted,
+    round_to,
+    signed_ratio,
+    total,
+)
 
+_THOROUGH_SUPERS = 4  # values of d and of dmin in a thorough search
 _DEGENERATE = 1e-6  # what float32's rounding may leave of a difference that is 0, relative to its terms
 
 Shrinks = Sequence[tuple[float, float]]  # fractions of the range by which the two ends of a grid are drawn in
@@ -93,6 +112,9 @@ class SuperAffineSearch:
         levels: largest sc and m.
         shrinks: the grids of the first search.
         weighted_shrinks: more of them for where there is importance and the outermost weights may not be the ones that count.
+        other: finds one more (d, dmin, sc, m) to try, `exact` where asked to be.
+        other_always: whether it is asked without importance too, or only about hard blocks.
+        hard: a block is searched more thoroughly where its error is so many times that before anything was rounded.
         supers: (stretch, reach) by which d is tried: scales times stretch, the widest as reach * d.
         phase: least dmin, as a fraction of the widest scale: offsets also shift a grid against its weights.
         turns: neighbourhood searches, each followed by a fit of d and dmin.
@@ -101,22 +123,31 @@ class SuperAffineSearch:
     top: int
     levels: int
     shrinks: Shrinks
+    other: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    other_always: bool = True
     weighted_shrinks: Shrinks = ()
     turns: int = 1
     phase: float = 0.0
     supers: Sequence[tuple[float, int]] = ()
-    other: Callable[[Blocks], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    hard: float = 1.2
 
     def __call__(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return d, dmin [1, 1, n], sc, m [G, 1, n] and codes [G, B, n]."""
         fits = self._fits(b)
-        d, dmin = self._first_super_scales(b, fits)
+        _, scale, offset = self._best_fit(b, fits)
+        d, dmin = self._first_super_scales(b, scale, offset)
         sc, m = self._best_start(b, fits, d, dmin)
         best = self._moved(b, d, dmin, sc, m)
-        if self.other is not None:
-            d, dmin, sc, m = self.other(b)
-            d, sc = d.clamp(min=HALF_STEP), sc.clamp(min=1)
-            keep(best, [total(error_of(b, d * sc, dmin * m, self.top), 0), d, dmin, sc, m])
+        if b.w is not None or self.other_always:
+            keep(best, self._other(b, exact=False))
+        ideal = total(error_of(b, nonzero(scale), offset, self.top), 0)
+        hard = chosen(improvement(ideal * self.hard, best[0]))
+        for columns in portions(hard, b):
+            part = b.take(columns)
+            put_better(best, keep(self._thorough(part, bounded=True), self._other(part, exact=True)), columns)
+            positive = columns[(part.x.amin((0, 1)) > 0)]
+            if positive.numel():
+                put_better(best, self._thorough(b.take(positive), bounded=False), positive)
         _, d, dmin, sc, m = best
         q = codes(b.x, d * sc, dmin * m, self.top)
         worth = b.worth(q * (d * sc) - dmin * m)
@@ -142,28 +173,53 @@ class SuperAffineSearch:
         for t, value in ((sc, self.levels), (m, 1), (q, self.top)):
             t.lerp_(torch.full_like(c, value), constant)
 
-    def _fits(self, b: Blocks) -> list[list[Tensor]]:
-        """Fit each sub-block on its own from every grid: (loss, scale, offset), each [G, 1, n]."""
-        low = b.x.amin(1, keepdim=True).clamp_(max=0)
+    def _other(self, b: Blocks, exact: bool) -> list[Tensor]:
+        """Judge what `other` finds: the error of each block, d, dmin, sc and m."""
+        d, dmin, sc, m = self.other(b, exact=exact)
+        d, sc = d.clamp(min=HALF_STEP), sc.clamp(min=1)
+        return [total(error_of(b, d * sc, dmin * m, self.top), 0), d, dmin, sc, m]
+
+    def _thorough(self, b: Blocks, bounded: bool) -> list[Tensor]:
+        """Try many pairs of d and dmin, for each of them every fit in every sub-block, and improve what that gives.
+
+        For blocks where rounding d, dmin, sc and m is much of the error: few weights other than 0, few values, nearly equal
+        ones. Where all weights are positive, offsets need not be `bounded` and dmin is negative.
+        """
+        fits = self._fits(b, bounded)
+        _, scale, offset = self._best_fit(b, fits)
+        widest, farthest = scale.amax(0, keepdim=True), outermost(offset, 0)
+        dmins = [half(farthest / (self.levels - step)) for step in range(_THOROUGH_SUPERS - 1)]
+        pairs = []
+        for step in range(_THOROUGH_SUPERS):
+            d = half_above(widest / (self.levels - step)).clamp_(min=HALF_STEP)
+            short = self._short(d)
+            pairs += [(short, half(short * self.top)), *((d, dmin) for dmin in dmins)]
+        d, dmin = (torch.cat(ts, -1) for ts in zip(*pairs, strict=True))
+        wide = b.repeated(len(pairs))
+        fits = [[t.repeat(1, 1, len(pairs)) for t in fit] for fit in fits]
+        return best_of(self._moved(wide, d, dmin, *self._best_start(wide, fits, d, dmin)), len(pairs))
+
+    def _short(self, d: Tensor) -> Tensor:
+        """Round d so that fp16 holds its product with `top`: zeros are met exactly where dmin * m is d * sc * top."""
+        spread = d * (2.0 ** (13 + self.top.bit_length()) + 1)  # what is subtracted again takes the low bits of d along
+        return half(spread - (spread - d)).clamp_(min=HALF_STEP)
+
+    def _fits(self, b: Blocks, bounded: bool = True) -> list[list[Tensor]]:
+        """Fit each sub-block on its own from every grid: (loss, scale, offset), each [G, 1, n]; a `bounded` offset is >= 0."""
+        low = b.x.amin(1, keepdim=True)
+        low = low.clamp_(max=0) if bounded else low
         span = b.x.amax(1, keepdim=True) - low
         fits = []
         for bottom, up in (*self.shrinks, *(self.weighted_shrinks if b.w is not None else ())):
             q = codes(b.x, span * ((1 - bottom - up) / self.top), -low - bottom * span, self.top)
             wq, wxq, wqq = b.products(q)
-            scale, offset = solve(b, wq, wxq, wqq, bounded=True)
+            scale, offset = solve(b, wq, wxq, wqq, bounded)
             loss = offset * b.sum_x - scale * wxq  # the squared error less sum(w * x^2), at a least squares solution
             fits.append([loss, scale, offset])
         return fits
 
-    def _first_super_scales(self, b: Blocks, fits: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    def _first_super_scales(self, b: Blocks, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         """Choose d and dmin, [1, 1, n], by the error of the best fits rounded to multiples of them."""
-        noise = _DEGENERATE * total(
-            b.weighted(b.x * b.x)
-        )  # of equals (few weights not 0, say) the first has the simplest ratios
-        best = [t.clone() for t in fits[0]]
-        for loss, *found in fits[1:]:
-            keep(best, [loss + noise, *found])
-        _, scale, offset = best
         widest = scale.amax(0, keepdim=True)
         dmin = half_above(torch.maximum(offset.amax(0, keepdim=True) / self.levels, widest * self.phase))
         trials: list[Tensor] = []
@@ -173,6 +229,14 @@ class SuperAffineSearch:
             found = [total(error_of(b, d * sc, dmin * m, self.top), 0), d]
             trials = keep(trials, found) if trials else found
         return trials[1], dmin
+
+    def _best_fit(self, b: Blocks, fits: list[list[Tensor]]) -> list[Tensor]:
+        """Return the best of the fits; of equals (few weights not 0, say) the first has the simplest ratios."""
+        noise = _DEGENERATE * total(b.weighted(b.x * b.x))
+        best = [t.clone() for t in fits[0]]
+        for loss, *found in fits[1:]:
+            keep(best, [loss + noise, *found])
+        return best
 
     def _best_start(self, b: Blocks, fits: list[list[Tensor]], d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
         """Return the (sc, m), each [G, 1, n], of the fit that stands rounding best."""
@@ -185,12 +249,12 @@ class SuperAffineSearch:
 
     def _rounded(self, scale: Tensor, offset: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
         """Round to (sc, m); with sc = 0 the codes could say nothing."""
-        return round_to(scale / d, 1, self.levels), round_to(ratio(offset, dmin), 0, self.levels)
+        return round_to(scale / d, 1, self.levels), round_to(signed_ratio(offset, dmin), 0, self.levels)
 
     def _best_neighbours(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> list[Tensor]:
         """Return the error of and the best (sc, m) of 3 x 3, m moving along with sc so that the middle of the grid stays."""
         best = [error_of(b, d * sc, dmin * m, self.top), sc.clone(), m.clone()]
-        slope = ratio(d * total(b.weighted(codes(b.x, d * sc, dmin * m, self.top))), dmin * b.sum_w)
+        slope = signed_ratio(d * total(b.weighted(codes(b.x, d * sc, dmin * m, self.top))), dmin * b.sum_w)
         for step in (0, -1, 1):
             new_sc = (sc + step).clamp_(1, self.levels)
             centre = ((new_sc - sc) * slope + m).round_()

@@ -12,7 +12,23 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ._search import Blocks, chosen, half, half_above, improvement, keep, nonzero, put_better, ratio, refitted, round_to, total
+from ._search import (
+    Blocks,
+    best_of,
+    chosen,
+    half,
+    half_above,
+    improvement,
+    keep,
+    nonzero,
+    outermost,
+    portions,
+    put_better,
+    ratio,
+    refitted,
+    round_to,
+    total,
+)
 
 _THOROUGH_SUPERS = 6  # of either way to choose a d
 
@@ -80,12 +96,6 @@ def fitted(b: Blocks, y: Tensor) -> Tensor:
     """Return the scale of the smallest squared error for levels y: [G, 1, n]."""
     _, xy, yy = b.products(y)
     return ratio(xy, yy)
-
-
-def outermost(t: Tensor, dim: int) -> Tensor:
-    """Return the value of the largest magnitude along `dim`, with its sign."""
-    low, high = t.amin(dim, keepdim=True), t.amax(dim, keepdim=True)
-    return torch.lerp(high, low, improvement(low, -high))
 
 
 @dataclass(frozen=True)
@@ -165,9 +175,9 @@ class SuperScaleSearch:
         if b.w is not None:
             keep(best, self._moved_other(b))
         hard = chosen(improvement(ideal * self.hard, best[0]) + b.one_sided())
-        if hard.numel():
-            part = b.take(hard)
-            put_better(best, keep(self._thorough(part), self._moved_other(part)), hard)
+        for columns in portions(hard, b):
+            part = b.take(columns)
+            put_better(best, keep(self._thorough(part), self._moved_other(part)), columns)
         _, d, sc = best
         y = snapped(b, d * sc, self.snap)
         sc = sc * improvement(b.error(d * sc * y), b.error(torch.zeros_like(y)))  # levels need not include 0
@@ -200,15 +210,15 @@ class SuperScaleSearch:
         """Try more d, and for each of them every fit in every sub-block: where rounding d and sc is most of the error."""
         peak = nonzero(outermost(b.x, 1))
         fits = [nonzero(fitted(b, snapped(b, peak * (1 / start), self.snap))) for start in self.thorough_starts]
-        best: list[Tensor] = []
-        for fit in fits[:: len(fits) // _THOROUGH_SUPERS]:
-            widest = outermost(fit, 0)
-            for reach in range(self.reach, self.reach - _THOROUGH_SUPERS, -1):
-                d = nonzero(half(widest / -reach))
-                _, scale = best_scale(b, self.snap, (d * self._legal(fit / d) for fit in fits))
-                found = self._moved(b, d, self._legal(scale / d))
-                best = keep(best, found) if best else found
-        return best
+        trials = [
+            nonzero(half(outermost(fit, 0) / -(self.reach - step)))
+            for fit in fits[:: len(fits) // _THOROUGH_SUPERS]
+            for step in range(_THOROUGH_SUPERS)
+        ]
+        wide, d = b.repeated(len(trials)), torch.cat(trials, -1)
+        scales = (d * self._legal(fit.repeat(1, 1, len(trials)) / d) for fit in fits)
+        _, scale = best_scale(wide, self.snap, scales)
+        return best_of(self._moved(wide, d, self._legal(scale / d)), len(trials))
 
     def _moved(self, b: Blocks, d: Tensor, sc: Tensor) -> list[Tensor]:
         """Improve (d, sc) in turns: sc by its neighbours, d by a fit; return the error of each block and both."""

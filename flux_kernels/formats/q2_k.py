@@ -53,6 +53,7 @@ SEARCH = SuperAffineSearch(
     weighted_shrinks=[(low, high) for low in (-0.05, 0.18, 0.27) for high in (-0.05, 0.18, 0.27)],
     supers=((1, 15), (3 / 2, 15), (1, 14), (1, 13)),
     phase=0.05,
+    other_always=False,
     other=partial(super_affine, top=3, levels=15, plain=[-0.5 + 0.1 * i for i in range(16)], weighted=WEIGHTED_GRIDS),
 )
 

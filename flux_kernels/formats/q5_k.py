@@ -56,6 +56,7 @@ SEARCH = SuperAffineSearch(
     weighted_shrinks=[(low, high) for low in (0, 0.05, 0.1) for high in (0, 0.05, 0.1)],
     supers=((1, 63), (31 / 30, 63), (1, 62), (1, 61)),
     phase=0.2,
+    hard=1.25,
     other=partial(super_affine, top=31, levels=63, plain=[-0.5 + 0.1 * i for i in range(16)], weighted=WEIGHTED_GRIDS),
 )
 

@@ -51,6 +51,7 @@ SEARCH = SuperScaleSearch(
     starts=(-32, -33, -32.5, -31.5, -31, -30.5, -30, -29.5, -29),
     weighted_starts=[-25 - 0.4 * i for i in range(10)],
     thorough_starts=[-33.5 + 0.15 * i for i in range(36)],
+    hard=1.1,
     reach=128,
     supers=((1, 128), (32 / 31, 128), (1, 127), (1, 126), (1, 125)),
     moves=(-2, -1, 1, 2),
