@@ -18,7 +18,7 @@ from .memory import extra_peak, free_bytes
 from .providers import PROVIDERS, Unavailable
 from .step_inputs import StepConfig, StepInputs, step_inputs
 from .step_model import StepModel
-from .step_weights import StepWeights, build, build_reference, make_weights
+from .step_weights import StepWeights, build, build_reference, make_layer, make_weights
 
 COLUMNS = ("format", "provider", "what", "size", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "weight_bytes", "error", "note")
 DENOISING = ("denoising", "denoising, model offload")
@@ -116,11 +116,20 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
     free, whole = free_bytes(device), weights.nbytes(unquantized=True)
     reuse = free is not None and whole + working > free
     second = [name for name in providers if not name.startswith("ours ") and name not in ("torch", "dequantize")]
-    if not second or not any(one.planes for one in weights.packed.values()):
+    if not any(_is_there(name, weights) for name in second) or not any(one.planes for one in weights.packed.values()):
         return reuse, [providers]
     if free is None or weights.nbytes() + working + (0 if reuse else whole) <= free:
         return reuse, [providers]
     return reuse, [[name for name in providers if name not in second], ["torch", *second]]
+
+
+def _is_there(provider: str, weights: StepWeights) -> bool:
+    """Tell whether a provider makes a layer of the smallest weight: a round for one that is not installed would be wasted."""
+    try:
+        make_layer(provider, min(weights.packed.values(), key=lambda one: one.data.nbytes), "")
+    except Unavailable:
+        return False
+    return True
 
 
 def is_ours_to_mend(provider: str, problem: Exception) -> bool:

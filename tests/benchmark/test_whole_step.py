@@ -9,6 +9,7 @@ import torch
 
 from flux_kernels.base_pipeline import one_thread
 from flux_kernels.benchmark import step_jobs, step_timing, whole_step
+from flux_kernels.benchmark.providers import PROVIDERS, Unavailable
 from flux_kernels.benchmark.record import read_csv
 from flux_kernels.benchmark.step_inputs import StepConfig, step_inputs
 from flux_kernels.benchmark.step_jobs import Job, true_size
@@ -142,6 +143,18 @@ def test_two_arrangements_of_the_rows_go_in_rounds_where_they_do_not_fit(monkeyp
     assert seen == ([whole] if rounds == 1 else [["torch", "ours exact", "ours int8"], ["torch", "diffusers"]])
     assert len(rows) == 4 and all(row["p50_ms"] for row in rows.values())
     assert ("in a round of its own" in rows["diffusers"]["note"]) == (rounds == 2)
+
+
+def test_no_round_is_made_for_what_is_not_installed(monkeypatch, planes):
+    def absent(problem):
+        raise Unavailable("not installed: diffusers")
+
+    monkeypatch.setitem(PROVIDERS, "diffusers", replace(PROVIDERS["diffusers"], make=absent))
+    monkeypatch.setattr(step_timing, "free_bytes", lambda _: 0)
+    said = []
+    rows = list(measure_format(CASE, "Q8_0", ["torch", "diffusers", "ours exact"], CPU, torch.float32, 1, said.append))
+    assert sum("timing" in text for text in said) == 1
+    assert [row["note"] for row in rows if row["provider"] == "diffusers"] == ["not installed: diffusers"]
 
 
 def test_a_failure_of_another_library_is_a_note_and_one_of_ours_an_error(monkeypatch):
