@@ -21,6 +21,8 @@ from .formats import BlockFormat
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (7, 5)  # Turing: Triton unpacks, cuBLAS multiplies
+_AMD_MATRIX_CORES = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # CDNA 2 and RDNA 3 on; AMD's instruction set manuals
+_EVERYWHERE = 'Use backend="auto" with compute="exact", which runs everywhere'
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ def _triton_refusal(device: torch.device, fmt: BlockFormat) -> str | None:
 
 
 @cache
+def _architecture(device: torch.device) -> str:
+    return torch.cuda.get_device_properties(device).gcnArchName
+
+
+@cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -88,28 +95,35 @@ def check_names(backend: str, compute: str = "exact") -> None:
 def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) -> Backend:
     """Return the backend that runs `fmt` on `device`; raise BackendUnavailable with the reason where none can.
 
-    "auto" takes Triton on an accelerator where it runs, else torch, unless the compute mode leaves only one of them. It
-    never takes Triton's interpreter on the CPU, which is for tests of kernels.
+    "auto" takes Triton on an accelerator where it runs, else torch for "exact"; torch's twins of the other modes are many times
+    slower than "exact", so on an accelerator they have to be named. It never takes Triton's interpreter on the CPU, which is
+    for tests of kernels.
     """
     check_names(backend, compute)
     if backend != "auto":
         named = [BACKENDS[backend]]
+    elif device.type == "cpu":
+        named = [BACKENDS["torch"]]
     else:
-        named = [BACKENDS["torch"]] if device.type == "cpu" else list(BACKENDS.values())
+        named = list(BACKENDS.values()) if compute == "exact" else [BACKENDS["triton"]]
     reasons = []
     for candidate in named:
         reason = _mode_refusal(candidate, compute, device) or candidate.refusal(device, fmt)
         if reason is None:
             return candidate
         reasons.append(f'backend="{candidate.name}" cannot run: {reason}.')
-    raise BackendUnavailable(" ".join([*reasons, 'Use backend="auto" with compute="exact", which runs everywhere.']))
+    raise BackendUnavailable(" ".join([*reasons, f"{_EVERYWHERE}."]))
 
 
 def _mode_refusal(backend: Backend, compute: str, device: torch.device) -> str | None:
     if compute not in backend.computes:
         return f'compute="{compute}" is not implemented there (it has {", ".join(backend.computes)})'
-    if backend.name != "triton" or compute == "exact" or device.type != "cuda" or torch.version.hip:
+    if backend.name != "triton" or compute == "exact" or device.type != "cuda":
         return None
+    if torch.version.hip:
+        if _architecture(device).startswith(_AMD_MATRIX_CORES):
+            return None
+        return f'compute="{compute}" needs matrix cores (Instinct MI200, RX 7000 or newer); {device} is {_architecture(device)}'
     if _capability(device) < TENSOR_CORE_CAPABILITY:
         return f'compute="{compute}" needs tensor cores that Triton supports (an RTX 30 card or newer); {device} is older'
     return None
@@ -144,9 +158,15 @@ def execution_devices(device: torch.device) -> list[torch.device]:
 
 
 def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockFormat) -> None:
-    """Raise BackendUnavailable where a layer now on `device` could run nowhere it may be moved to."""
+    """Raise BackendUnavailable where a layer now on `device` could run nowhere it may be moved to.
+
+    A faster mode is asked for because of an accelerator: where there is one, it is the one that has to run it.
+    """
+    candidates = execution_devices(device)
+    if compute != "exact" and backend == "auto":
+        candidates = candidates[1:] or candidates
     failures = []
-    for candidate in execution_devices(device):
+    for candidate in candidates:
         try:
             resolve(backend, compute, candidate, fmt)
             return

@@ -7,13 +7,15 @@ out of the int8 product and computed in 16 bit, k channels cost k / K of the lay
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .calibration import listen, plain_name
 from .compute import group_width
 from .errors import FormatError
-from .fused_linear import FusedLinear, FusedPart
+from .fused_linear import FusedLinear
 from .linear import GGUFLinear
 from .low_rank import check_outliers
 
@@ -62,7 +64,12 @@ def keep_outliers(model: nn.Module, channels: Mapping[str, Tensor]) -> None:
     Raises:
         FormatError: for a name that is no packed layer, channels that do not fit, and layers that are offloaded now.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    layers = {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    if not isinstance(channels, Mapping):
+        raise FormatError(
+            f"channels is a map of layer names to channels, got {type(channels).__name__}; an empty map undoes all."
+        )
+    channels = {plain_name(name): torch.as_tensor(index) for name, index in channels.items()}
     for name, index in channels.items():
         layer = layers.get(name)
         if layer is None:
@@ -86,16 +93,12 @@ class ChannelSizes:
     def __init__(self, layers: Mapping[str, GGUFLinear]):
         """Start to listen; call `remove` when the model has run."""
         self.sums: dict[str, tuple[Tensor, int]] = {}
-        listened = ((name, layer) for name, layer in layers.items() if not isinstance(layer, (FusedLinear, FusedPart)))
-        self._hooks = [layer.register_forward_pre_hook(self._listen(name)) for name, layer in listened]
+        listened = ((name, layer) for name, layer in layers.items() if not isinstance(layer, FusedLinear))
+        self._hooks = [listen(layer, partial(self._add, name)) for name, layer in listened]
 
-    def _listen(self, name: str):
-        def hook(layer: GGUFLinear, arguments: tuple) -> None:
-            x = arguments[0].detach().reshape(-1, layer.in_features)
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + x.float().square().sum(0).double(), count + x.shape[0])
-
-        return hook
+    def _add(self, name: str, x: Tensor) -> None:
+        total, count = self.sums.get(name, (0.0, 0))
+        self.sums[name] = (total + x.float().square().sum(0).double(), count + x.shape[0])
 
     def remove(self) -> None:
         """Stop listening."""

@@ -153,3 +153,82 @@ def test_channels_that_do_not_fit_change_nothing(model, channels, message):
     assert model.first.outlier_index is None
     with pytest.raises(fk.FormatError, match="share of the channels"):
         fk.fidelity(model, {"input": activations()}, outliers=16)
+
+
+# inputs and names
+
+
+def calls_of(model: nn.Module) -> list:
+    x = activations()
+    return [x, (x,), {"input": x}, [x, (x,), {"input": x}], lambda: model(x)]
+
+
+@pytest.mark.parametrize("way", range(5))
+def test_calls_may_be_given_in_any_way(model, way):
+    assert {row.layer for row in fk.fidelity(model, calls_of(model)[way]).rows} == {"first", "second"}
+
+
+def test_a_layer_called_by_keyword_is_measured(model):
+    assert len(fk.fidelity(model.first, {"input": activations()}, "int8").rows) == 1
+
+
+def test_few_tokens_show_what_the_mode_would_cost(model):
+    """Up to 16 rows run as exact: measured as such, a small sample would make every layer look perfect in int8."""
+    x = activations()
+    errors = [{row.compute: row.relative_error for row in fk.fidelity(model.first, tokens).rows} for tokens in (x[:8], x[:32])]
+    assert errors[0]["int8"] == pytest.approx(errors[1]["int8"], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(inputs=None), "inputs are keyword arguments .* got NoneType"),
+        (dict(inputs=[]), "empty list"),
+        (dict(inputs=[1]), "one of the calls is a int"),
+        (dict(inputs=lambda: None), "ran no packed layer"),
+        (dict(inputs=torch.zeros(1, 512), outliers="0.01"), "outliers is a share"),
+        (dict(inputs=torch.zeros(1, 512), outliers=1), "outliers is a share"),
+    ],
+)
+def test_wrong_arguments_are_said(model, arguments, message):
+    with pytest.raises(fk.FormatError, match=message):
+        fk.fidelity(model, **arguments)
+    assert not model.first._forward_pre_hooks
+
+
+def test_wrong_modes_thresholds_and_maps_are_said(model):
+    with pytest.raises(fk.BackendUnavailable, match="Unknown compute mode 'int4'"):
+        fk.fidelity(model, activations(), "int4")
+    report = fk.fidelity(model, activations())
+    for threshold in (2, -1, float("nan"), "0.01", True):
+        with pytest.raises(fk.FormatError, match="threshold is a fraction"):
+            report.modes(threshold)
+    with pytest.raises(fk.FormatError, match="channels is a map"):
+        fk.keep_outliers(model, None)
+    with pytest.raises(fk.FormatError, match="torch module"):
+        fk.fidelity(None, activations())
+
+
+def test_a_map_made_under_adapters_and_compilation_fits_the_bare_model(model):
+    peft = pytest.importorskip("peft")
+    plain = fk.fidelity(model, activations()).modes(0.01)
+    compiled = torch.compile(model, backend="eager")
+    assert fk.fidelity(compiled, activations()).modes(0.01) == plain
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["first", "second"], r=4), model)
+    modes = fk.fidelity(model, activations()).modes(0.01)
+    assert modes == plain
+    assert "matched no" not in str(fk.swap_linear(model, "torch", modes))
+
+
+def test_channels_that_are_kept_already_are_measured(model):
+    x = outlying_activations()
+    report = fk.fidelity(model.first, x, outliers=0.05)
+    assert report.outliers(0.01)
+    fk.keep_outliers(model.first, report.outliers(0.01))
+    again = fk.fidelity(model.first, x)
+    assert again.modes(0.01) == report.modes(0.01) and again.outliers(0.01).keys() == report.outliers(0.01).keys()
+
+
+def test_an_offloaded_layer_is_refused(model):
+    with pytest.raises(fk.FormatError, match="offloaded. Measure before"):
+        fk.fidelity(model.to("meta"), activations())

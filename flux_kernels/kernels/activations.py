@@ -1,6 +1,6 @@
 """Prepare activations for the faster matrix units: int8 with group scales, or fp16 with a power-of-two scale per token.
 
-Torch twins of both stand in flux_kernels/modes.py; the interpreter tests hold them to the same bits.
+Torch twins of both stand in flux_kernels/low_precision.py; the interpreter tests hold them to the same bits.
 """
 
 from __future__ import annotations
