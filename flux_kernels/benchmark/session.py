@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
+from ..base_pipeline import one_thread
 from ..errors import FormatError
 from .ceilings import Ceilings, measure_ceilings
 from .linears import measure
@@ -92,7 +94,15 @@ class Found:
 
 
 def measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell, on_row: OnRow) -> Found:
-    """Measure the linear calls, then the whole steps; every row is given to `on_row` as soon as it is there."""
+    """Measure the linear calls, then the whole steps; every row is given to `on_row` as soon as it is there.
+
+    A CPU works on one thread: the shapes are small there, and on a busy machine several would wait for each other most of the time.
+    """
+    with one_thread() if device.type == "cpu" else nullcontext():
+        return _measure_all(plan, device, dtype, tell, on_row)
+
+
+def _measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell, on_row: OnRow) -> Found:
     started, limit = time.monotonic(), float("inf") if plan.minutes is None else 60 * plan.minutes
     tell("ceilings", 0)
     found = Found(origin(device), measure_ceilings(device, dtype))
