@@ -12,7 +12,12 @@ from .plot_style import FAINT, INK, finished, label, log_scale, look, panels, pr
 _SPREAD = 1.6  # how far apart the sides of one M are drawn, as a factor
 _DOT = dict(linestyle="", markersize=5, alpha=0.75)
 _FORMAT_MARKS = "osD^vP*X<>hpd8"
-_KINDS = {"step": "one step of FLUX.1-dev", "embedded step": "one step of the tiny embedded model"}
+_KINDS = {
+    "step": "one step of FLUX.1-dev",
+    "embedded step": "one step of the tiny embedded model",
+    "denoising": "pictures of the tiny embedded model",
+    "denoising, model offload": "the same, with model offload",
+}
 _BYTES = dict(peak_bytes="full", weight_bytes="none")
 _TFLOPS = "TFLOP/s: million million operations a second"
 _ROWS = "rows M of the layer's input: image and text tokens (M = 1: one vector for the whole picture)"

@@ -83,7 +83,7 @@ def test_memory_shows_weights_and_peak_of_every_kind_of_run(drawn):
     ]
     rows[0]["peak_bytes"] = ""
     check(memory_against_time([*rows, step_row("diffusers", "", 5.0)]), drawn[0])
-    assert [axes.get_title() for axes in drawn[0].axes] == ["one step of FLUX.1-dev", "denoising"]
+    assert [axes.get_title() for axes in drawn[0].axes] == ["one step of FLUX.1-dev", "pictures of the tiny embedded model"]
     marks = [(one.get_fillstyle(), one.get_ydata()[0]) for one in drawn[0].axes[0].get_lines() if one.get_marker() != "None"]
     assert marks == [("none", 10.0), ("full", 12.0), ("none", 10.0)]
     assert "GB" in drawn[0]._supylabel.get_text()
