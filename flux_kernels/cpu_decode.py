@@ -24,7 +24,7 @@ from .formats import BlockFormat
 CHUNK_WEIGHTS = 1 << 19  # a thread's at a time, 2 MiB in float32: a quarter of it takes a third longer, in calls from Python
 SPANS_PER_THREAD = 2  # more than one, for balance; few, since handing one to a thread costs tens of microseconds
 SPAN_WEIGHTS = 1 << 16  # at least
-UNPACK_THREADS = 8  # counted at most: torch's operations share a chunk of all threads, and 12 MB are kept for eight
+UNPACK_WEIGHTS = 1 << 20  # the same by unpacking, whose many short operations each wait for the interpreter's lock
 KEPT_UNPACKERS = 4  # chunk sizes whose memory a thread keeps: a full and a last chunk of two layer shapes
 _local = threading.local()
 
@@ -47,24 +47,20 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor |
     n, k = data.shape[0], fmt.row_weights(data.shape[1])
     out = torch.empty(n, k, dtype=dtype, device="cpu") if out is None else out
     routine = _routine(fmt) if fmt.unpacker is None else None
-    if routine is not None:
-        _by_libggml(routine, data, out)
-        return out
-    decode = _by_torch if fmt.unpacker is None else _by_unpacking
-    step = max(1, CHUNK_WEIGHTS * min(torch.get_num_threads(), UNPACK_THREADS) // k)
-    with torch.inference_mode():  # which may write to tensors made inside and outside of it
+    if fmt.unpacker is not None:
+        _in_threads(n, k, UNPACK_WEIGHTS, lambda first, end: _by_unpacking(data[first:end], fmt, out[first:end]))
+    elif routine is not None:
+        _in_threads(n, k, CHUNK_WEIGHTS, lambda first, end: _by_libggml(routine, data[first:end], out[first:end]))
+    else:
+        step = max(1, CHUNK_WEIGHTS * torch.get_num_threads() // k)
         for start in range(0, n, step):
-            decode(data[start : start + step], fmt, out[start : start + step])
+            out[start : start + step].copy_(reference.decode_rows(data[start : start + step], fmt))
     return out
 
 
 def weight_scratch(n: int, k: int, dtype: torch.dtype) -> Tensor:
     """Return this thread's scratch as [n, k] of `dtype`: fresh memory for every call costs more than the decode itself."""
     return _memory("weight", n * k * dtype.itemsize).view(dtype).view(n, k)
-
-
-def _by_torch(data: Tensor, fmt: BlockFormat, out: Tensor) -> None:
-    out.copy_(reference.decode_rows(data, fmt))
 
 
 def _by_unpacking(data: Tensor, fmt: BlockFormat, out: Tensor) -> None:
@@ -79,29 +75,30 @@ def _by_unpacking(data: Tensor, fmt: BlockFormat, out: Tensor) -> None:
 
 
 def _by_libggml(routine: Routine, data: Tensor, out: Tensor) -> None:
-    """Give spans of rows to as many threads as torch uses; each span goes chunk by chunk."""
-    (n, row_bytes), k = data.shape, out.shape[1]
-    source, target = data.data_ptr(), out.data_ptr()
+    values = out if out.dtype == torch.float32 else _floats(out.numel()).view(out.shape)
+    routine(data.data_ptr(), values.data_ptr(), out.numel())
+    if values is not out:
+        out.copy_(values)
+
+
+def _in_threads(n: int, k: int, weights: int, decode: Callable[[int, int], None]) -> None:
+    """Give spans of rows to as many threads as torch uses; each decodes (first row, end) of its span chunk by chunk.
+
+    Torch's own threads would meet after every operation: where cores are busy with other work, that took up to 100 times as long.
+    """
     threads = torch.get_num_threads()
     span = max(1, n) if threads == 1 else max(1, SPAN_WEIGHTS // k, -(-n // (SPANS_PER_THREAD * threads)))
-    step = min(span, max(1, CHUNK_WEIGHTS // k))
+    step = min(span, max(1, weights // k))
 
-    def decode(first: int, end: int) -> None:
-        if out.dtype == torch.float32:
-            routine(source + first * row_bytes, target + 4 * first * k, (end - first) * k)
-            return
-        values = _floats(step * k).view(step, k)
-        with torch.inference_mode():
-            for start in range(first, end, step):
-                rows = min(step, end - start)
-                routine(source + start * row_bytes, values.data_ptr(), rows * k)
-                out[start : start + rows].copy_(values[:rows])
+    def run(first: int) -> None:
+        with torch.inference_mode():  # which may write to tensors made inside and outside of it
+            for start in range(first, min(first + span, n), step):
+                decode(start, min(start + step, first + span, n))
 
     if span >= n:
-        decode(0, n)
+        run(0)
     else:
-        ends = [min(start + span, n) for start in range(0, n, span)]
-        list(_pool(threads).map(decode, range(0, n, span), ends))
+        list(_pool(threads).map(run, range(0, n, span)))
 
 
 def _unpacker(fmt: BlockFormat, blocks: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -39,6 +39,7 @@ def test_bits_are_those_of_the_reference(name, dtype, threads, monkeypatch):
     fmt = FORMATS[name]
     data, _ = finite_rows(name, 37)
     monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 4 * fmt.row_weights(data.shape[1]))
+    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 4 * fmt.row_weights(data.shape[1]))
     monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
     assert cpu_decode.serves(data, dtype, False)
     assert torch.equal(bits(cpu_decode.dequantize(data, fmt, dtype)), bits(reference.dequantize(data, fmt, dtype)))
@@ -65,7 +66,8 @@ def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
     infinities = torch.tensor([[float("inf")], [-float("inf")]]).half().view(torch.uint8)
     at = fmt.layout.offsets["d"]
     data.view(-1, fmt.type_size)[:2, at : at + 2] = infinities
-    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 7 * 1024)
+    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 7 * 1024)
+    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
     want = torch.from_numpy(oracle.dequantize(name, data.numpy(), 1024))
     assert want.isnan().any() and want.isinf().any()
     monkeypatch.setattr(cpu_decode, "_routine", lambda fmt: pytest.fail("libggml decoded instead"))
@@ -76,8 +78,9 @@ def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
 
 
 @pytest.mark.parametrize("name", UNPACKED)
-def test_unpackers_keep_little_and_follow_the_shape(name):
+def test_unpackers_keep_little_and_follow_the_shape(name, monkeypatch):
     """More shapes than are kept, there and back: every decode is right, and a thread's memory is bounded."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     fmt = FORMATS[name]
     for n in (1, 2, 3, 4, 5, 6, 5, 1):
         data, weight = finite_rows(name, n)
