@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._search import LARGEST, Blocks, half, improvement, keep, outermost, ratio, round_to, total
+from ._search import LARGEST, Blocks, half, keep, outermost, ratio, round_to, total, total_
 from ._search_scale import Snap, integers
 
 _ROUNDS = 5  # of moving single sub-block scales
@@ -151,16 +151,16 @@ def affine_fit(
     """
     offset, high = -x.amin(1, keepdim=True).clamp_(max=0), x.amax(1, keepdim=True)
     sum_w, sum_x = total(w), total(w * x)
-    buffers = torch.empty_like(x), torch.empty_like(x)
+    buffer, products = torch.empty_like(x), x.new_empty(3, *x.shape)
 
     def rounded(steps: float, offset: Tensor) -> Tensor:
-        span = high + offset
-        q = torch.add(x, offset, out=buffers[0]).mul_(ratio(torch.full_like(span, steps), span))
+        span = (high + offset).clamp_(min=1e-37)
+        q = torch.add(x, offset, out=buffer).mul_(steps / span)
         return q.round_().clamp_(0, top)
 
     def error(q: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        miss = torch.mul(q, scale, out=buffers[1]).sub_(offset).sub_(x)
-        return total((miss.abs_() if absolute else miss.square_()).mul_(w))
+        miss = torch.mul(q, scale, out=products[0]).sub_(offset).sub_(x)
+        return total_((miss.abs_() if absolute else miss.square_()).mul_(w)).clone()
 
     exact = exact or absolute
     scale = (high + offset) / top
@@ -168,28 +168,25 @@ def affine_fit(
     best = [loss if exact else loss - total((x * x).mul_(w)), scale, offset]
     for grid in grids:
         q = rounded(top + grid, best[2])
-        wq = torch.mul(w, q, out=buffers[1])
-        sum_q, sum_xq, sum_qq = total(wq), total(wq * x), total(wq.mul_(q))
-        scale, offset, solvable = _least_squares(sum_w, sum_x, sum_q, sum_qq, sum_xq)
+        wq = torch.mul(w, q, out=products[0])
+        torch.mul(wq, x, out=products[1])
+        torch.mul(wq, q, out=products[2])
+        sum_q, sum_xq, sum_qq = total_(products, 2).unbind(0)
+        scale, offset = _least_squares(sum_w, sum_x, sum_q, sum_qq, sum_xq)
         # at a solution the squared error is what follows, and sum(w * x^2)
         loss = error(q, scale, offset) if exact else offset * sum_x - scale * sum_xq
-        keep(best, [torch.lerp(best[0], loss, solvable), scale, offset])
+        keep(best, [loss, scale, offset])
     return best[1], best[2]
 
 
-def _least_squares(
-    sum_w: Tensor, sum_x: Tensor, sum_q: Tensor, sum_qq: Tensor, sum_xq: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve for scale and offset >= 0; the third result is 1.0 where there is a solution, else 0.0."""
+def _least_squares(sum_w: Tensor, sum_x: Tensor, sum_q: Tensor, sum_qq: Tensor, sum_xq: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve for scale and offset >= 0; both 0 where there is no solution."""
     determinant = sum_w * sum_qq - sum_q * sum_q
-    scale = ratio(sum_w * sum_xq - sum_x * sum_q, determinant)
-    low = ratio(sum_qq * sum_x - sum_q * sum_xq, determinant)
-    above = improvement(torch.zeros_like(low), low)
-    return (
-        torch.lerp(scale, ratio(sum_xq, sum_qq), above),
-        (-low).clamp_(min=0),
-        improvement(-determinant, torch.zeros_like(low)),
-    )
+    inverse = torch.sign(determinant).clamp_(min=0).div_(determinant.clamp(min=1e-37))
+    low = (sum_qq * sum_x - sum_q * sum_xq).mul_(inverse)
+    scale = (sum_w * sum_xq - sum_x * sum_q).mul_(inverse)
+    scale.lerp_(sum_xq / sum_qq.clamp(min=1e-37), torch.sign(low).clamp_(min=0))
+    return scale, low.neg_().clamp_(min=0)
 
 
 def scale_levels(scale: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,15 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.sign(b) * a / b.clamp(min=1e-37)
 
 
+def total_(t: Tensor, dim: int = 1) -> Tensor:
+    """Sum as `total` does, overwriting t: half the time, without fresh memory."""
+    size = t.shape[dim]
+    while size > 1:
+        size //= 2
+        t = t.narrow(dim, 0, size).add_(t.narrow(dim, size, size))
+    return t
+
+
 def signed_ratio(a: Tensor, b: Tensor) -> Tensor:
     """Divide a by b of either sign; 0 where b is 0."""
     return torch.sign(b) * a / b.abs().clamp(min=1e-37)

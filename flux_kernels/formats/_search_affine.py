@@ -31,6 +31,7 @@ from ._search import (
     round_to,
     signed_ratio,
     total,
+    total_,
 )
 
 _THOROUGH_SUPERS = 4  # values of d and of dmin in a thorough search
@@ -63,7 +64,7 @@ def error_of(b: Blocks, scale: Tensor, offset: Tensor, top: int) -> Tensor:
     z.sub_(q).square_()
     if b.w is not None:
         z.mul_(b.w)
-    return total(z).mul_(scale).mul_(scale)
+    return total_(z).mul(scale).mul_(scale)
 
 
 @dataclass(frozen=True)

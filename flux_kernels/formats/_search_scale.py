@@ -28,6 +28,7 @@ from ._search import (
     refitted,
     round_to,
     total,
+    total_,
 )
 
 _THOROUGH_SUPERS = 6  # of either way to choose a d
@@ -87,7 +88,7 @@ def best_scale(b: Blocks, snap: Snap, candidates: Iterable[Tensor]) -> list[Tens
         z.sub_(snap(z, b.scratch(1))).square_()
         if b.w is not None:
             z.mul_(b.w)
-        found = [total(z).mul_(scale).mul_(scale), scale]
+        found = [total_(z).mul(scale).mul_(scale), scale]
         best = keep(best, found) if best else [found[0], scale.clone()]
     return best
 
