@@ -89,7 +89,7 @@ def _sides(name: str, call: Call, dtype: torch.dtype) -> dict[str, Callable[[], 
     """Make the three functions of a cell, after each has passed its gate."""
     problem = make_problem(name, call, torch.device("cpu"), dtype)
     x = torch.randn(call.m, call.k, generator=torch.Generator().manual_seed(call.m)).to(dtype)
-    sides = {}
+    sides: dict[str, Callable[[], object]] = {}
     for side, provider in SIDES.items():
         function = PROVIDERS[provider].make(problem)
         error = relative_errors(function(x), x, problem)[0]
