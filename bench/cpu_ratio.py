@@ -16,6 +16,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -97,7 +98,7 @@ def _sides(name: str, call: Call, dtype: torch.dtype) -> dict[str, Callable[[], 
             raise RuntimeError(
                 f"{provider} is wrong on {name}: relative error {error:.2g}, at most {PROVIDERS[provider].gate}."
             )
-        sides[side] = lambda function=function: function(x)
+        sides[side] = partial(function, x)
     return sides
 
 
