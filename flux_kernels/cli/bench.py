@@ -33,7 +33,9 @@ def bench(
     ] = True,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Begin nothing new after this time. [default: 7; 2.7 on a CPU; none with --all]", show_default=False),
+        typer.Option(
+            help="Begin nothing new after this time: 7 by default, 2.7 on a CPU, no limit with --all.", show_default=False
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; the median counts.")] = 5,
     scale: Annotated[int, typer.Option(min=0, help="Divide M and N by this; 0: 1 on a GPU, 16 on a CPU.")] = 0,
