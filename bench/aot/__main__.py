@@ -26,7 +26,7 @@ def main(
         str,
         typer.Option(
             help="wide, medium, narrow, split_k (fused GEMM), small_m, fp16, int8, int8_rows, dequantize, unpack_int8, "
-            "unpack_int8_rows, row_largest; wide_branch, fp16_branch, int8_branch and int8_rows_branch have a low-rank branch; "
+            "unpack_int8_rows, row_largest, quantize_activation, scale_to_fp16; wide_branch, fp16_branch, int8_branch and int8_rows_branch have a low-rank branch; "
             "empty means all."
         ),
     ] = "",

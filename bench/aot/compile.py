@@ -10,13 +10,14 @@ from triton.compiler import ASTSource
 
 from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS, BlockFormat
+from flux_kernels.kernels.activations import quantize_activation_kernel, scale_to_fp16_kernel
 from flux_kernels.kernels.dequantize import dequantize_kernel
 from flux_kernels.kernels.fp16_gemm import fp16_gemm_kernel
 from flux_kernels.kernels.fused_gemm import fused_gemm_kernel
 from flux_kernels.kernels.int8_gemm import int8_gemm_kernel
 from flux_kernels.kernels.small_m import small_m_kernel
 from flux_kernels.kernels.split_k import split_k_kernel
-from flux_kernels.kernels.tuning import UNPACK_ROWS, Tile, largest_tile_k
+from flux_kernels.kernels.tuning import QUANTIZE_ROWS, SCALE_BLOCK, UNPACK_ROWS, Tile, largest_tile_k
 from flux_kernels.kernels.unpack_int8 import row_largest_kernel, unpack_int8_kernel
 
 from .sass import MachineCode, read
@@ -113,6 +114,20 @@ def compile_int8(
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     pointers |= {"y_ptr": _DTYPES[dtype]}
     return compile_kernel(int8_gemm_kernel, pointers, ("M", "N", "R", "stride_ym"), constants, capability, **options)
+
+
+def compile_quantize_activation(capability: int, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the int8 quantizer of activations for one card, without outlier channels."""
+    pointers = dict(x_ptr=_DTYPES[dtype], codes_ptr="*i8", scale_ptr="*fp32")
+    constants = dict(keep_ptr=None, K=k, GROUP=group_width(k), BLOCK_M=QUANTIZE_ROWS)
+    return compile_kernel(quantize_activation_kernel, pointers, ("M", "stride_xm"), constants, capability)
+
+
+def compile_scale_to_fp16(capability: int, dtype: str = "bf16", k: int = 3072) -> Compiled:
+    """Compile the kernel that scales activations to fp16 for one card."""
+    pointers = dict(x_ptr=_DTYPES[dtype], y_ptr="*fp16", scale_ptr="*fp32")
+    constants = dict(K=k, BLOCK_K=SCALE_BLOCK)
+    return compile_kernel(scale_to_fp16_kernel, pointers, ("stride_xm",), constants, capability)
 
 
 def compile_small_m(name: str, capability: int, tile: Tile, dtype: str = "bf16", k: int = 3072) -> Compiled:

@@ -10,6 +10,8 @@ import triton
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.tuning import (
     INT8_TILE,
+    QUANTIZE_ROWS,
+    SCALE_BLOCK,
     UNPACK_ROWS,
     Tile,
     branch_tile,
@@ -27,7 +29,9 @@ from .compile import (
     compile_fp16,
     compile_fused,
     compile_int8,
+    compile_quantize_activation,
     compile_row_largest,
+    compile_scale_to_fp16,
     compile_small_m,
     compile_split_k,
     compile_unpack_int8,
@@ -120,6 +124,13 @@ def _shipped_unpack(kernel: str, compiler):
     return row
 
 
+def _shipped_activation(kernel: str, compiler, block: int):
+    def row(name: str, capability: int, dtype: str) -> Row:
+        return _row(kernel, "activation", capability, dtype, str(block), compiler(capability, dtype), None)
+
+    return row
+
+
 _N = _K = 3072
 SPLITS = 4  # what the report compiles split-K with; tuning also tries others
 # What the library launches, by the name the command line takes.
@@ -136,12 +147,16 @@ SHIPPED = {
     "int8_branch": _shipped_int8("int8_gemm_branch", branch=True),
     "int8_rows": _shipped_int8("int8_gemm_rows", row_scales=True),
     "int8_rows_branch": _shipped_int8("int8_gemm_rows_branch", row_scales=True, branch=True),
+    "quantize_activation": _shipped_activation("quantize_activation", compile_quantize_activation, QUANTIZE_ROWS),
+    "scale_to_fp16": _shipped_activation("scale_to_fp16", compile_scale_to_fp16, SCALE_BLOCK),
     "dequantize": _shipped_unpack("dequantize", compile_dequantize),
     "unpack_int8": _shipped_unpack("unpack_int8", compile_unpack_int8),
     "unpack_int8_rows": _shipped_unpack("unpack_int8_rows", partial(compile_unpack_int8, row_scales=True)),
     "row_largest": _shipped_unpack("row_largest", compile_row_largest),
 }
-FORMAT_FREE = frozenset({"int8", "int8_branch", "int8_rows", "int8_rows_branch"})  # kernels that no format is compiled into
+FORMAT_FREE = frozenset(
+    {"int8", "int8_branch", "int8_rows", "int8_rows_branch", "quantize_activation", "scale_to_fp16"}
+)  # kernels that no format is compiled into
 
 
 def _row(kernel: str, name: str, capability: int, dtype: str, tile: str, built: Compiled, weights: int | None) -> Row:

@@ -12,9 +12,7 @@ from .activations import scale_to_fp16_kernel
 from .choice import Choice, choose
 from .fp16_gemm import fp16_gemm_kernel
 from .launching import capability_of, format_constants, pointers, table_of
-from .tuning import branch_tile
-
-_SCALE_BLOCK = 1024
+from .tuning import SCALE_BLOCK, branch_tile
 
 
 def linear(
@@ -33,7 +31,7 @@ def linear(
     constants = format_constants(fmt, data.shape[1], planes)
     scaled = torch.empty(m, constants["K"], dtype=torch.float16, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    scale_to_fp16_kernel[(m,)](x, scaled, scale, x.stride(0), K=constants["K"], BLOCK_K=_SCALE_BLOCK)
+    scale_to_fp16_kernel[(m,)](x, scaled, scale, x.stride(0), K=constants["K"], BLOCK_K=SCALE_BLOCK)
     tile = (choice or choose("fp16_accumulate", fmt, m, n, constants["K"], x.device)).tile
     if branch is not None:
         tile = branch_tile("fp16_gemm", fmt, tile, capability_of(x.device))

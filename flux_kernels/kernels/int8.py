@@ -17,11 +17,9 @@ from .activations import quantize_activation_kernel
 from .choice import Choice, choose
 from .int8_gemm import int8_gemm_kernel
 from .launching import format_constants, pointers, table_of
-from .tuning import UNPACK_ROWS, Tile, largest_tile_k
+from .tuning import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
 from .two_stage import rows_per_chunk
 from .unpack_int8 import row_largest_kernel, unpack_int8_kernel
-
-_QUANTIZE_ROWS = 16
 
 
 def linear(
@@ -61,8 +59,8 @@ def quantize_activation(x: Tensor, group: int, keep: Tensor | None = None) -> tu
     m, k = x.shape
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(k // group, m, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(m, _QUANTIZE_ROWS), k // group)
-    quantize_activation_kernel[grid](x, keep, codes, scale, m, x.stride(0), K=k, GROUP=group, BLOCK_M=_QUANTIZE_ROWS)
+    grid = (triton.cdiv(m, QUANTIZE_ROWS), k // group)
+    quantize_activation_kernel[grid](x, keep, codes, scale, m, x.stride(0), K=k, GROUP=group, BLOCK_M=QUANTIZE_ROWS)
     return codes, scale
 
 

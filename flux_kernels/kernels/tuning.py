@@ -70,18 +70,22 @@ _FP16_EXCEPTIONS = dict.fromkeys(_GRID_TILES, _MEDIUM) | {
     for name in ("Q8_0", "MXFP4")
 }
 
-# Where a low-rank branch in the epilogue makes the default tile spill, all on A100: (kernel, format) -> the tile instead.
-_BRANCH_EXCEPTIONS = {
-    ("fused_gemm", "IQ2_S"): _WIDE_STAGED,
-    ("fused_gemm", "IQ3_S"): _WIDE_STAGED,
-    ("fp16_gemm", "IQ1_S"): replace(_MEDIUM, num_warps=8),
-    ("fp16_gemm", "Q4_K"): _FP16_EXCEPTIONS["Q8_0"],
+# Where a low-rank branch in the epilogue makes the default tile spill: (kernel, format, capability) -> what changes.
+_BRANCH_CHANGES: dict[tuple, dict] = {
+    ("fused_gemm", "IQ2_S", (8, 0)): dict(block_n=128, num_warps=8),
+    ("fused_gemm", "IQ3_S", (8, 0)): dict(block_n=128, num_warps=8),
+    ("fused_gemm", "Q5_1", (12, 0)): dict(tile_k=64),
+    ("fp16_gemm", "IQ1_S", (8, 0)): dict(num_warps=8),
+    ("fp16_gemm", "Q4_K", (8, 0)): dict(block_m=128, block_n=64),
+    ("fp16_gemm", "Q5_K", (8, 0)): dict(block_m=128, block_n=64),
 }
 # As a part of split-K IQ4_XS's wide tile spills on sm_120.
 _SPLIT_K_EXCEPTIONS = {"IQ4_XS": Tile(block_m=128, block_n=64, tile_k=256, num_warps=8, num_stages=2)}
 
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
+QUANTIZE_ROWS = 16  # tokens a program of the int8 activation quantizer takes
+SCALE_BLOCK = 1024  # of a token at a time when it is scaled to fp16
 
 
 # Cards with so few arithmetic instructions per tensor-core product that a fused decode cannot hide at large M.
@@ -156,9 +160,10 @@ def _wide_tile(fmt: BlockFormat) -> Tile:
 
 def branch_tile(kernel: str, fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None) -> Tile:
     """Return the tile with which "fused_gemm" or "fp16_gemm" runs with a low-rank branch where it has `tile` without one."""
-    instead = _BRANCH_EXCEPTIONS.get((kernel, fmt.name)) if capability == _A100 else None
-    spills = instead is not None and tile.block_m >= _MEDIUM.block_m
-    return replace(instead, tile_k=min(instead.tile_k, tile.tile_k)) if spills else tile
+    changes = _BRANCH_CHANGES.get((kernel, fmt.name, capability), {})
+    if tile.block_m < _MEDIUM.block_m or tile.tile_k < changes.get("tile_k", 0):
+        return tile
+    return replace(tile, **changes)
 
 
 def split_k_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Tile:
