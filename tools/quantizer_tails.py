@@ -115,7 +115,8 @@ def compare(
     scale = x.double().square() if importance is None else x.double().square() * importance
     allowance = ALLOWANCE * scale.sum(-1).sqrt()
     ours = root_error(x, quantize(x, name, importance, engine="torch"), name, importance)
-    return ours + allowance, _libggml(name, x, importance, cache) + allowance
+    theirs = _libggml(name, x, importance, cache).nan_to_num(nan=torch.inf)  # its fp16 scales may overflow
+    return ours + allowance, theirs + allowance
 
 
 def _libggml(name: str, x: torch.Tensor, importance: torch.Tensor | None, cache: Path | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ d and dmin are fitted to all that and stay so where it helps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._search import (
     HALF_STEP,
+    LARGEST,
     Blocks,
     best_of,
     chosen,
@@ -34,6 +35,9 @@ from ._search import (
     total_,
 )
 
+_COUNTING = (1e-6, 0.01, 0.1)  # least importance of what such a grid spans, as a fraction of the largest
+_COUNTING_SHRINKS = [(low, high) for low in (-0.02, 0.03) for high in (-0.02, 0.03)]
+_HARD = 1.05  # HalfAffineSearch goes on where rounding d and m makes the error so many times what it would be
 _THOROUGH_SUPERS = 4  # values of d and of dmin in a thorough search
 _DEGENERATE = 1e-6  # what float32's rounding may leave of a difference that is 0, relative to its terms
 
@@ -96,12 +100,55 @@ class HalfAffineSearch:
             scale, offset = solve(centred, *centred.products(first), bounded=False)
             scale, offset = nonzero(half(scale)), half(offset - low)
             keep(best, [error_of(b, scale, offset, self.top), scale, offset])
+        if b.w is not None:
+            for scale, offset in self._counting_grids(b):
+                self._improve(b, best, scale, offset)
+        self._thorough(b, best)
         _, d, offset = best
         q = codes(b.x, d, offset, self.top)
         worth = b.worth(q * d - offset)
         d, m = d * worth, -offset * worth
         constant, rounded = b.constant(), half(low)  # blocks of equal weights: m, and with q = 1 what its rounding lost
         return d.lerp_(half(low - rounded), constant), m.lerp_(rounded, constant), q.lerp_(torch.ones_like(d), constant)
+
+    def _improve(self, b: Blocks, best: list[Tensor], scale: Tensor, offset: Tensor) -> None:
+        """Fit d to the codes of this grid and the offset to d as it is stored; replace `best` where that is better."""
+        low = b.x.amin(1, keepdim=True)
+        q = codes(b.x - low, scale, offset + low, self.top)
+        centred = Blocks(b.x - low, b.w)
+        wq, wxq, wqq = centred.products(q)
+        d, _ = solve(centred, wq, wxq, wqq, bounded=False)
+        d = nonzero(half(d))
+        offset = half(ratio(d * wq - centred.sum_x, b.sum_w) - low)
+        keep(best, [error_of(b, d, offset, self.top), d, offset])
+
+    def _counting_grids(self, b: Blocks) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (scale, offset) of grids over the weights that count, not over all."""
+        for least in _COUNTING:
+            outside = (b.w < least) * (4 * LARGEST)
+            low, high = (b.x + outside).amin(1, keepdim=True), (b.x - outside).amax(1, keepdim=True)
+            span = (high - low).clamp_(min=0)
+            for bottom, up in _COUNTING_SHRINKS:
+                yield span * ((1 - bottom - up) / self.top), -low - bottom * span
+
+    def _thorough(self, b: Blocks, best: list[Tensor]) -> None:
+        """Map the range to every pair of codes where rounding d and m is much of the error: few values, say."""
+        _, d, offset = best
+        low = b.x.amin(1, keepdim=True)
+        centred, q = Blocks(b.x - low, b.w), codes(b.x, d, offset, self.top)
+        scale, shift = solve(centred, *centred.products(q), bounded=False)
+        rounded = centred.error(q * half(scale) - (half(shift - low) + low))
+        hard = chosen(improvement(centred.error(q * scale - shift) * _HARD, rounded))
+        for columns in portions(hard, b):
+            part = b.take(columns)
+            found = [t[..., columns] for t in best]
+            low = part.x.amin(1, keepdim=True)
+            span = part.x.amax(1, keepdim=True) - low
+            for steps in range(self.top, self.top // 2, -1):
+                for first in range(self.top - steps + 1):
+                    scale = span / steps
+                    self._improve(part, found, scale, first * scale - low)
+            put_better(best, found, columns)
 
 
 @dataclass(frozen=True)
