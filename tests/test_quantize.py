@@ -17,6 +17,7 @@ import flux_kernels as fk
 from flux_kernels import libggml, packing, quantize
 from flux_kernels.embedded import embedded_model_path
 from flux_kernels.formats import FORMATS
+from tools import quantizer_tails
 
 from . import libggml_oracle
 
@@ -68,6 +69,7 @@ KINDS = (
     *("gaussian", "heavy-tailed", "sparse", "outliers", "positive", "shifted", "small", "large", "rounded"),
     *("constant", "constant blocks", "real"),
 )
+OPEN_TAILS = {("Q2_K", "near constant 0.01")}  # single rows are still up to 1.8 % worse: docs/decisions, quantizers
 ALLOWANCE = 1e-6  # of a row's norm: what float32 can tell; constants are hit that closely
 
 
@@ -105,6 +107,20 @@ def test_weighted_rows_are_as_good_as_libggml(name, kind):
     ours, theirs = errors(name, x, importance)
     assert (ours <= 1.01 * theirs).all()
     assert ours.square().sum() <= theirs.square().sum()
+
+
+@every_own
+def test_no_cell_is_worse_than_libggml_nor_any_row_by_more_than_one_percent(name):
+    """Weights that are hard to round, rows of two superblocks, with and without importance (a part of tools/quantizer_tails)."""
+    kinds = ("gaussian", "student-t 2", "sparse 10%", "near constant 0.01", "near constant 0.3", "tiny", "huge")
+    generator = torch.Generator().manual_seed(11)
+    samples = dict(quantizer_tails.weights_of(16, 512, generator))
+    for kind in kinds:
+        for label in ("none", "chi-squared", "log-normal"):
+            importance = quantizer_tails.importance_of(label, 512, generator)
+            cell = quantizer_tails.Cell(name, kind, 512, label, *quantizer_tails.compare(name, samples[kind], importance))
+            limit = 1.05 if (name, kind) in OPEN_TAILS else 1.01
+            assert cell.ratio <= 1 and float(cell.rows.max()) <= limit, (kind, label, cell.ratio, float(cell.rows.max()))
 
 
 @every_own
