@@ -45,16 +45,16 @@ def _cells(fmt: BlockFormat) -> list[str]:
 
 
 def mode_table() -> str:
-    """Return the markdown table of bench/results/embedded_fidelity.csv: PSNR by type and compute mode."""
+    """Return the markdown table of bench/results/embedded_fidelity.csv: PSNR and SSIM by type and compute mode."""
     rows = read_csv(FIDELITY)
     modes = list(dict.fromkeys(row["compute"] for row in rows))
-    found = {(row["format"], row["compute"]): f"{float(row['psnr_db']):.1f} dB" for row in rows}
+    found = {(row["format"], row["compute"]): f"{float(row['psnr_db']):.1f} dB, {float(row['ssim']):.4f}" for row in rows}
     lines = [f"| type | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
     for name in dict.fromkeys(row["format"] for row in rows):
         lines.append(f"| {name} | {' | '.join(found[name, mode] for mode in modes)} |")
     one = rows[0]
     made = f"{one['seeds']} pictures a cell, {one['device']}, torch {one['torch']}, commit {one['commit']}, {one['date']}"
-    return "\n".join([*lines, "", f"PSNR against the same pictures in 16 bit; {made}."])
+    return "\n".join([*lines, "", f"PSNR and SSIM against the same pictures in 16 bit; {made}."])
 
 
 def linear_table() -> str:
