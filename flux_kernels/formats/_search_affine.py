@@ -101,7 +101,7 @@ class HalfAffineSearch:
             scale, offset = nonzero(half(scale)), half(offset - low)
             keep(best, [error_of(b, scale, offset, self.top), scale, offset])
         if b.w is not None:
-            for scale, offset in self._counting_grids(b):
+            for scale, offset in self._counting_grids(b.x, b.w):
                 self._improve(b, best, scale, offset)
         self._thorough(b, best)
         _, d, offset = best
@@ -122,11 +122,11 @@ class HalfAffineSearch:
         offset = half(ratio(d * wq - centred.sum_x, b.sum_w) - low)
         keep(best, [error_of(b, d, offset, self.top), d, offset])
 
-    def _counting_grids(self, b: Blocks) -> Iterator[tuple[Tensor, Tensor]]:
+    def _counting_grids(self, x: Tensor, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (scale, offset) of grids over the weights that count, not over all."""
         for least in _COUNTING:
-            outside = (b.w < least) * (4 * LARGEST)
-            low, high = (b.x + outside).amin(1, keepdim=True), (b.x - outside).amax(1, keepdim=True)
+            outside = (w < least) * (4 * LARGEST)
+            low, high = (x + outside).amin(1, keepdim=True), (x - outside).amax(1, keepdim=True)
             span = (high - low).clamp_(min=0)
             for bottom, up in _COUNTING_SHRINKS:
                 yield span * ((1 - bottom - up) / self.top), -low - bottom * span
