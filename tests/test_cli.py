@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from flux_kernels import GGUFError
 from flux_kernels.cli import app
 from flux_kernels.demo import Variant, write_variant
-from flux_kernels.embedded import PIPELINE_KWARGS
+from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
 
 PROMPT = "a red seven"
+NO_LORA = embedded_model_path() / "vae" / "diffusion_pytorch_model.safetensors"
 
 
 def invoke(*arguments):
@@ -184,7 +185,8 @@ ERRORS = [  # arguments after the GGUF file and prompt, exit code, what the line
     (("--base", "{tmp}"), 1, r"holds no model_index\.json"),
     (("--base", "{tmp}/none"), 1, r"is not a folder"),
     (("--lora", "{tmp}/none.safetensors:0.5"), 1, r"none\.safetensors is no file"),
-    (("--lora", "{gguf}"), 1, r"does not load as a LoRA"),
+    (("--lora", "{gguf}"), 1, r"is a GGUF file; diffusers reads LoRAs from safetensors"),
+    (("--lora", str(NO_LORA)), 1, r"does not load as a LoRA"),
     (("--backend", "cuda"), 1, r"Unknown backend 'cuda'\. Known: auto, triton, torch"),
     (("--compute", "int7"), 1, r"Unknown compute mode 'int7'"),
     (("--gguf", "{tmp}/none.gguf"), 1, r"none\.gguf is no file"),
