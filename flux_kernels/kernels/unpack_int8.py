@@ -8,7 +8,15 @@ from .activations import group_scale, round_to_int8
 
 @jit
 def _largest(
-    row_ptr, table_ptr, first_block, FIRST: tl.constexpr, DECODE, NUM_BLOCKS, PLANES, SLICES: tl.constexpr, ROWS: tl.constexpr
+    row_ptr,
+    table_ptr,
+    first_block,
+    FIRST: tl.constexpr,
+    DECODE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    PLANES: tl.constexpr,
+    SLICES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Return the largest magnitude of some slices of each row, NaN where one holds NaN or Inf."""
     largest = tl.zeros((ROWS,), dtype=tl.float32)
