@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,11 +47,9 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor |
     """
     n, k = data.shape[0], fmt.row_weights(data.shape[1])
     out = torch.empty(n, k, dtype=dtype, device="cpu") if out is None else out
-    routine = _routine(fmt) if fmt.unpacker is None else None
-    if fmt.unpacker is not None:
-        _in_threads(n, k, UNPACK_WEIGHTS, lambda first, end: _by_unpacking(data[first:end], fmt, out[first:end]))
-    elif routine is not None:
-        _in_threads(n, k, CHUNK_WEIGHTS, lambda first, end: _by_libggml(routine, data[first:end], out[first:end]))
+    decode = decoder(fmt)
+    if decode is not None:
+        in_threads(n, k, decode.weights, lambda first, end: decode.rows(data[first:end], out[first:end]))
     else:
         step = max(1, CHUNK_WEIGHTS * torch.get_num_threads() // k)
         for start in range(0, n, step):
@@ -58,9 +57,24 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor |
     return out
 
 
+class Decoder(NamedTuple):
+    """Hold a fast way to decode rows: how many weights at a time, and rows(packed, out)."""
+
+    weights: int
+    rows: Callable[[Tensor, Tensor], None]
+
+
+def decoder(fmt: BlockFormat) -> Decoder | None:
+    """Return the fastest decoder of a format that runs on one thread, or None where only the torch reference is there."""
+    if fmt.unpacker is not None:
+        return Decoder(UNPACK_WEIGHTS, lambda data, out: _by_unpacking(data, fmt, out))
+    routine = _routine(fmt)
+    return None if routine is None else Decoder(CHUNK_WEIGHTS, lambda data, out: _by_libggml(routine, data, out))
+
+
 def weight_scratch(n: int, k: int, dtype: torch.dtype) -> Tensor:
     """Return this thread's scratch as [n, k] of `dtype`: fresh memory for every call costs more than the decode itself."""
-    return _memory("weight", n * k * dtype.itemsize).view(dtype).view(n, k)
+    return memory("weight", n * k * dtype.itemsize).view(dtype).view(n, k)
 
 
 def _by_unpacking(data: Tensor, fmt: BlockFormat, out: Tensor) -> None:
@@ -81,19 +95,25 @@ def _by_libggml(routine: Routine, data: Tensor, out: Tensor) -> None:
         out.copy_(values)
 
 
-def _in_threads(n: int, k: int, weights: int, decode: Callable[[int, int], None]) -> None:
-    """Give spans of rows to as many threads as torch uses; each decodes (first row, end) of its span chunk by chunk.
+def in_threads(n: int, k: int, weights: int, work: Callable[[int, int], None], multiple: int = 1) -> None:
+    """Give spans of n rows to as many threads as torch uses; each does work(first row, end) chunk by chunk of its span.
 
     Torch's own threads would meet after every operation: where cores are busy with other work, that took up to 100 times as long.
+
+    Args:
+        k: weights of a row.
+        weights: of a chunk, at most, but at least a row.
+        multiple: rows of spans and chunks are a multiple of this, but for the last ones.
     """
     threads = torch.get_num_threads()
     span = max(1, n) if threads == 1 else max(1, SPAN_WEIGHTS // k, -(-n // (SPANS_PER_THREAD * threads)))
-    step = min(span, max(1, weights // k))
+    span = -(-span // multiple) * multiple
+    step = min(span, max(1, weights // k // multiple) * multiple)
 
     def run(first: int) -> None:
         with torch.inference_mode():  # which may write to tensors made inside and outside of it
             for start in range(first, min(first + span, n), step):
-                decode(start, min(start + step, first + span, n))
+                work(start, min(start + step, first + span, n))
 
     if span >= n:
         run(0)
@@ -112,16 +132,16 @@ def _unpacker(fmt: BlockFormat, blocks: int) -> Callable[[Tensor], tuple[Tensor,
 
 
 def _floats(count: int) -> Tensor:
-    return _memory("floats", 4 * count).view(torch.float32)
+    return memory("floats", 4 * count).view(torch.float32)
 
 
-def _memory(name: str, size: int) -> Tensor:
-    """Return this thread's memory of a name, uint8 [size]."""
-    memory = getattr(_local, name, None)
-    if memory is None or memory.numel() < size:
-        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        setattr(_local, name, memory)
-    return memory[:size]
+def memory(name: str, size: int) -> Tensor:
+    """Return this thread's memory of a name, uint8 [size]: kept from call to call, and grown where it is too small."""
+    kept = getattr(_local, name, None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=torch.uint8, device="cpu")
+        setattr(_local, name, kept)
+    return kept[:size]
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu_decode, low_precision, reference
+from . import cpu_decode, cpu_linear, low_precision, reference
 from .compute import WEIGHT_ONLY_M
 from .formats import BlockFormat
 from .low_rank import Branch, join, outlier_branch
@@ -36,6 +36,8 @@ def linear(
     `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in x's dtype; the other modes need none.
     """
     if compute == "exact" or x.shape[0] <= WEIGHT_ONLY_M:
+        if branch is None and cpu_linear.serves(x, data, fmt, planes):
+            return cpu_linear.linear(x, data, bias, fmt)
         return reference.multiply(x, _weight(data, fmt, x.dtype, planes), bias, branch)
     if compute == "fp16_accumulate":
         return low_precision.linear_fp16_accumulate(x, data, fmt, bias, planes, branch)
