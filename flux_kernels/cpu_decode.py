@@ -102,13 +102,14 @@ def in_threads(n: int, k: int, weights: int, work: Callable[[int, int], None], m
 
     Args:
         k: weights of a row.
-        weights: of a chunk, at most, but at least a row.
+        weights: of a chunk, about and at least a row; chunks of a span are equal.
         multiple: rows of spans and chunks are a multiple of this, but for the last ones.
     """
     threads = torch.get_num_threads()
     span = max(1, n) if threads == 1 else max(1, SPAN_WEIGHTS // k, -(-n // (SPANS_PER_THREAD * threads)))
-    span = -(-span // multiple) * multiple
-    step = min(span, max(1, weights // k // multiple) * multiple)
+    span = _up(span, multiple)
+    chunks = -(-span // max(multiple, weights // k))
+    step = _up(-(-span // chunks), multiple)
 
     def run(first: int) -> None:
         with torch.inference_mode():  # which may write to tensors made inside and outside of it
@@ -119,6 +120,10 @@ def in_threads(n: int, k: int, weights: int, work: Callable[[int, int], None], m
         run(0)
     else:
         list(_pool(threads).map(run, range(0, n, span)))
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _unpacker(fmt: BlockFormat, blocks: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -151,13 +156,22 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     torch.set_num_threads is a setting of the calling thread, and the default of threads that have not computed yet; so the
     default is put back when all have started.
     """
-    pool = ThreadPoolExecutor(threads, "flux_kernels decode", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "flux_kernels decode", initializer=_compute_alone)
     started = threading.Barrier(threads + 1)
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()
     torch.set_num_threads(threads)
     return pool
+
+
+def _compute_alone() -> None:
+    """Let this thread's operations run on it alone.
+
+    The first question or operation of a thread takes over the process's default, so it must come before the setting.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):

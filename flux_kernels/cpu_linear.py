@@ -1,7 +1,6 @@
-"""The exact product of few tokens on a CPU in float32: every thread multiplies the rows that it has just decoded.
+"""The exact product of few tokens on a CPU: every thread multiplies the rows that it has just decoded.
 
-They are still in its cache, no thread waits for another before the end, and float32 weights are twice as large as those in 16
-bits, which torch's own product reads faster than this (docs/decisions/torch-backend-on-cpu.md has the times).
+They are still in its cache, and no thread waits for another before the end (docs/decisions/torch-backend-on-cpu.md has the times).
 """
 
 from __future__ import annotations
@@ -12,28 +11,29 @@ from torch import Tensor
 from . import cpu_decode
 from .formats import BlockFormat
 
+CHUNK_WEIGHTS = 1 << 20  # about, decoded and multiplied at a time
 LARGEST_M = 512  # tokens: x is packed again for every chunk of rows
 ROWS = 64  # chunks of a multiple of this give the bits of one product over all rows (but for M = 5 and 7 on several threads)
 
 
 def serves(x: Tensor, data: Tensor, fmt: BlockFormat, planes: bool) -> bool:
     """Tell whether `linear` computes this product."""
-    fits = x.dtype == torch.float32 and x.shape[0] <= LARGEST_M and data.shape[0] % ROWS == 0
+    fits = x.shape[0] <= LARGEST_M and data.shape[0] % ROWS == 0
     return fits and cpu_decode.serves(data, x.dtype, planes) and cpu_decode.decoder(fmt) is not None
 
 
 def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat) -> Tensor:
-    """Compute x float32 [M, K] @ decode(data uint8 [N, row bytes]).T + bias [N] -> float32 [M, N]."""
+    """Compute x [M, K] @ decode(data uint8 [N, row bytes]).T + bias [N] -> [M, N] of x's dtype."""
     decode, k, n = cpu_decode.decoder(fmt), x.shape[1], data.shape[0]
     x, y = x.contiguous(), torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
 
     def rows(first: int, end: int) -> None:
-        weight = cpu_decode.memory("chunk", 4 * (end - first) * k).view(x.dtype).view(-1, k)
+        weight = cpu_decode.memory("chunk", x.itemsize * (end - first) * k).view(x.dtype).view(-1, k)
         decode.rows(data[first:end], weight)
         if bias is None:
             torch.mm(x, weight.t(), out=y[:, first:end])
         else:
             torch.addmm(bias[first:end].to(x.dtype), x, weight.t(), out=y[:, first:end])
 
-    cpu_decode.in_threads(n, k, decode.weights, rows, ROWS)
+    cpu_decode.in_threads(n, k, CHUNK_WEIGHTS, rows, ROWS)
     return y

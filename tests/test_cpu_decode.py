@@ -114,6 +114,9 @@ def test_decoding_threads_leave_torchs_thread_count_alone(threads):
     data, _ = finite_rows("Q4_K", 64, repeats=16)
     cpu_decode._pool.cache_clear()
     cpu_decode.dequantize(data, FORMATS["Q4_K"], torch.bfloat16)
+    counts = list(cpu_decode._pool(2).map(lambda _: (torch.randn(1 << 16).exp(), torch.get_num_threads())[1], range(8)))
+    assert counts == [1] * 8
+    torch.set_num_threads(threads)
     later = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()

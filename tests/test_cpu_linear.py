@@ -22,34 +22,58 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def chunks(monkeypatch):
+    """Chunks of 64 rows and a thread's share of 128: several of each, and short last ones, in a small layer."""
+    monkeypatch.setattr(cpu_linear, "CHUNK_WEIGHTS", 64 * 768 + 5)
+    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
+    return 448, 768
+
+
+def made(name: str, m: int, dtype: torch.dtype, bias: bool, n: int, k: int):
+    """Make x with strides, packed rows, bias, and what torch computes from them decoded, on one thread."""
+    x = torch.randn(k, m, generator=torch.Generator().manual_seed(m)).to(dtype).t()
+    data, b = random_rows(FORMATS[name], n, k), torch.randn(n).to(dtype) if bias else None
+    return x, data, b, reference.dequantize(data, FORMATS[name], dtype)
+
+
 @needs_decoder
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the order of sums was studied on AVX512")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("m", [1, 2, 4, 16, 64, 77])
 @pytest.mark.parametrize("name", TYPES)
-def test_bits_are_those_of_one_product(name, m, bias, threads, monkeypatch):
-    """Chunks of 64 and 128 rows, a short last one, x with strides: torch's product on one thread sums in the same order."""
-    fmt, n, k = FORMATS[name], 448, 768
-    monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 64 * k + 5)
-    monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 130 * k)
-    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
-    data, b = random_rows(fmt, n, k), torch.randn(n) if bias else None
-    x = torch.randn(k, m, generator=torch.Generator().manual_seed(m)).t()
-    assert cpu_linear.serves(x, data, fmt, planes=False)
-    y = torch_backend.linear(x, data, b, fmt, "exact")
+def test_bits_are_those_of_one_product(name, m, bias, dtype, threads, chunks):
+    """Torch's product on one thread sums every element in the same order."""
+    x, data, b, weight = made(name, m, dtype, bias, *chunks)
+    assert cpu_linear.serves(x, data, FORMATS[name], planes=False)
+    y = torch_backend.linear(x, data, b, FORMATS[name], "exact")
     torch.set_num_threads(1)
-    assert torch.equal(y, F.linear(x.contiguous(), reference.dequantize(data, fmt, torch.float32), b))
+    assert torch.equal(y, F.linear(x.contiguous(), weight, b))
+
+
+@needs_decoder
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TYPES)
+def test_error_is_that_of_sums_in_float32(name, dtype, threads, chunks):
+    """Against float64: K rounded additions of float32 in any order (Higham 2002, 3.1), then the rounding to 16 bits."""
+    (n, k), m = chunks, 9
+    x, data, b, weight = made(name, m, dtype, True, n, k)
+    y = torch_backend.linear(x, data, b, FORMATS[name], "exact").double()
+    exact = x.double() @ weight.double().t() + b.double()
+    sums = (k + 1) * 2.0**-24 * (x.double().abs() @ weight.double().abs().t() + b.double().abs())
+    assert ((y - exact).abs() <= sums + torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny).all()
 
 
 @needs_decoder
 def test_it_is_what_runs(monkeypatch):
-    """Few tokens in float32 go this way; 16 bit, many tokens, odd row counts, planes and branches go the other."""
+    """Few tokens go this way; many tokens, odd row counts, planes and branches go the other."""
     fmt, called = FORMATS["Q4_K"], []
     monkeypatch.setattr(cpu_linear, "linear", lambda *args: called.append(1) or torch.zeros(1))
     data, x = random_rows(fmt, 128, 256), torch.randn(2, 256)
     torch_backend.linear(x, data, None, fmt, "exact")
     assert called == [1]
     monkeypatch.setattr(cpu_linear, "LARGEST_M", 4)
-    torch_backend.linear(x.bfloat16(), data, None, fmt, "exact")
     torch_backend.linear(torch.randn(5, 256), data, None, fmt, "exact")
     torch_backend.linear(x, data[:100], None, fmt, "exact")
     torch_backend.linear(x, data, None, fmt, "exact", branch=(torch.randn(2, 3), torch.randn(128, 3)))
