@@ -13,7 +13,7 @@ from ..formats import FORMATS
 from ..random_rows import random_rows
 from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings, cache_flusher
-from .providers import PROVIDERS, Problem, Unavailable
+from .providers import PROVIDERS, Problem, Unavailable, same_call
 from .shapes import Call
 from .totals import by_step, totals
 
@@ -54,7 +54,7 @@ def measure(
 
     Columns: times in ms; `tflops` and `packed_gb_s` (GB/s of packed weight) of the median; the shares of the ceilings; `error` and
     `max_error`, RMS and largest absolute error against float64, both divided by the RMS of the right output. `size` is a
-    column as given: which step the call is of (shapes.size_name).
+    column as given: which step the call is of (shapes.size_name). Sides that run the same code are timed once; notes say so.
     """
     problem = make_problem(name, call, device, dtype)
     x = torch.randn(call.m, call.k, dtype=torch.float32, device=device).to(dtype)
@@ -76,7 +76,12 @@ def measure(
             if PROVIDERS[provider].group not in ("peer", "base"):
                 raise
             notes[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    times = interleaved(functions, repeats, device, cache_flusher(device))
+    alike = {one: same_call(one, call.m) for one in functions}
+    timed = {one: function for one, function in functions.items() if alike[one] == one or alike[one] not in functions}
+    times = interleaved(timed, repeats, device, cache_flusher(device))
+    for provider in functions.keys() - timed.keys():
+        times[provider] = times[alike[provider]]
+        notes[provider] = f"the same call as {alike[provider]}, timed once"
     for provider in providers:
         yield _row(
             name, size, call, provider, times.get(provider), errors.get(provider), notes.get(provider, ""), problem, ceilings

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..compute import WEIGHT_ONLY_M
 from ..formats import BlockFormat
 
 
@@ -136,6 +137,11 @@ def _ours(compute: str):
 
 for _compute in ("exact", "fp16_accumulate", "int8"):
     provider(f"ours {_compute}", "ours", GATE_INT8 if _compute == "int8" else GATE_EXACT)(_ours(_compute))
+
+
+def same_call(provider: str, m: int) -> str:
+    """Return the side whose very code a side runs with `m` rows: with few of them only the weight counts, and modes are exact mode."""
+    return "ours exact" if provider in ("ours fp16_accumulate", "ours int8") and m <= WEIGHT_ONLY_M else provider
 
 
 def _algorithm(name: str):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.metadata import version
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from flux_kernels.benchmark.linears import make_problem, measure, relative_errors, summary
 from flux_kernels.benchmark.providers import PROVIDERS, Provider
 from flux_kernels.benchmark.shapes import whole_step
-from flux_kernels.clock import interleaved, percentiles
+from flux_kernels.clock import balanced_order, interleaved, percentiles
 from flux_kernels.flux.calls import STEPS, Call, step_calls
 
 CPU = torch.device("cpu")
@@ -67,6 +69,30 @@ def test_every_other_library_cites_whose_call_it_is_and_rows_say_the_version():
     assert len(others) > 10 and all(one.source.startswith("https://") and one.package for one in others)
     ours, theirs = measure("Q8_0", SMALL, ["ours exact", "diffusers"], CPU, torch.float32, repeats=1)
     assert ours["note"] == "" and theirs["note"] == f"diffusers {version('diffusers')}"
+
+
+def test_sides_that_run_the_same_code_are_timed_once_and_say_so():
+    """Up to 16 rows the modes are exact mode's call: three times for it were three places in the order, not three speeds."""
+    names = ["torch", "ours exact", "ours fp16_accumulate", "ours int8"]
+    few, many = (list(measure("Q8_0", Call(m, 64, 256, 1, "a test"), names, CPU, torch.float32, repeats=3)) for m in (16, 17))
+    assert len({row["p50_ms"] for row in few[1:]}) == 1 and few[0]["p50_ms"] != few[1]["p50_ms"]
+    assert [row["note"] for row in few] == ["", "", *["the same call as ours exact, timed once"] * 2]
+    assert not any(row["note"] for row in many)
+    alone = list(measure("Q8_0", Call(1, 64, 256, 1, "a test"), ["ours int8"], CPU, torch.float32, repeats=1))
+    assert alone[0]["p50_ms"] and not alone[0]["note"]
+
+
+@pytest.mark.parametrize("count", range(3, 9))
+def test_every_side_runs_after_every_other_equally_often(count):
+    """What runs after a heavy side pays for it. Turns are complete after `count`, twice that where it is odd."""
+    turns = [balanced_order(count, turn) for turn in range(count * (1 + count % 2))]
+    assert all(sorted(order) == list(range(count)) for order in turns)
+    after = Counter(pair for order in turns for pair in pairwise(order))
+    assert len(after) == count * (count - 1) and len(set(after.values())) == 1
+    seen = []
+    interleaved({str(i): lambda i=i: seen.append(i) for i in range(count)}, 2 * len(turns), CPU)
+    assert seen[count : 2 * count] == turns[0] and seen[2 * count : 3 * count] == turns[1]
+    assert not any(one == other for one, other in pairwise(seen[count:]))
 
 
 def test_runs_alternate_and_percentiles_are_ordered():
