@@ -9,10 +9,7 @@ docs/decisions/torch-backend-on-cpu.md has the times. Source: ggml-quants.h dequ
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -20,14 +17,11 @@ import torch
 from torch import Tensor
 
 from . import libggml, reference
+from .cpu_threads import Scratch, share_rows
 from .formats import BlockFormat
 
 CHUNK_WEIGHTS = 1 << 19  # a thread's at a time, 2 MiB in float32: a quarter of it takes a third longer, in calls from Python
-SPANS_PER_THREAD = 2  # more than one, for balance; few, since handing one to a thread costs tens of microseconds
-SPAN_WEIGHTS = 1 << 16  # at least
 UNPACK_WEIGHTS = 1 << 20  # the same by unpacking, whose many short operations each wait for the interpreter's lock
-KEPT_UNPACKERS = 4  # chunk sizes whose memory a thread keeps: a full and a last chunk of two layer shapes
-_local = threading.local()
 
 Routine = Callable[[int, int, int], None]
 
@@ -49,7 +43,7 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor |
     out = torch.empty(n, k, dtype=dtype, device="cpu") if out is None else out
     decode = decoder(fmt)
     if decode is not None:
-        in_threads(n, k, decode.weights, lambda first, end: decode.rows(data[first:end], out[first:end]))
+        share_rows(n, k, decode.weights, lambda first, end, scratch: decode.rows(data[first:end], out[first:end], scratch))
     else:
         step = max(1, CHUNK_WEIGHTS * torch.get_num_threads() // k)
         for start in range(0, n, step):
@@ -58,124 +52,43 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor |
 
 
 class Decoder(NamedTuple):
-    """Hold a fast way to decode rows: how many weights at a time, and rows(packed, out)."""
+    """Hold a fast way to decode rows: how many weights at a time, and rows(packed, out, scratch)."""
 
     weights: int
-    rows: Callable[[Tensor, Tensor], None]
+    rows: Callable[[Tensor, Tensor, Scratch], None]
 
 
 def decoder(fmt: BlockFormat) -> Decoder | None:
     """Return the fastest decoder of a format that runs on one thread, or None where only the torch reference is there."""
     if fmt.unpacker is not None:
-        return Decoder(UNPACK_WEIGHTS, lambda data, out: _by_unpacking(data, fmt, out))
+        return Decoder(UNPACK_WEIGHTS, lambda data, out, scratch: _by_unpacking(data, fmt, out, scratch))
     routine = _routine(fmt)
-    return None if routine is None else Decoder(CHUNK_WEIGHTS, lambda data, out: _by_libggml(routine, data, out))
+    if routine is None:
+        return None
+    return Decoder(CHUNK_WEIGHTS, lambda data, out, scratch: _by_libggml(routine, data, out, scratch))
 
 
-def weight_scratch(n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Return this thread's scratch as [n, k] of `dtype`: fresh memory for every call costs more than the decode itself."""
-    return memory("weight", n * k * dtype.itemsize).view(dtype).view(n, k)
-
-
-def _by_unpacking(data: Tensor, fmt: BlockFormat, out: Tensor) -> None:
+def _by_unpacking(data: Tensor, fmt: BlockFormat, out: Tensor, scratch: Scratch) -> None:
     """Unpack to codes and scales, multiply in float32, round."""
     blocks = data.view(-1, fmt.type_size)
-    codes, scales = _unpacker(fmt, blocks.shape[0])(blocks)
-    values = (out if out.dtype == torch.float32 else _floats(out.numel())).view(codes.shape).copy_(codes)
+    codes, scales = scratch.unpacker(fmt, blocks.shape[0])(blocks)
+    values = _values(out, scratch).view(codes.shape).copy_(codes)
     groups = values.view(*scales.shape, -1)
     torch.mul(groups, scales[..., None], out=groups)
     if out.dtype != torch.float32:
         out.copy_(values.view(out.shape))
 
 
-def _by_libggml(routine: Routine, data: Tensor, out: Tensor) -> None:
-    values = out if out.dtype == torch.float32 else _floats(out.numel()).view(out.shape)
+def _by_libggml(routine: Routine, data: Tensor, out: Tensor, scratch: Scratch) -> None:
+    values = _values(out, scratch)
     routine(data.data_ptr(), values.data_ptr(), out.numel())
     if values is not out:
         out.copy_(values)
 
 
-def in_threads(n: int, k: int, weights: int, work: Callable[[int, int], None], multiple: int = 1) -> None:
-    """Give spans of n rows to as many threads as torch uses; each does work(first row, end) chunk by chunk of its span.
-
-    Torch's own threads would meet after every operation: where cores are busy with other work, that took up to 100 times as long.
-
-    Args:
-        k: weights of a row.
-        weights: of a chunk, about and at least a row; chunks of a span are equal.
-        multiple: rows of spans and chunks are a multiple of this, but for the last ones.
-    """
-    threads = torch.get_num_threads()
-    span = max(1, n) if threads == 1 else max(1, SPAN_WEIGHTS // k, -(-n // (SPANS_PER_THREAD * threads)))
-    span = _up(span, multiple)
-    chunks = -(-span // max(multiple, weights // k))
-    step = _up(-(-span // chunks), multiple)
-
-    def run(first: int) -> None:
-        with torch.inference_mode():  # which may write to tensors made inside and outside of it
-            for start in range(first, min(first + span, n), step):
-                work(start, min(start + step, first + span, n))
-
-    if span >= n:
-        run(0)
-    else:
-        list(_pool(threads).map(run, range(0, n, span)))
-
-
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _unpacker(fmt: BlockFormat, blocks: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Return this thread's unpacker for so many blocks of a format that has one."""
-    kept = _local.__dict__.setdefault("unpackers", {})
-    if (fmt.name, blocks) not in kept:
-        if len(kept) == KEPT_UNPACKERS:
-            kept.clear()
-        kept[fmt.name, blocks] = fmt.unpacker(blocks)  # type: ignore[misc]
-    return kept[fmt.name, blocks]
-
-
-def _floats(count: int) -> Tensor:
-    return memory("floats", 4 * count).view(torch.float32)
-
-
-def memory(name: str, size: int) -> Tensor:
-    """Return this thread's memory of a name, uint8 [size]: kept from call to call, and grown where it is too small."""
-    kept = getattr(_local, name, None)
-    if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=torch.uint8, device="cpu")
-        setattr(_local, name, kept)
-    return kept[:size]
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Start threads in which torch's operations run on one thread: each decodes a chunk of its own.
-
-    torch.set_num_threads is a setting of the calling thread, and the default of threads that have not computed yet; so the
-    default is put back when all have started.
-    """
-    pool = ThreadPoolExecutor(threads, "flux_kernels decode", initializer=_compute_alone)
-    started = threading.Barrier(threads + 1)
-    for _ in range(threads):
-        pool.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(threads)
-    return pool
-
-
-def _compute_alone() -> None:
-    """Let this thread's operations run on it alone.
-
-    The first question or operation of a thread takes over the process's default, so it must come before the setting.
-    """
-    torch.get_num_threads()
-    torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool's object, but none of its threads
+def _values(out: Tensor, scratch: Scratch) -> Tensor:
+    """Return where float32 values go before they are rounded: to `out` itself if they are not."""
+    return out if out.dtype == torch.float32 else scratch.tensor("values", torch.float32, *out.shape)
 
 
 @cache

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_decode
+from .cpu_threads import Scratch, share_rows
 from .formats import BlockFormat
 
 CHUNK_WEIGHTS = 1 << 20  # about, decoded and multiplied at a time
@@ -27,13 +28,13 @@ def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat) -> Te
     decode, k, n = cpu_decode.decoder(fmt), x.shape[1], data.shape[0]
     x, y = x.contiguous(), torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
 
-    def rows(first: int, end: int) -> None:
-        weight = cpu_decode.memory("chunk", x.itemsize * (end - first) * k).view(x.dtype).view(-1, k)
-        decode.rows(data[first:end], weight)
+    def rows(first: int, end: int, scratch: Scratch) -> None:
+        weight = scratch.tensor("weight", x.dtype, end - first, k)
+        decode.rows(data[first:end], weight, scratch)
         if bias is None:
             torch.mm(x, weight.t(), out=y[:, first:end])
         else:
             torch.addmm(bias[first:end].to(x.dtype), x, weight.t(), out=y[:, first:end])
 
-    cpu_decode.in_threads(n, k, CHUNK_WEIGHTS, rows, ROWS)
+    share_rows(n, k, CHUNK_WEIGHTS, rows, ROWS)
     return y

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu_decode, cpu_linear, low_precision, reference
+from . import cpu_decode, cpu_linear, cpu_threads, low_precision, reference
 from .compute import WEIGHT_ONLY_M
 from .formats import BlockFormat
 from .low_rank import Branch, join, outlier_branch
@@ -50,6 +50,6 @@ def linear(
 def _weight(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool) -> Tensor:
     """Decode a weight for one product; the result may be this thread's scratch, which the next call overwrites."""
     if cpu_decode.serves(data, dtype, planes):
-        scratch = cpu_decode.weight_scratch(data.shape[0], fmt.row_weights(data.shape[1]), dtype)
-        return cpu_decode.dequantize(data, fmt, dtype, scratch)
+        kept = cpu_threads.scratch().tensor("whole weight", dtype, data.shape[0], fmt.row_weights(data.shape[1]))
+        return cpu_decode.dequantize(data, fmt, dtype, kept)
     return reference.dequantize(data, fmt, dtype, planes)

@@ -3,13 +3,12 @@ and thread count."""
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
 import torch
 
-from flux_kernels import cpu_decode, libggml, reference, torch_backend
+from flux_kernels import cpu_decode, cpu_threads, libggml, reference, torch_backend
 from flux_kernels.formats import FORMATS
 
 from . import libggml_oracle as oracle
@@ -40,7 +39,7 @@ def test_bits_are_those_of_the_reference(name, dtype, threads, monkeypatch):
     data, _ = finite_rows(name, 37)
     monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 4 * fmt.row_weights(data.shape[1]))
     monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 4 * fmt.row_weights(data.shape[1]))
-    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
+    monkeypatch.setattr(cpu_threads, "LEAST_WEIGHTS", 1)
     assert cpu_decode.serves(data, dtype, False)
     assert torch.equal(bits(cpu_decode.dequantize(data, fmt, dtype)), bits(reference.dequantize(data, fmt, dtype)))
 
@@ -67,7 +66,7 @@ def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
     at = fmt.layout.offsets["d"]
     data.view(-1, fmt.type_size)[:2, at : at + 2] = infinities
     monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 7 * 1024)
-    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
+    monkeypatch.setattr(cpu_threads, "LEAST_WEIGHTS", 1)
     want = torch.from_numpy(oracle.dequantize(name, data.numpy(), 1024))
     assert want.isnan().any() and want.isinf().any()
     monkeypatch.setattr(cpu_decode, "_routine", lambda fmt: pytest.fail("libggml decoded instead"))
@@ -77,25 +76,14 @@ def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
         assert torch.equal(bits(got.masked_fill(got.isnan(), 0)), bits(rounded.masked_fill(rounded.isnan(), 0)))
 
 
-@pytest.mark.parametrize("name", UNPACKED)
-def test_unpackers_keep_little_and_follow_the_shape(name, monkeypatch):
-    """More shapes than are kept, there and back: every decode is right, and a thread's memory is bounded."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    fmt = FORMATS[name]
-    for n in (1, 2, 3, 4, 5, 6, 5, 1):
-        data, weight = finite_rows(name, n)
-        assert torch.equal(cpu_decode.dequantize(data, fmt, torch.float32), weight)
-        assert len(cpu_decode._local.unpackers) <= cpu_decode.KEPT_UNPACKERS
-
-
 @pytest.mark.parametrize("name", ["Q6_K", "Q8_0"])
 def test_a_users_defaults_and_inference_mode_change_nothing(name, threads, monkeypatch):
     """Memory is kept from call to call: what is made under other defaults, or in inference mode, must serve outside of it."""
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 40)
     monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 1024)
-    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
-    monkeypatch.setattr(cpu_decode, "_local", threading.local())
+    monkeypatch.setattr(cpu_threads, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(cpu_threads, "_local", threading.local())
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -107,21 +95,6 @@ def test_a_users_defaults_and_inference_mode_change_nothing(name, threads, monke
     assert torch.equal(cpu_decode.dequantize(data, fmt, torch.bfloat16), inside)
     out = torch.zeros(weight.shape)
     assert torch.equal(cpu_decode.dequantize(data, fmt, torch.float32, out), weight) and not out.is_inference()
-
-
-def test_decoding_threads_leave_torchs_thread_count_alone(threads):
-    """The pool's threads compute on one thread each; the caller and threads that start later keep the number set."""
-    data, _ = finite_rows("Q4_K", 64, repeats=16)
-    cpu_decode._pool.cache_clear()
-    cpu_decode.dequantize(data, FORMATS["Q4_K"], torch.bfloat16)
-    counts = list(cpu_decode._pool(2).map(lambda _: (torch.randn(1 << 16).exp(), torch.get_num_threads())[1], range(8)))
-    assert counts == [1] * 8
-    torch.set_num_threads(threads)
-    later = []
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert torch.get_num_threads() == threads and later == [threads]
 
 
 @pytest.mark.parametrize("name", ["Q6_K", "Q8_0"])
@@ -156,18 +129,3 @@ def test_without_libggml_torch_decodes(name, threads, monkeypatch):
     for dtype in DTYPES:
         assert torch.equal(torch_backend.dequantize(data, FORMATS[name], dtype), weight.to(dtype))
     cpu_decode._routine.cache_clear()
-
-
-@with_libggml
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX")
-def test_a_forked_child_decodes(monkeypatch):
-    """Threads do not survive a fork; the child makes a pool of its own (data loaders fork)."""
-    data, _ = finite_rows("Q4_K", 64)
-    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 4096)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    expected = cpu_decode.dequantize(data, FORMATS["Q4_K"], torch.float32)
-    child = os.fork()
-    if child == 0:
-        same = torch.equal(cpu_decode.dequantize(data, FORMATS["Q4_K"], torch.float32), expected)
-        os._exit(0 if same else 1)
-    assert os.waitpid(child, 0)[1] == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flux_kernels import cpu_decode, cpu_linear, libggml, reference, torch_backend
+from flux_kernels import cpu_decode, cpu_linear, cpu_threads, libggml, reference, torch_backend
 from flux_kernels.formats import FORMATS
 from flux_kernels.random_rows import random_rows
 
@@ -26,7 +26,7 @@ def threads(request):
 def chunks(monkeypatch):
     """Chunks of 64 rows and a thread's share of 128: several of each, and short last ones, in a small layer."""
     monkeypatch.setattr(cpu_linear, "CHUNK_WEIGHTS", 64 * 768 + 5)
-    monkeypatch.setattr(cpu_decode, "SPAN_WEIGHTS", 1)
+    monkeypatch.setattr(cpu_threads, "LEAST_WEIGHTS", 1)
     return 448, 768
 
 
