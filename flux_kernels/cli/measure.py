@@ -120,7 +120,7 @@ def measure(
         ) as bar,
     ):
         show = _show(bar)
-        opened = work.open_measurement(request, world, show)
+        opened = work.open_measurement(request, world, show, planned=types_of_plan or ())
         if types_of_plan is not None:
             show("measuring the plan", 0, 0)
             found = work.measure_plan(opened, types_of_plan) if world.rank == 0 else None

@@ -7,7 +7,7 @@ from torch import nn
 from ..errors import FormatError
 from ..flux.names import BFL, sources
 from ..formats import FORMATS
-from .plan_file import Plan
+from .plan_file import Plan, check_tensors
 
 
 def for_diffusers(plan: Plan, model: nn.Module) -> dict[str, str]:
@@ -35,9 +35,7 @@ def for_diffusers(plan: Plan, model: nn.Module) -> dict[str, str]:
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     located = sources(shapes, BFL)
-    missing = sorted(plan.types.keys() - {source.tensor for source in located.values()})
-    if missing:
-        raise FormatError(f"The plan is for another model: this one has no {missing[0]!r} (and {len(missing) - 1} more).")
+    check_tensors(plan.types, {source.tensor for source in located.values()}, "the model")
     return {
         parameter.removesuffix(".weight"): plan.types[source.tensor]
         for parameter, source in located.items()

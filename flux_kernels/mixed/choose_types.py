@@ -16,13 +16,12 @@ from ..flux.names import block_of
 from ..flux.types import BLOCK, NAMED_TYPES, RULES, VECTOR, file_type, tensor_kind, tensor_types
 from ..formats import PLAIN_TYPES
 from ..packing import Engine, quantizer
-from .plan_file import Plan
+from .plan_file import Plan, check_tensors, listed
 from .source import SourceModel, SourceTensor
 from .stored_tensor import block_format
 
 DEFAULT_RULE = "new"
 _NUMBERED = re.compile(r"(^|\.)\d+\.")  # what other models' blocks have in common: an index in the name
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,7 @@ def _keep_half(chosen: Choice, source: SourceModel) -> None:
 def _given(shapes: Mapping[str, tuple[int, ...]], request: Request) -> dict[str, str]:
     """Return the types of tensors that plan and patterns name."""
     planned = dict(request.plan.types) if request.plan else {}
-    unknown = [name for name in planned if name not in shapes]
-    if unknown:
-        raise FormatError(
-            f"The plan names {_listed(unknown)}, which the source does not hold: it was made for another model. Plan again."
-        )
+    check_tensors(planned, shapes, "the source")
     for pattern, kind in request.overrides:
         block_format(kind)
         if not any(fnmatchcase(name, pattern) for name in shapes):
@@ -155,7 +150,7 @@ def _unplanned(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Map
     left = [name for name in blocks if name not in given and chosen.types[name] in PLAIN_TYPES]
     if not left:
         return []
-    return [f"The plan does not name {_listed(left)}: they stay in {chosen.types[left[0]]}. --type gives them one."]
+    return [f"The plan does not name {listed(left)}: they stay in {chosen.types[left[0]]}. --type gives them one."]
 
 
 def _ranks(source: SourceModel, types: Mapping[str, str], request: Request) -> dict[str, int]:
@@ -184,7 +179,7 @@ def _check_blocks(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: 
     for name in kept:
         chosen.types[name] = plain
     if kept:
-        chosen.notes.append(f"{len(kept)} matrices stay {plain}, as their rows are not whole blocks: {_listed(kept)}.")
+        chosen.notes.append(f"{len(kept)} matrices stay {plain}, as their rows are not whole blocks: {listed(kept)}.")
 
 
 def _number(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], named: int | None) -> int | None:
@@ -224,9 +219,9 @@ def match_importance(
             found[name] = mean
     if missing and not found:
         raise FormatError(
-            f"The importance matrix has none of the tensors: it names {_listed(list(means))}, the file {_listed(missing)}."
+            f"The importance matrix has none of the tensors: it names {listed(list(means))}, the file {listed(missing)}."
         )
-    note = f"{len(missing)} of {len(missing) + len(found)} quantized matrices have no importance: {_listed(missing)}."
+    note = f"{len(missing)} of {len(missing) + len(found)} quantized matrices have no importance: {listed(missing)}."
     return found, note if missing else ""
 
 
@@ -252,8 +247,3 @@ def requantized(tensors: Mapping[str, SourceTensor], types: Mapping[str, str]) -
         for name, tensor in tensors.items()
         if tensor.type != types[name] and any(piece.quantized for piece, _, _ in tensor.pieces)
     ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

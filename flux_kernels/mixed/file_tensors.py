@@ -83,6 +83,12 @@ def file_tensors(model: nn.Module, include: Iterable[str] = BLOCKS) -> dict[str,
     return found
 
 
+def file_names(model: nn.Module) -> set[str]:
+    """Return the names of all tensors of the file that a plain model would be written to."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {source.tensor for source in sources(shapes, BFL).values()}
+
+
 def quantized(
     model: nn.Module,
     tensor: FileTensor,

@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from .capture import Size, capture
 from .cost import CostRow, CostTable, sidecar
 from .covariance import covariance_path, save_covariance
 from .file_layout import parse_option
+from .file_tensors import file_names
 from .imatrix import imatrix_path, load_imatrix, save_imatrix
 from .measure import Importance, Measurer
 from .measure_log import MeasureLog, missing, read_logs
 from .measured_model import Source16, open_pipeline, open_transformer
+from .plan_file import check_tensors
 from .states import States
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")
@@ -137,11 +139,22 @@ class Opened:
         return [(name, kind) for name, tensor in self.measurer.tensors.items() for kind in tensor.types(self.request.types)]
 
 
-def open_measurement(request: Request, world: World = World(), progress: Progress = lambda what, done, total: None) -> Opened:
+def open_measurement(
+    request: Request,
+    world: World = World(),
+    progress: Progress = lambda what, done, total: None,
+    planned: Collection[str] = (),
+) -> Opened:
     """Load the model, get the states (the first process captures, the others wait for its file) and run the reference.
 
+    Args:
+        request: what to measure.
+        world: this process among those that measure together.
+        progress: called with what is being done, and how far.
+        planned: tensors of a plan that will be measured; whether the model has them is checked before states are captured.
+
     Raises:
-        FormatError: for unknown types, states of another model, a quantized model.
+        FormatError: for unknown types, states of another model, a quantized model, a plan of another model.
         GGUFError, FileNotFoundError: where the model or the base cannot be read.
     """
     for name in request.types:
@@ -152,6 +165,7 @@ def open_measurement(request: Request, world: World = World(), progress: Progres
     sha256 = request.source.sha256()
     progress("loading the model", 0, 0)
     model, source_type = open_transformer(request.source, device, dtype)
+    check_tensors(planned, file_names(model), "the model")
     states = _states(request, world, model, sha256, progress)
     measurer = Measurer(
         model,
@@ -301,7 +315,11 @@ def measure_plan(opened: Opened, types: dict[str, str]) -> Any:
 
     Returns:
         A JointRow.
+
+    Raises:
+        FormatError: where the plan is of another model.
     """
+    check_tensors(types, file_names(opened.measurer.model), "the model")
     known = opened.measurer.tensors
     packed = {name: kind for name, kind in types.items() if name in known and kind not in PLAIN_TYPES}
     unknown = [name for name in packed if not known[name].types([packed[name]])]

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..errors import FormatError
 from ..formats import FORMATS, PLAIN_TYPES
 
 SCHEMA = "flux_kernels.plan/1"
+_SHOWN = 4
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -93,6 +94,30 @@ class Plan:
         if problem:
             raise FormatError(f"{name} is no plan: {problem}.")
         return cls(**{key: value for key, value in found.items() if key != "schema"})
+
+
+def check_tensors(names: Collection[str], held: Collection[str], holder: str) -> None:
+    """Check that a plan is of the model it is used with.
+
+    Args:
+        names: tensors of the plan.
+        held: all tensors that the model's file has, in BFL's names.
+        holder: what holds them, in words for the message.
+
+    Raises:
+        FormatError: where the plan names others.
+    """
+    unknown = [name for name in names if name not in held]
+    if unknown:
+        raise FormatError(
+            f"The plan names {listed(unknown)}, which {holder} does not hold: it was made for another model. Plan again."
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name the first few, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _schema_problem(found: Any) -> str | None:

@@ -302,6 +302,20 @@ def test_plans_are_measured_as_their_table_was(whole, tmp_path):
     assert row.cost == pytest.approx(whole.table.by_tensor()[LINEAR1]["Q4_K"].cost, rel=1e-3)
 
 
+def test_a_plan_that_only_partly_names_this_model_is_refused(request_in, tmp_path):
+    """Before anything is measured: skipping what is not there would give the cost of another plan."""
+    from flux_kernels.mixed.plan_file import Plan
+
+    types = {QKV: "Q4_K", "double_blocks.7.img_attn.qkv.weight": "Q4_K", "final_layer.linear.weight": "F16"}
+    Plan(types, bytes=1, cost=0.0).save(tmp_path / "plan.json")
+    request = request_in("foreign plan")
+    done = CliRunner().invoke(app, ["measure", "--out", str(request.out), "--plan", str(tmp_path / "plan.json")])
+    assert done.exit_code == 1
+    assert "names double_blocks.7.img_attn.qkv.weight, which the model does not hold" in " ".join(done.output.split())
+    with pytest.raises(FormatError, match="which the model does not hold"):
+        measure_run.measure_plan(measure_run.open_measurement(request), types)
+
+
 def test_killed_and_resumed_gives_the_same_table(whole, request_in):
     request = request_in("killed")
     assert in_process(request, 0, 1, die_at=10) == -signal.SIGKILL

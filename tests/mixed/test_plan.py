@@ -270,7 +270,7 @@ def test_a_plan_of_another_model_or_with_ranks_is_not_applied():
     from flux_kernels.demo import embedded_transformer
 
     model = embedded_transformer()
-    with pytest.raises(FormatError, match="for another model: this one has no 'nothing.weight'"):
+    with pytest.raises(FormatError, match="names nothing.weight, which the model does not hold: it was made for another model"):
         for_diffusers(Plan({"nothing.weight": "Q4_K"}, 1, 0.0), model)
     name = "single_blocks.0.linear1.weight"
     with pytest.raises(FormatError, match="low-rank correction"):
