@@ -26,9 +26,14 @@ class Mark:
 _DIFFUSERS_GGUF = "Load it with the diffusers class of that model and GGUFQuantizationConfig, then call swap_linear on it."
 _TEXT_ENCODER = "It belongs to the pipeline's text encoder, not its transformer."
 _T5 = "Load it with flux_kernels.load_t5(path), or give it to `flux-kernels generate` as --t5."
+LORA = Mark(
+    "a LoRA",
+    r".*(lora_[AB]\b|lora_(up|down)\b|hada_w[12]_|lokr_w[12]\b).*",
+    "Load the base model, then pipeline.load_lora_weights(...).",
+)
 # First match wins: the finer marks stand before the coarser ones.
 OTHER_TRANSFORMERS: tuple[Mark, ...] = (
-    Mark("a LoRA", r".*(lora_[AB]\b|lora_(up|down)\b).*", "Load the base model, then pipeline.load_lora_weights(...)."),
+    LORA,
     Mark("Chroma", r"distilled_guidance_layer\..*", _DIFFUSERS_GGUF),
     Mark("FLUX.2", r"(single_stream_modulation|double_stream_modulation_(img|txt))\..*", _DIFFUSERS_GGUF),
     Mark("FLUX.3", r"early_stream_modulations\..*", _DIFFUSERS_GGUF),
@@ -101,6 +106,12 @@ def refusal_of(shapes: Mapping[str, tuple[int, ...]], architecture: str | None) 
     declared = f"its architecture key says {architecture!r}" if architecture else "it has no architecture key"
     examples = ", ".join(sorted(shapes)[:3])
     return f"This is no FLUX.1 transformer: {declared}, its tensors are called {examples}, ... {_FLUX_1}"
+
+
+def lora_tensor(names: Collection[str]) -> str | None:
+    """Return a name that only a LoRA's tensors have, or None."""
+    pattern = re.compile(LORA.tensor)
+    return next((name for name in names if pattern.fullmatch(name)), None)
 
 
 def _advice(advice: str) -> str:

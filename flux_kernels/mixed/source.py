@@ -16,7 +16,8 @@ from ..errors import GGUFError
 from ..flux.config import default_rope, infer_config
 from ..flux.names import BFL, Source, sources, stored_shapes
 from ..flux.stored import empty_model, parameter_shapes
-from ..flux.variant import naming_of, refusal_of, variant_name
+from ..flux.variant import lora_tensor, naming_of, refusal_of, variant_name
+from ..gguf_spec import shown_path
 from ..tensor_check import tensor_problems
 from .source_files import SourceFiles, open_source
 from .stored_tensor import StoredTensor
@@ -122,13 +123,19 @@ def understand_source(path: str | os.PathLike[str], config: object | None = None
         config: overrides of FLUX.1's inferred config, as in `load_flux`.
 
     Raises:
-        GGUFError: where the source is damaged, incomplete, or holds what cannot be weights.
+        GGUFError: where the source is damaged, incomplete, a LoRA, or holds what cannot be weights.
     """
     files = open_source(path)
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
     architecture = files.metadata.get("general.architecture")
     for tensor in files.tensors.values():
         tensor.check()
+    factor = lora_tensor(shapes)
+    if factor is not None:
+        raise GGUFError(
+            f"{shown_path(os.fsdecode(path))} holds a LoRA ({factor!r}), which is no model and stays in 16 bit: quantize the model, "
+            "and give the LoRA to `flux-kernels generate --lora` or pipeline.load_lora_weights(...)."
+        )
     refusal = refusal_of(shapes, architecture if isinstance(architecture, str) else None)
     if refusal is not None:
         tensors = {name: _whole(name, tensor) for name, tensor in files.tensors.items()}

@@ -69,6 +69,21 @@ def test_every_form_of_a_checkpoint_is_the_same_model(tmp_path, tensors, write):
     assert bool(model.notes) is (write is prefixed_beside_a_vae)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "lora_unet_double_blocks_0_img_attn_qkv.lokr_w1",
+        "lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a",
+    ],
+)
+def test_a_lora_is_no_source(tmp_path, name):
+    """Its factors would become a file that nothing reads."""
+    with pytest.raises(GGUFError, match=r"holds a LoRA \(.*which is no model"):
+        understand_source(single(tmp_path, {name: torch.ones(16, 256)}))
+
+
 def test_ranges_of_a_fused_tensor_cross_its_pieces(tmp_path, tensors):
     model = understand_source(diffusers_pipeline(tmp_path, tensors))
     for name in ("single_blocks.0.linear1.weight", "single_blocks.0.linear1.bias", "final_layer.adaLN_modulation.1.weight"):
