@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ._own_command import own_command
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Contact sheet to write; the GGUF files go beside it.")] = Path("demo.png"),
@@ -64,8 +66,9 @@ def demo(
     ran = ", ".join(sorted({one.runs_as for one in drawn[1:]}))
     console.print(f"Packed layers ran on the {ran} backend, {len(prompts)} prompts, {seconds:.0f} s in all.")
     console.print(f"Contact sheet: [bold]{out}[/]. Look into a file, or draw with one:", soft_wrap=True)
-    console.print(f"  flux-kernels inspect {drawn[-1].file}", soft_wrap=True)
-    console.print(f'  flux-kernels generate --gguf {drawn[-1].file} --prompt "{prompts[0]}"', soft_wrap=True, markup=False)
+    command, plainly = own_command(), dict(soft_wrap=True, markup=False, highlight=False)
+    console.print(f"  {command} inspect {drawn[-1].file}", **plainly)
+    console.print(f'  {command} generate --gguf {drawn[-1].file} --prompt "{prompts[0]}"', **plainly)
 
 
 def _table(drawn: list, count: int) -> Table:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ._own_command import own_command
+
 _SHOWN = 10  # tensors in the table on the screen
 _STATES_A_RANK = 4  # below, a correction fits the states themselves: 6 states and rank 8 cost 9 times as much on others
 
@@ -177,7 +179,7 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
             soft_wrap=True,
         )
     console.print(
-        f"{len(table.rows)} costs in [bold]{request.out}[/]. Next: flux-kernels plan {request.out} --bpw 5", soft_wrap=True
+        f"{len(table.rows)} costs in [bold]{request.out}[/]. Next: {own_command()} plan {request.out} --bpw 5", soft_wrap=True
     )
 
 
