@@ -16,7 +16,7 @@ FIDELITY, LINEAR = RESULTS / "embedded_fidelity.csv", RESULTS / "linear_cpu.csv"
 sys.path.insert(0, str(README.parent))
 
 from flux_kernels.benchmark.record import origin_text, read_csv
-from flux_kernels.benchmark.totals import TWINS, Total, by_step, totals
+from flux_kernels.benchmark.totals import TWINS, Total, by_step, marked, totals
 from flux_kernels.compute import COMPUTE_MODES
 from flux_kernels.formats import FORMATS, PLAIN_TYPES, BlockFormat
 
@@ -76,8 +76,7 @@ def linear_table() -> str:
 def _beside_torch(found: dict[str, Total], side: str) -> str:
     if not {side, "torch"} <= found.keys():
         return "not measured"
-    same = "" if found[side].differs(found["torch"]) else "~"
-    return f"{same}{found['torch'].p50 / found[side].p50:.2f}"
+    return marked(found[side], found["torch"])
 
 
 TABLES = {"formats": format_table, "modes": mode_table, "linears": linear_table}

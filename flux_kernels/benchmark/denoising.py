@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_pipeline import go_offline_quietly, load_pipeline
-from ..clock import interleaved, percentiles
+from ..clock import interleaved
 from ..demo import BLOCKS, embedded_transformer
 from ..embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path
 from ..footprint import memory_footprint
@@ -18,7 +18,7 @@ from ..linear import GGUFLinear
 from ..swap import swap_linear
 from .memory import extra_peak
 from .providers import Problem
-from .step_timing import COLUMNS, DENOISED, DENOISING, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, relative, why
+from .step_timing import COLUMNS, DENOISED, DENOISING, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, relative, timed, why
 from .step_weights import make_layer
 
 _NEEDS_GPU = "model offload needs a GPU"
@@ -46,6 +46,7 @@ def measure_denoising(
         progress(f"denoising, {name}: checking {provider}")
         for what in DENOISING:
             row: dict = dict.fromkeys(COLUMNS, "") | dict(format=name, provider=provider, what=what, size=DENOISED)
+            row["dtype"] = str(dtype)[6:]
             rows.append(row)
             offload = what == DENOISING[1]
             if offload and device.type == "cpu":
@@ -70,7 +71,7 @@ def measure_denoising(
                 row["note"] = f"wrong result: relative error {error:.2g}, at most {LARGEST_GATE:.2g}"
     progress(f"denoising, {name}: timing")
     for index, times in interleaved(calls, repeats, device).items():
-        rows[int(index)] |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), (f"{value:.3f}" for value in percentiles(times))))
+        rows[int(index)] |= timed(times)
     return rows
 
 

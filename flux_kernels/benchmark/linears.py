@@ -15,9 +15,9 @@ from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings, cache_flusher
 from .providers import PROVIDERS, Problem, Unavailable, same_call
 from .shapes import Call
-from .totals import by_step, totals
+from .totals import MARKS, by_step, marked, totals
 
-_MEASURED = ("p20_ms", "p50_ms", "p80_ms", "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
+_MEASURED = ("repeats", "p20_ms", "p50_ms", "p80_ms", "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
 _ORACLE_ROWS, _ORACLE_COLUMNS = 64, 256
 
 
@@ -130,7 +130,7 @@ def _row(name, size, call, provider, times, errors, note, problem, ceilings) -> 
         if moved is None:
             shares["share_of_copy"] = ""
     speeds |= shares
-    return row | dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", **speeds) | checked
+    return row | dict(repeats=len(times), p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", **speeds) | checked
 
 
 def _four(value: float) -> float:
@@ -139,11 +139,12 @@ def _four(value: float) -> float:
 
 
 def summary(rows: list[dict]) -> str:
-    """Return the time of a whole step's linears by size, format and provider, as a ratio to plain torch in the same run."""
+    """Return the time of a whole step's linears by size, format and provider, and its speed beside plain torch's in the same run."""
     lines: list[str] = []
     for (size, name), mine in by_step(rows).items():
         found = totals(mine)
         for provider, total in found.items():
-            beside = f", {found['torch'].p50 / total.p50:5.2f} x torch" if "torch" in found else ""
+            beside = f", {marked(total, found['torch']):>5} x torch" if "torch" in found else ""
             lines.append(f"{name:8} {provider:30} {total.p50:10.1f} ms a step{beside}  {size}".rstrip())
-    return "\n".join(lines)
+    said = "\n".join(lines)
+    return "\n".join([said, *(f"{sign} {words}" for sign, words in MARKS.items() if f" {sign}" in said)])

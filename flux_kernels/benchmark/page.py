@@ -13,7 +13,7 @@ from .providers import PROVIDERS
 from .record import CHECKOUT, origin_text, read_csv
 from .session import Found
 from .step_verdict import step_verdict
-from .totals import TWINS, by_step, totals
+from .totals import TWINS, by_step, doubt, totals
 
 _FIDELITY = CHECKOUT / "bench" / "results" / "embedded_fidelity.csv"
 _OURS = "ours "
@@ -57,6 +57,7 @@ _LINEAR = {
     "k": "K",
     "calls": "calls a step",
     "dtype": "dtype",
+    "repeats": "repeats",
     "p20_ms": "p20 ms",
     "p50_ms": "median ms",
     "p80_ms": "p80 ms",
@@ -73,6 +74,8 @@ _STEP = {
     "what": "what",
     "size": "size",
     "provider": "side",
+    "dtype": "dtype",
+    "repeats": "repeats",
     "p20_ms": "p20 ms",
     "p50_ms": "median ms",
     "p80_ms": "p80 ms",
@@ -178,8 +181,8 @@ def _prices(found: Found, pictures: Sequence[Mapping]) -> str:
 def _speed(sums: Mapping, side: str) -> str:
     if side not in sums or "torch" not in sums:
         return ""
-    same = side == "torch" or sums[side].differs(sums["torch"])
-    return f"{sums['torch'].p50 / sums[side].p50:.2f}{'' if same else ' (no difference seen)'}"
+    why = "" if side == "torch" else doubt(sums[side], sums["torch"])
+    return f"{sums['torch'].p50 / sums[side].p50:.2f}{f' ({why})' if why else ''}"
 
 
 def _largest(rows: Sequence[Mapping], column: str) -> str:
@@ -191,7 +194,7 @@ def _every(title: str, columns: Mapping[str, str], rows: Sequence[Mapping], orig
     if not rows:
         return ""
     heads = [*columns.values(), "origin"]
-    lines = [[*(_cell(name, row[name]) for name in columns), origins.index(origin_text(row)) + 1] for row in rows]
+    lines = [[*(_cell(name, row.get(name)) for name in columns), origins.index(origin_text(row)) + 1] for row in rows]
     numbers = [head for head in heads if head not in _WORDS]
     return f"<details><summary>{title} ({len(rows)} rows)</summary>{table(heads, lines, numbers)}</details>"
 

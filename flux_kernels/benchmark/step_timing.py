@@ -20,7 +20,8 @@ from .step_inputs import StepConfig, StepInputs, step_inputs
 from .step_model import StepModel
 from .step_weights import StepWeights, build, build_reference, make_layer, make_weights
 
-COLUMNS = ("format", "provider", "what", "size", "p20_ms", "p50_ms", "p80_ms", "peak_bytes", "weight_bytes", "error", "note")
+TIMES = ("p20_ms", "p50_ms", "p80_ms")
+COLUMNS = ("format", "provider", "what", "size", "dtype", "repeats", *TIMES, "peak_bytes", "weight_bytes", "error", "note")
 DENOISING = ("denoising", "denoising, model offload")
 EMBEDDED_BATCH = 4  # of 16 image tokens each: with fewer than 17 rows every mode runs as "exact"
 DENOISED = f"{PIPELINE_KWARGS['height']}x{PIPELINE_KWARGS['width']} batch {EMBEDDED_BATCH}"
@@ -169,6 +170,7 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
             provider=provider,
             what=case.what,
             size=case.size,
+            dtype=str(weights.dtype)[6:],
             weight_bytes=weights.nbytes(unquantized=provider == "torch"),
             note=f"{weights.nbytes(unquantized=True) / 1e9:.1f} GB {_REUSED}" if first_only else "",
         )
@@ -194,5 +196,10 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
     progress(f"{case.what}, {weights.fmt.name}: timing")
     work = {provider: partial(run, model, inputs) for provider, model in models.items()}
     for provider, times in interleaved(work, repeats, device).items():
-        rows[provider] |= dict(zip(("p20_ms", "p50_ms", "p80_ms"), (f"{value:.3f}" for value in percentiles(times))))
+        rows[provider] |= timed(times)
     return list(rows.values())
+
+
+def timed(times: list[float]) -> dict:
+    """Return the columns of some runs' milliseconds."""
+    return dict(zip(TIMES, (f"{value:.3f}" for value in percentiles(times)))) | dict(repeats=len(times))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .totals import Total
+from .totals import UNKNOWN, Total, doubt
 
 _NAMES = {
     "step": "One whole step",
@@ -20,7 +20,7 @@ Row = Mapping[str, str]
 def step_verdict(rows: Sequence[Row]) -> list[str]:
     """Return a sentence for each format and kind of run, one for what was not measured, one for what was wrong.
 
-    Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap.
+    Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap, or are unknown.
 
     Args:
         rows: of `whole_step.measure_steps`, of one machine.
@@ -34,7 +34,7 @@ def step_verdict(rows: Sequence[Row]) -> list[str]:
 
 def _run(what: str, size: str, name: str, sides: Mapping[str, Row]) -> str:
     subject = f"{_NAMES[what]} at {size} with {name}"
-    times = {provider: _total(row) for provider, row in sides.items() if row["p50_ms"]}
+    times = {provider: Total.of(row) for provider, row in sides.items() if row["p50_ms"]}
     modes = [provider for provider in times if provider.startswith(_OURS) and provider != _EXACT]
     parts = [f"{subject}{_exact(times, sides)}"]
     if _PLAIN in times:
@@ -50,29 +50,27 @@ def _exact(times: Mapping[str, Total], sides: Mapping[str, Row]) -> str:
     mine, plain = times[_EXACT], times.get(_PLAIN)
     if plain is None:
         return f" takes {mine.p50:.4g} ms in exact mode, with no unquantized one to compare with"
-    ratio = f" takes {mine.p50 / plain.p50:.2f} times {_WHOLE}" if mine.differs(plain) else _same(_WHOLE)
+    ratio = f" takes {mine.p50 / plain.p50:.2f} times {_WHOLE}" if mine.differs(plain) else _same(mine, plain, _WHOLE)
     saved = int(sides[_PLAIN]["weight_bytes"]) - int(sides[_EXACT]["weight_bytes"])
     size = f"{saved / 1e9:.1f} GB" if saved >= 1e9 else f"{saved / 1e6:.1f} MB"
     stand_in = (
         ", which does not fit here and ran on the weights of two blocks" if "does not fit" in sides[_PLAIN]["note"] else ""
     )
-    return f"{ratio}{stand_in}, and its weights are {size} smaller"
-
-
-def _total(row: Row) -> Total:
-    return Total(*(float(row[name]) for name in ("p20_ms", "p50_ms", "p80_ms")))
+    than = f" than in {sides[_PLAIN]['dtype']}" if sides[_PLAIN].get("dtype") else ""
+    return f"{ratio}{stand_in}, and its weights are {size} smaller{than}"
 
 
 def _speed(mine: Total, other: Total, whose: str) -> str:
     if not mine.differs(other):
-        return _same(whose)
+        return _same(mine, other, whose)
     if mine.p50 < other.p50:
         return f" is {other.p50 / mine.p50:.2f} times as fast as {whose}"
     return f" takes {mine.p50 / other.p50:.2f} times as long as {whose}"
 
 
-def _same(whose: str) -> str:
-    return f": no difference seen from {whose}"
+def _same(mine: Total, other: Total, whose: str) -> str:
+    why = doubt(mine, other)
+    return f": not compared with {whose} ({why})" if why == UNKNOWN else f": {why} from {whose}"
 
 
 def _not_measured(runs: Mapping[tuple[str, str, str], Mapping[str, Row]]) -> list[str]:

@@ -8,18 +8,59 @@ from typing import NamedTuple
 TWINS = "On a CPU fp16_accumulate and int8 are imitated in torch for their rounding, not for speed."
 
 
+LEAST_REPEATS = 3  # fewer have no spread that means anything
+UNKNOWN = f"spread unknown with fewer than {LEAST_REPEATS} repeats"
+
+
 class Total(NamedTuple):
-    """Hold milliseconds a step: the sums of the 20th, 50th and 80th percentiles of its calls."""
+    """Hold milliseconds a step: the sums of the 20th, 50th and 80th percentiles of its calls, and how often each ran.
+
+    `repeats` is 0 where rows do not tell, as older ones.
+    """
 
     p20: float
     p50: float
     p80: float
+    repeats: int = 0
+
+    @classmethod
+    def of(cls, row: Mapping) -> Total:
+        """Take the times of one row."""
+        return cls(*(float(row[name]) for name in _TIMES), repeats=int(row.get("repeats") or 0))
+
+    @property
+    def known(self) -> bool:
+        """Return whether there are repeats enough for a spread."""
+        return self.p20 != self.p80 and not 0 < self.repeats < LEAST_REPEATS
 
     def differs(self, other: Total) -> bool:
-        """Return whether the spreads lie apart: where p20 to p80 overlap, nobody can say which is faster; one repeat has none."""
-        if self.p20 == self.p80 or other.p20 == other.p80:
-            return False
-        return self.p80 < other.p20 or other.p80 < self.p20
+        """Return whether the spreads lie apart: where p20 to p80 overlap, or are not known, nobody can say which is faster."""
+        return self.known and other.known and (self.p80 < other.p20 or other.p80 < self.p20)
+
+    def speed(self, base: Total) -> Total:
+        """Return how many times as fast as `base` it is: the least (one's slow runs beside the other's fast ones), median, most.
+
+        The speeds of two steps that were timed beside bases of their own differ where these spreads lie apart.
+        """
+        repeats = min(self.repeats, base.repeats) or max(self.repeats, base.repeats)
+        return Total(base.p20 / self.p80, base.p50 / self.p50, base.p80 / self.p20, repeats)
+
+
+def doubt(mine: Total, other: Total) -> str:
+    """Say why nothing tells two times apart; "" where they differ."""
+    if not (mine.known and other.known):
+        return UNKNOWN
+    return "" if mine.differs(other) else "no difference seen"
+
+
+def marked(mine: Total, base: Total) -> str:
+    """Write how many times as fast as `base` it is, short: "~" before it where no difference was seen, "?" where no spread is known."""
+    sign = "" if mine == base or mine.differs(base) else "~" if mine.known and base.known else "?"
+    return f"{sign}{base.p50 / mine.p50:.2f}"
+
+
+_TIMES = ("p20_ms", "p50_ms", "p80_ms")
+MARKS = dict(zip("~?", ("no difference seen (p20 to p80 of both overlap)", UNKNOWN)))
 
 
 def totals(rows: Sequence[Mapping]) -> dict[str, Total]:
@@ -28,8 +69,8 @@ def totals(rows: Sequence[Mapping]) -> dict[str, Total]:
     for provider in dict.fromkeys(row["provider"] for row in rows):
         mine = [row for row in rows if row["provider"] == provider]
         if all(row["p50_ms"] for row in mine):
-            columns = ("p20_ms", "p50_ms", "p80_ms")
-            found[provider] = Total(*(sum(float(row[name]) * int(row["calls"]) for row in mine) for name in columns))
+            sums = (sum(float(row[name]) * int(row["calls"]) for row in mine) for name in _TIMES)
+            found[provider] = Total(*sums, repeats=min(int(row.get("repeats") or 0) for row in mine))
     return found
 
 

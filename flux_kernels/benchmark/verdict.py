@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .step_verdict import step_verdict
-from .totals import Total, totals
+from .totals import UNKNOWN, Total, doubt, totals
 
 __all__ = ["step_verdict", "verdict"]
 _OURS = "ours "
@@ -16,7 +16,7 @@ def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]
 
     They are about the linear calls of one step; the second is about a step as a whole where one was measured.
 
-    Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap.
+    Every ratio is a speed. Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap, or are unknown.
 
     Args:
         rows: rows of one run and one size, with origin columns. Types that lack shapes must be left out by the caller.
@@ -38,18 +38,18 @@ def _machine(row: Mapping) -> str:
 
 
 def _ratios(found: Mapping[str, Mapping[str, Total]], over: str, under: str) -> str:
-    """Write the ratio of two providers' times for every format that has both, and where no difference was seen."""
+    """Write the ratio of two providers' times for every format that has both, and where nothing tells them apart."""
     said = []
     for name, times in found.items():
         if {over, under} <= times.keys():
-            same = "" if times[over].differs(times[under]) else " (no difference seen)"
-            said.append(f"{name} {times[over].p50 / times[under].p50:.2f}{same}")
+            why = doubt(times[over], times[under])
+            said.append(f"{name} {times[over].p50 / times[under].p50:.2f}{f' ({why})' if why else ''}")
     return ", ".join(said)
 
 
 def _exact(found: Mapping[str, Mapping[str, Total]]) -> str:
-    said = _ratios(found, _OURS + "exact", "torch")
-    return f"Time of exact mode, with unquantized torch as 1: {said}." if said else "Exact mode: not measured."
+    said = _ratios(found, "torch", _OURS + "exact")
+    return f"Speed of exact mode, with unquantized torch as 1: {said}." if said else "Exact mode: not measured."
 
 
 def _step(steps: Sequence[Mapping]) -> str:
@@ -64,9 +64,11 @@ def _step(steps: Sequence[Mapping]) -> str:
         plain = sides.get((what, name, "torch"))
         if side != _OURS + "exact" or plain is None:
             continue
-        both = [Total(*(float(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms"))) for row in (mine, plain)]
-        time = f"{both[0].p50 / both[1].p50:.2f} times the time" if both[0].differs(both[1]) else "no difference seen in time"
-        said.append(f"{name} {time}, {_bytes(int(plain['weight_bytes']) - int(mine['weight_bytes']))} smaller")
+        own, base = Total.of(mine), Total.of(plain)
+        why = doubt(own, base)
+        time = f"{base.p50 / own.p50:.2f} times the speed{f' ({why})' if why else ''}"
+        than = f" than in {plain['dtype']}" if plain.get("dtype") else ""
+        said.append(f"{name} {time}, {_bytes(int(plain['weight_bytes']) - int(mine['weight_bytes']))} smaller{than}")
     if not said:
         return ""
     return f"{kinds[next(iter(sides))[0]]} in exact mode beside the unquantized one: {'; '.join(said)}."
@@ -80,13 +82,24 @@ def _best(found: Mapping[str, Mapping[str, Total]]) -> str:
     times = {(n, p): v for n, t in found.items() if "torch" in t for p, v in t.items() if p.startswith(_OURS)}
     if not times:
         return "This library's modes beside torch: not measured."
-    best = min(times, key=lambda key: times[key].p50 / found[key[0]]["torch"].p50)
-    plain, mine = found[best[0]]["torch"], times[best]
-    ties = [_named(key) for key in times if key != best and not times[key].differs(mine)]
+    speeds = {key: mine.speed(found[key[0]]["torch"]) for key, mine in times.items()}
+    best = max(speeds, key=lambda key: speeds[key].p50)
+    why = doubt(times[best], found[best[0]]["torch"])
+    beside = f"{_named(best)}, {speeds[best].p50:.2f} times the speed of torch{f' ({why})' if why else ''}"
+    if why == UNKNOWN:
+        return f"Shortest time of this library here, which says little: {beside}."
+    ties = [_named(key) for key in times if key != best and not _apart(key, best, times, speeds)]
     tied = f"; not told apart from it: {', '.join(ties)}" if ties else ""
-    if not mine.differs(plain):
-        return f"Fastest of this library here: {_named(best)}, no difference seen from torch{tied}."
-    return f"Fastest of this library here: {_named(best)}, {plain.p50 / mine.p50:.2f} times the speed of torch{tied}."
+    return f"Fastest of this library here: {beside}{tied}."
+
+
+def _apart(one: tuple[str, str], other: tuple[str, str], times: Mapping, speeds: Mapping) -> bool:
+    """Tell whether two modes differ: within a type by their times, across types by their speeds, each beside its own torch.
+
+    Either way, what is not told apart from torch is not told apart from the best mode where that one is slower than torch.
+    """
+    measured = times if one[0] == other[0] else speeds
+    return measured[one].differs(measured[other])
 
 
 def _named(key: tuple[str, str]) -> str:

@@ -79,9 +79,11 @@ def test_the_verdict_speaks_of_the_whole_step_where_there_is_one():
     steps = [step_row("torch", 400.0, 23.8), step_row("ours exact", 412.0, 6.8)]
     lines = verdict(linear_rows(), steps)
     assert len(lines) == 5
-    assert lines[1] == "One whole step in exact mode beside the unquantized one: Q4_K 1.03 times the time, 17.0 GB smaller."
+    assert lines[1] == "One whole step in exact mode beside the unquantized one: Q4_K 0.97 times the speed, 17.0 GB smaller."
+    steps[0] |= dict(dtype="bfloat16")
+    assert "17.0 GB smaller than in bfloat16" in verdict(linear_rows(), steps)[1]
     steps[1] |= dict(p20_ms="390.0")
-    assert "Q4_K no difference seen in time, 17.0 GB smaller" in verdict(linear_rows(), steps)[1]
+    assert "Q4_K 0.97 times the speed (no difference seen), 17.0 GB smaller" in verdict(linear_rows(), steps)[1]
     assert "unquantized torch as 1" in verdict(linear_rows(), [step_row("ours exact", 412.0, 6.8)])[1]
 
 

@@ -30,12 +30,18 @@ def test_a_slower_side_is_called_slower():
     assert "takes 1.50 times" in said and "int8 mode takes 3.00 times as long as the unquantized one" in said
 
 
-def test_overlapping_spreads_and_single_repeats_are_no_difference():
+def test_overlapping_spreads_are_no_difference_and_few_repeats_no_comparison():
     (said,) = step_verdict(
-        [row("torch", 1000, 24.0, 0.1), row("ours exact", 1100, spread=0.1), row("ours int8", 500, spread=0)]
+        [row("torch", 1000, 24.0, 0.1), row("ours exact", 1100, spread=0.1), row("ours int8", 500, repeats=2)]
     )
     assert "with Q4_K: no difference seen from the unquantized one, and its weights" in said
-    assert "int8 mode: no difference seen" in said and "times" not in said
+    unknown = "int8 mode: not compared with the unquantized one (spread unknown with fewer than 3 repeats)"
+    assert unknown in said and "times" not in said
+
+
+def test_what_is_saved_is_told_with_what_it_is_less_than():
+    (said,) = step_verdict([row("torch", 1000, 24.0, dtype="float32"), row("ours exact", 1030, dtype="float32")])
+    assert "its weights are 17.1 GB smaller than in float32" in said
 
 
 def test_what_is_missing_is_said_with_the_reason():
