@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels import cpu_decode
+from flux_kernels import cpu_threads
 from flux_kernels.benchmark.memory import extra_peak, free_bytes
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def test_the_peak_is_what_was_held_at_one_time(capfd):
 
 def test_scratch_of_earlier_calls_is_counted_again():
     def work():
-        return cpu_decode.weight_scratch(1000, 1000, torch.float32)
+        return cpu_threads.scratch().tensor("made up", torch.float32, 1000, 1000)
 
     work()
     assert extra_peak(work, CPU) >= 4_000_000
