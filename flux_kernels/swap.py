@@ -32,15 +32,15 @@ def swap_linear(
     """Replace linear layers by packed ones, in place.
 
     Layers that diffusers loaded from a GGUF file are taken over: their bytes are moved, not copied and not decoded. Plain
-    nn.Linear layers are quantized where `format` says so. Layers that are packed already get the new backend and compute
-    mode. Every layer is checked before the first is touched.
+    nn.Linear layers are quantized where `format` says so. Layers that are packed already keep their type and get the new backend
+    and compute mode, the defaults where none are given; the report says where that took another from them. Every layer is checked before the first is touched.
 
     Args:
         model: any module that contains linear layers, such as `pipe.transformer`.
         backend: "auto", "triton" or "torch".
         compute: "exact", "fp16_accumulate" or "int8", or a map of fnmatch pattern -> mode ("exact" where none matches).
         format: type to quantize plain nn.Linear layers to, on their device: a name such as "Q4_K", or a map of fnmatch
-            pattern -> name, of which the first match counts. None leaves them as they are.
+            pattern -> name, of which the first match counts. None leaves them as they are. Packed layers keep their type.
         include: fnmatch pattern or patterns of the layer names to consider; None means all.
         exclude: fnmatch pattern or patterns of the layer names to leave out.
 

@@ -150,6 +150,11 @@ def _plan_update(step: Step, module: GGUFLinear, request: Request) -> Step:
         module.backend, module.compute = request.backend, compute
         return module.arrange()
 
+    step.row = replace(
+        step.row,
+        was_compute=module.compute if compute == "exact" != module.compute else "",
+        was_backend=module.backend if request.backend == "auto" != module.backend else "",
+    )
     return _swapped(step, make, "already packed", request, compute)
 
 
@@ -194,7 +199,9 @@ def _plan_quantize(step: Step, module: nn.Linear, request: Request) -> Step:
 def _swapped(step: Step, make: Callable[[], nn.Module], detail: str, request: Request, compute: str) -> Step:
     old = step.old
     step.make = lambda: make() if isinstance(old, GGUFLinear) else carry_over(old, make())
-    step.row = replace(step.row, action="swapped", detail=detail, backend=request.backend, compute=compute)
+    asked = request.format_of(step.names)
+    unmet = "" if asked is None or get_format(asked).name == step.row.format else get_format(asked).name
+    step.row = replace(step.row, action="swapped", detail=detail, backend=request.backend, compute=compute, unmet=unmet)
     return step
 
 

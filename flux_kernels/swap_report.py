@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -22,6 +23,9 @@ class SwapRow:
         backend: asked for; "" where skipped.
         compute: asked for; "" where skipped.
         runs: what computes it where it is or may be moved to (see `runs.runs_as`); "" where skipped.
+        unmet: type that format= names, where the layer was packed already and kept another; else "".
+        was_compute: mode it had, where the call set it back to "exact", the default; else "".
+        was_backend: backend it had, where the call set it back to "auto", the default; else "".
     """
 
     name: str
@@ -33,6 +37,9 @@ class SwapRow:
     backend: str = ""
     compute: str = ""
     runs: str = ""
+    unmet: str = ""
+    was_compute: str = ""
+    was_backend: str = ""
 
     @property
     def bytes_16bit(self) -> int:
@@ -86,8 +93,30 @@ class SwapReport:
             f"{totals['swapped']} layers swapped, {_megabytes(totals['bytes'])} MB "
             f"({_megabytes(totals['bytes_16bit'])} MB in 16 bit); {totals['skipped']} skipped."
         )
+        lines += _surprises(self.swapped)
         lines += [f"Pattern {pattern!r} matched no linear layer." for pattern in self.unmatched]
         return "\n".join(lines)
+
+
+def _surprises(rows: list[SwapRow]) -> list[str]:
+    """Say where the call did less, or more, than its caller may think."""
+    kept = Counter((row.format, row.unmet) for row in rows if row.unmet)
+    modes = Counter((row.was_compute, row.compute, "compute") for row in rows if row.was_compute)
+    backends = Counter((row.was_backend, row.backend, "backend") for row in rows if row.was_backend)
+    lines = [
+        f"{_layers(count)} packed already and stayed {has}, format= asked for {asked}: it quantizes plain layers only. Pack the "
+        f"16-bit model to get {asked}."
+        for (has, asked), count in kept.items()
+    ]
+    lines += [
+        f"{_layers(count)} {was} and went back to {now}, the default of {argument}=; {argument}={was!r} keeps them."
+        for (was, now, argument), count in (modes + backends).items()
+    ]
+    return lines
+
+
+def _layers(count: int) -> str:
+    return "1 layer was" if count == 1 else f"{count} layers were"
 
 
 def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
@@ -95,14 +124,27 @@ def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
     groups: dict[tuple, list[SwapRow]] = {}
     for row in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-        key = (pattern, row.action, row.detail, row.format, row.shape, row.compute, row.runs)
+        key = (
+            pattern,
+            row.action,
+            row.detail,
+            row.format,
+            row.shape,
+            row.compute,
+            row.runs,
+            row.unmet,
+            row.was_compute,
+            row.was_backend,
+        )
         groups.setdefault(key, []).append(row)
     return [(key[0] if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
 
 
 def _line(pattern: str, rows: list[SwapRow]) -> tuple[str, ...]:
     first = rows[0]
-    runs = f"{first.compute}, {first.runs} ({first.detail})" if first.action == "swapped" else f"skipped: {first.detail}"
+    about = [first.detail, *([f"not {first.unmet}"] if first.unmet else [])]
+    about += [f"was {was}" for was in (first.was_compute, first.was_backend) if was]
+    runs = f"{first.compute}, {first.runs} ({', '.join(about)})" if first.action == "swapped" else f"skipped: {first.detail}"
     return (
         pattern,
         str(len(rows)),

@@ -134,6 +134,25 @@ def test_swapping_again_changes_backend_and_compute(model):
     assert {row.detail for row in report} == {"already packed"}
 
 
+def test_a_type_that_packed_layers_do_not_take_is_said(model):
+    fk.swap_linear(model, format={"blocks.0": "Q6_K", "blocks.*": "Q8_0"})
+    report = fk.swap_linear(model, format={"blocks.*": "Q8_0"})
+    assert [block.format for block in model.blocks] == ["Q6_K", "Q8_0", "Q8_0"]
+    assert "1 layer was packed already and stayed Q6_K, format= asked for Q8_0: it quantizes plain layers only." in str(report)
+    assert "already packed, not Q8_0" in str(report) and "stayed Q8_0" not in str(report)
+
+
+def test_modes_and_backends_that_a_call_sets_back_are_said(model):
+    fk.swap_linear(model, "torch", "int8", format={"blocks.*": "Q8_0"})
+    report = str(fk.swap_linear(model, compute="int8"))
+    assert "3 layers were torch and went back to auto, the default of backend=; backend='torch' keeps them." in report
+    assert "default of compute" not in report
+    report = str(fk.swap_linear(model))
+    assert {block.compute for block in model.blocks} == {"exact"}
+    assert "3 layers were int8 and went back to exact, the default of compute=; compute='int8' keeps them." in report
+    assert "went back" not in str(fk.swap_linear(model))
+
+
 def test_hooks_flags_and_foreign_attributes_are_kept(model):
     calls, old = [], model.blocks[0]
     old.register_forward_hook(lambda *args: calls.append("after"))
