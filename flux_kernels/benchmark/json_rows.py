@@ -11,7 +11,7 @@ from .session import Found
 from .step_verdict import step_verdict
 
 _WORDS = ("format", "provider", "size", "where", "what", "dtype", "note", "compute")
-_ORIGIN = ("device", "capability", "driver", "torch", "triton", "commit", "date")
+_ORIGIN = ("device", "capability", "driver", "torch", "triton", "libggml", "commit", "date")
 
 
 def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[str, object]] = ()) -> str:

@@ -14,18 +14,26 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .providers import GATE_INT8, Problem, Unavailable, _decoded, provider
+from .providers import GATE_INT8, Problem, Unavailable, _decoded, not_installed, provider
 
 # Relative RMS error on gaussian weights: 8 bits a weight about 1 % (fp8 4 %, squared with its activations 5 %), 4 bits 10 %.
 GATE_8, GATE_4 = 0.08, 0.2
 
 
+_DISTRIBUTIONS = {
+    "vllm_gguf_plugin": "vllm-gguf-plugin",
+    "_vllm_gguf_plugin_kernels": "vllm-gguf-plugin",
+    "optimum": "optimum-quanto",
+}
+
+
 def _needs(module: str):
-    """Import a peer, or say that it is not there."""
+    """Import a peer, or say that it is not there and how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise Unavailable(f"not installed ({error.name or module})") from error
+        package = module.partition(".")[0]
+        raise not_installed(error.name or module, _DISTRIBUTIONS.get(package, package)) from error
 
 
 def _plain(problem: Problem) -> nn.Linear:
@@ -176,7 +184,7 @@ def _vllm_gguf_triton(problem: Problem):
     _gpu(problem, "vllm-gguf-plugin")
     alias, found = "_vllm_gguf_plugin_kernels", importlib.util.find_spec("vllm_gguf_plugin")
     if found is None:
-        raise Unavailable("not installed (vllm_gguf_plugin)")
+        raise not_installed("vllm_gguf_plugin", _DISTRIBUTIONS["vllm_gguf_plugin"])
     if alias not in sys.modules:
         package = ModuleType(alias)
         package.__path__ = list(found.submodule_search_locations or ())

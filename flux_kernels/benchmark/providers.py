@@ -29,6 +29,14 @@ class Unavailable(RuntimeError):
     """Say why a provider cannot run here."""
 
 
+def not_installed(module: str, install: str) -> Unavailable:
+    """Return what to raise where a package is missing: which one, and the command that gets it."""
+    return Unavailable(f"not installed: {module}. Run: pip install '{install}'")
+
+
+EXTRA = "flux_kernels[bench]"  # has what the default comparison needs
+
+
 @dataclass(frozen=True)
 class Provider:
     """Describe one side of the comparison.
@@ -96,7 +104,7 @@ def _diffusers(problem: Problem):
         import gguf
         from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
     except ImportError as error:
-        raise Unavailable(f"not installed: {error.name}") from error
+        raise not_installed(error.name or "diffusers", EXTRA) from error
     kind = problem.fmt.ggml_type  # the gguf package may not know a type as young as this library's youngest
     if kind not in {int(known) for known in dequantize_functions}:
         raise Unavailable(f"diffusers does not support {problem.fmt.name}")

@@ -8,13 +8,16 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from .. import libggml
 from .._triton import TRITON_VERSION
 
 CHECKOUT = Path(__file__).parents[2]
+_NONE = "none"
 
 
 def origin(device: torch.device) -> dict[str, str]:
@@ -26,6 +29,7 @@ def origin(device: torch.device) -> dict[str, str]:
         driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
         torch=torch.__version__,
         triton=TRITON_VERSION or "",
+        libggml="" if on_gpu else _libggml(),
         commit=commit(),
         date=datetime.date.today().isoformat(),
     )
@@ -33,9 +37,9 @@ def origin(device: torch.device) -> dict[str, str]:
 
 def origin_text(row: Mapping[str, object]) -> str:
     """Write where a row comes from as one line: device, versions, commit and date, of the origin columns that are filled."""
-    named = ("driver", "torch", "triton", "commit")
+    named = ("driver", "torch", "triton", "libggml", "commit")
     said = [str(row[key]) if key not in named else f"{key} {row[key]}" for key in ("device", *named, "date") if row.get(key)]
-    return ", ".join(said)
+    return ", ".join(said).replace(f"libggml {_NONE}", "no libggml")
 
 
 def commit() -> str:
@@ -86,7 +90,18 @@ def append_csv(row: dict, path: Path) -> None:
 
 
 def _cpu() -> str:
-    return f"{os.cpu_count()}-core CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{os.cpu_count()}-core CPU {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _libggml() -> str:
+    """Return the version of what decodes most types on a CPU, where it is installed."""
+    if not libggml.available():
+        return _NONE
+    try:
+        return version("libggml-python")
+    except PackageNotFoundError:
+        return "of unknown version"
 
 
 def _output(*command: str) -> str:

@@ -15,6 +15,7 @@ from ..compute import COMPUTE_MODES
 from ..embedded import PIPELINE_KWARGS, embedded_model_path
 from ..errors import FormatError
 from ..flux.calls import TEXT
+from .providers import EXTRA, not_installed
 from .record import origin
 from .shapes import STEPS
 from .step_inputs import FLUX_DEV, StepConfig
@@ -73,8 +74,9 @@ def step_job(size: str, full: bool, device: torch.device, repeats: int) -> Job:
 def denoising_job(device: torch.device, repeats: int) -> Job:
     """Make the job of a denoising run of the embedded model, on one thread; it says so where packages are missing."""
     providers, made_at = [name for name in _providers() if name != "dequantize"], _embedded_origin(device)
-    if not _installed("diffusers", "transformers", "gguf"):
-        note = "needs diffusers, transformers and gguf: not all are installed"
+    missing = [name for name in ("diffusers", "transformers", "gguf") if not _installed(name)]
+    if missing:
+        note = str(not_installed(", ".join(missing), EXTRA))
         row = dict.fromkeys(COLUMNS, "") | dict(provider="ours exact", what=DENOISING[0], size=DENOISED, note=note)
         return Job(DENOISING[:1], DENOISED, ["ours exact"], made_at, lambda name, _: [row | dict(format=name)])
 

@@ -28,7 +28,7 @@ def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]
         return [nothing if rows else cut, *filter(None, [_step(steps)]), *_failed(rows)]
     names = list(dict.fromkeys(row["format"] for row in rows))
     found = {name: totals([row for row in rows if row["format"] == name]) for name in names}
-    return [_machine(rows[0]), _step(steps) or _exact(found), _best(found), _beside(found), _price(rows), *_failed(rows)]
+    return [_machine(rows[0]), _step(steps) or _exact(found), _best(found), _beside(found, rows), _price(rows), *_failed(rows)]
 
 
 def _machine(row: Mapping) -> str:
@@ -106,9 +106,12 @@ def _named(key: tuple[str, str]) -> str:
     return f"{key[0]} in {key[1].removeprefix(_OURS)} mode"
 
 
-def _beside(found: Mapping[str, Mapping[str, Total]]) -> str:
+def _beside(found: Mapping[str, Mapping[str, Total]], rows: Sequence[Mapping]) -> str:
     said = _ratios(found, "diffusers", _OURS + "exact")
-    return f"Speed of exact mode, with diffusers' GGUF layers as 1: {said}." if said else "diffusers: not measured."
+    if said:
+        return f"Speed of exact mode, with diffusers' GGUF layers as 1: {said}."
+    why = next((row["note"] for row in rows if row["provider"] == "diffusers" and not row["p50_ms"] and row["note"]), "")
+    return f"diffusers: {why or 'not measured'}."
 
 
 def _failed(rows: Sequence[Mapping]) -> list[str]:

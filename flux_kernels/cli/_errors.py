@@ -38,7 +38,8 @@ class OneLineErrors(TyperGroup):
             if error.name is None or error.name.startswith("flux_kernels") or ctx.params.get("traceback"):
                 raise
             package = error.name.partition(".")[0]
-            _fail(f"{package} is not installed. Run: pip install '{_EXTRAS.get(package, 'flux_kernels')}'")
+            extra = "flux_kernels[bench]" if ctx.invoked_subcommand == "bench" else _EXTRAS.get(package, "flux_kernels")
+            _fail(f"{package} is not installed. Run: pip install '{extra}'")
         except torch.OutOfMemoryError as error:
             if ctx.params.get("traceback"):
                 raise

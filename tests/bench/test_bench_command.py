@@ -29,7 +29,7 @@ def test_every_row_tells_where_it_comes_from(tmp_path):
     assert "x torch" in result.output and "Price:" in result.output.splitlines()[-3]
     rows = read_csv(tmp_path / "rows.csv")
     assert all(row["device"] and row["torch"] and row["commit"] and row["date"] for row in rows)
-    assert torch.cuda.is_available() or all(row["device"].endswith(", 1 threads") for row in rows)
+    assert torch.cuda.is_available() or all(row["device"].endswith(", 1 thread") and row["libggml"] for row in rows)
     assert {"torch", "ours exact"} <= {row["provider"] for row in rows if row["p50_ms"]}
 
 

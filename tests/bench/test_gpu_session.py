@@ -52,7 +52,7 @@ def test_every_part_runs_without_anything_but_torch_and_triton(tmp_path):
     steps = {(row["provider"], row["what"]): row for row in read_csv(out / "whole_step.csv")}
     assert all(steps[name, "embedded step"]["p50_ms"] for name in ("torch", "dequantize", *gpu_session.OURS.split(",")))
     assert "not installed" in steps["diffusers", "embedded step"]["note"]
-    assert "not all are installed" in steps["ours exact", "denoising"]["note"]
+    assert "not installed: diffusers, transformers, gguf. Run" in steps["ours exact", "denoising"]["note"]
     assert "Q4_K" in (out / "roofline.log").read_text()
 
 

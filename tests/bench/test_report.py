@@ -28,6 +28,8 @@ def test_ratios_come_from_the_rows_and_a_cpu_is_called_one():
 def test_nothing_is_said_about_what_was_not_measured():
     lines = verdict([row("torch", "2"), row("ours exact", "", error="")])
     assert "not measured" in lines[1] and "not measured" in lines[3] and "not measured" in lines[4]
+    missing = row("diffusers", "", error="", note="not installed: gguf. Run: pip install x")
+    assert verdict([row("torch", "2"), row("ours exact", "4"), missing])[3] == f"diffusers: {missing['note']}."
     assert verdict([row("torch", "")]) == ["Nothing was measured, so nothing can be said."]
     assert verdict([]) == ["No type was timed in every linear call of a step, so nothing is said about them."]
 
