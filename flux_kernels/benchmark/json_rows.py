@@ -29,10 +29,17 @@ def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[st
             steps_in_words=step_verdict(found.steps),
             embedded_fidelity=[_plain(row) for row in pictures],
             not_run=dict(linear_calls=found.calls_late, whole_runs=found.not_run),
+            interrupted=False,
         ),
         indent=1,
         allow_nan=False,
     )
+
+
+def unfinished(linears: Sequence[Mapping[str, object]], steps: Sequence[Mapping[str, object]]) -> str:
+    """Return JSON with the rows of a run that was stopped: each has its origin, and nothing is concluded from them."""
+    rows = dict(linears=[_plain(row) for row in linears], steps=[_plain(row) for row in steps])
+    return json.dumps(dict(interrupted=True) | rows, indent=1, allow_nan=False)
 
 
 def _plain(row: Mapping[str, object]) -> dict[str, object]:

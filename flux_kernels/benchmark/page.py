@@ -118,13 +118,15 @@ def page(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ())
     """
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in verdict)
     parts = [f"<h1>flux_kernels on {html.escape(found.origin['device'])}</h1>", f'<ul class="key">{lines}</ul>']
+    missing = "".join(f"<li>{html.escape(line)}</li>" for line in found.left_out())
+    parts.append(f"<h2>Not measured</h2><ul>{missing}</ul>" if missing else "")
     parts.append(_prices(found, pictures))
     said = "".join(f"<li>{html.escape(line)}</li>" for line in step_verdict(found.steps))
     parts.append(f"<h2>Whole runs</h2><ul>{said}</ul>" if said else "")
     for name, png in figures(found).items():
         title, caption = _CAPTIONS[name]
         parts.append(f"<h2>{title}</h2><p>{html.escape(caption)}</p>{image(png, title)}")
-    origins = list(dict.fromkeys(origin_text(row) for row in (*found.linears, *found.steps)))
+    origins = list(dict.fromkeys(origin_text(row) for row in (*found.linears, *found.steps) or (found.origin,)))
     parts.append(_every("Every linear call", _LINEAR, found.linears, origins))
     parts.append(_every("Every whole run", _STEP, found.steps, origins))
     parts.append(_sources(found, origins))
@@ -163,6 +165,8 @@ def _prices(found: Found, pictures: Sequence[Mapping]) -> str:
                     shown.get("ssim", ""),
                 )
             )
+    if not lines:
+        return ""
     heads = ("type", "step", "side", "speed, torch = 1", "RMS error", "largest error", "error of a step", "PSNR dB", "SSIM")
     made = ""
     if pictures:

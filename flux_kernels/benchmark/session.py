@@ -72,6 +72,8 @@ class Found:
     """Hold what one run measured; rows have their origin columns.
 
     Attributes:
+        calls: how many comparisons of linear calls were asked for.
+        minutes: after how long nothing more was begun; None: no limit.
         calls_late: how many comparisons of linear calls were not begun in time.
         not_run: which whole runs were left out, and why.
     """
@@ -80,8 +82,20 @@ class Found:
     ceilings: Ceilings
     linears: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
+    calls: int = 0
+    minutes: float | None = None
     calls_late: int = 0
     not_run: list[str] = field(default_factory=list)
+
+    def left_out(self) -> list[str]:
+        """Say in words what was not measured, and why."""
+        said = []
+        if self.calls_late:
+            said.append(
+                f"Time ran out: {self.calls_late} of {self.calls} shapes were not begun in {self.minutes:g} minutes. Types they "
+                "belong to are not summed. A larger --minutes measures them."
+            )
+        return said + ([f"Not run: {'; '.join(self.not_run)}."] if self.not_run else [])
 
     def whole(self, size: str) -> list[dict]:
         """Return the rows of a size, only of types whose every call was begun: others cannot be summed."""
@@ -105,7 +119,7 @@ def measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell
 def _measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell, on_row: OnRow) -> Found:
     started, limit = time.monotonic(), float("inf") if plan.minutes is None else 60 * plan.minutes
     tell("ceilings", 0)
-    found = Found(origin(device), measure_ceilings(device, dtype))
+    found = Found(origin(device), measure_ceilings(device, dtype), calls=len(plan.calls()), minutes=plan.minutes)
     for kind, row in _linears(plan, found, device, dtype, tell, started + limit * (_LINEAR_SHARE if plan.steps else 1)):
         on_row(kind, row)
     for kind, row in _steps(plan, found, device, tell, started + limit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +10,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from ..errors import FormatError
 
 if TYPE_CHECKING:
     import torch
@@ -59,28 +58,31 @@ def bench(
     """
     import torch
 
-    from ..benchmark.json_rows import document
+    from ..benchmark.json_rows import document, unfinished
     from ..benchmark.page import fidelity_rows, page
-    from ..benchmark.record import append_csv
-    from ..benchmark.session import measure_all
+    from ..benchmark.row_files import RowFiles
     from ..html_page import write_whole
 
-    files = {} if contribute is None else dict(linear=contribute, step=contribute.with_name(f"{contribute.stem}-step.csv"))
-    _check_targets(files, report, plot)
+    if minutes is not None and not minutes >= 0:  # nor a number that is none
+        raise typer.BadParameter(f"{minutes:g} is no time. Give 0 or more.", param_hint="--minutes")
+    console = Console(highlight=False, stderr=as_json)
+    files = RowFiles(contribute, lambda line: console.print(line, markup=False, soft_wrap=True))
+    _check_targets(report, plot)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = _plan(device, formats, peers or everything, everything, step, minutes, repeats, scale)
-    console = Console(highlight=False, stderr=as_json)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as bar:
-        task = bar.add_task("measuring", total=plan.work(device))
-        found = measure_all(
-            plan,
-            device,
-            torch.bfloat16 if device.type == "cuda" else torch.float32,
-            tell=lambda words, done: bar.update(task, description=words, advance=done),
-            on_row=lambda kind, row: append_csv(row, files[kind]) if files else None,
-        )
+    rows: dict[str, list[dict]] = dict(linear=[], step=[])
+
+    def keep(kind: str, row: dict) -> None:
+        rows[kind].append(row)
+        files.add(kind, row)
+
+    try:
+        with files:
+            found = _measure(plan, device, console, keep)
+    except (KeyboardInterrupt, SystemExit):  # the latter is SIGTERM's
+        if as_json:
+            typer.echo(unfinished(rows["linear"], rows["step"]))
+        raise
     lines = _verdict(found, plan)
     if as_json:
         typer.echo(document(found, lines, fidelity_rows()))
@@ -89,23 +91,36 @@ def bench(
     if report is not None:
         write_whole(report, page(found, lines, fidelity_rows()).encode())
         console.print(f"Report in [bold]{escape(str(report))}[/]: one page, to open in a browser.", soft_wrap=True)
-    if plot is not None and any(row["p50_ms"] for row in found.linears):
+    if plot is not None and not any(row["p50_ms"] for row in found.linears):
+        console.print("No plot is written: no linear call was timed.")
+    elif plot is not None:
         from ..benchmark.plots import speed_beside_rows
 
         write_whole(plot, speed_beside_rows(found.linears))
         console.print(f"Plot in [bold]{escape(str(plot))}[/].", soft_wrap=True)
-    for path in (path for path in files.values() if path.exists()):
+    for path in files.made:
         console.print(f"Rows in [bold]{escape(str(path))}[/]: add it under bench/results in a pull request.", soft_wrap=True)
 
 
-def _check_targets(files: dict[str, Path], report: Path | None, plot: Path | None) -> None:
+def _measure(plan: Plan, device: torch.device, console: Console, keep: Callable[[str, dict], None]) -> Found:
+    """Measure what the plan says, under a progress bar; every row is kept as soon as it is there."""
+    import torch
+
+    from ..benchmark.session import measure_all
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("measuring", total=plan.work(device))
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return measure_all(
+            plan, device, dtype, lambda words, done: bar.update(task, description=words, advance=done), on_row=keep
+        )
+
+
+def _check_targets(report: Path | None, plot: Path | None) -> None:
     """Raise, before anything is measured, where what is asked for cannot be written."""
     from ..html_page import check_writable
 
-    for path in files.values():
-        if path.exists():
-            raise FormatError(f"{path} is there already. Name a new file for --contribute.")
-        check_writable(path, "--contribute")
     for option, target in (("--report", report), ("--plot", plot)):
         if target is not None:
             check_writable(target, option)
@@ -131,7 +146,9 @@ def _plan(
     groups = ("base", "ours", "peer") if peers else ("base", "ours")
     wanted = [one.name for one in PROVIDERS.values() if one.group in groups and (peers or "compiled" not in one.name)]
     return Plan(
-        formats=list(FORMATS) if everything else [get_format(name).name for name in formats.split(",")],
+        formats=list(FORMATS)
+        if everything
+        else list(dict.fromkeys(get_format(name.strip()).name for name in formats.split(","))),
         providers=wanted,
         sizes=list(STEPS) if everything else [MAIN_SIZE],
         scale=scale or (1 if device.type == "cuda" else _CPU_SCALE),
@@ -167,13 +184,5 @@ def _print(console: Console, found: Found, plan: Plan, lines: list[str]) -> None
     without = [row for row in found.linears if not row["p50_ms"]]
     for note in dict.fromkeys(f"{row['provider']}: {row['note']}" for row in without):
         console.print(note, style="dim", markup=False, soft_wrap=True)
-    if found.calls_late:
-        console.print(
-            f"{found.calls_late} of {len(plan.calls())} shapes were not begun in {plan.minutes:g} minutes; types they belong to "
-            "are not summed.",
-            soft_wrap=True,
-        )
-    if found.not_run:
-        console.print(f"Not run: {'; '.join(found.not_run)}.", soft_wrap=True)
-    for line in lines:
+    for line in [*found.left_out(), *lines]:
         console.print(line, markup=False, soft_wrap=True)

@@ -34,9 +34,52 @@ def test_every_row_tells_where_it_comes_from(tmp_path):
 
 
 def test_types_cut_short_by_time_are_not_summed(tmp_path):
-    result = bench("--no-step", "--minutes", 0)
+    page = tmp_path / "a.html"
+    result = bench("--no-step", "--minutes", 0, "--report", page, "--plot", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
     assert "x torch" not in result.output and "11 of 11 shapes were not begun" in result.output
+    assert "No plot is written" in result.output and [path.name for path in tmp_path.iterdir()] == ["a.html"]
+    text = page.read_text()
+    assert "Time ran out: 11 of 11 shapes were not begun in 0 minutes" in text and "<table" not in text
+    assert "Origin 1: " in text and ", torch " in text
+
+
+@pytest.mark.parametrize("minutes", [-1, "nan"])
+def test_a_time_that_is_none_is_refused(minutes):
+    result = bench("--minutes", minutes)
+    assert result.exit_code == 2 and "--minutes" in result.output and "Give 0 or more" in result.output
+
+
+@pytest.mark.parametrize("option", ["--contribute", "--report", "--plot"])
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_a_folder_is_no_file_to_write(option, name):
+    result = bench(option, name)
+    assert result.exit_code == 1 and f"{option} {name} is a folder. Name a file in it." in result.output
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_stopped_run_keeps_what_it_measured_under_another_name(tmp_path, monkeypatch, stop, code):
+    """Stopped after its first call; the same command then runs to its end, over what the first one left."""
+    measured, calls = session.measure, []
+
+    def stopped(*arguments):
+        if calls:
+            raise stop
+        calls.append(arguments)
+        yield from measured(*arguments)
+
+    monkeypatch.setattr(session, "measure", stopped)
+    command = ("--no-step", "--json", "--repeats", 1, "--contribute", tmp_path / "card.csv")
+    result = bench(*command)
+    assert result.exit_code == code
+    assert [path.name for path in tmp_path.iterdir()] == ["card.csv.part"]
+    assert f"Not complete. What was measured is in {tmp_path / 'card.csv.part'}." in result.stderr
+    kept, found = read_csv(tmp_path / "card.csv.part"), json.loads(result.stdout)
+    assert found["interrupted"] and len(found["linears"]) == len(kept) > 3 and found["steps"] == []
+    monkeypatch.setattr(session, "measure", measured)
+    result = bench(*command)
+    assert result.exit_code == 0 and [path.name for path in tmp_path.iterdir()] == ["card.csv"]
+    assert len(read_csv(tmp_path / "card.csv")) == 11 * len(kept) and not json.loads(result.stdout)["interrupted"]
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path):
