@@ -33,13 +33,15 @@ def measure(
         Path | None, typer.Option(help="Diffusers folder with text encoders and VAE, to capture states with.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line: what the model is used for.")] = None,
-    states: Annotated[int, typer.Option(min=1, help="States to capture: one random step of one picture each.")] = 64,
+    states: Annotated[
+        int | None, typer.Option(min=1, help="States to capture: one random step of one picture each; 64 by default.")
+    ] = None,
     states_file: Annotated[
         Path | None, typer.Option(help="Captured states; made if it is not there. Default: beside --out.")
     ] = None,
     sizes: Annotated[str, typer.Option(help="Picture sizes to choose from: 1024x1024,832x1216. Default: the model's.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the runs; the model's own number by default.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choices and the first picture's noise.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the choices and the first picture's noise; 0 by default.")] = None,
     types: Annotated[
         str,
         typer.Option(
@@ -156,7 +158,9 @@ def _report_plan(console: Console, row: Any, out: Path, as_json: bool) -> None:
         return
     console.print(
         f"The plan as a whole costs {row.cost:.3e} (95 % of resampled states: {row.cost_low:.3e} to {row.cost_high:.3e}); "
-        f"by MixedQuantFlux's metric {row.mfq_cost:.4g}."
+        f"by MixedQuantFlux's metric {row.mfq_cost:.4g}, not to be compared with it: not normalized, and with the text tokens of the "
+        "last block, which no picture sees and which often dominate it.",
+        soft_wrap=True,
     )
     if out.exists():
         console.print(f"Kept in [bold]{out}.json[/].", soft_wrap=True)
@@ -179,7 +183,8 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
             soft_wrap=True,
         )
     console.print(
-        f"{len(table.rows)} costs in [bold]{request.out}[/]. Next: {own_command()} plan {request.out} --bpw 5", soft_wrap=True
+        f"{len(table.rows)} costs, on {table.states['count']} states, in [bold]{request.out}[/]. Next: {own_command()} plan {request.out} --bpw 5",
+        soft_wrap=True,
     )
 
 

@@ -52,10 +52,10 @@ class Request:
         types: ggml type names, also with a low-rank correction as in "Q4_K+r16"; a tensor whose rows are not whole blocks of one is left out of that type.
         prompts: to capture with; None takes the embedded model's, which only it has.
         states_file: of captured states; made where it is not there.
-        count: of states to capture.
+        count: of states to capture; None takes STATES, or those that are captured already.
         sizes: (width, height) in pixels; () takes those of the model.
         steps: of the denoising runs, None for the model's number.
-        seed: of the capture.
+        seed: of the capture; None takes 0, or that of the states that are captured already.
         imatrix: file with ready importance; None collects it from the states.
         weighted: whether the quantizers are weighted by importance at all.
         covariance: whether to collect what low-rank corrections are fitted to; None where `types` has any.
@@ -68,10 +68,10 @@ class Request:
     types: Sequence[str] = TYPES
     prompts: Sequence[str] | None = None
     states_file: Path | None = None
-    count: int = STATES
+    count: int | None = None
     sizes: Sequence[Size] = ()
     steps: int | None = None
-    seed: int = 0
+    seed: int | None = None
     imatrix: Path | None = None
     weighted: bool = True
     covariance: bool | None = None
@@ -154,7 +154,7 @@ def open_measurement(
         planned: tensors of a plan that will be measured; whether the model has them is checked before states are captured.
 
     Raises:
-        FormatError: for unknown types, states of another model, a quantized model, a plan of another model.
+        FormatError: for unknown types, captured states that are not those asked for or of another model, a quantized model, a plan of another model.
         GGUFError, FileNotFoundError: where the model or the base cannot be read.
     """
     for name in request.types:
@@ -202,6 +202,12 @@ def _states(request: Request, world: World, model, sha256: str, progress: Progre
             f"{path} was captured with another model ({states.model}, sha256 {states.source_sha256[:12]}..., this one has "
             f"{sha256[:12]}...). Remove it to capture anew, or choose another --states-file."
         )
+    unlike = states.unlike(request.count, request.prompts, request.sizes, request.steps, request.seed)
+    if unlike:
+        raise FormatError(
+            f"{path} is there already and holds {unlike}. Leave the options of capturing out to measure on it, or give another "
+            "--out (or --states-file) to capture anew."
+        )
     return states
 
 
@@ -215,20 +221,20 @@ def _capture(request: Request, model, progress: Progress):
     if request.steps is not None:
         settings["num_inference_steps"] = request.steps
     own_size = ((PIPELINE_KWARGS["width"], PIPELINE_KWARGS["height"]),)
-    done = 0
+    count, done = request.count or STATES, 0
 
     def on_state() -> None:
         nonlocal done
         done += 1
-        progress("capturing states", done, request.count)
+        progress("capturing states", done, count)
 
     return capture(
         pipeline,
         list(request.prompts or EMBEDDED_PROMPTS),
-        request.count,
+        count,
         settings=settings,
         sizes=list(request.sizes) or list(own_size if embedded else SIZES),
-        seed=request.seed,
+        seed=request.seed or 0,
         on_state=on_state,
     )
 

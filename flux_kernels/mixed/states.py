@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,28 @@ class States:
             own = {name: tensors[f"{number}.{name}"] for name in (*PER_PICTURE, *SHARED) if f"{number}.{name}" in tensors}
             items.append(State(own, tensors[f"{number}.velocity"], **state))
         return cls(items, facts["model"], facts["source_sha256"], file_sha256(path))
+
+    def unlike(
+        self,
+        count: int | None = None,
+        prompts: Collection[str] | None = None,
+        sizes: Collection[tuple[int, int]] = (),
+        steps: int | None = None,
+        seed: int | None = None,
+    ) -> str | None:
+        """Say in which way these are not the states that such a capture would give, or None; what is not given does not count."""
+        if count is not None and len(self.items) != count:
+            return f"{len(self.items)} states, not {count}"
+        for state in self.items:
+            if prompts is not None and state.prompt not in prompts:
+                return f"states of another prompt, {state.prompt!r}"
+            if sizes and (state.width, state.height) not in sizes:
+                return f"states of {state.width}x{state.height} pixels"
+            if steps is not None and state.steps != steps:
+                return f"states of runs of {state.steps} steps, not {steps}"
+        if seed is not None and self.items[0].seed != seed:
+            return f"states from seed {self.items[0].seed} on, not {seed}"
+        return None
 
     def summary(self) -> dict[str, Any]:
         """Return what a cost table says about its states."""

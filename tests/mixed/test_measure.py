@@ -26,7 +26,7 @@ from flux_kernels.mixed.measure_log import log_path
 from flux_kernels.mixed.measured_model import find_source, open_transformer
 from flux_kernels.mixed.stages import Stages
 from flux_kernels.mixed.states import States
-from tests.mixed.captured import embedded_pipeline, states
+from tests.mixed.captured import COUNT, embedded_pipeline, states
 
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv.weight", "single_blocks.1.linear1.weight"
 PARTS = {
@@ -357,6 +357,22 @@ def test_states_of_another_model_are_refused(request_in):
     States(states(), "another", "0" * 64).save(request.states_path)
     with pytest.raises(FormatError, match=r"was captured with another model \(another"):
         measure_run.open_measurement(request)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (dict(count=1), f"{COUNT} states, not 1"),
+        (dict(steps=99), "runs of 4 steps, not 99"),
+        (dict(seed=12345), "not 12345"),
+        (dict(prompts=["none of them"]), "of another prompt"),
+        (dict(sizes=[(512, 512)]), "states of .* pixels"),
+    ],
+)
+def test_states_that_were_not_asked_for_are_refused(request_in, asked, message):
+    """They lie there from an earlier run; taking them in silence would answer another question."""
+    with pytest.raises(FormatError, match=f"is there already and holds .*{message}"):
+        measure_run.open_measurement(request_in("unlike", **asked))
 
 
 def test_world(monkeypatch):
