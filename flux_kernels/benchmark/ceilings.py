@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
@@ -12,12 +11,15 @@ from ..clock import interleaved
 
 _COPY_BYTES = {"cuda": 1 << 29, "cpu": 1 << 26}
 _LEAST_FLUSH = 1 << 26
-_SIDE = {"cuda": 8192, "cpu": 1024}
+_SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024)}  # of square products; which one is fastest depends on the machine
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Hold the measured ceilings: GB/s read plus written by a copy, TFLOP/s of torch's matmul in `dtype`."""
+    """Hold the best that was reached: GB/s read plus written by a copy, TFLOP/s of torch's matmul in `dtype`.
+
+    A call may pass them all the same: on a machine whose clock or other work changes, or whose caches hold its operands.
+    """
 
     copy_gb_s: float
     matmul_tflops: float
@@ -43,16 +45,18 @@ def cache_flusher(device: torch.device) -> Callable[[], object]:
     return torch.empty(size, dtype=torch.uint8, device=device).zero_
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> Ceilings:
-    """Time a large copy and a large square product in turn, and keep the medians."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 9) -> Ceilings:
+    """Time a large copy and square products of several sizes in turn, both ways round, and keep the best run of any.
+
+    Medians will not do: on a busy CPU the median of one size was passed by half, by torch's own layer.
+    """
     source = torch.randint(0, 256, (_COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    side = _SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-    work: dict[str, Callable[[], object]] = dict(copy=lambda: target.copy_(source), matmul=lambda: a @ b)
-    times = {name: median(found) for name, found in interleaved(work, repeats, device).items()}
-    return Ceilings(
-        copy_gb_s=2 * source.numel() / times["copy"] / 1e6,
-        matmul_tflops=2 * side**3 / times["matmul"] / 1e9,
-        dtype=str(dtype).removeprefix("torch."),
-    )
+    work: dict[str, Callable[[], object]] = dict(copy=lambda: target.copy_(source))
+    for side in _SIDES[device.type]:
+        a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+        work[f"{side}"] = lambda a=a, b=b: a @ b
+        work[f"{side} transposed"] = lambda a=a, b=b: a @ b.T  # as a linear layer has it
+    best = {name: min(found) for name, found in interleaved(work, repeats, device).items()}
+    rates = [2 * int(name.split()[0]) ** 3 / time / 1e9 for name, time in best.items() if name != "copy"]
+    return Ceilings(2 * source.numel() / best["copy"] / 1e6, max(rates), str(dtype).removeprefix("torch."))

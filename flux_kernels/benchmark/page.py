@@ -35,8 +35,9 @@ _CAPTIONS = {
     "roofline": (
         "What holds each call back",
         (
-            "A call needs arithmetic and must move bytes. Both limits were measured in this run, with a large copy and a large product of "
-            "torch, so that a call of another shape may pass them a little, and one that computes in fewer bits by more."
+            "A call needs arithmetic and must move bytes. The lines are the best that torch's copies and products of several sizes reached "
+            "when this run began. A mark above a line is no error: the machine was faster for a while, its caches held what a copy "
+            "fetches from memory, or the call computes in fewer bits."
         ),
     ),
     "memory": (
@@ -216,7 +217,7 @@ def _sources(found: Found, origins: Sequence[str]) -> str:
     ceilings = found.ceilings
     said = [f"Origin {number}: {text}." for number, text in enumerate(origins, 1)]
     said.append(
-        f"Limits measured in this run: a copy moves {ceilings.copy_gb_s:.4g} GB/s (read plus written), torch's product does "
+        f"Limits, the best of several runs and sizes: a copy moves {ceilings.copy_gb_s:.4g} GB/s (read plus written), torch's product does "
         f"{ceilings.matmul_tflops:.4g} TFLOP/s in {ceilings.dtype}."
     )
     for side in dict.fromkeys(row["provider"] for row in found.linears):
