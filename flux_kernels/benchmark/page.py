@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping, Sequence
 
 from ..html_page import document, image, table
-from .plot_style import label
 from .plots import memory_against_time, roofline, speed_beside_rows, throughput
+from .prices import prices
 from .providers import PROVIDERS
 from .record import CHECKOUT, origin_text, read_csv
 from .session import Found
 from .step_verdict import step_verdict
-from .totals import TWINS, by_step, doubt, totals
 
 _FIDELITY = CHECKOUT / "bench" / "results" / "embedded_fidelity.csv"
-_OURS = "ours "
 _CAPTIONS = {
     "speed": (
         "Beside the unquantized layer",
@@ -121,7 +118,7 @@ def page(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ())
     parts = [f"<h1>flux_kernels on {html.escape(found.origin['device'])}</h1>", f'<ul class="key">{lines}</ul>']
     missing = "".join(f"<li>{html.escape(line)}</li>" for line in found.left_out())
     parts.append(f"<h2>Not measured</h2><ul>{missing}</ul>" if missing else "")
-    parts.append(_prices(found, pictures))
+    parts.append(prices(found, pictures))
     said = "".join(f"<li>{html.escape(line)}</li>" for line in step_verdict(found.steps))
     parts.append(f"<h2>Whole runs</h2><ul>{said}</ul>" if said else "")
     for name, png in figures(found).items():
@@ -132,67 +129,6 @@ def page(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ())
     parts.append(_every("Every whole run", _STEP, found.steps, origins))
     parts.append(_sources(found, origins))
     return document(f"flux_kernels on {found.origin['device']}", parts)
-
-
-def _prices(found: Found, pictures: Sequence[Mapping]) -> str:
-    """Put what each type and mode costs in accuracy beside its speed."""
-    quality = {(row["format"], row["compute"]): row for row in pictures}
-    steps = {(row["format"], row["provider"], row["size"]): row for row in found.steps if row["what"] == "step"}
-    tiny = {(row["format"], row["provider"]): row for row in found.steps if row["what"] == "embedded step"}
-    lines = []
-    whole = [row for one in dict.fromkeys(row["size"] for row in found.linears) for row in found.whole(one)]
-    for (size, name), rows in by_step(whole).items():
-        sums = totals(rows)
-        for side in dict.fromkeys(row["provider"] for row in rows):
-            mine = [row for row in rows if row["provider"] == side]
-            step, seen = (
-                steps.get((name, side, size), tiny.get((name, side), {})),
-                quality.get((name, side.removeprefix(_OURS)), {}),
-            )
-            speed = _speed(sums, side) or next(
-                (row["note"] for row in mine if row["note"] and not row["p50_ms"]), "not measured"
-            )
-            errors = (_largest(mine, "error"), _largest(mine, "max_error"))
-            shown = seen if side.startswith(_OURS) else {}
-            lines.append(
-                (
-                    name,
-                    size,
-                    label(side),
-                    speed,
-                    *errors,
-                    step.get("error", ""),
-                    shown.get("psnr_db", ""),
-                    shown.get("ssim", ""),
-                )
-            )
-    if not lines:
-        return ""
-    heads = ("type", "step", "side", "speed, torch = 1", "RMS error", "largest error", "error of a step", "PSNR dB", "SSIM")
-    made = ""
-    if pictures:
-        made = (
-            f" PSNR and SSIM are of the tiny embedded model's pictures against its own in 16 bit ({pictures[0]['seeds']} a cell, "
-            f"{origin_text(pictures[0])}), not of FLUX.1 and not of this run."
-        )
-    text = (
-        "Speed is the time of all linear calls of one step. Errors are against float64 on the same packed weights, divided by the RMS of "
-        "the right output: the worst of all calls. Other libraries pack the weights anew, so theirs has that loss in it; the error of a "
-        f"step is that of its output.{made}{'' if found.origin['capability'] else f' {TWINS}'}"
-    )
-    return f"<h2>Speed and its price</h2><p>{html.escape(text)}</p>{table(heads, lines, heads[3:])}"
-
-
-def _speed(sums: Mapping, side: str) -> str:
-    if side not in sums or "torch" not in sums:
-        return ""
-    why = "" if side == "torch" else doubt(sums[side], sums["torch"])
-    return f"{sums['torch'].p50 / sums[side].p50:.2f}{f' ({why})' if why else ''}"
-
-
-def _largest(rows: Sequence[Mapping], column: str) -> str:
-    values = [float(row[column]) for row in rows if row[column] not in ("", None)]
-    return f"{max(values):.2g}" if values and all(map(math.isfinite, values)) else ""
 
 
 def _every(title: str, columns: Mapping[str, str], rows: Sequence[Mapping], origins: Sequence[str]) -> str:

@@ -27,7 +27,13 @@ _PEER_COLORS, _PEER_MARKS = (
     ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29"),
     ("P", "*", "<", ">", "p", "8", "H"),
 )
-_COLUMNS, _DPI = 3, 130  # panels beside each other; dots an inch
+_COLUMNS, _DPI = 3, 150  # panels beside each other; dots an inch
+_WIDTH, _HEIGHT = (
+    9.6,
+    3.1,
+)  # inches, of a figure and of a line of panels: at the width of a page words are as large as the page's
+_WORDS = 9.5  # points
+_TITLE, _GAP = 0.36, 0.08  # inches that the title takes, and between it, legend and panels
 
 
 def providers(rows: Sequence[Mapping]) -> list[str]:
@@ -59,13 +65,13 @@ def panels(names: Sequence[str], one_x: bool = True) -> tuple[Figure, list[tuple
 
     columns = min(_COLUMNS, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(3.2 + 3.4 * max(columns, 2), 1.4 + 3.4 * lines), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.9 + _HEIGHT * lines), dpi=_DPI, layout="constrained")
     grid = figure.subplots(lines, columns, sharex=one_x, sharey=True, squeeze=False).flatten()
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     for axes, name in zip(grid, names):
         axes.set_title(name, fontsize=11)
-        axes.tick_params(labelbottom=True, labelleft=True)
+        axes.tick_params(labelbottom=True, labelleft=True, labelsize=_WORDS)
         axes.grid(True, alpha=0.25)
     return figure, list(zip(grid, names))
 
@@ -88,13 +94,29 @@ def finished(figure: Figure, rows: Sequence[Mapping], title: str, x: str, y: str
     """Write title, axis labels, legend and origin, and return the PNG."""
     drawn = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
     handles, names = (list(drawn.values()), list(drawn)) if handles is None else (handles, [one.get_label() for one in handles])
-    width = figure.get_figwidth()
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
     origins = dict.fromkeys(f"{origin_text(row)}; {row['size']}" for row in rows)
-    foot = "\n".join(textwrap.fill(f"Measured on {origin}", int(15 * width)) for origin in origins)
-    figure.supxlabel(f"{x}\n\n{foot}", fontsize=9)
-    figure.supylabel(y, fontsize=9)
-    figure.legend(handles, names, loc="outside right upper", fontsize=8.5, frameon=False)
+    lines = [x, "", *(f"Measured on {origin}" for origin in origins)]
+    figure.supxlabel("\n".join(textwrap.fill(line, int(13 * _WIDTH)) for line in lines), fontsize=_WORDS)
+    figure.supylabel(y, fontsize=_WORDS)
+    _head(figure, title, handles, names)
     held = BytesIO()
     figure.savefig(held, format="png", facecolor="white", metadata={"Software": None})
     return held.getvalue()
+
+
+def _head(figure: Figure, title: str, handles: Sequence, names: Sequence[str]) -> None:
+    """Put title and legend above the panels, the legend in as many columns as fit, and make the figure as much higher."""
+    for columns in (4, 3, 2, 1):
+        legend = figure.legend(
+            handles, names, loc="upper left", ncols=columns, fontsize=_WORDS, frameon=False, borderaxespad=0, borderpad=0
+        )
+        box = legend.get_window_extent()
+        if box.width < 0.98 * _DPI * _WIDTH or columns == 1:
+            break
+        legend.remove()
+    above = _TITLE + box.height / _DPI + 2 * _GAP
+    height = figure.get_figheight() + above
+    figure.set_figheight(height)
+    figure.suptitle(title, x=0.01, y=1 - _GAP / height, ha="left", va="top", fontweight="bold", fontsize=12)
+    legend.set_bbox_to_anchor((0.01, 1 - (_TITLE + _GAP) / height), transform=figure.transFigure)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - above / height))

@@ -54,9 +54,9 @@ def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
     knee = 1e3 * ceilings.matmul_tflops / ceilings.copy_gb_s  # where both limits meet, in FLOP/byte
     slope = [x for x in (left, min(max(knee, left), right))]
     for axes, name in drawn:
-        memory = f"limit of memory:\na copy moves {ceilings.copy_gb_s:.3g} GB/s"
+        memory = f"limit of memory: a copy, {ceilings.copy_gb_s:.3g} GB/s"
         axes.plot(slope, [x * ceilings.copy_gb_s / 1e3 for x in slope], "-", color=INK, linewidth=1.2, label=memory)
-        product = f"limit of arithmetic: torch's\nproduct, {ceilings.matmul_tflops:.3g} TFLOP/s {ceilings.dtype}"
+        product = f"limit of arithmetic: torch's product, {ceilings.matmul_tflops:.3g} TFLOP/s {ceilings.dtype}"
         axes.plot([slope[1], right], [ceilings.matmul_tflops] * 2, "--", color=INK, linewidth=1.2, label=product)
         for provider in providers(measured):
             mine = [(x, float(row["tflops"])) for row, x in points if (row["format"], row["provider"]) == (name, provider)]
@@ -106,7 +106,8 @@ def memory_against_time(rows: Sequence[Mapping]) -> bytes:
             axes.plot([time] * len(sizes), list(sizes.values()), color=color, linewidth=0.8, alpha=0.5)
             for key, size in sizes.items():
                 axes.plot(time, size, marks[row["format"]], color=color, markersize=7, fillstyle=_BYTES[key])
-        axes.set(ylim=(0, 1.08 * largest / (1e9 if gigabytes else 1e6)), title=_KINDS.get(what, what))
+        axes.set_ylim(0, 1.08 * largest / (1e9 if gigabytes else 1e6))
+        axes.set_title(_KINDS.get(what, what), fontsize=11)
         log_scale(axes, "x")
     sides = [
         Line2D([], [], color=look(name, measured)["color"], linewidth=4, label=label(name)) for name in providers(measured)

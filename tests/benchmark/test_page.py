@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from flux_kernels.benchmark import page as module
 from flux_kernels.benchmark.json_rows import document
 from flux_kernels.benchmark.page import page
+from flux_kernels.benchmark.prices import prices
 from flux_kernels.benchmark.verdict import verdict
 from flux_kernels.errors import FormatError
 from flux_kernels.html_page import check_writable, write_whole
@@ -52,9 +54,20 @@ def test_every_row_is_there_with_its_origin(text):
 
 
 def test_a_speed_stands_beside_its_price_and_says_whose_pictures(text):
-    cells = re.search(r"<tr><td>Q4_K</td><td>1024x1024</td><td>flux_kernels int8</td>(.*?)</tr>", text)[1]
+    cells = re.search(r"<tr><td>Q4_K</td><td>flux_kernels int8</td>(.*?)</tr>", text)[1]
     assert re.findall(r">([^<>]+)<", cells) == ["2.00", "0.002", "0.01", "0.004", "35.31", "0.9"]
     assert "tiny embedded model" in text and "not of FLUX.1 and not of this run" in text
+
+
+def test_one_size_is_said_once_and_several_in_every_line():
+    """Speeds that are not told apart from torch's have a mark, which the words explain."""
+    run = found()
+    one = prices(run, PICTURES)
+    assert "all linear calls of one step together (1024x1024)" in one and one.count(SIZE) == 1 and "~" not in one
+    other = [row | dict(size="512x512, M and N / 2") for row in linear_rows(spread=0.3)]
+    both = prices(replace(run, linears=[*run.linears, *other]), PICTURES)
+    assert "<td>Q4_K</td><td>512x512, M and N / 2</td><td>flux_kernels exact</td><td class=n>~0.90<" in both
+    assert "~: no difference seen" in both and "rows and outputs of each call divided by that" in both
 
 
 def test_no_recorded_pictures_are_none(text, monkeypatch, tmp_path):

@@ -14,6 +14,8 @@ from flux_kernels.flux.calls import step_calls
 
 from .made_rows import CEILINGS, ORIGIN, found, linear_rows, step_row
 
+PAGE = 948  # pixels: html_page's width of 980 without its margins
+
 
 @pytest.fixture
 def drawn(monkeypatch):
@@ -37,15 +39,20 @@ def line(figure: Figure, label: str, panel: int = 0):
 
 
 def check(png: bytes, figure: Figure) -> None:
-    """A PNG, whose words stay inside it, with labelled axes and an origin."""
+    """A PNG, whose words stay inside it and are legible at the width of a page, with labelled axes and an origin."""
     image = Image.open(BytesIO(png))
     image.verify()
     texts = [figure._suptitle, figure._supxlabel, figure._supylabel, *figure.legends]
     for text in texts:
         box = text.get_window_extent()
         assert 0 <= box.x0 and box.x1 <= image.size[0] and 0 <= box.y0 and box.y1 <= image.size[1]
-    panels = [axes.get_window_extent() for axes in figure.axes if axes.get_visible()]
-    assert not any(legend.get_window_extent().overlaps(panel) for legend in figure.legends for panel in panels)
+    panels = [axes.get_tightbbox() for axes in figure.axes if axes.get_visible()]
+    apart = [*panels, *(text.get_window_extent() for text in texts[:2])]
+    assert not any(legend.get_window_extent().overlaps(box) for legend in figure.legends for box in apart)
+    assert not any(figure._suptitle.get_window_extent().overlaps(panel) for panel in panels)
+    words = [figure._supxlabel, figure._supylabel, *figure.legends[0].get_texts(), *figure.axes[0].get_xticklabels()]
+    points_to_pixels = figure.dpi / 72 * min(1, PAGE / image.size[0])
+    assert min(one.get_fontsize() for one in words) * points_to_pixels > 12  # a browser's words are 16
     assert ORIGIN["device"] in figure._supxlabel.get_text() and "commit abc" in figure._supxlabel.get_text()
 
 
