@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     there = read_csv(options.write) if options.write and options.write.exists() else []
     if there and list(there[0])[: len(COLUMNS)] != list(COLUMNS):
-        parser.error(f"{options.write} holds other rows than those of whole steps. Name another file.")
+        parser.error(f"{options.write} holds other rows than those of whole steps, or older ones. Name another file.")
     rows = measure_steps(
         options.formats.split(","),
         torch.device(options.device),
