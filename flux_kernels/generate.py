@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,8 +18,10 @@ from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one
 from .embedded import PIPELINE_KWARGS, embedded_model_path
 from .errors import FormatError, GGUFError
 from .flux import load_flux
+from .html_page import check_writable
 from .inspect_file import TRANSFORMER, FileFacts, inspect_file
 from .memory_plan import MemoryPlan
+from .picture_size import check_memory, check_positions
 from .placement import check_offload, measured_parts, place
 from .swap import swap_linear
 from .swap_report import SwapReport
@@ -138,15 +139,18 @@ def generate(
     Raises:
         FileNotFoundError: for files and folders that are missing or incomplete.
         GGUFError: for a file that is no FLUX.1 transformer or T5 encoder, does not fit the base, or not the pictures given.
-        FormatError: for a LoRA that does not fit.
+        FormatError: for a LoRA that does not fit, and a picture that is too large.
         BackendUnavailable: where backend, compute mode or offload cannot run here.
     """
     job = check_request(request)
     settings = call_settings(request, job)
+    width, height = settings["width"], settings["height"]
+    check_positions(width, height, request.dtype)
     started = time.perf_counter()
     pipeline, report = _load(request, job, status)
-    width, height = settings["width"], settings["height"]
     parts = measured_parts(pipeline, width, height, job.task.reference_tokens, settings["max_sequence_length"])
+    if not torch.cuda.is_available():
+        check_memory(parts, width, height)
     plan = place(pipeline, request.offload, parts, width, height, pin=request.pin)
     loaded = time.perf_counter()
     status(f"drawing, offload {plan.offload}")
@@ -166,12 +170,17 @@ def check_request(request: Request) -> Job:
             raise FormatError(f"{option} is {number}; give a finite number.")
     for lora in request.loras:
         if not lora.file.is_file():
+            name, _, scale = str(lora.file).rpartition(":")
+            if name and Path(name).is_file():
+                raise FormatError(
+                    f"--lora {lora.file}: {scale!r} is no scale. Write FILE:SCALE with a number, such as {name}:0.8."
+                )
             raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")
     check_offload(request.offload, request.pin)
     check_base(request.base, given=() if request.t5 is None else ("text_encoder_2",))
     facts = inspect_file(request.gguf)
     if facts.refused:
-        raise GGUFError(f"{request.gguf}: {facts.refused}")
+        raise GGUFError(facts.refused if facts.refused.startswith(f"{request.gguf}: ") else f"{request.gguf}: {facts.refused}")
     if facts.role != TRANSFORMER:
         raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a FLUX.1 transformer as --gguf.")
     task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
@@ -306,19 +315,14 @@ def save_png(made: Made, path: Path) -> None:
 
 
 def check_out(path: Path, request: Request) -> None:
-    """Make the folder of a picture to write, and check that it can be written, before anything is loaded.
+    """Check that a picture can be written, before anything is loaded.
 
     Raises:
-        GGUFError: where `path` is a folder, a file that the request reads, or in a folder that cannot be written to.
+        GGUFError: where `path` is a file that the request reads.
+        FormatError: where it is a folder, or in a folder that is not there or cannot be written to.
     """
     read = [getattr(request, name) for name in ("gguf", "t5", *IMAGE_OPTIONS)] + [lora.file for lora in request.loras]
     if path.exists() and any(file is not None and file.exists() and path.samefile(file) for file in read):
         raise GGUFError(f"{path} is read by this very command. Give --out another name.")
-    if path.is_dir():
-        raise GGUFError(f"{path} is a folder. --out is the PNG file to write, such as {path / 'out.png'}.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GGUFError(f"The folder of --out {path} cannot be made: {error.strerror}. Give another name.") from error
-    if not os.access(path.parent, os.W_OK):
-        raise GGUFError(f"{path.parent} cannot be written to. Give --out a name in another folder.")
+    if path.is_file() or path.is_dir() or not path.exists():  # /dev/null is none of these
+        check_writable(path, "--out")

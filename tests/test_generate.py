@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux_kernels import GGUFError
+from flux_kernels import FormatError, GGUFError
 from flux_kernels.base_pipeline import PARTS, base_sizes, check_base, check_fit
 from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
 from flux_kernels.generate import Job, Lora, Made, Request, call_settings, check_out, save_png
@@ -130,11 +130,19 @@ def test_where_the_picture_goes_is_checked_before_loading(tmp_path):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"weights")
     request = Request(gguf=gguf, base=tmp_path, prompt="", loras=[Lora(gguf)])
-    for out, sentence in ((gguf, "read by this"), (tmp_path, "is a folder"), (gguf / "out.png", "cannot be made")):
-        with pytest.raises(GGUFError, match=sentence):
+    wrong = (
+        (tmp_path, "is a folder"),
+        (gguf / "out.png", "there is no folder"),
+        (tmp_path / "new/x.png", "there is no folder"),
+    )
+    for out, sentence in wrong:
+        with pytest.raises(FormatError, match=f"--out .*{sentence}"):
             check_out(out, request)
-    check_out(tmp_path / "new" / "out.png", request)
-    assert (tmp_path / "new").is_dir() and gguf.read_bytes() == b"weights"
+    with pytest.raises(GGUFError, match="read by this"):
+        check_out(gguf, request)
+    check_out(tmp_path / "out.png", request)
+    check_out(Path("/dev/null"), request)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"] and gguf.read_bytes() == b"weights"
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):

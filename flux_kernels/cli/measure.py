@@ -86,7 +86,11 @@ def measure(
     for the whole 16-bit model.
     """
     from ..base_pipeline import go_offline_quietly, one_thread
+    from ..html_page import check_writable
 
+    check_writable(out, "--out")
+    if states_file is not None and not states_file.exists():
+        check_writable(states_file, "--states-file")
     console = Console(stderr=as_json, highlight=False)
     with console.status("loading diffusers"):
         go_offline_quietly()

@@ -71,6 +71,11 @@ def plan(
       flux-kernels plan costs.csv --size Q4_K --keep "*.img_mod.*=Q8_0" --at-least "single_blocks.37.*=Q6_K"
       flux-kernels quantize flux1-dev.safetensors flux1-dev_mx5_4.gguf --plan plan.json
     """
+    from ..html_page import check_writable
+
+    for path, option in ((out, "--out"), (report, "--report"), (export, "--export-casting-cost")):
+        if path is not None:
+            check_writable(path, option)
     console = Console(stderr=as_json, highlight=False)
     with console.status("reading the costs"):
         from ..base_pipeline import go_offline_quietly

@@ -499,6 +499,8 @@ def test_few_states_for_a_rank_are_noted(whole, tmp_path, count, noted):
         (["--dtype", "int8"], "--dtype is float32"),
         (["--device", "warp"], "'warp' cannot be used here"),
         (["--gguf", "no.gguf"], "was not found"),
+        (["--out", "none/costs.csv"], "--out none/costs.csv: there is no folder none. Make it"),
+        (["--states-file", "none/states"], "--states-file none/states: there is no folder none. Make it"),
     ],
 )
 def test_the_command_says_what_is_wrong(tmp_path, arguments, message):
