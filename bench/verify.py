@@ -64,7 +64,23 @@ def worktree(ref: str, root: Path = ROOT) -> Iterator[Path]:
 
 
 def _git(root: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", "-C", str(root), "worktree", *words], capture_output=True, text=True, check=False)
+    """Run git to its end, whatever signal comes: killed in the middle, its own children would go on writing into the worktree."""
+    with _signals_later():
+        return subprocess.run(["git", "-C", str(root), "worktree", *words], capture_output=True, text=True, check=False)
+
+
+@contextlib.contextmanager
+def _signals_later() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the end."""
+    came: list[int] = []
+    handlers = {one: signal.signal(one, lambda number, _: came.append(number)) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,28 @@ def test_the_worktree_goes_when_the_command_is_terminated(tmp_path, trees):
     assert not trees()
 
 
+@GIT
+def test_git_ends_what_it_began_before_a_signal_counts(monkeypatch, trees):
+    """Killed while it writes a worktree, git left children behind that went on writing while the folder was removed."""
+    run, ended = subprocess.run, []
+
+    def signalled(command, **options):
+        if "add" in command:
+            signal.raise_signal(signal.SIGTERM)
+        ended.append(run(command, **options))
+        return ended[-1]
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        monkeypatch.setattr(verify.subprocess, "run", signalled)
+        with pytest.raises(SystemExit, match="143"), worktree("HEAD"):
+            pytest.fail("went on")
+        assert [one.args[4] for one in ended[:2]] == ["add", "remove"] and not any(one.returncode for one in ended[:2])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not trees()
+
+
 @pytest.mark.parametrize("wrong", ["ref", "tree"])
 def test_no_speed_where_either_side_is_wrong(tmp_path, wrong):
     """The wrong side is a flux_kernels whose linear returns zeros."""
