@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,13 @@ from .backends import check_names
 from .calibration import Inputs, check_inputs, listen, packed_layers, run
 from .compute import COMPUTE_MODES, WEIGHT_ONLY_M, check_mode, compute_of_layer
 from .errors import FormatError
+from .fidelity_table import fidelity_table
 from .linear import GGUFLinear
 from .outliers import ChannelSizes
 
 FASTEST_FIRST = ("int8", "fp16_accumulate", "exact")
+SHOWN = 20  # layers of a printed report
+THRESHOLD = 0.02  # relative error above which its sentences count layers
 _MAX_TOKENS = 512  # rows of one call that are measured, evenly spread: errors are averages over tokens
 
 
@@ -38,7 +43,7 @@ class LayerError:
 
 
 class FidelityReport:
-    """Hold the measured errors; print it for a table, or turn it into a mode map with `modes`."""
+    """Hold the measured errors in `rows`; print it for the worst layers, or turn it into a mode map with `modes`."""
 
     def __init__(self, rows: list[LayerError], channels: Mapping[str, Tensor] | None = None):
         self.rows = rows
@@ -77,13 +82,24 @@ class FidelityReport:
         """Return the rows as JSON."""
         return json.dumps([asdict(row) for row in self.rows], indent=1)
 
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write all rows as CSV; errors are fractions. Raises OSError where the file cannot be written."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(field.name for field in fields(LayerError))
+            writer.writerows(map(astuple, self.rows))
+
+    def table(self, rows: int | None = SHOWN, threshold: float = THRESHOLD) -> str:
+        """Return a table of the worst layers and a sentence for each mode.
+
+        Args:
+            rows: layers to show; None shows all.
+            threshold: the sentences count the layers above it; a relative RMS error as a fraction.
+        """
+        return fidelity_table(self.rows, rows, threshold)
+
     def __str__(self) -> str:
-        lines = [f"{'layer':<56} {'format':<8} {'compute':<16} {'error':>9} {'calls':>6}"]
-        for row in self.rows:
-            error = f"{100 * row.relative_error:.4f} %"
-            mode = f"{row.compute} + {row.outliers} ch." if row.outliers else row.compute
-            lines.append(f"{row.layer:<56} {row.format:<8} {mode:<16} {error:>9} {row.calls:>6}")
-        return "\n".join(lines)
+        return self.table()
 
 
 def fidelity(

@@ -67,7 +67,8 @@ def keep_outliers(model: nn.Module, channels: Mapping[str, Tensor]) -> None:
     layers = {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
     if not isinstance(channels, Mapping):
         raise FormatError(
-            f"channels is a map of layer names to channels, got {type(channels).__name__}; an empty map undoes all."
+            f"channels is a map of layer names to channels, as report.outliers(0.02) of a FidelityReport gives it, got "
+            f"{type(channels).__name__}; an empty map undoes all."
         )
     channels = {plain_name(name): torch.as_tensor(index) for name, index in channels.items()}
     for name, index in channels.items():

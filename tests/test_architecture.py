@@ -24,7 +24,7 @@ LAYERS = [
     ("ops", "packing", "gguf_file", "gguf_write"),
     ("lazy_weight",),
     ("linear", "embedding"),
-    ("footprint", "pinned", "swap_report", "takeover", "calibration", "fidelity", "outliers", "runs", "fused_linear"),
+    ("footprint", "pinned", "swap_report", "takeover", "calibration", "fidelity", "fidelity_table", "outliers", "runs", "fused_linear"),
     ("fuse",),
     ("diffusers_guard", "swap_plan"),
     ("swap",),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import flux_kernels as fk
+from flux_kernels.fidelity import SHOWN, FidelityReport, LayerError
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_outliers_are_found_measured_and_kept(model):
     with_them, without = rows["first", "int8", 16], rows["first", "int8", 0]
     assert with_them < without / 4
     assert {3, 200, 450, 451, 511} <= set(report.outliers(0.005)["first"].tolist())
-    assert "int8 + 16 ch." in str(report)
+    assert "int8 + outliers" in str(report) and "(16 ch.)" in str(report)
     threshold = max(with_them, rows["second", "int8", 0]) * 1.01
     assert report.modes(threshold) == {"first": "int8", "second": "int8"}
     fk.swap_linear(model, "torch", report.modes(threshold))
@@ -144,6 +147,7 @@ def test_what_is_found_never_makes_int8_worse(pattern, seed):
     ("channels", "message"),
     [
         ({"third": torch.tensor([1])}, "'third' is no packed layer"),
+        (16, r"as report\.outliers\(0\.02\) of a FidelityReport gives it, got int"),
         ({"first": torch.tensor([1]), "second": torch.tensor([256])}, "from 0 to 255"),
     ],
 )
@@ -232,3 +236,43 @@ def test_channels_that_are_kept_already_are_measured(model):
 def test_an_offloaded_layer_is_refused(model):
     with pytest.raises(fk.FormatError, match="offloaded. Measure before"):
         fk.fidelity(model.to("meta"), activations())
+
+
+# for people
+
+
+def errors_of(layers: dict[str, float]) -> FidelityReport:
+    """Make up int8 errors by layer; exact is a thousandth of them."""
+    modes = (("exact", 1e-3), ("int8", 1.0))
+    return FidelityReport(
+        [LayerError(layer, "Q4_K", mode, share * error, 1) for layer, error in layers.items() for mode, share in modes]
+    )
+
+
+def test_the_printed_report_is_short_and_begins_with_the_worst():
+    report = errors_of({f"blocks.{number}.attn": number / 1000 for number in range(1, 61)})
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["blocks.60.attn", "blocks.59.attn", "blocks.58.attn"]
+    assert len(lines) == 1 + SHOWN + 1 + 2 and lines[SHOWN + 1].startswith(f"... and {60 - SHOWN} better ones")
+    assert lines[-1] == "int8: median 3 %, worst 6 % at blocks.60.attn; 40 of 60 layers above 2 %"
+    assert lines[-2].startswith("exact: ") and lines[-2].endswith("no layer above 2 %")
+    assert len(report.table(rows=None).splitlines()) == 1 + 60 + 2
+    assert "10 of 60 layers above 5 %" in report.table(threshold=0.05)
+
+
+def test_layers_that_run_as_exact_are_marked_and_do_not_count():
+    report = str(errors_of({"blocks.0.attn": 0.01, "blocks.0.norm1.linear": 0.5}))
+    assert re.search(r"norm1.linear .* 50 %\*", report) and "1 of 2 layers (modulation" in report
+    assert "int8: median 1 %, worst 1 % at blocks.0.attn; no layer above 2 %" in report
+
+
+def test_all_rows_go_into_a_csv_file(tmp_path):
+    report = errors_of({"a": 0.25, "b": 0.5})
+    report.to_csv(tmp_path / "errors.csv")
+    with (tmp_path / "errors.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["layer"], row["compute"], float(row["relative_error"])) for row in rows if row["compute"] == "int8"] == [
+        ("a", "int8", 0.25),
+        ("b", "int8", 0.5),
+    ]
+    assert len(rows) == len(report.rows)
