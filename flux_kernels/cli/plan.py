@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import FormatError
+from ._own_command import own_command
 
 if TYPE_CHECKING:
     from ..mixed.file_layout import FileLayout
@@ -107,7 +109,8 @@ def plan(
         typer.echo(made.to_json())
         return
     _print(console, problem, made, table, metric)
-    _print_written(console, out, made, costs, export, written)
+    _print_written(console, [out, *([export] if export else []), *written])
+    _print_next(console, out, made, costs, _source_of(table, model))
 
 
 def _need(*packages: str) -> None:
@@ -253,15 +256,38 @@ def _types_table(layout: FileLayout, made: Plan, problem: Problem) -> Table:
     return table
 
 
-def _print_written(console: Console, out: Path, made: Plan, costs: Path, export: Path | None, written: list[Path]) -> None:
+def _print_written(console: Console, written: list[Path]) -> None:
+    for path in written:
+        console.print(f"Wrote {path}", soft_wrap=True)
+
+
+def _source_of(table: Any, model: str | None) -> Path | None:
+    """Return the measured model's file or folder, None where it is not known."""
+    from ..embedded import embedded_model_path
+    from ..mixed.file_layout import NAMED_MODELS
+    from ..mixed.measured_model import find_source
+
+    given = table.source if model is None or model in NAMED_MODELS else model
+    if given:
+        return Path(given) if Path(given).exists() else None
+    embedded, here = embedded_model_path(), Path.cwd()
+    if model != "embedded" and table.source_sha256 != find_source().sha256():
+        return None
+    return embedded.relative_to(here) if embedded.is_relative_to(here) else embedded
+
+
+def _print_next(console: Console, out: Path, made: Plan, costs: Path, source: Path | None) -> None:
+    """Print the command that makes the file."""
     from ..mixed.covariance import covariance_path
     from ..mixed.imatrix import imatrix_path
 
-    for path in (out, *([export] if export else []), *written):
-        console.print(f"Wrote {path}", soft_wrap=True)
     beside = {"--imatrix": imatrix_path(costs)} | ({"--covariance": covariance_path(costs)} if made.low_rank else {})
     measured_with = "".join(f" {option} {path}" for option, path in beside.items() if path.exists())
-    console.print(f"Next: flux-kernels quantize SOURCE {made.options['file_name']} --plan {out}{measured_with}", soft_wrap=True)
+    named = "SOURCE" if source is None else shlex.quote(str(source))
+    command = f"{own_command()} quantize {named} {made.options['file_name']} --plan {out}{measured_with}"
+    console.print(f"Next: {command}", soft_wrap=True, markup=False)
+    if source is None:
+        console.print(f"SOURCE is the 16-bit file or folder that was measured ({made.options['model']}).", soft_wrap=True)
 
 
 def _size(count: int) -> str:

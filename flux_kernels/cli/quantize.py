@@ -32,7 +32,11 @@ def quantize(
     source: Annotated[Path, typer.Argument(help="Safetensors file, index of shards, folder, or GGUF.", show_default=False)],
     output: Annotated[Path | None, typer.Argument(help="The GGUF file to write.", show_default=False)] = None,
     type_name: Annotated[
-        str | None, typer.Option("--type", help="File type: Q4_K_S, Q4_K_M, Q5_K_S, Q6_K, Q8_0, Q3_K_L, IQ4_XS, ...")
+        str | None,
+        typer.Option(
+            "--type",
+            help="File type: Q4_K_S, Q4_K_M, Q5_K_S, Q6_K, Q8_0, Q3_K_L, IQ4_XS, ... Beside --plan: of the matrices it does not name.",
+        ),
     ] = None,
     rule: Annotated[
         str | None, typer.Option(help='Layout of what stays plain: "new", "old" or "legacy".', show_default="new")

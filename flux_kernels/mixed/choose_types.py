@@ -29,7 +29,8 @@ class Request:
     """State what is asked for.
 
     Attributes:
-        type: file type such as "Q4_K_S", or a ggml type's own name; None leaves block matrices that a plan does not name in
+        type: file type such as "Q4_K_S", or a ggml type's own name; beside a plan, of the block matrices that it does not name. None
+            leaves block matrices that a plan does not name in
             16 bit.
         rule: "old", "new" or "legacy"; None takes the plan's, else "new".
         plan: types by tensor, or None.
@@ -78,6 +79,7 @@ def choose_types(source: SourceModel, request: Request) -> Choice:
         _keep_half(chosen, source)
     given = _given(shapes, request)
     chosen.types.update(given)
+    _check_type_counts(shapes, given, request)
     _check_blocks(chosen, shapes, given, RULES[request.layout].leftover)
     chosen.notes += _unplanned(chosen, shapes, given, request)
     chosen.ranks = _ranks(source, chosen.types, request)
@@ -140,6 +142,17 @@ def _given(shapes: Mapping[str, tuple[int, ...]], request: Request) -> dict[str,
         if kind is not None:
             planned[name] = kind
     return planned
+
+
+def _check_type_counts(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request) -> None:
+    """Refuse a type beside a plan that leaves it nothing: it would be ignored."""
+    if request.plan is None or request.type is None:
+        return
+    if all(name in given for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK):
+        raise FormatError(
+            f"The plan has a type for every matrix of the blocks, so --type {request.type} has none left. Leave one of them out, or "
+            "change tensors of the plan with --tensor-type PATTERN=TYPE."
+        )
 
 
 def _unplanned(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request) -> list[str]:

@@ -77,6 +77,7 @@ class CostTable:
         versions: library -> version.
         importance: "collected", "none", or the name of an imatrix file: the weighting of the quantizers.
         joint: plans measured as a whole.
+        source: path of the 16-bit model as it was given to `measure`; "" for the embedded model.
     """
 
     rows: list[CostRow]
@@ -89,6 +90,7 @@ class CostTable:
     versions: dict[str, str] = field(default_factory=dict)
     importance: str = "none"
     joint: list[JointRow] = field(default_factory=list)
+    source: str = ""
 
     def by_tensor(self) -> dict[str, dict[str, CostRow]]:
         """Return tensor -> type -> row, in the order of the rows."""

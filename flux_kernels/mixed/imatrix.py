@@ -160,7 +160,14 @@ def _float32(where: str, tensor: Any) -> Tensor:
 
 def _load_legacy(where: str) -> dict[str, tuple[Tensor, float]]:
     with open(where, "rb") as file:
-        cursor = _Cursor(where, file.read())
+        data = file.read()
+    entries = int.from_bytes(data[:4], "little", signed=True)
+    if len(data) >= 4 and not 1 <= entries <= _MOST_ENTRIES:
+        raise FormatError(
+            f"{where} is no importance matrix: it begins with {data[:4]!r}. Legal are llama.cpp's .dat and GGUF formats; `flux-kernels "
+            "measure` writes one as costs.imatrix.gguf."
+        )
+    cursor = _Cursor(where, data)
     found: dict[str, tuple[Tensor, float]] = {}
     for _ in range(cursor.integer("number of tensors", _MOST_ENTRIES)):
         name = cursor.take(cursor.integer("length of a name", _MOST_NAME)).decode("utf-8", "replace")

@@ -304,6 +304,7 @@ def _table(opened: Opened, rows: Sequence[CostRow]) -> CostTable:
         versions=dict(flux_kernels=own_version(), torch=torch.__version__),
         importance=_importance_name(request),
         joint=before,
+        source="" if request.source.given is None else str(request.source.given),
     )
 
 

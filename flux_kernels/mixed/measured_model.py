@@ -38,10 +38,12 @@ class Source16:
     Attributes:
         files: that hold the transformer: one GGUF file, one safetensors file, or the shards of a diffusers folder.
         base: diffusers folder with the rest of the pipeline; only captured states need it.
+        given: file or folder that was named, None for the embedded model.
     """
 
     files: tuple[Path, ...]
     base: Path | None
+    given: Path | None = None
 
     @property
     def name(self) -> str:
@@ -70,6 +72,7 @@ def find_source(gguf: Path | None = None, model: Path | None = None, base: Path 
         FormatError: where both or neither of two exclusive arguments are given.
         FileNotFoundError: for files that are not there.
     """
+    given = gguf or model
     if gguf is not None and model is not None:
         raise FormatError("Give --gguf or --model, not both: each is the whole transformer.")
     if gguf is None and model is None:
@@ -88,7 +91,7 @@ def find_source(gguf: Path | None = None, model: Path | None = None, base: Path 
     if missing or not files:
         where = missing[0] if missing else f"{model}: no {_WEIGHTS}"
         raise FileNotFoundError(f"{where} was not found. --gguf is a 16-bit GGUF file; --model a safetensors file or folder.")
-    return Source16(files, base)
+    return Source16(files, base, given)
 
 
 def open_transformer(source: Source16, device: torch.device, dtype: torch.dtype) -> tuple[FluxTransformer2DModel, str]:

@@ -130,9 +130,9 @@ def _details(data: ReportData) -> str:
         for name in data.costs
     )
     facts = {**data.plan.options, "costs sha256": data.plan.costs_sha256, **data.plan.versions, "date": data.plan.date}
+    counted = f'<p class="faint">What --fits counts: {html.escape(ROOM)}.</p>' if data.plan.options.get("fits") else ""
     told = "; ".join(f"{key} {value}" for key, value in facts.items() if value not in ("", None))
     return (
         f"<details><summary>Type of every chosen tensor</summary><table><tr><th>tensor</th><th>type</th><th class=n>bytes</th>"
-        f'</tr>{rows}</table></details><p class="faint">{html.escape(told)}</p>'
-        f'<p class="faint">What --fits counts: {html.escape(ROOM)}.</p>'
+        f'</tr>{rows}</table></details><p class="faint">{html.escape(told)}</p>{counted}'
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from math import prod
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from ..flux.names import tensor_class
@@ -21,6 +23,7 @@ PLAN, GREEDY, UNIFORM, JOINT = "#c2255c", "#e8890c", "#2f6db3", "#2b8a3e"
 GB = 1e9
 _LABELLED_ROWS = 64  # tensors up to which every row of the heat map has its name; above, every class of tensors
 _DPI = 130
+_NAME_WIDTH, _NAME_HEIGHT = 0.06, 0.034  # of a type's name on the curve, as shares of the axes
 _PLACES = {BLOCK: "", LEFTOVER: ", outside the blocks", VECTOR: ", biases and norms"}
 
 
@@ -33,9 +36,6 @@ def size_against_cost(data: ReportData) -> Figure:
     for label, size, cost in data.uniform:
         if cost > 0:
             axes.plot(size / unit, cost, "o", color=UNIFORM, markersize=6)
-            left = option_bits(label) == 4.25  # IQ4_XS and MXFP4, just left of the crowd of types with 4.5 bits
-            place = dict(xytext=(-7, -3), ha="right") if left else dict(xytext=(6, 3))
-            axes.annotate(label, (size / unit, cost), textcoords="offset points", fontsize=8.5, color=UNIFORM, **place)
     axes.plot([], [], "o", color=UNIFORM, label="one type for everything")
     _joint(axes, data.joint, unit)
     if data.plan.cost > 0:
@@ -65,12 +65,43 @@ def size_against_cost(data: ReportData) -> Figure:
         )
     axes.set_yscale("log")
     _window(axes, data, unit)
+    _label_uniform(axes, data, unit)
     axes.set_xlabel(f"size of the file in {name} (smaller is to the left)")
     axes.set_ylabel("error, log scale (lower is better)")
     axes.set_title("What each size costs: lower left is best", loc="left", fontweight="bold")
     axes.grid(True, which="major", alpha=0.25)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     return figure
+
+
+def _label_uniform(axes: Axes, data: ReportData, unit: float) -> None:
+    """Name the uniform files beside their points; names of files of nearly one size are moved apart."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    columns: dict[tuple[bool, int], list[tuple[float, float, str]]] = {}
+    for label, size, cost in data.uniform:
+        if cost > 0:
+            before = option_bits(label) == 4.25  # IQ4_XS and MXFP4, just left of the crowd of types with 4.5 bits
+            column = round((size / unit - left) / (right - left) / _NAME_WIDTH)
+            height = math.log(cost / bottom) / math.log(top / bottom)
+            columns.setdefault((before, column), []).append((height, size / unit, label))
+    for (before, _), points in columns.items():
+        points.sort()
+        heights = spread([height for height, _, _ in points], _NAME_HEIGHT)
+        for (_, size, label), height in zip(points, heights, strict=True):
+            where = dict(textcoords="offset points", va="center", fontsize=8.5, color=UNIFORM)
+            place = dict(xytext=(-7, 0), ha="right") if before else dict(xytext=(7, 0), ha="left")
+            axes.annotate(label, (size, height), xycoords=("data", "axes fraction"), **where, **place)
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Move sorted places as little as possible (least squares), so that neighbours are `gap` apart."""
+    groups: list[list[float]] = []  # of places less their share of the gaps: these must not fall
+    for index, place in enumerate(places):
+        groups.append([place - index * gap])
+        while len(groups) > 1 and mean(groups[-2]) >= mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    level = [mean(group) for group in groups for _ in group]
+    return [value + index * gap for index, value in enumerate(level)]
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], unit: float, color: str, label: str, style: str) -> None:
@@ -205,7 +236,7 @@ def bytes_by_type(data: ReportData) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, max(values) * 1.55)
     axes.set_xlabel(f"bytes of the file in {unit_name}")
-    axes.set_title("Where the bytes go", loc="left", fontweight="bold")
+    axes.set_title("Bytes of the file by type", loc="left", fontweight="bold")
     return figure
 
 

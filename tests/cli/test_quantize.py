@@ -62,6 +62,20 @@ def test_plans_and_patterns_are_taken(tmp_path):
     assert "double_blocks.0.img_attn.qkv.weight" in note and "linear2" not in note and "they stay in F16" in note
 
 
+def test_a_type_that_a_whole_plan_leaves_nothing_is_refused(tmp_path):
+    """It would be ignored; beside a plan of some matrices it is the type of the others."""
+    whole = json.loads(invoke(SOURCE, "--type", "Q8_0", "--dry-run", "--json").stdout)["types"]
+    names = [name for name, kind in whole.items() if kind == "Q8_0"]
+    for planned, refused in ((names, True), (names[1:], False)):
+        Plan(dict.fromkeys(planned, "Q8_0"), bytes=1, cost=0.0).save(tmp_path / "plan.json")
+        result = invoke(SOURCE, "--plan", tmp_path / "plan.json", "--type", "Q4_0", "--dry-run", "--json")
+        assert result.exit_code == int(refused), result.output
+        if refused:
+            assert "The plan has a type for every matrix of the blocks, so --type Q4_0 has none left" in result.stderr
+        else:
+            assert json.loads(result.stdout)["types"][names[0]] == "Q4_0"
+
+
 def test_covariances_without_corrections_are_refused(tmp_path):
     result = invoke(SOURCE, "--type", "Q4_K_S", "--covariance", tmp_path / "c.safetensors", "--dry-run")
     assert result.exit_code == 1 and "serve the low-rank corrections of a plan" in result.output

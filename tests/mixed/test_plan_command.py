@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from flux_kernels.cli import app
 from flux_kernels.embedded import embedded_model_path
 from flux_kernels.gguf_file import read_gguf
 from flux_kernels.mixed.casting_cost import is_casting_cost
+from flux_kernels.mixed.measured_model import find_source
 from flux_kernels.mixed.plan_file import Plan
 
 from .made_costs import PUBLISHED, made_table
@@ -43,6 +45,19 @@ def test_from_costs_to_a_file_with_the_planned_types(costs, tmp_path):
     assert file.stat().st_size == plan.bytes
     told = invoke("quantize", embedded_model_path() / "transformer", "--plan", out, "--dry-run", "--json")
     assert json.loads(told.stdout)["bytes"] <= plan.options["budget"]  # with what it says about its origin
+
+
+def test_the_next_command_names_the_source_where_it_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = made_table()
+    cases = [("", "", None), ("", find_source().sha256(), embedded_model_path()), ("flux 16.gguf", "", "'flux 16.gguf'")]
+    for source, sha256, named in (*cases, ("gone.gguf", "", None)):
+        replace(table, source=source, source_sha256=sha256).save(tmp_path / "costs.csv")
+        (tmp_path / "flux 16.gguf").touch()
+        done = invoke("plan", "costs.csv", "--bpw", 6)
+        assert done.exit_code == 0, done.output
+        assert f"quantize {named or 'SOURCE'} embedded_mx" in done.output
+        assert ("SOURCE is the 16-bit file or folder that was measured (embedded)" in done.output) is (named is None)
 
 
 def test_pictures_go_into_the_report(costs, tmp_path):

@@ -16,7 +16,7 @@ from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
 from flux_kernels.mixed.plan import make_problem, plan_within
 from flux_kernels.mixed.report import page, write_report
 from flux_kernels.mixed.report_data import Measured, gather, uniform_files
-from flux_kernels.mixed.report_plots import bytes_by_type, heat_map, size_against_cost
+from flux_kernels.mixed.report_plots import bytes_by_type, heat_map, size_against_cost, spread
 
 from .made_costs import made_table
 
@@ -112,3 +112,34 @@ def test_uniform_files_leave_out_types_that_some_tensor_lacks(problem):
     costs = {name: dict(options) for name, options in problem.costs.items()}
     del costs["single_blocks.0.linear1.weight"]["Q3_K"]
     assert "Q3_K" not in [name for name, _, _ in uniform_files(problem.layout, costs)]
+
+
+@pytest.mark.parametrize(
+    ("places", "moved"),
+    [
+        ([0.0, 0.5, 1.0], [0.0, 0.5, 1.0]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.3, 0.31, 0.32, 0.9], [0.21, 0.31, 0.41, 0.9]),
+        ([0.0, 0.08, 0.2, 0.21], [-0.0275, 0.0725, 0.1725, 0.2725]),  # two crowds that meet become one
+    ],
+)
+def test_names_are_moved_apart_no_further_than_needed(places, moved):
+    assert spread(places, 0.1) == pytest.approx(moved)
+
+
+def test_names_of_files_of_one_size_do_not_lie_on_each_other(problem):
+    """Q4_0, Q4_K and IQ4_NL have the same bytes, and here almost the same cost."""
+    plain = gather(problem, plan_within(problem, 3_600_000), problem.costs)
+    close = [(label, 3_700_000, 1e-4 * (1 + number / 50)) for number, label in enumerate(("Q4_0", "Q4_K", "IQ4_NL"))]
+    figure = size_against_cost(replace(plain, uniform=close))
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text() in ("Q4_0", "Q4_K", "IQ4_NL")]
+    assert len(boxes) == 3 and not any(a.overlaps(b) for a in boxes for b in boxes if a is not b)
+
+
+def test_the_page_tells_what_fits_counts_only_where_it_was_asked(problem):
+    plan = plan_within(problem, 3_600_000, about={"size": "3.6MB"})
+    assert "--fits" not in page(gather(problem, plan, problem.costs), {})
+    plan = plan_within(problem, 3_600_000, about={"fits": "12GB"})
+    assert "What --fits counts" in page(gather(problem, plan, problem.costs), {})
