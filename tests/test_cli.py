@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,6 +76,16 @@ def test_generate_fuses_q_k_and_v_in_modes_that_scale_activations(gguf_file, tmp
 def test_help_teaches_with_examples(command):
     text = ok(command, "--help")
     assert "Examples" in text and f"flux-kernels {command}" in text
+
+
+@pytest.mark.parametrize("command", ["measure", "quantize", "generate"])
+def test_help_flows_with_the_width_of_the_terminal(command):
+    """No line of a paragraph ends where the source's line does: each is as full as the next word allows."""
+    width = 78
+    shown = CliRunner(env={"COLUMNS": str(width), "TERMINAL_WIDTH": str(width)}).invoke(app, [command, "--help"]).stdout
+    text = [line.strip() for line in shown.partition("Examples")[0].splitlines()][1:]
+    pairs = [(line, after) for line, after in pairwise(text) if line and after and "Usage" not in line]
+    assert pairs and all(len(line) + 1 + len(after.split()[0]) > width - 4 for line, after in pairs), text
 
 
 def test_without_a_command_help_is_shown():

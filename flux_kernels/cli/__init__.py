@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ._errors import OneLineErrors
+from ._help_text import help_text
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
@@ -51,4 +52,4 @@ def main(
 
 
 for _command in (demo, generate, inspect, quantize, measure, plan, doctor, tune, warmup, bench):
-    app.command()(_command)
+    app.command(help=help_text(_command.__doc__ or ""))(_command)
