@@ -247,14 +247,20 @@ def request_in(tmp_path):
     return make
 
 
+@pytest.fixture(scope="module", autouse=True)
+def same_thread_count():
+    """Compute on one thread here as `in_process` does in a fork: the last bits of costs depend on the number."""
+    with one_thread():
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return the table that one process measures, on one thread as `in_process` does: the last bits depend on their number."""
+    """Return the table that one process measures."""
     folder, source = tmp_path_factory.mktemp("whole"), find_source()
     States(states(), source.name, source.sha256()).save(folder / "costs.states.safetensors")
     request = measure_run.Request(out=folder / "costs.csv", source=source, types=TYPES)
-    with one_thread():
-        table = measure_run.measure(measure_run.open_measurement(request))
+    table = measure_run.measure(measure_run.open_measurement(request))
     return SimpleNamespace(table=table, request=request)
 
 
