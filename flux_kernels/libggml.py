@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from functools import cache
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def _file() -> Path | None:
 
 @cache
 def _load(path: Path) -> ctypes.CDLL:
+    # It would install a handler that answers any abort of the process with a debugger, whose copies of it may stay for ever.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     library = ctypes.CDLL(str(path))
     library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     library.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]

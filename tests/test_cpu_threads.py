@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -96,6 +97,71 @@ def test_errors_reach_the_caller(way, error):
         cpu_threads.share_rows(1000, 1, 1, work)
     assert len(done) < 10
     cpu_threads.share_rows(4, 1, 1, lambda first, end, scratch: done.append(first))
+
+
+@pytest.mark.skipif(TEAM is None, reason="this torch has no OpenMP runtime that can be reached by name")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_before_work_begins_is_not_lost():
+    """A signal's handler may raise in the callback outside of what catches; ctypes prints that and goes on."""
+    caller = threading.get_ident()
+
+    def worker():
+        if threading.get_ident() == caller:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TEAM(worker, 2)
+    TEAM(lambda: None, 2)
+
+
+def test_an_interrupted_wait_leaves_no_worker_behind(monkeypatch):
+    """Workers of a pool use the caller's scratches: it goes on only when they have stopped, early."""
+    monkeypatch.setattr(cpu_threads, "_team", lambda: None)
+    monkeypatch.setattr(cpu_threads, "LEAST_WEIGHTS", 1)
+    before, wait, waits, running, done = torch.get_num_threads(), cpu_threads.wait, [], [], []
+
+    def interrupted(futures):
+        waits.append(1)
+        if len(waits) <= 2:
+            raise KeyboardInterrupt
+        wait(futures)
+
+    def work(first, end, scratch):
+        running.append(first)
+        time.sleep(0.02)
+        done.append(first)
+
+    monkeypatch.setattr(cpu_threads, "wait", interrupted)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cpu_threads.share_rows(1000, 1, 1, work)
+        assert len(waits) == 3 and len(running) == len(done) < 100
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_interrupted_start_of_a_pool_leaves_no_thread_waiting(monkeypatch):
+    before, threads = torch.get_num_threads(), threading.active_count()
+
+    class Interrupted(threading.Barrier):
+        def wait(self, timeout=None):
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(cpu_threads.threading, "Barrier", Interrupted)
+    cpu_threads._pool.cache_clear()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cpu_threads._pool(5)
+        assert torch.get_num_threads() == 5
+        deadline = time.monotonic() + 20
+        while threading.active_count() > threads and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() <= threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_callers_do_not_share_scratches(way):
