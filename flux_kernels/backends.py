@@ -138,7 +138,7 @@ def usable_device(name: torch.device | str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise BackendUnavailable(
             f"The device {str(name)!r} cannot be used here: {str(error).splitlines()[0]} `flux-kernels doctor` tells what is there."
         ) from error

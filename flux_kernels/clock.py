@@ -18,7 +18,8 @@ def interleaved(
     """Run every function `repeats` times in turn, after one warm-up each; return milliseconds of each run.
 
     The order changes from turn to turn (`balanced_order`): what runs right after a heavy function finds cold caches, and sometimes
-    threads that still spin. With one order it would always be the same function that pays for it. `before` runs ahead of every run, untimed: what empties a cache, for example.
+    threads that still spin. With one order it would always be the same function that pays for it. `before` runs ahead of
+    every run, untimed: what empties a cache, for example.
     """
     for function in functions.values():
         function()

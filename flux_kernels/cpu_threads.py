@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,9 +47,7 @@ class Scratch:
 
     def tensor(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Return the memory of a name as a tensor on the CPU; its content is whatever was there."""
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
+        size = dtype.itemsize * prod(shape)
         if name not in self._bytes or self._bytes[name].numel() < size:
             self._bytes[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._bytes[name][:size].view(dtype).view(shape)
@@ -121,20 +120,25 @@ def _up(count: int, multiple: int) -> int:
 def _run(worker: Worker, threads: int, raised: list) -> None:
     """Run a worker in each of so many threads, and wait for all; the caller's own is among them where it is torch's team."""
     team = None if _forked else _team()
-    if team is not None:
+    if team is None:
+        _run_in_pool(worker, threads, raised)
+    else:
         team(worker, threads)
-        return
+
+
+def _run_in_pool(worker: Worker, threads: int, raised: list) -> None:
+    """Add what interrupts the waiting to `raised`, which stops the workers: then none uses the caller's scratches any more."""
     futures: list[Future] = []
-    while not futures or not all(future.done() for future in futures):
+    try:
+        pool = _pool(threads)
+        futures.extend(pool.submit(worker) for _ in range(threads))
+    except BaseException as error:  # noqa: BLE001  raised by the caller
+        raised.append(error)
+    while not all(future.done() for future in futures):
         try:
-            if not futures:
-                pool = _pool(threads)
-                futures.extend(pool.submit(worker) for _ in range(threads))
             wait(futures)
-        except BaseException as error:  # noqa: BLE001  raised by the caller, when no worker uses its scratches any more
+        except BaseException as error:  # noqa: BLE001  raised by the caller
             raised.append(error)
-            if not futures:
-                return
 
 
 @cache

@@ -33,7 +33,8 @@ def swap_linear(
 
     Layers that diffusers loaded from a GGUF file are taken over: their bytes are moved, not copied and not decoded. Plain
     nn.Linear layers are quantized where `format` says so. Layers that are packed already keep their type and get the new backend
-    and compute mode, the defaults where none are given; the report says where that took another from them. Every layer is checked before the first is touched.
+    and compute mode, the defaults where none are given; the report says where that took another from them. Every layer is
+    checked before the first is touched.
 
     Args:
         model: any module that contains linear layers, such as `pipe.transformer`.

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -121,23 +121,12 @@ def _layers(count: int) -> str:
 
 def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
     """Group rows whose names differ only in their numbers and which are alike otherwise, in first-seen order."""
-    groups: dict[tuple, list[SwapRow]] = {}
+    groups: dict[SwapRow, list[SwapRow]] = {}
     for row in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-        key = (
-            pattern,
-            row.action,
-            row.detail,
-            row.format,
-            row.shape,
-            row.compute,
-            row.runs,
-            row.unmet,
-            row.was_compute,
-            row.was_backend,
-        )
+        key = replace(row, name=pattern, bytes=0, backend="")
         groups.setdefault(key, []).append(row)
-    return [(key[0] if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
+    return [(key.name if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
 
 
 def _line(pattern: str, rows: list[SwapRow]) -> tuple[str, ...]:

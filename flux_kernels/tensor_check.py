@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import GGUFError
 from .formats import FORMATS, PLAIN_TYPES
@@ -31,12 +31,17 @@ def check_weight_type(name: str, format: str) -> None:
     raise GGUFError(f"{name!r} has type {format}, which cannot be a weight here. Legal: {', '.join(legal)}.")
 
 
+def listed(names: Sequence[str], shown: int = 4) -> str:
+    """Name the first few, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def _problem(what: str, names: Iterable[str]) -> str:
     names = list(names)
     if not names:
         return ""
-    more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {', '.join(names[:_EXAMPLES])}{more}"
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {listed(names, _EXAMPLES)}"
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -26,8 +26,8 @@ def main(
         str,
         typer.Option(
             help="wide, medium, narrow, split_k (fused GEMM), small_m, fp16, int8, int8_rows, dequantize, unpack_int8, "
-            "unpack_int8_rows, row_largest, quantize_activation, scale_to_fp16; wide_branch, fp16_branch, int8_branch and int8_rows_branch have a low-rank branch; "
-            "empty means all."
+            "unpack_int8_rows, row_largest, quantize_activation, scale_to_fp16; wide_branch, fp16_branch, int8_branch and "
+            "int8_rows_branch have a low-rank branch; empty means all."
         ),
     ] = "",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",

@@ -45,8 +45,8 @@ def measure_denoising(
     for provider in providers:
         progress(f"denoising, {name}: checking {provider}")
         for what in DENOISING:
-            row: dict = dict.fromkeys(COLUMNS, "") | dict(format=name, provider=provider, what=what, size=DENOISED)
-            row["dtype"] = str(dtype)[6:]
+            about = dict(format=name, provider=provider, what=what, size=DENOISED, dtype=str(dtype)[6:])
+            row: dict = dict.fromkeys(COLUMNS, "") | about
             rows.append(row)
             offload = what == DENOISING[1]
             if offload and device.type == "cpu":

@@ -28,10 +28,8 @@ _PEER_COLORS, _PEER_MARKS = (
     ("P", "*", "<", ">", "p", "8", "H"),
 )
 _COLUMNS, _DPI = 3, 150  # panels beside each other; dots an inch
-_WIDTH, _HEIGHT = (
-    9.6,
-    3.1,
-)  # inches, of a figure and of a line of panels: at the width of a page words are as large as the page's
+_WIDTH = 9.6  # inches of a figure: at the width of a page its words are as large as the page's
+_HEIGHT = 3.1  # inches of a line of panels
 _WORDS = 9.5  # points
 _TITLE, _GAP = 0.36, 0.08  # inches that the title takes, and between it, legend and panels
 

@@ -10,6 +10,10 @@ TWINS = "On a CPU fp16_accumulate and int8 are imitated in torch for their round
 
 LEAST_REPEATS = 3  # fewer have no spread that means anything
 UNKNOWN = f"spread unknown with fewer than {LEAST_REPEATS} repeats"
+_SAME = "no difference seen"
+_SIGNS = {"": "", _SAME: "~", UNKNOWN: "?"}  # of what `doubt` says
+MARKS = {"~": f"{_SAME} (p20 to p80 of both overlap)", "?": UNKNOWN}
+_TIMES = ("p20_ms", "p50_ms", "p80_ms")
 
 
 class Total(NamedTuple):
@@ -50,17 +54,12 @@ def doubt(mine: Total, other: Total) -> str:
     """Say why nothing tells two times apart; "" where they differ."""
     if not (mine.known and other.known):
         return UNKNOWN
-    return "" if mine.differs(other) else "no difference seen"
+    return "" if mine.differs(other) else _SAME
 
 
 def marked(mine: Total, base: Total) -> str:
     """Write how many times as fast as `base` it is, short: "~" before it where no difference was seen, "?" where no spread is known."""
-    sign = "" if mine == base or mine.differs(base) else "~" if mine.known and base.known else "?"
-    return f"{sign}{base.p50 / mine.p50:.2f}"
-
-
-_TIMES = ("p20_ms", "p50_ms", "p80_ms")
-MARKS = dict(zip("~?", ("no difference seen (p20 to p80 of both overlap)", UNKNOWN)))
+    return f"{'' if mine == base else _SIGNS[doubt(mine, base)]}{base.p50 / mine.p50:.2f}"
 
 
 def totals(rows: Sequence[Mapping]) -> dict[str, Total]:

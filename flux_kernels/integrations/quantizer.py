@@ -25,6 +25,7 @@ from ..fuse import offer_fusing
 from ..linear import GGUFLinear
 from ..packing import quantize, quantizer
 from ..takeover import carry_over, decode_stored, packed_type, plain_bytes, quantize_layer
+from ..tensor_check import listed
 from .config import FluxKernelsConfig, Method
 from .layer_table import check_writable
 from .mapped_pages import page_out
@@ -216,8 +217,7 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
             self._progress = None
         empty = [name for name, layer in _packed(model).items() if layer.qweight.is_meta and not hasattr(layer, "_hf_hook")]
         if empty:
-            more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-            raise GGUFError(f"The checkpoint holds no weight for {', '.join(empty[:3])}{more}. It is incomplete; get it again.")
+            raise GGUFError(f"The checkpoint holds no weight for {listed(empty, 3)}. It is incomplete; get it again.")
         offer_fusing(model)
         self.quantization_config.follow(model)
         model.register_to_config(quantization_config=self.quantization_config)

@@ -16,7 +16,8 @@ from ..flux.names import block_of
 from ..flux.types import BLOCK, NAMED_TYPES, RULES, VECTOR, file_type, tensor_kind, tensor_types
 from ..formats import PLAIN_TYPES
 from ..packing import Engine, quantizer
-from .plan_file import Plan, check_tensors, listed
+from ..tensor_check import listed
+from .plan_file import Plan, check_tensors
 from .source import SourceModel, SourceTensor
 from .stored_tensor import block_format
 
@@ -29,9 +30,8 @@ class Request:
     """State what is asked for.
 
     Attributes:
-        type: file type such as "Q4_K_S", or a ggml type's own name; beside a plan, of the block matrices that it does not name. None
-            leaves block matrices that a plan does not name in
-            16 bit.
+        type: file type such as "Q4_K_S", or a ggml type's own name; beside a plan, of the block matrices that it does not
+            name. None leaves those in 16 bit.
         rule: "old", "new" or "legacy"; None takes the plan's, else "new".
         plan: types by tensor, or None.
         overrides: (fnmatch pattern of tensor names, ggml type name); the first that matches counts, before plan and type.
@@ -148,7 +148,7 @@ def _check_type_counts(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str
     """Refuse a type beside a plan that leaves it nothing: it would be ignored."""
     if request.plan is None or request.type is None:
         return
-    if all(name in given for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK):
+    if not _unnamed_blocks(shapes, given):
         raise FormatError(
             f"The plan has a type for every matrix of the blocks, so --type {request.type} has none left. Leave one of them out, or "
             "change tensors of the plan with --tensor-type PATTERN=TYPE."
@@ -159,11 +159,14 @@ def _unplanned(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Map
     """Say which block matrices a plan leaves in 16 bit because it does not name them."""
     if request.plan is None or request.type is not None:
         return []
-    blocks = [name for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK]
-    left = [name for name in blocks if name not in given and chosen.types[name] in PLAIN_TYPES]
+    left = [name for name in _unnamed_blocks(shapes, given) if chosen.types[name] in PLAIN_TYPES]
     if not left:
         return []
     return [f"The plan does not name {listed(left)}: they stay in {chosen.types[left[0]]}. --type gives them one."]
+
+
+def _unnamed_blocks(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str]) -> list[str]:
+    return [name for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK and name not in given]
 
 
 def _ranks(source: SourceModel, types: Mapping[str, str], request: Request) -> dict[str, int]:

@@ -7,15 +7,15 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import FormatError
 from ..formats import FORMATS, PLAIN_TYPES
+from ..tensor_check import listed
 
 SCHEMA = "flux_kernels.plan/1"
-_SHOWN = 4
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -112,12 +112,6 @@ def check_tensors(names: Collection[str], held: Collection[str], holder: str) ->
         raise FormatError(
             f"The plan names {listed(unknown)}, which {holder} does not hold: it was made for another model. Plan again."
         )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Name the first few, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _schema_problem(found: Any) -> str | None:
