@@ -157,7 +157,7 @@ def _algorithm(name: str):
         if problem.data.device.type == "cpu":
             raise Unavailable("Triton kernels need a GPU")
         from ..kernels import exact
-        from ..kernels.choice import tile_of
+        from ..kernels.choice import Choice, tile_of
         from ..kernels.launching import capability_of, device_of
 
         run = exact.ALGORITHMS[name]
@@ -166,7 +166,7 @@ def _algorithm(name: str):
             y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
             tile = tile_of(name, problem.fmt, *y.shape, x.shape[1], capability_of(x.device))
             with device_of(x):
-                run(x, problem.data, problem.bias, y, problem.fmt, problem.planes, tile)
+                run(x, problem.data, problem.bias, y, problem.fmt, problem.planes, Choice(name, tile, "named"))
             return y
 
         return call

@@ -1,4 +1,4 @@
-"""compute="exact": the fused GEMM, its split-K form, the small-M kernel for one or two rows, or the chunked two-stage."""
+"""compute="exact": the fused GEMM, its split-K form, the small-M kernel for one or two rows, or two-stage."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..low_rank import Branch
 from . import two_stage
 from .choice import Choice, choose
 from .fused_gemm import fused_gemm_kernel
-from .launching import capability_of, format_constants, pointers, table_of
+from .launching import format_constants, pointers, table_of
 from .small_m import small_m_kernel
 from .split_k import add_splits_kernel, split_k_kernel
-from .tuning import Tile, branch_tile
+from .tuning import Tile
 
 _ADD_BLOCK = 1024  # columns a program of the reduction adds
 
@@ -30,12 +30,12 @@ def linear(
     choice: Choice | None = None,
 ) -> None:
     """Write x [M, K] @ decode(data).T + bias + branch to y [M, N]; x has unit stride along K."""
-    choice = choice or choose("exact", fmt, *y.shape, x.shape[1], x.device)
-    ALGORITHMS[choice.algorithm](x, data, bias, y, fmt, planes, choice.tile, branch)
+    choice = choice or choose("exact", fmt, *y.shape, x.shape[1], x.device, x.dtype, branch is not None)
+    ALGORITHMS[choice.algorithm](x, data, bias, y, fmt, planes, choice, branch)
 
 
-def _small_m(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
-    m, n = y.shape
+def _small_m(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, choice: Choice, branch=None) -> None:
+    (m, n), tile = y.shape, choice.tile
     hidden, up, rank = pointers(branch)
     constants = format_constants(fmt, data.shape[1], planes)
     blocks = dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k, num_warps=tile.num_warps)
@@ -43,19 +43,17 @@ def _small_m(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes:
     small_m_kernel[grid](x, data, table_of(fmt, data), bias, hidden, up, y, n, rank, x.stride(0), **constants, **blocks)
 
 
-def _fused(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
-    m, n = y.shape
+def _fused(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, choice: Choice, branch=None) -> None:
+    (m, n), tile = y.shape, choice.tile
     hidden, up, rank = pointers(branch)
-    if branch is not None:
-        tile = branch_tile("fused_gemm", fmt, tile, capability_of(x.device))
     constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile, x.dtype)
     grid = (_tiles(m, n, tile),)
     operands = (x, data, table_of(fmt, data), bias, hidden, up, y)
     fused_gemm_kernel[grid](*operands, m, n, rank, x.stride(0), **constants)
 
 
-def _split_k(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
-    m, n = y.shape
+def _split_k(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, choice: Choice, branch=None) -> None:
+    (m, n), tile = y.shape, choice.tile
     hidden, up, rank = pointers(branch)
     constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile, x.dtype) | dict(SPLITS=tile.splits)
     partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device)
@@ -65,8 +63,8 @@ def _split_k(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes:
     add_splits_kernel[add_grid](partial, bias, y, m, n, SPLITS=tile.splits, BLOCK=_ADD_BLOCK)
 
 
-def _two_stage(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: None, branch=None) -> None:
-    two_stage.linear(x, data, bias, y, fmt, planes, branch)
+def _two_stage(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, choice: Choice, branch=None) -> None:
+    two_stage.linear(x, data, bias, y, fmt, planes, branch, choice.rows)
 
 
 def _blocks(tile: Tile, dtype: torch.dtype) -> dict:

@@ -11,8 +11,8 @@ from ..low_rank import Branch
 from .activations import scale_to_fp16_kernel
 from .choice import Choice, choose
 from .fp16_gemm import fp16_gemm_kernel
-from .launching import capability_of, format_constants, pointers, table_of
-from .tuning import SCALE_BLOCK, branch_tile
+from .launching import format_constants, pointers, table_of
+from .tuning import SCALE_BLOCK
 
 
 def linear(
@@ -32,9 +32,8 @@ def linear(
     scaled = torch.empty(m, constants["K"], dtype=torch.float16, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     scale_to_fp16_kernel[(m,)](x, scaled, scale, x.stride(0), K=constants["K"], BLOCK_K=SCALE_BLOCK)
-    tile = (choice or choose("fp16_accumulate", fmt, m, n, constants["K"], x.device)).tile
-    if branch is not None:
-        tile = branch_tile("fp16_gemm", fmt, tile, capability_of(x.device))
+    choice = choice or choose("fp16_accumulate", fmt, m, n, constants["K"], x.device, x.dtype, branch is not None)
+    tile = choice.tile
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=tile.ldmatrix)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)

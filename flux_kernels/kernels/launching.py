@@ -50,6 +50,12 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+@cache
+def processors_of(device: torch.device) -> int | None:
+    """Return how many multiprocessors a card has, or None on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Make the tensor's device current during a launch: Triton launches on the current device."""
     if tensor.device.type == "cpu":  # Triton's interpreter
