@@ -160,13 +160,12 @@ def _algorithm(name: str):
         from ..kernels.choice import Choice, tile_of
         from ..kernels.launching import capability_of, device_of
 
-        run = exact.ALGORITHMS[name]
-
         def call(x: Tensor) -> Tensor:
             y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
             tile = tile_of(name, problem.fmt, *y.shape, x.shape[1], capability_of(x.device))
             with device_of(x):
-                run(x, problem.data, problem.bias, y, problem.fmt, problem.planes, Choice(name, tile, "named"))
+                choice = Choice(name, tile, "named")
+                exact.linear(x, problem.data, problem.bias, y, problem.fmt, problem.planes, choice=choice)
             return y
 
         return call

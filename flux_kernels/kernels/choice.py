@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,10 +73,21 @@ def choose(
     return default_choice(compute, fmt, m, n, k, capability_of(device), dtype, branch, processors_of(device))
 
 
+_also_forget: list[Callable[[], None]] = []
+
+
 def forget() -> None:
     """Forget the choices made so far, after a tuning record was written."""
     choose.cache_clear()
     forget_records()
+    for clear in _also_forget:
+        clear()
+
+
+def on_forget(clear: Callable[[], None]) -> None:
+    """Have `forget` call `clear`, too: of a cache that holds choices."""
+    if clear not in _also_forget:
+        _also_forget.append(clear)
 
 
 def default_choice(

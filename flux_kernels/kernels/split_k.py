@@ -12,7 +12,7 @@ from .branch import add_branch
 from .fused_gemm import decoded_product, tile_position
 
 
-@jit
+@jit(do_not_specialize=["R"])
 def split_k_kernel(
     x_ptr,
     w_ptr,
