@@ -48,7 +48,7 @@ def keep_memory() -> None:
 
 
 def cases(card: StandIn, format: str, dtype: torch.dtype, entry: str) -> dict[str, Callable[[], object]]:
-    """Return name -> one call, for nn.Linear and every mode, each called once so that its kernels are compiled.
+    """Return name -> one call, for nn.Linear and every mode the card has, each called once so that its kernels are compiled.
 
     Args:
         entry: "layer" calls a `GGUFLinear`, "function" calls `flux_kernels.linear`.
@@ -60,9 +60,17 @@ def cases(card: StandIn, format: str, dtype: torch.dtype, entry: str) -> dict[st
     data, bias = random_rows(fmt, _N, _K, fmt.planes), torch.zeros(_N, dtype=dtype)
     for name, (compute, m) in _CASES.items():
         found[name] = _call(torch.empty(m, _K, dtype=dtype), data, bias, format, compute, fmt.planes, entry)
-    for call in found.values():
+    return {name: call for name, call in found.items() if _runs(name, call)}
+
+
+def _runs(name: str, call: Callable[[], object]) -> bool:
+    """Call once; tell why where the card has no such mode."""
+    try:
         call()
-    return found
+    except fk.BackendUnavailable as error:
+        print(f"{name:16} left out: {error}", flush=True)
+        return False
+    return True
 
 
 def _call(x, data, bias, format: str, compute: str, planes: bool, entry: str) -> Callable[[], object]:

@@ -92,14 +92,14 @@ def stand_in(card: Card, compiler: Callable | None = None) -> Iterator[StandIn]:
 
 
 def _forget() -> None:
-    """Make the library and its kernels forget the card they saw last: what is cached holds for one card."""
+    """Make kernels and the library forget the card they saw last: what they keep holds for one card."""
+    triton.compiler.compiler.max_shared_mem.cache_clear()
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != "flux_kernels":
-            continue
-        for value in list(vars(module).values()):
-            if isinstance(value, JITFunction):
+        ours = name.partition(".")[0] == "flux_kernels"
+        for value in list(getattr(module, "__dict__", {}).values()):
+            if issubclass(type(value), JITFunction):
                 value.device_caches.clear()
-            elif callable(getattr(value, "cache_clear", None)):
+            elif ours and callable(getattr(value, "cache_clear", None)):
                 value.cache_clear()
 
 
