@@ -77,7 +77,7 @@ def _split_k(problem: Problem, choice: Choice) -> Run:
     constants, options = _constants(problem, tile)
     grid, integers = (_tiles(problem, tile), tile.splits), (m, n, problem.rank, problem.stride)
     launch = Launch(split_k_kernel, grid, integers, constants | dict(SPLITS=tile.splits), options)
-    add_grid = (triton.cdiv(n, _ADD_BLOCK), m)
+    add_grid = (m, triton.cdiv(n, _ADD_BLOCK))
     add = Launch(add_splits_kernel, add_grid, (m, n), dict(SPLITS=tile.splits, BLOCK=_ADD_BLOCK))
 
     def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
