@@ -55,7 +55,7 @@ def _small_m(problem: Problem, choice: Choice) -> Run:
 
     def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
         hidden, up, _ = pointers(branch)
-        launch(all_aligned(x, data, bias, hidden, up), x, data, data if table is None else table, bias, hidden, up, y)
+        launch(all_aligned(x, data, bias, hidden, up, y), x, data, data if table is None else table, bias, hidden, up, y)
 
     return run
 
@@ -67,7 +67,7 @@ def _fused(problem: Problem, choice: Choice) -> Run:
 
     def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
         hidden, up, _ = pointers(branch)
-        launch(all_aligned(x, data, bias, hidden, up), x, data, data if table is None else table, bias, hidden, up, y)
+        launch(all_aligned(x, data, bias, hidden, up, y), x, data, data if table is None else table, bias, hidden, up, y)
 
     return run
 
@@ -84,7 +84,7 @@ def _split_k(problem: Problem, choice: Choice) -> Run:
         hidden, up, _ = pointers(branch)
         partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device)
         launch(all_aligned(x, data, hidden, up), x, data, data if table is None else table, hidden, up, partial)
-        add(all_aligned(bias), partial, bias, y)
+        add(all_aligned(bias, y), partial, bias, y)
 
     return run
 

@@ -50,6 +50,6 @@ def prepare(problem: Problem, choice: Choice) -> Run:
         scale = torch.empty(m, dtype=torch.float32, device=x.device)
         scaling(all_aligned(x), x, scaled, scale)
         operands = (scaled, scale, data, data if table is None else table, bias, hidden, up, y)
-        gemm(all_aligned(data, bias, hidden, up), *operands)
+        gemm(all_aligned(data, bias, hidden, up, y), *operands)
 
     return run
