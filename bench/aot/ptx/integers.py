@@ -9,6 +9,7 @@ import numpy as np
 from .faults import Fault
 from .forms import elementwise
 
+_NIBBLES = np.arange(0, 16, 4, dtype=np.uint32)
 _SIZES = (16, 32, 64)
 _WIDER = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
 _COMPARE = {
@@ -56,14 +57,11 @@ def shift_right(a: np.ndarray, amount: np.ndarray) -> np.ndarray:
 
 def permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Pick four of the eight bytes of b:a by the low nibbles of `selector`; bit 3 of a nibble spreads the byte's sign."""
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    result = np.zeros(np.broadcast_shapes(a.shape, b.shape, selector.shape), np.uint32)
-    for position in range(4):
-        nibble = selector >> np.uint32(4 * position) & np.uint32(15)
-        byte = (both >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8)).astype(np.uint32) & np.uint32(255)
-        sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
-        result |= np.where(nibble & np.uint32(8), sign, byte) << np.uint32(8 * position)
-    return result
+    a, b, selector = np.broadcast_arrays(a, b, selector)
+    choices = np.stack([a, b], axis=-1).view(np.int8)
+    nibbles = selector[..., None] >> _NIBBLES & np.uint32(15)
+    picked = np.take_along_axis(choices, (nibbles & np.uint32(7)).astype(np.intp), axis=-1)
+    return np.where(nibbles & np.uint32(8), picked >> 7, picked).astype(np.int8).view(np.uint32)[..., 0]
 
 
 def extract_field(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -1,4 +1,8 @@
-"""mov, selp, ld.param and shfl: values that move between registers and threads."""
+"""mov, selp, ld.param and shfl: values that move between registers and threads.
+
+A mov alone may read a register that nobody wrote: LLVM leaves undefined what nobody looks at, such as the second half of a pair
+of which the first is reduced. It gets poison there; every other instruction faults.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,12 @@ def _move(instruction: Instruction) -> Step:
 
 def _pack(destination: str, sources: list[str], ptx_type: str) -> Step:
     width = width_of(ptx_type)
-    readers = [reader(source, f"b{8 * width // len(sources)}") for source in sources]
+    part = width // len(sources)
+    readers = [reader(source, f"b{8 * part}") for source in sources]
 
     def step(threads: Threads, mask: Mask) -> None:
+        for source in sources:
+            threads.define(source, UNSIGNED[part])
         parts = np.stack([threads.spread(read(threads)) for read in readers], axis=-1)
         threads.write(destination, parts.view(UNSIGNED[width])[:, 0], mask)
 

@@ -9,6 +9,7 @@ correctly rounded sums", 2008; the wider type needs two bits more).
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import numpy as np
 
@@ -26,6 +27,7 @@ _PACKED = {f"{base}x2": base for base in ("s16", "u16", "f16", "bf16", "f32")}  
 CANONICAL_NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF}  # what arithmetic returns
 
 
+@cache
 def width_of(ptx_type: str) -> int:
     """Return the bytes of a register of a PTX type (a predicate counts as 1)."""
     if ptx_type == "pred":
@@ -36,13 +38,15 @@ def width_of(ptx_type: str) -> int:
 
 def from_bits(bits: np.ndarray, ptx_type: str) -> np.ndarray:
     """Return the numbers that unsigned words hold; a packed type gives [..., 2], a predicate bool."""
+    if ptx_type[0] in "ub" and ptx_type in _DTYPES or ptx_type == "pred":
+        return bits
     if ptx_type in _PACKED:
         base = _PACKED[ptx_type]
         parts = np.ascontiguousarray(bits)[..., None].view(UNSIGNED[width_of(base)])
         return from_bits(parts, base)
     if ptx_type == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return bits if ptx_type[0] in "ub" or ptx_type == "pred" else bits.view(_DTYPES[ptx_type])
+    return bits.view(_DTYPES[ptx_type])
 
 
 def to_bits(values: np.ndarray, ptx_type: str) -> np.ndarray:
@@ -55,7 +59,7 @@ def to_bits(values: np.ndarray, ptx_type: str) -> np.ndarray:
         return bf16_bits(values)
     if ptx_type == "pred":
         return np.asarray(values, bool)
-    if values.dtype.kind == "f" and ptx_type in CANONICAL_NAN and np.isnan(values).any():
+    if ptx_type in CANONICAL_NAN and np.isnan(values).any():
         values = np.where(np.isnan(values), from_bits(_nan(ptx_type), ptx_type), values)
     return np.ascontiguousarray(values, _DTYPES[ptx_type]).view(UNSIGNED[width_of(ptx_type)])
 

@@ -43,15 +43,14 @@ class Threads:
         self.special = {name: self.spread(np.uint32(value)) for name, value in special.items()}
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """Return an array with one value per thread."""
-        return np.array(np.broadcast_to(values, self.count))
+        """Return an array with one value per thread, the given one where it is that already."""
+        return values if values.shape == (self.count,) else np.array(np.broadcast_to(values, self.count))
 
     def write(self, name: str, values: np.ndarray, mask: Mask = None) -> None:
         """Set a register, to bool for a predicate and to unsigned words for the rest, in the threads of `mask`."""
         if self.reserved and name in self.reserved:
             raise Fault(f"writes {name}, which {self.reserved[name]} still uses")
-        if values.shape != (self.count,):
-            values = self.spread(values)
+        values = self.spread(values)
         if mask is not None:
             values = np.where(mask, values, self.registers.get(name, _poison(values.dtype)))
         self.registers[name] = values
@@ -59,6 +58,11 @@ class Threads:
     def set(self, name: str, values: np.ndarray, ptx_type: str, mask: Mask = None) -> None:
         """Set a register to numbers of a PTX type."""
         self.write(name, to_bits(values, ptx_type), mask)
+
+    def define(self, name: str, dtype: type) -> None:
+        """Give a register that nobody wrote poison, so that it can be read."""
+        if name.startswith("%") and name not in self.registers and name not in self.reserved and name not in _SPECIAL:
+            self.registers[name] = self.spread(_poison(np.dtype(dtype)))
 
     def read(self, name: str) -> np.ndarray:
         """Return the bits of a register.
@@ -95,7 +99,7 @@ def _register_reader(name: str, ptx_type: str) -> Reader:
 
     def read(threads: Threads) -> np.ndarray:
         bits = threads.read(name)
-        if bits.dtype.itemsize != width and bits.dtype != bool:
+        if bits.itemsize != width and bits.dtype != bool:
             bits = bits.astype(UNSIGNED[width])  # a narrow load left zeros above, a narrow use looks at the low bits
         return from_bits(bits, ptx_type)
 
