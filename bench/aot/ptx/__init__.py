@@ -9,9 +9,10 @@
 docs/decisions/ptx-interpreter.md says what this can show and what it cannot.
 """
 
-from .block import Counts, Executable
+from .block import Executable
 from .faults import Fault
 from .launch import Buffer, Pointer, launch
 from .parse import parse
+from .threads import Counts
 
 __all__ = ["Buffer", "Counts", "Executable", "Fault", "Pointer", "launch", "parse"]

@@ -33,10 +33,12 @@ def load_shared(threads: Threads, addresses: np.ndarray, width: int, count: int,
 
 def store_shared(threads: Threads, addresses: np.ndarray, values: np.ndarray, width: int, warps: np.ndarray, what: str) -> None:
     """Write unsigned words [accesses, count] to shared memory after every check."""
-    threads.shared.check(addresses, width, values.shape[1])
-    threads.races.write(addresses, width * values.shape[1], warps)
-    banks.count(threads, what, addresses, width * values.shape[1], warps)
+    count = values.shape[1]
+    unchanged = (threads.shared.peek(addresses, width, count) == values).all(axis=1)
     threads.shared.store(addresses, values, width)
+    agreed = (threads.shared.peek(addresses, width, count) == values).all(axis=1)
+    threads.races.write(addresses, width * count, warps, unchanged, agreed)
+    banks.count(threads, what, addresses, width * count, warps)
 
 
 @form(*_opcodes("ld", "global"), *_opcodes("ld", "shared"))

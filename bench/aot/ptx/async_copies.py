@@ -38,7 +38,7 @@ def _copy(instruction: Instruction) -> Step:
         active = slice(None) if mask is None else mask
         targets, sources, warps = to(threads)[active], origin(threads)[active], threads.warp[active]
         length = np.full(len(targets), size) if present is None else threads.spread(present(threads))[active].astype(int)
-        threads.shared.check(targets, 4, size // 4)
+        threads.shared.peek(targets, 4, size // 4)
         threads.races.write(targets, size, warps)
         values = _values(threads, sources, length, size)
         for offset in range(0, size, 4):

@@ -19,10 +19,10 @@ _WORD = 4  # bytes
 
 
 def count(threads: Threads, what: str, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
-    """Add one instruction's wavefronts to threads.bank_conflicts[what] = [taken, least], where those are counted."""
-    if threads.bank_conflicts is None:
+    """Add one instruction's wavefronts to threads.counts.bank_conflicts[what] = [taken, least], where those are counted."""
+    if threads.counts.bank_conflicts is None:
         return
-    total = threads.bank_conflicts.setdefault(what, [0, 0])
+    total = threads.counts.bank_conflicts.setdefault(what, [0, 0])
     for warp in np.unique(warps):
         taken, least = wavefronts(addresses[warps == warp], size)
         total[0] += taken

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from . import accesses, async_copies, conversions, floats, integers, matrix_loads, moves, products  # noqa: F401  (fill the table)
+from . import accesses, async_copies, conversions, floats, integers, matrix_loads, moves, products, wgmma  # noqa: F401  (fill the table)
 from .faults import Fault
 from .forms import decode
 from .memory import Memory
 from .parse import Instruction, Program
 from .races import Races
-from .threads import Mask, Threads
+from .threads import Counts, Mask, Threads
 
 _BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned")
 _NOTHING = ("bar.warp.sync", "membar.cta", "fence.acq_rel.cta")  # warps run in step, memory is coherent
 _LONGEST = 20_000_000  # instructions, after which a loop counts as endless
-
-
-@dataclass
-class Counts:
-    """Count what ran: instructions by opcode, and wavefronts in shared memory [taken, least] by opcode where asked for."""
-
-    opcodes: dict[str, int] = field(default_factory=dict)
-    bank_conflicts: dict[str, list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,7 @@ def run_block(launch: Launch, block: tuple[int, int, int], order: np.random.Gene
 
 
 def _start(launch: Launch, block: tuple, first: int, count: int, shared: Memory, races: Races) -> Iterator[str]:
-    threads = Threads(first, count, block, launch.parameters, shared, races, launch.memory)
-    threads.bank_conflicts = launch.counts.bank_conflicts
+    threads = Threads(first, count, block, launch.parameters, shared, races, launch.memory, launch.counts)
     threads.division_error = launch.division_error
     return _run(launch, threads)
 

@@ -21,9 +21,10 @@ from triton.backends.compiler import GPUTarget
 
 from ..cards import CARDS
 from .allocations import Allocations
-from .block import Counts, Executable
+from .block import Executable
 from .launch import launch
 from .parse import parse
+from .threads import Counts
 
 _STAGES_KEY = "ptx in place of machine code"
 _WARP = 32

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .block import Counts, Executable, Launch, run_block
+from .block import Executable, Launch, run_block
 from .faults import Fault
 from .floats import check_division_error
 from .memory import Memory
 from .numbers import width_of
+from .threads import Counts
 
 _GUARD = 4096  # bytes around each buffer that nothing may touch
 _ALIGNMENT = 512  # bytes, of what a GPU's allocator returns

@@ -47,9 +47,9 @@ class Memory:
         self._values[width][at] = values
         self._written_words[width][at] = _ALL[width]
 
-    def check(self, addresses: np.ndarray, width: int, count: int = 1) -> None:
-        """Raise Fault where an access of that shape is misaligned or outside every buffer."""
-        self._words(addresses, width, count)
+    def peek(self, addresses: np.ndarray, width: int, count: int = 1) -> np.ndarray:
+        """Return words [threads, count] whether written or not; raise Fault where misaligned or outside every buffer."""
+        return self._values[width][self._words(addresses, width, count)]
 
     def forget(self, addresses: np.ndarray, width: int) -> None:
         """Make bytes unreadable until they are written again, as the target of a copy in flight."""

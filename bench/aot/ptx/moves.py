@@ -48,8 +48,15 @@ def _pack(destination: str, sources: list[str], ptx_type: str) -> Step:
 def _split(destinations: list[str], source: str, ptx_type: str) -> Step:
     read = reader(source, ptx_type)
     part = UNSIGNED[width_of(ptx_type) // len(destinations)]
+    pieces = {
+        name: lambda value, index=index: value[:, None].view(part)[:, index].copy()
+        for index, name in enumerate(destinations)
+        if name != "_"
+    }
 
     def step(threads: Threads, mask: Mask) -> None:
+        if mask is None and threads.move_in_flight(source, pieces):
+            return
         parts = threads.spread(read(threads))[:, None].view(part)
         for index, destination in enumerate(destinations):
             if destination != "_":

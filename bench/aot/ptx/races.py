@@ -22,6 +22,7 @@ class Races:
         padded = -(-size // 16) * 16 + 16
         self._writer = np.zeros(padded, np.int32)  # _WARPS * interval + warp
         self._reader = np.zeros(padded, np.int32)
+        self._unfenced = np.zeros(padded, bool)  # written, and not yet visible to wgmma
         self._start = _WARPS  # of the interval
 
     def pass_barrier(self) -> None:
@@ -38,19 +39,47 @@ class Races:
         disagree = self._reader[at] != tag  # two warps of this very instruction
         self._reader[at[disagree]] = self._start + _SEVERAL
 
-    def write(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
-        """Note that threads of `warps` write `size` bytes each; raise Fault where another warp touched them since the barrier."""
+    def write(
+        self,
+        addresses: np.ndarray,
+        size: int,
+        warps: np.ndarray,
+        unchanged: np.ndarray | None = None,
+        agreed: np.ndarray | None = None,
+    ) -> None:
+        """Note that threads of `warps` write `size` bytes each; raise Fault where another warp touched them since the barrier.
+
+        Several warps may write the same value to one place, as Triton does where a layout holds copies: on a GPU as here it does
+        not matter which comes first. `unchanged` are writes of what stood there before, `agreed` those whose value stands there
+        when all are done.
+        """
         at, tag = self._at(addresses, size), (self._start + warps).astype(np.int32)[:, None]
-        self._refuse(self._reader[at], tag, addresses, "overwrites what another warp read since the last barrier")
-        self._refuse(self._writer[at], tag, addresses, "overwrites what another warp wrote since the last barrier")
+        self._refuse(self._reader[at], tag, addresses, "overwrites what another warp read since the last barrier", unchanged)
+        self._refuse(self._writer[at], tag, addresses, "overwrites what another warp wrote since the last barrier", unchanged)
         self._writer[at] = np.broadcast_to(tag, at.shape)
-        self._refuse(self._writer[at], tag, addresses, "is a write of two warps to one place")
+        self._unfenced[at] = True
+        self._refuse(self._writer[at], tag, addresses, "is a write of two warps to one place", agreed)
+
+    def fence(self, warps: np.ndarray) -> None:
+        """Let wgmma see what was written before the last barrier, or by the warps that execute this fence."""
+        self._unfenced[self._writer < self._start] = False
+        self._unfenced[np.isin(self._writer, self._start + np.unique(warps))] = False
+
+    def read_by_warpgroup(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
+        """Note a read of wgmma, for `warps`; raise Fault as `read` does, and where no fence made the bytes visible to it."""
+        if self._unfenced[self._at(addresses, size)].any():
+            raise Fault("a product reads shared memory that was written after the last fence.proxy.async")
+        self.read(addresses, size, warps)
 
     def _at(self, addresses: np.ndarray, size: int) -> np.ndarray:
         return addresses[:, None] + np.arange(size)
 
-    def _refuse(self, before: np.ndarray, tag: np.ndarray, addresses: np.ndarray, what: str) -> None:
+    def _refuse(
+        self, before: np.ndarray, tag: np.ndarray, addresses: np.ndarray, what: str, allowed: np.ndarray | None = None
+    ) -> None:
         wrong = (before >= self._start) & (before != tag)
+        if allowed is not None:
+            wrong &= ~allowed[:, None]
         if wrong.any():
             rows = wrong.any(axis=1)
             raise Fault(f"race: {what}, at shared address {int(addresses[rows][0]):#x} ({int(rows.sum())} threads)")

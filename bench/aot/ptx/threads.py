@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,13 +20,38 @@ _SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z")
 _SHARED_BASE = "global_smem"  # Triton's name of a block's shared memory, which begins at address 0 here
 
 
+@dataclass
+class Counts:
+    """Count what ran.
+
+    Attributes:
+        opcodes: instructions by opcode.
+        bank_conflicts: wavefronts in shared memory by opcode, [taken, least]; None where they are not counted.
+        early_moves: moves of an accumulator before its product was waited for (see `Threads.move_in_flight`).
+    """
+
+    opcodes: dict[str, int] = field(default_factory=dict)
+    bank_conflicts: dict[str, list[int]] | None = None
+    early_moves: int = 0
+
+
 class Threads:
     """Hold what some threads of one block share: registers, shared and global memory, copies in flight.
 
     `first` is the index in the block of the first of `count` threads; `block` is the block's (x, y, z).
     """
 
-    def __init__(self, first: int, count: int, block: tuple, parameters: dict, shared: Memory, races: Races, memory: Memory):
+    def __init__(
+        self,
+        first: int,
+        count: int,
+        block: tuple,
+        parameters: dict,
+        shared: Memory,
+        races: Races,
+        memory: Memory,
+        counts: Counts,
+    ):
         self.count = count
         self.index = np.arange(first, first + count)
         self.warp = self.index // WARP
@@ -36,8 +62,10 @@ class Threads:
         self.memory = memory
         self.copies: list[list] = [[]]  # groups of asynchronous copies that nobody waited for, the open one last
         self.products: list[list] = [[]]  # groups of asynchronous matrix products, likewise
+        self.in_flight: dict[str, np.ndarray] = {}  # registers of their accumulators
+        self.fenced: dict[str, np.ndarray] = {}  # registers as they were at the last wgmma.fence
         self.reserved: dict[str, str] = {}  # registers an asynchronous product uses -> which
-        self.bank_conflicts: dict[str, list[int]] | None = None  # see banks.py; None: not counted
+        self.counts = counts
         self.division_error = 0  # units in the last place by which div.full is off
         special = dict(zip(_SPECIAL, (self.index, *block), strict=True))
         self.special = {name: self.spread(np.uint32(value)) for name, value in special.items()}
@@ -58,6 +86,23 @@ class Threads:
     def set(self, name: str, values: np.ndarray, ptx_type: str, mask: Mask = None) -> None:
         """Set a register to numbers of a PTX type."""
         self.write(name, to_bits(values, ptx_type), mask)
+
+    def move_in_flight(self, source: str, parts: dict[str, Callable[[np.ndarray], np.ndarray]]) -> bool:
+        """Where `source` is an accumulator under way, let `parts` of it land with it in other registers; tell whether it was.
+
+        PTX leaves this undefined. Triton splits fp16 accumulators so before it waits, and ptxas makes no instruction of it, so
+        it is counted and the parts stay unreadable until the wait, but it is no fault.
+        """
+        if source not in self.in_flight:
+            return False
+        value = self.in_flight[source]
+        owner = next(one for group in self.products for one in group if one.results.get(source) is value)
+        for name, part in parts.items():
+            self.registers.pop(name, None)
+            self.in_flight[name] = owner.results[name] = part(value)
+            self.reserved[name] = owner.label
+            self.counts.early_moves += 1
+        return True
 
     def define(self, name: str, dtype: type) -> None:
         """Give a register that nobody wrote poison, so that it can be read."""
