@@ -1,0 +1,134 @@
+"""Run compiled kernels without a GPU: `python -m bench.aot.run --help`."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import Annotated
+
+os.environ["TRITON_INTERPRET"] = "0"  # a kernel decorated for Triton's interpreter cannot be compiled
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_EPILOG = """Examples:
+
+python -m bench.aot.run --small    each kernel with each format once, cards and dtypes in turn: what CI runs
+
+python -m bench.aot.run --kernels wide,narrow --formats Q4_K --capabilities 89    one thing
+
+python -m bench.aot.run --warps --seed 3    warp by warp in another random order
+
+python -m bench.aot.versions 3.6.0    fetches another Triton to out/triton-3.6.0; then put that folder first on PYTHONPATH"""
+_WIDTH = 150  # characters the table takes, also where the output is a file
+
+
+def main(
+    kernels: Annotated[str, typer.Option(help="Comma-separated, such as wide,small_m; empty means all. See the table.")] = "",
+    formats: Annotated[str, typer.Option(help="Comma-separated ggml types; empty means all.")] = "",
+    dtypes: Annotated[
+        str, typer.Option(help="Comma-separated of bf16, fp16, fp32; empty means what each kernel ships in.")
+    ] = "",
+    capabilities: Annotated[str, typer.Option(help="Comma-separated, such as 80,89; empty means all.")] = "",
+    small: Annotated[
+        bool, typer.Option("--small", help="Each kernel with each format once, on one card in one dtype.")
+    ] = False,
+    warps: Annotated[
+        bool, typer.Option("--warps", help="Run warps one by one between barriers, in random order (slower).")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of warps.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes that compile and run.")] = 2,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with every outcome instead of a table.")
+    ] = False,
+) -> None:
+    """Compile the kernels for cards that are not here, execute the PTX in numpy, and hold the results to derived bounds.
+
+    A case faults where a GPU would read what nobody wrote, leave a buffer, misalign an access, race in shared memory or read an
+    asynchronous copy too early, and where the code has an instruction that the interpreter does not know. Exit code 1 where
+    any case faults or is wrong. A whole run takes about an hour on two cores, most of it compiling.
+    """
+    from .sweep import cases
+
+    named = {"kernels": kernels, "formats": formats, "dtypes": dtypes, "capabilities": capabilities}
+    chosen = {option: tuple(filter(None, text.split(","))) for option, text in named.items()}
+    _refuse_unknown(chosen)
+    cards = tuple(map(int, chosen["capabilities"]))
+    work = cases.whole(chosen["kernels"], chosen["formats"], chosen["dtypes"], cards)
+    if small:
+        wanted = set(work)
+        work = [case for case in cases.small(chosen["kernels"], cards) if case in wanted]
+    outcomes = _run(work, warps, seed, jobs, quiet=as_json)
+    if as_json:
+        print(json.dumps({"outcomes": [one.as_dict() for one in outcomes]}))
+    else:
+        _print(outcomes)
+    raise typer.Exit(1 if not outcomes or any(one.problem for one in outcomes) else 0)
+
+
+def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
+    from .sweep import cases
+
+    known = {
+        "kernels": list(cases.KERNELS),
+        "formats": list(cases.FORMATS),
+        "dtypes": list(cases.FLOATS),
+        "capabilities": [str(one) for one in cases.CAPABILITIES],
+    }
+    for option, values in chosen.items():
+        if unknown := set(values) - set(known[option]):
+            raise typer.BadParameter(f"--{option}: unknown {', '.join(sorted(unknown))}; known: {', '.join(known[option])}")
+
+
+def _run(work: list, warps: bool, seed: int, jobs: int, quiet: bool) -> list:
+    """Run all cases, with a progress bar on stderr, and print each problem when it is found."""
+    from .sweep.outcome import run_case
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    outcomes = []
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress, ProcessPoolExecutor(jobs) as pool:
+        task = progress.add_task("compiling and running", total=len(work))
+        for case, outcome in zip(work, pool.map(run_case, work, [warps] * len(work), [seed] * len(work)), strict=True):
+            progress.update(task, advance=1, description=str(case).ljust(44))
+            if outcome.problem and not quiet:
+                progress.console.print(f"{case}: {outcome.problem}", style="red", markup=False)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _print(outcomes: list) -> None:
+    """Print one line per kernel and card: cases, worst error over its bound, problems, time."""
+    table = Table("kernel", "sm", "cases", "wrong", "worst error / bound", "of", "instructions", "seconds")
+    groups: dict[tuple, list] = {}
+    for one in outcomes:
+        groups.setdefault((one.kernel, one.capability), []).append(one)
+    for (kernel, capability), group in groups.items():
+        right = [one for one in group if not one.problem]
+        worst = max(right, key=lambda one: one.ratio, default=None)
+        table.add_row(
+            kernel,
+            str(capability),
+            str(len(group)),
+            str(len(group) - len(right)),
+            f"{worst.ratio:.3f}" if worst else "",
+            f"{worst.format} {worst.dtype} {worst.what}" if worst else "",
+            f"{sum(one.instructions for one in group):,}",
+            f"{sum(one.seconds for one in group):.1f}",
+        )
+    console = Console(width=max(Console().width, _WIDTH))
+    console.print(table)
+    wrong = [one for one in outcomes if one.problem]
+    opcodes = set().union(*(one.opcodes for one in outcomes)) if outcomes else set()
+    console.print(f"{len(outcomes)} cases, {len(wrong)} wrong, {len(opcodes)} different opcodes executed")
+    for one in wrong:
+        console.print(f"{one.kernel} {one.format} {one.dtype} sm_{one.capability}: {one.problem}", markup=False)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command(epilog=_EPILOG)(main)
+    app()
