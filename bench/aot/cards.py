@@ -2,7 +2,7 @@
 
 Results per clock and multiprocessor of arithmetic: CUDA C++ Programming Guide, table "Throughput of Native Arithmetic Instructions".
 Products of the tensor cores: the vendors' peak rates (architecture whitepapers, data sheets) divided by multiprocessors and boost clock;
-tests/test_aot.py does that division for every product in `PRODUCTS`. Predictions from them are information, never acceptance.
+tests/bench/test_model.py does that division for every product in model.py. Predictions from them are information, never acceptance.
 """
 
 from __future__ import annotations
@@ -46,34 +46,6 @@ CARDS = {
         Card(120, "RTX 5090", 99 << 10, 100 << 10, 65536, 1536, 128, 128, 256, 512, 1024),
     )
 }
-
-
-@dataclass(frozen=True)
-class Product:
-    """Hold one product as its vendor states it.
-
-    ghz: the boost clock that the peaks are stated for. bf16_tflops, fp16_tflops (fp16 accumulation), int8_tops: dense peaks.
-    """
-
-    name: str
-    capability: int
-    processors: int
-    ghz: float
-    bf16_tflops: float
-    fp16_tflops: float
-    int8_tops: float
-    memory_gb_s: float
-
-
-PRODUCTS = (
-    Product("RTX 3060", 86, 28, 1.777, 25.6, 51.2, 102, 360),
-    Product("RTX 3090", 86, 82, 1.695, 71.2, 142, 285, 936),
-    Product("RTX 4090", 89, 128, 2.52, 165.2, 330, 661, 1008),
-    Product("RTX 5090", 120, 170, 2.407, 209.5, 419, 838, 1792),
-    Product("A100", 80, 108, 1.41, 312, 312, 624, 2039),
-    Product("H100", 90, 132, 1.83, 989, 989, 1979, 3350),
-    Product("H200", 90, 132, 1.83, 989, 989, 1979, 4800),
-)
 
 
 def occupancy(card: Card, registers: int, shared: int, threads: int) -> int:
