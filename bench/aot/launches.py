@@ -74,9 +74,15 @@ class Launch:
         return sizes["BLOCK_M"] * sizes["GROUP"] if self.kernel.__name__.startswith("quantize") else 0
 
     @property
+    def unspecialized(self) -> tuple[str, ...]:
+        """Return the arguments that nothing is assumed of, the others being multiples of 16."""
+        return tuple(parameter.name for parameter in self.kernel.params if parameter.do_not_specialize)
+
+    @property
     def code(self) -> str:
         """Return a hash of the kernel's source and of what it is compiled with."""
-        return code_of(self.kernel, self.signature, self.constants, self.options)
+        unspecialized = tuple((name, "unspecialized") for name in self.unspecialized)
+        return code_of(self.kernel, self.signature, self.constants, self.options, unspecialized)
 
 
 @cache
