@@ -89,13 +89,33 @@ class Launch:
 def launches(capability: int, rows: tuple[int, ...] = ROWS) -> tuple[Launch, ...]:
     """Return every distinct kernel that calls of `rows` rows launch on a card, over all formats and dtypes of x."""
     found: dict[tuple, Launch] = {}
-    for fmt, dtype, run in _calls(divmod(capability, 10), rows):
-        with recorded(fmt.name, dtype) as written:
-            run()
-        for launch in written:
+    for call in _calls(divmod(capability, 10), rows):
+        for launch in launched(*call):
             same = (launch.name, launch.signature, launch.constants, launch.options)
             found[same] = _either(found.get(same, launch), launch)
     return tuple(found.values())
+
+
+def launched(
+    compute: str, fmt: BlockFormat, shape: tuple[int, int, int], dtype: str, branch: bool, choice: Choice
+) -> list[Launch]:
+    """Return what one call launches as chosen, in int8 with and without outlier channels.
+
+    Args:
+        shape: M, N and K.
+        dtype: of x and the bias, a key of DTYPES.
+    """
+    m, n, k = shape
+    empty = lambda *size, dtype=DTYPES[dtype]: torch.empty(*size, dtype=dtype, device="meta")
+    x, bias, y = empty(m, k), empty(n), empty(m, n)
+    data = empty(n, fmt.row_bytes(k), dtype=torch.uint8)
+    factors = (empty(m, RANK), empty(n, RANK)) if branch else None
+    with _recorded(fmt.name, dtype) as written:
+        _MODES[compute](x, data, bias, y, fmt, fmt.planes, factors, choice=choice)
+        if compute == "int8":
+            outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
+            int8.linear(x, data, bias, y, fmt, fmt.planes, factors, outliers, choice=choice)
+    return written
 
 
 def _either(one: Launch, other: Launch) -> Launch:
@@ -108,7 +128,7 @@ def _either(one: Launch, other: Launch) -> Launch:
 
 
 @contextmanager
-def recorded(format: str, dtype: str) -> Iterator[list[Launch]]:
+def _recorded(format: str, dtype: str) -> Iterator[list[Launch]]:
     """Write down the kernels that are launched in the context, and launch none."""
     written: list[Launch] = []
 
@@ -119,21 +139,19 @@ def recorded(format: str, dtype: str) -> Iterator[list[Launch]]:
         yield written
 
 
-def _calls(capability: tuple[int, int], rows: tuple[int, ...]) -> Iterator[tuple[BlockFormat, str, object]]:
-    """Yield (format, dtype of x, call) for each choice that the default table makes on a card."""
+def _calls(capability: tuple[int, int], rows: tuple[int, ...]) -> Iterator[tuple]:
+    """Yield the arguments of `launched` for each choice that a card makes."""
     for fmt in FORMATS.values():
         for n, k in SHAPES:
             if k % fmt.block_size:
                 continue
             for dtype in DTYPES:
-                for compute in _modes(capability, k):
-                    for branch in (False, True):
+                for branch in (False, True):
+                    for compute in _modes(capability, k):
                         for m, choice in _choices(compute, fmt, (rows, n, k), capability, dtype, branch):
-                            yield fmt, dtype, _call(compute, fmt, (m, n, k), dtype, choice, branch=branch)
-                if k == n:
-                    for compute, choice in _tuned(fmt, n, k, capability, dtype):
-                        for branch in (False, True):
-                            yield fmt, dtype, _call(compute, fmt, (512, n, k), dtype, choice, branch=branch)
+                            yield compute, fmt, (m, n, k), dtype, branch, choice
+                    for compute, choice in _tuned(fmt, n, k, capability, dtype) if n == k else ():
+                        yield compute, fmt, (512, n, k), dtype, branch, choice
 
 
 def _tuned(fmt: BlockFormat, n: int, k: int, capability: tuple[int, int], dtype: str) -> Iterator[tuple[str, Choice]]:
@@ -159,23 +177,6 @@ def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, bra
             choice = default_choice(compute, fmt, m, n, k, capability, DTYPES[dtype], branch)
             found.setdefault((choice.algorithm, choice.tile), (m, choice))
     return list(found.values())
-
-
-def _call(compute: str, fmt: BlockFormat, shape: tuple[int, int, int], dtype: str, choice: Choice, *, branch: bool):
-    """Return a function that runs one call, in int8 with and without outlier channels."""
-    m, n, k = shape
-    empty = lambda *size, dtype=DTYPES[dtype]: torch.empty(*size, dtype=dtype, device="meta")
-
-    def run():
-        x, bias, y = empty(m, k), empty(n), empty(m, n)
-        data = empty(n, fmt.row_bytes(k), dtype=torch.uint8)
-        factors = (empty(m, RANK), empty(n, RANK)) if branch else None
-        _MODES[compute](x, data, bias, y, fmt, fmt.planes, factors, choice=choice)
-        if compute == "int8":
-            outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
-            int8.linear(x, data, bias, y, fmt, fmt.planes, factors, outliers, choice=choice)
-
-    return run
 
 
 def _launch(kernel: JITFunction, arguments: tuple, named: dict, format: str, dtype: str) -> Launch:
