@@ -85,7 +85,7 @@ def test_recorded_rows_keep_the_invariants():
     """Every row of both Tritons: no spills, shared memory within the card, tensor cores, one decode per weight, and so on."""
     from bench.aot.invariants import problems
     from bench.aot.report import parsed
-    from bench.aot.sweep import read_record
+    from bench.aot.recorder import read_record
 
     rows = [parsed(row) for row in read_record().values()]
     assert {row.dtype for row in rows} == {"bf16", "fp16", "fp32", "any"}

@@ -42,7 +42,7 @@ def main(
     jobs: Annotated[int, typer.Option(help="Compiling processes.")] = 2,
 ) -> None:
     """Compile what the library launches for cards that are not here; report registers, spills, main loop and clocks."""
-    from .sweep import RECORD, lacking, read_record
+    from .recorder import RECORD, lacking, read_record
 
     record = read_record(write or RECORD)
     wanted = _wanted(_words(formats), _words(capabilities), _words(kernels), _words(dtypes), _words(rows), k)
@@ -68,7 +68,7 @@ def _wanted(formats: list[str], capabilities: list[str], kernels: list[str], dty
     """Return the launches that the options name; kernels that are the same for all formats or dtypes are among them."""
     from .cards import CARDS
     from .launches import ANY, DTYPES, FORMATS, ROWS
-    from .sweep import items
+    from .recorder import items
 
     cards = [int(capability) for capability in capabilities] or list(CARDS)
     found = items(cards, tuple(map(int, rows)) or ROWS)
@@ -95,7 +95,7 @@ def _compile(wanted: list, record: dict, write: Path | None, jobs: int, quiet: b
     """Compile launches; return their rows, and what is wrong with them."""
     from .invariants import problems
     from .report import Row, key
-    from .sweep import Recorder, compiled
+    from .recorder import Recorder, compiled
 
     rows, broken, recorder = [], [], Recorder(write) if write else None
     with _progress(quiet) as progress:
@@ -122,7 +122,7 @@ def _progress(quiet: bool) -> Progress:
 
 
 def _drop_unlaunched(write: Path) -> None:
-    from .sweep import Recorder
+    from .recorder import Recorder
 
     recorder = Recorder(write)
     if gone := recorder.drop_unlaunched():
