@@ -84,8 +84,8 @@ def test_the_calls_of_a_flux_step_launch_nothing_else():
 def test_recorded_rows_keep_the_invariants():
     """Every row of both Tritons: no spills, shared memory within the card, tensor cores, one decode per weight, and so on."""
     from bench.aot.invariants import problems
-    from bench.aot.report import parsed
     from bench.aot.recorder import read_record
+    from bench.aot.report import parsed
 
     rows = [parsed(row) for row in read_record().values()]
     assert {row.dtype for row in rows} == {"bf16", "fp16", "fp32", "any"}

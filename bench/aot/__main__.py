@@ -94,8 +94,8 @@ def _known(what: str, given: list, known) -> None:
 def _compile(wanted: list, record: dict, write: Path | None, jobs: int, quiet: bool) -> tuple[list[dict], list[str]]:
     """Compile launches; return their rows, and what is wrong with them."""
     from .invariants import problems
-    from .report import Row, key
     from .recorder import Recorder, compiled
+    from .report import Row, key
 
     rows, broken, recorder = [], [], Recorder(write) if write else None
     with _progress(quiet) as progress:

@@ -44,7 +44,7 @@ def test_no_grid_ends_before_the_call_does(algorithm):
             tile = replace(split_k_tile(fmt, TALL, 256, 256, CAPABILITY), tile_k=128, splits=2)
             exact.linear(x, data, bias, y, fmt, fmt.planes, choice=Choice(algorithm, tile, ""))
         else:
-            run = lambda: exact.linear(  # noqa: E731
+            run = lambda: exact.linear(
                 *(x, data, bias, y, fmt, fmt.planes),
                 choice=Choice(algorithm, tile_of(algorithm, fmt, TALL, 256, 256, CAPABILITY), ""),
             )
