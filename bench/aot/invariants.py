@@ -17,7 +17,7 @@ UNCOUNTED = frozenset(
 RATCHET = 1.05  # main-loop instructions may grow by this factor before the record must be changed on purpose
 # Instructions per decoded weight at most, by kernel and format, for x in 16 bit.
 MOST_INSTRUCTIONS_PER_WEIGHT = {
-    "small_m": {"Q4_K": 10.0, "Q6_K": 13.0, "Q8_0": 6.0},
+    "small_m": {"Q4_K": 10.0, "Q6_K": 13.5, "Q8_0": 8.0},
 }
 
 
