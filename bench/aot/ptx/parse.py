@@ -35,6 +35,7 @@ class Instruction:
 class Program:
     """Hold one parsed kernel: threads per block, parameters by name, instructions, and the index each label stands for."""
 
+    text: str
     name: str
     threads: int
     parameters: dict[str, str]  # name -> PTX type, in order
@@ -52,7 +53,7 @@ def parse(text: str) -> Program:
     if entry is None:
         raise Fault("no .entry in this PTX")
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", entry[3])
-    program = Program(entry[1], int(threads[1]) if threads else 32, _parameters(entry[2]))
+    program = Program(text, entry[1], int(threads[1]) if threads else 32, _parameters(entry[2]))
     first_line = text.count("\n", 0, entry.end()) + 1
     _read_body(program, text[entry.end() :], first_line)
     for instruction in program.code:
