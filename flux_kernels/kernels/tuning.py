@@ -114,6 +114,11 @@ def choose_algorithm(m: int, capability: tuple[int, int] | None, dtype: torch.dt
 ROW_SCALE_BITS = 6  # formats of at most so many bits a weight lose nothing by one int8 scale per row (Q5_1 has 6.0, Q6_K 6.6)
 
 
+# Hopper and later wait for a product before they convert it (docs/decisions/predictions.md); A100's int8 products take as long as
+# either way of scaling them.
+_ROW_SCALES = DATACENTER - {_A100}
+
+
 def row_scales_serve(fmt: BlockFormat) -> bool:
     """Tell whether one int8 scale per row of the weight is fine enough for a format."""
     return 8 * fmt.type_size <= ROW_SCALE_BITS * fmt.block_size
@@ -121,9 +126,9 @@ def row_scales_serve(fmt: BlockFormat) -> bool:
 
 def choose_int8_algorithm(fmt: BlockFormat, capability: tuple[int, int] | None) -> tuple[str, str]:
     """Return "two_stage" (scales of weight groups) or "row_scales" for compute="int8", and why."""
-    if capability in DATACENTER and row_scales_serve(fmt):
-        return "row_scales", "unpack to int8 in L2 with one scale per row: scales of groups would take longer than the products"
-    return "two_stage", "unpack to int8 in L2, then one GEMM for all formats"
+    if capability in _ROW_SCALES and row_scales_serve(fmt):
+        return "row_scales", "unpack to int8 with one scale per row: scales of groups would take longer than the products"
+    return "two_stage", "unpack to int8, then one GEMM for all formats"
 
 
 def int8_tile(m: int) -> Tile:
