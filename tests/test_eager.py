@@ -52,8 +52,9 @@ def layer(format: str = "Q4_K", n: int = 24, k: int = 512, bias: bool = True, co
     return fk.GGUFLinear.from_packed(data, format, made, planes=fmt.planes, backend="triton", compute=compute)
 
 
-@pytest.mark.parametrize("shape", [(1, 512), (20, 512), (2, 3, 512), (512,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 512), torch.float16), ((20, 512), torch.float32), ((2, 10, 512), torch.float16)]
+)
 @pytest.mark.parametrize("compute", ["exact", "fp16_accumulate", "int8"])
 @pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "IQ4_NL"])
 def test_the_result_is_the_ops_bit_for_bit(format, compute, dtype, shape, calls):
@@ -66,6 +67,13 @@ def test_the_result_is_the_ops_bit_for_bit(format, compute, dtype, shape, calls)
     assert torch.equal(first, OP(x, *packed))
     assert torch.equal(second, first)
     assert first.shape == (*shape[:-1], 24)
+
+
+def test_a_single_vector_takes_it_too(calls):
+    made, x = layer(), torch.randn(512)
+    with torch.no_grad():
+        got = made(x)
+    assert calls == ["direct"] and torch.equal(got, OP(x, made.qweight, made.bias, "Q4_K", "triton", "exact", False))
 
 
 class Seen(TorchDispatchMode):

@@ -64,8 +64,7 @@ def test_no_grid_ends_before_the_weight_does():
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8", "fp16_accumulate"])
-@pytest.mark.parametrize("format", ["Q4_K", "IQ3_S"])
-@pytest.mark.parametrize("m", [1, 64, 4608])
+@pytest.mark.parametrize(("format", "m"), [("Q4_K", 1), ("IQ3_S", 64), ("Q4_K", 4608)])
 def test_a_call_can_be_captured_after_one_eager_call(compute, format, m):
     """Nothing is compiled, loaded, read back or waited for then, and a lookup table is where it is needed."""
     with stand_in(CARDS["RTX 4090"]) as card, torch.no_grad():
@@ -102,12 +101,10 @@ def test_ranks_of_a_branch_share_their_kernels(compute):
     assert names and set(names.values()) == {1}
 
 
-@pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 65, 512, 4608])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("m", [1, 16, 17, 4608])
+@pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "IQ4_XS", "Q5_0"])  # all formats: bench/results/aot.csv
 def test_float32_fits_every_geforce(format, m):
     """The library's own choice and launch on a card of 99 KiB shared memory; wide tiles needed up to 170 KiB."""
-    if m > 2 and format not in ("Q4_K", "Q6_K", "IQ4_XS"):
-        pytest.skip("compiled for three formats here, for all by `python -m bench.aot` (bench/results/aot.csv)")
     with stand_in(CARDS["RTX 3090"]) as card, torch.no_grad():
         x, data, bias, _, fmt = tensors(format, m, dtype=torch.float32)
         fk.linear(x, data, format, bias, planes=fmt.planes)

@@ -49,7 +49,7 @@ def model_of(family: str) -> transformers.PreTrainedModel:
     return model
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def pair(request) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedModel]:
     """A swapped model and its dequantized copy."""
     model = model_of(request.param)
