@@ -14,7 +14,8 @@ from ..clock import interleaved, percentiles
 from ..embedded import PIPELINE_KWARGS
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
-from .memory import extra_peak, free_bytes
+from ..free_memory import free_bytes
+from .memory import extra_peak
 from .providers import PROVIDERS, Unavailable
 from .step_inputs import StepConfig, StepInputs, step_inputs
 from .step_model import StepModel
