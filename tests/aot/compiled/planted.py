@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bench.aot.ptx import Executable, Fault, parse
-from bench.aot.ptx.driver import absent_card
+from bench.aot.ptx.driver import AbsentCard, absent_card
 from bench.aot.sweep.cases import Case
 from bench.aot.sweep.checks import check
 from bench.aot.sweep.inputs import make
@@ -18,13 +18,18 @@ def run_edited(case: Case, kernel: str, edit: Callable[[str], str], order: np.ra
     """Return the worst error over its bound of a case in which `kernel` runs as edited PTX; raise Fault where it faults."""
     inputs = make(case)
     with absent_card(case.capability, order) as card:
-        plain = card.run
-
-        def run(name: str, code: Executable, *rest) -> None:
-            plain(name, Executable(parse(edit(code.program.text))) if name == kernel else code, *rest)
-
-        card.run = run
+        edit_launches(card, kernel, edit)
         return max(one.ratio for one in check(case, inputs, card))
+
+
+def edit_launches(card: AbsentCard, kernel: str, edit: Callable[[str], str]) -> None:
+    """Let a card run edited PTX in place of a kernel's own."""
+    plain = card.run
+
+    def run(name: str, code: Executable, *rest) -> None:
+        plain(name, Executable(parse(edit(code.program.text))) if name == kernel else code, *rest)
+
+    card.run = run
 
 
 def text_of(case: Case, kernel: str) -> str:
