@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from . import _triton
-from .compute import COMPUTE_MODES, TENSOR_CORE_CAPABILITY
+from .compute import COMPUTE_MODES, DATACENTER, TENSOR_CORE_CAPABILITY
 from .errors import BackendUnavailable, FormatError
 from .formats import BlockFormat
 
@@ -126,6 +126,11 @@ def _mode_refusal(backend: Backend, compute: str, device: torch.device) -> str |
         return f'compute="{compute}" needs matrix cores (Instinct MI200, RX 7000 or newer); {device} is {_architecture(device)}'
     if _capability(device) < TENSOR_CORE_CAPABILITY:
         return f'compute="{compute}" needs tensor cores that Triton supports (an RTX 30 card or newer); {device} is older'
+    if compute == "fp16_accumulate" and _capability(device) in DATACENTER:
+        return (
+            f'compute="{compute}" is for cards that multiply fp16 faster with fp16 accumulation (GeForce); {device} does not, and its '
+            '"exact" is faster and more accurate'
+        )
     return None
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from .errors import GGUFError
+from .install_hints import PIPELINE_DOWNLOAD
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 _INDEX = "model_index.json"
 _HOW = (
     "--base is a folder in the diffusers layout, with {parts}; the transformer's weights are not needed in it. Get one with "
-    '`hf download black-forest-labs/FLUX.1-dev --exclude "transformer/*" "*.sft" "flux1-dev*" --local-dir FLUX.1-dev`.'
+    "`" + PIPELINE_DOWNLOAD + "`."
 )
 
 

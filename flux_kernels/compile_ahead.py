@@ -136,5 +136,5 @@ def _compile(signature: Signature, device: torch.device) -> Compiled:
             f"Not enough memory on {device} to run one layer of {signature.m} x {signature.k} x {signature.n}. Compile before "
             "the model is moved there, or for smaller pictures."
         ) from error
-    choice = choose(signature.compute, fmt, signature.m, signature.n, signature.k, device)
+    choice = choose(signature.compute, fmt, signature.m, signature.n, signature.k, device, signature.dtype)
     return Compiled(signature, choice, time.perf_counter() - started)

@@ -34,10 +34,14 @@ class SwappedModelQuantizer:
     """Stand in for `model.hf_quantizer`: refuse save_pretrained with a sentence, and dequantize.
 
     diffusers and transformers write a model without a quantizer as if its state dict could be loaded again, which a
-    packed one cannot yet.
+    packed one cannot yet. transformers' `generate` and `Trainer` ask any quantizer the other questions, as attributes.
     """
 
     is_serializable = False
+    is_compileable = True  # the op has a fake, so a forward compiles without a graph break
+    is_trainable = True  # adapters train through packed layers
+    is_qat_trainable = False  # the packed weights themselves do not
+    requires_calibration = False
     quantization_config = _UnwritableConfig()
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

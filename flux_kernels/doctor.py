@@ -12,6 +12,7 @@ import torch
 from .backends import BACKENDS, execution_devices, resolve
 from .errors import BackendUnavailable
 from .formats import FORMATS, get_format
+from .install_hints import install_command
 
 GIB = 2**30
 
@@ -26,7 +27,7 @@ class Package:
     needed: bool = True
 
 
-_ALL = "pip install flux_kernels"
+_ALL = install_command()
 PACKAGES = (
     Package("torch", "everything", _ALL),
     Package(
@@ -40,7 +41,7 @@ PACKAGES = (
     Package("accelerate", "offloading", _ALL),
     Package("peft", "LoRAs", _ALL),
     Package("safetensors", "model files", _ALL),
-    Package("gguf", "tests; diffusers' own GGUF loading", "pip install gguf", needed=False),
+    Package("gguf", "tests; diffusers' own GGUF loading", install_command("bench"), needed=False),
     Package(
         "libggml-python", "fast decode on the CPU, types without a quantizer here", "pip install libggml-python", needed=False
     ),

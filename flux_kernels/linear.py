@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import eager, ops
 from .backends import ACTIVATION_DTYPES, check_names, resolve, wants_planes
 from .errors import BackendUnavailable, FormatError
 from .formats import FORMATS, BlockFormat, get_format
@@ -157,7 +157,7 @@ class GGUFLinear(LowRankLayer, nn.Linear):
         """Compute x @ W.T + bias + branch: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
         packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
         if self.low_rank_down is None and self.outlier_index is None:
-            return torch.ops.flux_kernels.linear(input, *packed)
+            return eager.linear(input, *packed)
         hidden = self._hidden(input)
         up = None if self.low_rank_up is None or hidden is None else self.low_rank_up.to(hidden.dtype)
         return torch.ops.flux_kernels.linear(input, *packed, hidden, up, self.outlier_index, self.outlier_weight)
@@ -195,6 +195,8 @@ class GGUFLinear(LowRankLayer, nn.Linear):
         """
         fmt = get_format(self.format)
         wanted = wants_planes(self.backend, self.qweight.device, fmt)
+        if fmt.table is not None and self.qweight.device.type == "cuda":
+            fmt.table_on(self.qweight.device)  # now, not at a first call inside a CUDA graph's private pool
         if wanted != self.planes and self.qweight.device.type != "meta":
             rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
             self.qweight = nn.Parameter(rearrange(self.qweight.detach()), requires_grad=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backends import execution_devices, resolve
+from .compute import WEIGHT_ONLY_M
 from .errors import BackendUnavailable
 from .formats import FORMATS
 from .linear import GGUFLinear
@@ -24,7 +25,8 @@ def runs_as(layer: GGUFLinear) -> str:
     from .kernels.choice import choose
 
     n, k = layer.out_features, layer.in_features
-    found = [(m, str(choose(layer.compute if m > 16 else "exact", fmt, m, n, k, device))) for m in SHOWN_ROWS]
+    modes = [(m, layer.compute if m > WEIGHT_ONLY_M else "exact") for m in SHOWN_ROWS]
+    found = [(m, str(choose(mode, fmt, m, n, k, device, layer.compute_dtype))) for m, mode in modes]
     parts = [f"{what} at M={m}" for at, (m, what) in enumerate(found) if at == 0 or what != found[at - 1][1]]
     return f"triton on {device}: {', '.join(parts)}"
 

@@ -22,7 +22,7 @@ LAYERS = [
     ("torch_backend",),
     ("backends",),
     ("ops", "packing", "gguf_file", "gguf_write"),
-    ("lazy_weight",),
+    ("eager", "lazy_weight"),
     ("linear", "embedding"),
     (
         "footprint",
@@ -60,6 +60,7 @@ CORE = (
     "torch_backend",
     "kernels",
     "backends",
+    "eager",
     "ops",
     "packing",
     "lazy_weight",

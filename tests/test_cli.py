@@ -18,6 +18,7 @@ from flux_kernels import GGUFError
 from flux_kernels.cli import app
 from flux_kernels.demo import Variant, write_variant
 from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.install_hints import install_command
 
 PROMPT = "a red seven"
 NO_LORA = embedded_model_path() / "vae" / "diffusion_pytorch_model.safetensors"
@@ -242,4 +243,4 @@ def test_missing_package_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "flux_kernels.doctor", None)
     monkeypatch.setitem(sys.modules, "diffusers.utils", None)
     result = invoke("inspect", "x.gguf")
-    assert result.exit_code == 1 and "diffusers is not installed. Run: pip install 'flux_kernels'" in result.stderr
+    assert result.exit_code == 1 and f"diffusers is not installed. Run: {install_command()}" in result.stderr

@@ -10,6 +10,7 @@ import torch
 
 from flux_kernels import FORMATS, doctor
 from flux_kernels.backends import resolve
+from flux_kernels.install_hints import install_command
 
 
 def test_versions_are_those_of_the_imported_packages():
@@ -38,8 +39,8 @@ def test_a_missing_package_comes_with_its_command(monkeypatch):
     monkeypatch.setattr(doctor, "version", without_peft)
     diagnosis = doctor.diagnose()
     missing = {package.name: package.command for package in diagnosis.packages if package.version is None}
-    assert missing.items() >= {"peft": "pip install flux_kernels", "gguf": "pip install gguf"}.items()
-    assert "peft is missing (LoRAs): pip install flux_kernels" in diagnosis.advice
+    assert missing.items() >= {"peft": install_command(), "gguf": install_command("bench")}.items()
+    assert f"peft is missing (LoRAs): {install_command()}" in diagnosis.advice
     assert not any(line.startswith("gguf") for line in diagnosis.advice)  # not needed, so no advice
 
 

@@ -1,6 +1,6 @@
 """Train the embedded model and write it as a diffusers pipeline directory.
 
-    pip install 'flux_kernels[train]'
+    pip install -c constraints.txt -e ".[train]"
     python tools/train_demo_model.py --work out/demo_model
 
 The result replaces flux_kernels/demo_model (README.md there stays). About one hour on two CPU cores.

@@ -1,7 +1,7 @@
-"""Write the generated tables of README.md between their markers, or check that they are up to date.
+"""Write the generated tables of README.md and docs/decisions between their markers, or check that they are up to date.
 
 python tools/write_readme_tables.py            # write
-python tools/write_readme_tables.py --check    # exit code 1 and a diff where README.md is behind
+python tools/write_readme_tables.py --check    # exit code 1 and a diff where a page is behind
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+PREDICTED = README.parent / "docs" / "decisions" / "predictions.md"
 RESULTS = README.parent / "bench" / "results"
 FIDELITY, LINEAR = RESULTS / "embedded_fidelity.csv", RESULTS / "linear_cpu.csv"
 sys.path.insert(0, str(README.parent))
@@ -79,32 +80,56 @@ def _beside_torch(found: dict[str, Total], side: str) -> str:
     return marked(found[side], found["torch"])
 
 
-TABLES = {"formats": format_table, "modes": mode_table, "linears": linear_table}
+def prediction_table() -> str:
+    """Return the markdown table of bench/results/predictions.csv: milliseconds of a step's linears by card, type and mode."""
+    rows = read_csv(RESULTS / "predictions.csv")
+    modes = list(dict.fromkeys(row["compute"] for row in rows))
+    found = {(row["card"], row["format"], row["compute"]): _predicted(row) for row in rows}
+    lines = [f"| card | type | {' | '.join(modes)} | torch, bf16 |", "|---" * (len(modes) + 3) + "|"]
+    for row in {(row["card"], row["format"]): row for row in rows}.values():
+        cells = [found.get((row["card"], row["format"], mode), "refused") for mode in modes]
+        lines.append(f"| {row['card']} | {row['format']} | {' | '.join(cells)} | {float(row['bf16_ms']):.0f} ms |")
+    return "\n".join([*lines, "", f"Triton {rows[0]['triton']}, {rows[0]['date']}."])
 
 
-def with_tables(text: str) -> str:
-    """Return `text` with every table between its markers; raise ValueError where a marker is missing."""
-    for name, table in TABLES.items():
+def _predicted(row: dict[str, str]) -> str:
+    """Write a prediction, with the one for slow conversions where it differs by a hundredth."""
+    best, worst = float(row["ratio"]), float(row["ratio_slow_convert"])
+    ratio = f"{best:.2f}x" if abs(best - worst) < 0.01 else f"{worst:.2f} to {best:.2f}x"
+    return f"{float(row['predicted_ms']):.0f} ms ({ratio})"
+
+
+PAGES = {
+    README: {"formats": format_table, "modes": mode_table, "linears": linear_table},
+    PREDICTED: {"predictions": prediction_table},
+}
+
+
+def with_tables(page: Path, text: str) -> str:
+    """Return a page's text with every table between its markers; raise ValueError where a marker is missing."""
+    for name, table in PAGES[page].items():
         start, end = f"<!-- {name}: written by tools/write_readme_tables.py -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not found or not closed:
-            raise ValueError(f"README.md needs the lines {start!r} and {end!r}, the table goes between them.")
+            raise ValueError(f"{page.name} needs the lines {start!r} and {end!r}, the table goes between them.")
         text = f"{before}{start}\n{table()}\n{end}{after}"
     return text
 
 
 def main(check: bool) -> int:
-    """Write README.md, or compare it with what would be written; return the exit code."""
-    old = README.read_text(encoding="utf-8")
-    new = with_tables(old)
-    if not check:
-        README.write_text(new, encoding="utf-8")
-        return 0
-    diff = list(difflib.unified_diff(old.splitlines(), new.splitlines(), "README.md", "should be", lineterm=""))
-    if diff:
-        print("\n".join([*diff, "README.md is behind the code. Run: make tables"]))
-    return 1 if diff else 0
+    """Write the pages, or compare them with what would be written; return the exit code."""
+    behind = []
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = with_tables(page, old)
+        if not check:
+            page.write_text(new, encoding="utf-8")
+        elif new != old:
+            behind += difflib.unified_diff(old.splitlines(), new.splitlines(), page.name, "should be", lineterm="")
+    if behind:
+        print("\n".join([*behind, "A page is behind the code or the results. Run: make tables"]))
+    return 1 if behind else 0
 
 
 if __name__ == "__main__":

@@ -2,107 +2,148 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 os.environ["TRITON_INTERPRET"] = "0"  # a kernel decorated for the interpreter cannot be compiled
 
+import triton
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-
-RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
 
 
 def main(
     formats: Annotated[str, typer.Option(help="Comma-separated ggml types; empty means all.")] = "",
     capabilities: Annotated[str, typer.Option(help="Comma-separated, such as 86,89; empty means all.")] = "",
     kernels: Annotated[
-        str,
-        typer.Option(
-            help="wide, medium, narrow, split_k (fused GEMM), small_m, fp16, int8, int8_rows, dequantize, unpack_int8, "
-            "unpack_int8_rows, row_largest, quantize_activation, scale_to_fp16; wide_branch, fp16_branch, int8_branch and "
-            "int8_rows_branch have a low-rank branch; empty means all."
-        ),
+        str, typer.Option(help="Comma-separated, such as fused_gemm,small_m_branch (--list names them); empty means all.")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    check: Annotated[
-        bool, typer.Option(help="Exit 1 when an invariant is broken or the record's ratchet is exceeded.")
+    dtypes: Annotated[str, typer.Option(help="Of x, comma-separated: bf16, fp16, fp32; empty means all.")] = "",
+    rows: Annotated[str, typer.Option(help="M of the calls, comma-separated; empty means every class of the tables.")] = "",
+    k: Annotated[int, typer.Option(help="K of the calls, 0 means all.")] = 0,
+    missing: Annotated[
+        bool, typer.Option(help="Only what the record lacks, or has from another state of the kernel's source.")
     ] = False,
-    write: Annotated[Path | None, typer.Option(help="Write the rows into a CSV (the record is bench/results/aot.csv).")] = None,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Compile nothing: count what is launched and what of it the record has.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option(help="Exit 1 when an invariant is broken, the ratchet is exceeded or (--list) a launch has no row.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="Add the rows to a CSV as they come (the record is bench/results/aot.csv).")
+    ] = None,
+    tritons: Annotated[str, typer.Option(help="With --list: the versions whose rows are looked for.")] = triton.__version__,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and problems as JSON.")] = False,
     jobs: Annotated[int, typer.Option(help="Compiling processes.")] = 2,
 ) -> None:
-    """Compile the shipped tiles for cards that are not here and report registers, spills, main loop and predicted clocks."""
-    from .cards import CARDS
-    from .report import FORMAT_FREE, FORMATS, SHIPPED
+    """Compile what the library launches for cards that are not here; report registers, spills, main loop and clocks."""
+    from .recorder import RECORD, lacking, read_record
 
-    unknown = set(filter(None, formats.split(","))) - FORMATS.keys()
-    if unknown:
-        raise typer.BadParameter(f"unknown formats {sorted(unknown)}; known: {', '.join(FORMATS)}")
-    if unknown := set(filter(None, kernels.split(","))) - SHIPPED.keys():
-        raise typer.BadParameter(f"unknown kernels {sorted(unknown)}; known: {', '.join(SHIPPED)}")
-    names = formats.split(",") if formats else list(FORMATS)
-    work = [
-        (kernel, name, int(capability), dtype)
-        for capability in (capabilities.split(",") if capabilities else CARDS)
-        for kernel in (kernels.split(",") if kernels else SHIPPED)
-        for name in (names[:1] if kernel in FORMAT_FREE else names)
-    ]
-    with ProcessPoolExecutor(jobs) as pool:
-        results = pool.map(_one, work)
-        rows = list(track(results, "compiling", total=len(work), disable=as_json, console=Console(stderr=True)))
-    broken = _problems(rows)
-    if write:
-        _write(rows, write)
+    record = read_record(write or RECORD)
+    wanted = _wanted(_words(formats), _words(capabilities), _words(kernels), _words(dtypes), _words(rows), k)
+    if list_only:
+        unrecorded = _list(wanted, record, _words(tritons))
+        raise typer.Exit(1 if check and unrecorded else 0)
+    found, broken = _compile(lacking(wanted, record) if missing else wanted, record, write, jobs, quiet=as_json)
+    if write and not any((formats, capabilities, kernels, dtypes, rows, k)):
+        _drop_unlaunched(write)
     if as_json:
-        print(json.dumps({"rows": rows, "problems": broken}))
+        print(json.dumps({"rows": found, "problems": broken}))
     else:
-        _print(rows)
-        for problem in broken:
-            print(problem)
+        _print(found)
+        print("\n".join(broken))
     raise typer.Exit(1 if check and broken else 0)
 
 
-def _one(item: tuple) -> dict:
-    from .report import SHIPPED, as_dict
-
-    kernel, name, capability, dtype = item
-    return as_dict(SHIPPED[kernel](name, capability, dtype))
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
-def _problems(rows: list[dict]) -> list[str]:
-    from .invariants import key, problems
-    from .report import Row
+def _wanted(formats: list[str], capabilities: list[str], kernels: list[str], dtypes: list[str], rows: list[str], k: int):
+    """Return the launches that the options name; kernels that are the same for all formats or dtypes are among them."""
+    from .cards import CARDS
+    from .launches import ANY, DTYPES, FORMATS, ROWS
+    from .recorder import items
 
-    recorded = {}
-    if RECORD.exists():
-        with RECORD.open(newline="") as file:
-            recorded = {key(row): row for row in csv.DictReader(file)}
-    found = []
-    for row in rows:
-        found += problems(Row(**row), recorded.get(key(row)))
-    return found
+    cards = [int(capability) for capability in capabilities] or list(CARDS)
+    found = items(cards, tuple(map(int, rows)) or ROWS)
+    _known("capabilities", cards, CARDS)
+    _known("formats", formats, FORMATS)
+    _known("dtypes", dtypes, DTYPES)
+    _known("kernels", kernels, sorted({item.launch.name for item in found}))
+    return [
+        item
+        for item in found
+        if item.launch.format in (*(formats or FORMATS), ANY)
+        and item.launch.dtype in (*(dtypes or DTYPES), ANY)
+        and item.launch.name in (kernels or [item.launch.name])
+        and item.launch.k in (k or item.launch.k, 0)
+    ]
 
 
-def _write(rows: list[dict], path: Path) -> None:
-    """Write rows, in place of those of the same kernel, format, card, Triton, dtype and tile that the file has; keep the rest."""
-    from bench.record import write_csv
+def _known(what: str, given: list, known) -> None:
+    if unknown := set(given) - set(known):
+        raise typer.BadParameter(f"unknown {what} {sorted(unknown)}; known: {', '.join(map(str, known))}")
 
-    from .invariants import key
 
-    kept = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = {key(row): row for row in csv.DictReader(file)}
-    merged = kept | {key(row): row for row in rows}
-    order = sorted(merged, key=lambda one: (one[0], one[1], int(one[2]), *one[3:]))
-    write_csv([merged[one] for one in order], path)
+def _compile(wanted: list, record: dict, write: Path | None, jobs: int, quiet: bool) -> tuple[list[dict], list[str]]:
+    """Compile launches; return their rows, and what is wrong with them."""
+    from .invariants import problems
+    from .recorder import Recorder, compiled
+    from .report import Row, key
+
+    rows, broken, recorder = [], [], Recorder(write) if write else None
+    with _progress(quiet) as progress:
+        task = progress.add_task("compiling", total=len(wanted))
+        try:
+            for row in compiled(wanted, jobs):
+                progress.advance(task)
+                if isinstance(row, str):
+                    broken.append(row)
+                    continue
+                rows.append(row)
+                broken += problems(Row(**row), record.get(key(row)))
+                if recorder:
+                    recorder.add(row)
+        finally:
+            if recorder:
+                recorder.save()
+    return rows, broken
+
+
+def _progress(quiet: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=quiet)
+
+
+def _drop_unlaunched(write: Path) -> None:
+    from .recorder import Recorder
+
+    recorder = Recorder(write)
+    if gone := recorder.drop_unlaunched():
+        Console(stderr=True).print(f"dropped {gone} rows that nothing launches any more")
+        recorder.save()
+
+
+def _list(wanted: list, record: dict, tritons: list[str]) -> int:
+    """Print how many launches there are, and how many the record has; return how many it lacks."""
+    table, lacking = Table("kernel", "launches", *(f"in {version}, out of date, lacking" for version in tritons)), 0
+    for name in sorted({item.launch.name for item in wanted}):
+        mine, cells = [item for item in wanted if item.launch.name == name], []
+        for version in tritons:
+            there = [(item, record[item.key(version)]) for item in mine if item.key(version) in record]
+            stale = sum(row["code"] != item.launch.code for item, row in there)
+            cells.append(f"{len(there)}, {stale}, {len(mine) - len(there)}")
+            lacking += len(mine) - len(there)
+        table.add_row(name, str(len(mine)), *cells)
+    Console(width=max(Console().width, _WIDTH)).print(table)
+    print(f"{len(wanted)} launches; the record lacks {lacking}")
+    return lacking
 
 
 # What the table shows: column title -> field of a row.
@@ -110,18 +151,20 @@ _COLUMNS = {
     "kernel": "kernel",
     "format": "format",
     "sm": "capability",
+    "x": "dtype",
+    "K": "k",
     "tile": "tile",
     "regs": "registers",
     "spills": "spills",
     "shared": "shared_bytes",
     "per SM": "programs_per_sm",
     "loop": "loop_instructions",
-    "LDG": "loop_global",
     "decodes": "decodes_per_weight",
+    "a weight": "instructions_per_weight",
     "tensor clk": "tensor_clocks",
     "issue clk": "issue_clocks",
 }
-_WIDTH = 150  # characters the table takes, also where the output is a file or a narrow terminal
+_WIDTH = 170  # characters the table takes, also where the output is a file or a narrow terminal
 
 
 def _print(rows: list[dict]) -> None:

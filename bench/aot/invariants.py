@@ -8,38 +8,55 @@ from __future__ import annotations
 from flux_kernels.kernels.tuning import GRID_FORMATS
 
 from .cards import CARDS
-from .report import Row
+from .report import FUSED_KERNELS, Row, is_looped
 
-# Packed bytes to tensor cores in one loop.
-FUSED_KERNELS = ("fused_gemm", "split_k", "fp16_gemm", "fused_gemm_branch", "fp16_gemm_branch")
 TENSOR_CORE_KERNELS = (*FUSED_KERNELS, *(f"int8_gemm{kind}" for kind in ("", "_branch", "_rows", "_rows_branch")))
 UNCOUNTED = frozenset(
     {("fp16_gemm", "Q1_0"), ("fp16_gemm_branch", "Q1_0")}
 )  # weights of +d and -d: the compiler flips a sign, no rounding is left to count
 RATCHET = 1.05  # main-loop instructions may grow by this factor before the record must be changed on purpose
+# Instructions per decoded weight at most, by kernel and format, for x in 16 bit.
+MOST_INSTRUCTIONS_PER_WEIGHT = {
+    "small_m": {"Q4_K": 10.0, "Q6_K": 13.5, "Q8_0": 8.0},
+}
 
 
 def problems(row: Row, recorded: dict | None) -> list[str]:
     """Return what is wrong with a row, each as one sentence; empty when it may ship."""
-    card = CARDS[row.capability]
-    found = []
-    if row.spills:
-        found.append(f"{row.spills} register spills")
-    if not row.mma and row.kernel in TENSOR_CORE_KERNELS and row.dtype != "fp32":
-        found.append("no tensor-core instruction in the main loop")
-    counted = row.dtype != "fp32" and (row.kernel, row.format) not in UNCOUNTED
-    if row.decodes_per_weight != 1.0 and row.kernel in FUSED_KERNELS and counted:
-        found.append(f"every weight is decoded {row.decodes_per_weight} times")
-    if row.loop_global and row.kernel in FUSED_KERNELS and row.format not in GRID_FORMATS:
-        found.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")
-    if row.shared_bytes > card.shared_per_block:
-        found.append(f"{row.shared_bytes} bytes of shared memory, the card has {card.shared_per_block}")
-    if recorded and row.loop_instructions > RATCHET * int(recorded["loop_instructions"]):
-        found.append(f"{row.loop_instructions} main-loop instructions, recorded {recorded['loop_instructions']}")
-    where = f"{row.kernel} {row.format} sm_{row.capability} {row.dtype} {row.tile} (Triton {row.triton})"
+    found = [*_limits(row), *_products(row), *_ratchet(row, recorded)]
+    where = f"{row.kernel} {row.format} sm_{row.capability} {row.dtype} {row.tile} K={row.k} (Triton {row.triton})"
     return [f"{where}: {problem}" for problem in found]
 
 
-def key(row: dict) -> tuple:
-    """Return what identifies a row from one run of the report to the next."""
-    return tuple(str(row[name]) for name in ("kernel", "format", "capability", "triton", "dtype", "tile"))
+def _limits(row: Row) -> list[str]:
+    card, found = CARDS[row.capability], []
+    if row.spills:
+        found.append(f"{row.spills} register spills")
+    if row.shared_bytes > card.shared_per_block:
+        found.append(f"{row.shared_bytes} bytes of shared memory, the card has {card.shared_per_block}")
+    most = MOST_INSTRUCTIONS_PER_WEIGHT.get(row.kernel, {}).get(row.format)
+    if most is not None and row.dtype != "fp32" and is_looped(row) and row.instructions_per_weight > most:
+        found.append(f"{row.instructions_per_weight} instructions per weight, at most {most}")
+    return found
+
+
+def _products(row: Row) -> list[str]:
+    """Return what is wrong with the way from packed bytes to tensor cores; float32 x has products that they cannot do."""
+    found, plain = [], row.dtype == "fp32" and not row.kernel.startswith(("fp16", "int8"))
+    if not row.mma and row.kernel in TENSOR_CORE_KERNELS and not plain:
+        found.append("no tensor-core instruction")
+    if row.mma and plain:
+        found.append(f"{row.mma} rounds float32 products")
+    if row.kernel not in FUSED_KERNELS or not is_looped(row):  # without a loop the epilogue would be counted, too
+        return found
+    if row.decodes_per_weight != 1.0 and not plain and (row.kernel, row.format) not in UNCOUNTED:
+        found.append(f"every weight is decoded {row.decodes_per_weight} times")
+    if row.loop_global and row.format not in GRID_FORMATS:
+        found.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")
+    return found
+
+
+def _ratchet(row: Row, recorded: dict | None) -> list[str]:
+    if recorded and row.loop_instructions > RATCHET * int(recorded["loop_instructions"]):
+        return [f"{row.loop_instructions} main-loop instructions, recorded {recorded['loop_instructions']}"]
+    return []

@@ -20,8 +20,11 @@ _MMA = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA", "OMMA", "QMMA")
 PIPES = {
     "tensor": _MMA,
     "fp32": ("FFMA", "FMUL", "FADD", "FSEL", "FMNMX", "IMAD", "HADD2", "HMUL2", "HFMA2"),
-    "int": ("LOP3", "SHF", "IADD3", "PRMT", "ISETP", "SEL", "LEA", "SGXT", "MOV", "VIADD", "IMNMX", "VIMNMX", "FSETP", "PLOP3"),
-    "convert": ("I2F", "F2I", "F2FP", "F2F", "I2FP", "I2I", "MUFU"),
+    "int": (
+        *("LOP3", "SHF", "IADD3", "PRMT", "ISETP", "SEL", "LEA", "SGXT", "MOV", "VIADD", "IMNMX", "VIMNMX", "FSETP", "PLOP3"),
+        *("F2FP", "I2FP"),  # the packing and the 32-bit conversion of capability 8.6 and later, which do not go to "convert"
+    ),
+    "convert": ("I2F", "F2I", "F2F", "I2I", "MUFU"),
     "shared": ("LDS", "STS", "LDSM", "STSM"),
     "async": ("LDGSTS", "UBLKCP", "UTMALDG"),
     "global": ("LDG", "STG"),
@@ -32,11 +35,16 @@ PIPES = {
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Hold what one kernel compiled to: registers per thread, all opcodes, and those of the main loop with repeats."""
+    """Hold what one kernel compiled to: registers per thread, all opcodes, and those of the main loop with repeats.
+
+    The main loop of a kernel without loops is the whole of it. `mma_waits` counts the places in the main loop where a warpgroup waits until all its products are done, so that nothing
+    else it does overlaps with them.
+    """
 
     registers: int
     opcodes: Counter
     loop: Counter
+    mma_waits: int = 0
 
     @property
     def spills(self) -> int:
@@ -45,9 +53,9 @@ class MachineCode:
 
     @property
     def mma(self) -> str:
-        """Name the tensor-core opcode of the main loop ("" where there is none)."""
-        names = [opcode for opcode in self.loop if stem(opcode) in _MMA]
-        return max(names, key=lambda name: self.loop[name], default="")
+        """Name the commonest tensor-core opcode of the kernel ("" where there is none)."""
+        names = [opcode for opcode in self.opcodes if stem(opcode) in _MMA]
+        return max(names, key=lambda name: self.opcodes[name], default="")
 
     def by_pipe(self) -> dict[str, int]:
         """Count the main loop's instructions by pipe."""
@@ -72,15 +80,21 @@ def read(cubin: bytes) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(cubin)
-        listing = _run("cuobjdump", "-sass", path)
-        usage = _run("cuobjdump", "-res-usage", path)
+        listing = _run("cuobjdump", "-sass", "-res-usage", path)
     instructions = [
         (int(match[1], 16), match[2], match[3]) for line in listing.splitlines() if (match := _INSTRUCTION.match(line))
     ]
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    loop = _main_loop(instructions) or instructions
     return MachineCode(
-        registers, Counter(op for _, op, _ in instructions), Counter(op for _, op, _ in _main_loop(instructions))
+        registers=int(re.search(r"REG:(\d+)", listing)[1]),
+        opcodes=Counter(opcode for _, opcode, _ in instructions),
+        loop=Counter(opcode for _, opcode, _ in loop),
+        mma_waits=sum(_waits_for_products(opcode, operands) for _, opcode, operands in loop),
     )
+
+
+def _waits_for_products(opcode: str, operands: str) -> bool:
+    return opcode == "WARPGROUP.DEPBAR.LE" and operands.split()[-1] == "0x0"
 
 
 def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:

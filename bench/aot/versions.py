@@ -1,8 +1,9 @@
 """Run the compile-time report under several Triton versions, each downloaded beside the installed one.
 
-    python -m bench.aot.versions 3.6.0 3.9.0 -- --kernels wide --formats Q4_K,Q8_0 --check
+    python -m bench.aot.versions 3.6.0 3.9.0 -- --kernels fused_gemm --formats Q4_K,Q8_0 --check
+    python -m bench.aot.versions 3.6.0 3.7.1 -- --missing --check --write bench/results/aot.csv     # the whole record, resumable
 
-Arguments after -- go to bench.aot. The wheels go to out/triton-VERSION and are kept; the installed Triton stays as it is.
+Arguments after -- go to bench.aot. Wheels that are not the installed one go to out/triton-VERSION and are kept.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def fetch(version: str) -> Path:
-    """Download one Triton wheel into a folder of its own, once; return the folder."""
+def fetch(version: str) -> Path | None:
+    """Download one Triton wheel into a folder of its own, once; return the folder, or None for the installed version."""
+    if version == metadata.version("triton"):
+        return None
     folder = ROOT / "out" / f"triton-{version}"
     if not (folder / "triton").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(folder), f"triton=={version}"]
@@ -26,8 +30,8 @@ def fetch(version: str) -> Path:
 
 def run(version: str, arguments: list[str]) -> int:
     """Run bench.aot with one Triton version first on the path; return its exit code."""
-    paths = [str(fetch(version)), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "0"}
+    paths = [fetch(version), ROOT, os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if path), "TRITON_INTERPRET": "0"}
     print(f"== Triton {version}", flush=True)
     return subprocess.run([sys.executable, "-m", "bench.aot", *arguments], cwd=ROOT, env=environment, check=False).returncode
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from ..compute import WEIGHT_ONLY_M
 from ..formats import BlockFormat
+from ..install_hints import install_command
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,10 @@ class Unavailable(RuntimeError):
     """Say why a provider cannot run here."""
 
 
-def not_installed(module: str, install: str) -> Unavailable:
-    """Return what to raise where a package is missing: which one, and the command that gets it."""
-    return Unavailable(f"not installed: {module}. Run: pip install '{install}'")
-
-
-EXTRA = "flux_kernels[bench]"  # has what the default comparison needs
+def not_installed(module: str, package: str = "") -> Unavailable:
+    """Return what to raise where a module is missing: which, and the command that gets its package, or all the bench needs."""
+    command = f"pip install '{package}'" if package else install_command("bench")
+    return Unavailable(f"not installed: {module}. Run: {command}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _diffusers(problem: Problem):
         import gguf
         from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
     except ImportError as error:
-        raise not_installed(error.name or "diffusers", EXTRA) from error
+        raise not_installed(error.name or "diffusers") from error
     kind = problem.fmt.ggml_type  # the gguf package may not know a type as young as this library's youngest
     if kind not in {int(known) for known in dequantize_functions}:
         raise Unavailable(f"diffusers does not support {problem.fmt.name}")
@@ -157,16 +156,15 @@ def _algorithm(name: str):
         if problem.data.device.type == "cpu":
             raise Unavailable("Triton kernels need a GPU")
         from ..kernels import exact
-        from ..kernels.choice import tile_of
+        from ..kernels.choice import Choice, tile_of
         from ..kernels.launching import capability_of, device_of
-
-        run = exact.ALGORITHMS[name]
 
         def call(x: Tensor) -> Tensor:
             y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
             tile = tile_of(name, problem.fmt, *y.shape, x.shape[1], capability_of(x.device))
             with device_of(x):
-                run(x, problem.data, problem.bias, y, problem.fmt, problem.planes, tile)
+                choice = Choice(name, tile, "named")
+                exact.linear(x, problem.data, problem.bias, y, problem.fmt, problem.planes, choice=choice)
             return y
 
         return call

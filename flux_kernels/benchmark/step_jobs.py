@@ -15,7 +15,7 @@ from ..compute import COMPUTE_MODES
 from ..embedded import PIPELINE_KWARGS, embedded_model_path
 from ..errors import FormatError
 from ..flux.calls import TEXT
-from .providers import EXTRA, not_installed
+from .providers import not_installed
 from .record import origin
 from .shapes import STEPS
 from .step_inputs import FLUX_DEV, StepConfig
@@ -76,7 +76,7 @@ def denoising_job(device: torch.device, repeats: int) -> Job:
     providers, made_at = [name for name in _providers() if name != "dequantize"], _embedded_origin(device)
     missing = [name for name in ("diffusers", "transformers", "gguf") if not _installed(name)]
     if missing:
-        note = str(not_installed(", ".join(missing), EXTRA))
+        note = str(not_installed(", ".join(missing)))
         row = dict.fromkeys(COLUMNS, "") | dict(provider="ours exact", what=DENOISING[0], size=DENOISED, note=note)
         return Job(DENOISING[:1], DENOISED, ["ours exact"], made_at, lambda name, _: [row | dict(format=name)])
 

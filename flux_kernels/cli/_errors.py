@@ -15,10 +15,11 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from ..errors import BackendUnavailable, FormatError, GGUFError
+from ..install_hints import install_command
 
 _OURS = (GGUFError, FormatError, BackendUnavailable, OSError)
 
-_EXTRAS = {"scipy": "flux_kernels[plan]", "matplotlib": "flux_kernels[plan]", "torchmetrics": "flux_kernels[bench]"}
+_EXTRAS = {"scipy": "plan", "matplotlib": "plan", "torchmetrics": "bench"}
 
 
 class OneLineErrors(TyperGroup):
@@ -38,8 +39,8 @@ class OneLineErrors(TyperGroup):
             if error.name is None or error.name.startswith("flux_kernels") or ctx.params.get("traceback"):
                 raise
             package = error.name.partition(".")[0]
-            extra = "flux_kernels[bench]" if ctx.invoked_subcommand == "bench" else _EXTRAS.get(package, "flux_kernels")
-            _fail(f"{package} is not installed. Run: pip install '{extra}'")
+            extra = "bench" if ctx.invoked_subcommand == "bench" else _EXTRAS.get(package, "")
+            _fail(f"{package} is not installed. Run: {install_command(extra)}")
         except torch.OutOfMemoryError as error:
             if ctx.params.get("traceback"):
                 raise

@@ -23,9 +23,12 @@ from ..compute import WEIGHT_ONLY_M
 from ..formats import BlockFormat
 from ..low_rank import Branch
 from . import exact, fp16_accumulate, int8, two_stage
+from .choice import choose
+from .exact import Run
 from .launching import aligned, device_of
+from .problem import Problem
 
-_MODES = {"exact": exact.linear, "fp16_accumulate": fp16_accumulate.linear}
+_MODES = {"exact": exact, "fp16_accumulate": fp16_accumulate}
 
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
@@ -59,5 +62,19 @@ def linear(
             if compute == "int8":
                 int8.linear(x, data, bias, y, fmt, planes, branch, outliers)
             else:
-                _MODES[compute](x, data, bias, y, fmt, planes, branch)
+                _MODES[compute].linear(x, data, bias, y, fmt, planes, branch)
     return y
+
+
+def prepare(problem: Problem, compute: str) -> Run:
+    """Return what writes x [M, K] @ decode(data).T + bias to y [M, N] in a compute mode, M and N at least 1.
+
+    The tensors it is given later are what `problem` says, contiguous, data at a 16-byte address, on the current device.
+    """
+    compute = compute if problem.m > WEIGHT_ONLY_M else "exact"
+    shape = problem.m, problem.n, problem.k
+    if compute == "int8":
+        fmt, planes = problem.fmt, problem.planes
+        return lambda x, data, bias, y, branch: int8.linear(x, data, bias, y, fmt, planes, branch)
+    choice = choose(compute, problem.fmt, *shape, problem.device, problem.dtype, problem.rank > 0)
+    return _MODES[compute].prepare(problem, choice)

@@ -2,63 +2,135 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from ..formats import BlockFormat
-from .launching import capability_of
+from .chunks import bounded_rows
+from .launching import capability_of, processors_of
 from .record import find, forget_records
-from .tuning import INT8_TILE, Tile, choose_algorithm, choose_int8_algorithm, fp16_tile, fused_tile, small_m_tile
+from .tuning import (
+    Tile,
+    branch_tile,
+    choose_algorithm,
+    choose_int8_algorithm,
+    fp16_tile,
+    fused_tile,
+    int8_tile,
+    small_m_tile,
+)
 
 ALGORITHMS = {  # compute mode -> what it can run
     "exact": ("small_m", "fused", "split_k", "two_stage"),
     "fp16_accumulate": ("fused",),
     "int8": ("two_stage", "row_scales"),
 }
+_UNPACKS = ("two_stage", "row_scales")  # algorithms that write the unpacked weight to memory
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Name what a call runs: the algorithm, its tile (None where torch's matmul does the product), and why."""
+    """Name what a call runs.
+
+    Attributes:
+        algorithm: one of ALGORITHMS of the mode.
+        tile: the kernel's, None where torch's matmul does the product.
+        why: one phrase.
+        rows: of the weight that are unpacked at a time, None for all; algorithms that decode in registers ignore it.
+    """
 
     algorithm: str
     tile: Tile | None
     why: str
+    rows: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.algorithm} {self.tile}" if self.tile else self.algorithm
+        chunks = f" in chunks of {self.rows} rows" if self.rows else ""
+        return f"{self.algorithm} {self.tile}{chunks}" if self.tile else f"{self.algorithm}{chunks}"
 
 
 @lru_cache(maxsize=4096)
-def choose(compute: str, fmt: BlockFormat, m: int, n: int, k: int, device: torch.device) -> Choice:
-    """Choose for y[M, N] = x[M, K] @ w.T on `device`; `forget` makes it look at the records again."""
+def choose(
+    compute: str,
+    fmt: BlockFormat,
+    m: int,
+    n: int,
+    k: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    branch: bool = False,
+) -> Choice:
+    """Choose for y[M, N] = x[M, K] @ w.T on `device`, x of `dtype`, with or without a low-rank branch in the epilogue.
+
+    `forget` makes it look at the records again.
+    """
     measured = find(compute, fmt, m, n, k, device)
-    if measured is not None:
+    if measured is not None and dtype != torch.float32:  # records are measured in 16 bit, whose tiles float32 overflows
         return Choice(measured.algorithm, measured.tile, measured.why)
-    return default_choice(compute, fmt, m, n, k, capability_of(device))
+    return default_choice(compute, fmt, m, n, k, capability_of(device), dtype, branch, processors_of(device))
+
+
+_also_forget: list[Callable[[], None]] = []
 
 
 def forget() -> None:
     """Forget the choices made so far, after a tuning record was written."""
     choose.cache_clear()
     forget_records()
+    for clear in _also_forget:
+        clear()
 
 
-def default_choice(compute: str, fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Choice:
+def on_forget(clear: Callable[[], None]) -> None:
+    """Have `forget` call `clear`, too: of a cache that holds choices."""
+    if clear not in _also_forget:
+        _also_forget.append(clear)
+
+
+def default_choice(
+    compute: str,
+    fmt: BlockFormat,
+    m: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype = torch.bfloat16,
+    branch: bool = False,
+    processors: int | None = None,
+) -> Choice:
     """Return the default table's choice for a card of `capability` (None: not an NVIDIA card)."""
     if compute == "int8":
         algorithm, why = choose_int8_algorithm(fmt, capability)
-        return Choice(algorithm, INT8_TILE, why)
-    if compute == "fp16_accumulate":
-        return Choice("fused", fp16_tile(fmt, k, capability), "decodes in registers")
-    algorithm, why = choose_algorithm(m, capability)
-    return Choice(algorithm, tile_of(algorithm, fmt, m, n, k, capability), why)
+        tile = int8_tile(m)
+    elif compute == "fp16_accumulate":
+        algorithm, why = "fused", "decodes in registers"
+        tile = fp16_tile(fmt, k, capability)
+        tile = branch_tile("fp16_gemm", fmt, tile, capability) if branch else tile
+    else:
+        algorithm, why = choose_algorithm(m, capability, dtype)
+        tile = tile_of(algorithm, fmt, m, n, k, capability, branch)
+    rows = None
+    if algorithm in _UNPACKS:
+        rows = bounded_rows(m, n, k, 1 if compute == "int8" else dtype.itemsize, processors)
+    return Choice(algorithm, tile, why, rows)
 
 
-def tile_of(algorithm: str, fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None = None) -> Tile | None:
+def tile_of(
+    algorithm: str,
+    fmt: BlockFormat,
+    m: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int] | None = None,
+    branch: bool = False,
+) -> Tile | None:
     """Return the default tile of one of exact mode's algorithms."""
     if algorithm == "two_stage":
         return None
-    return small_m_tile(fmt, k) if algorithm == "small_m" else fused_tile(fmt, m, n, k, capability)
+    if algorithm == "small_m":
+        return small_m_tile(fmt, k)
+    tile = fused_tile(fmt, m, n, k, capability)
+    return branch_tile("fused_gemm", fmt, tile, capability) if branch else tile

@@ -1,6 +1,9 @@
-"""compute="exact": the fused GEMM, its split-K form, the small-M kernel for one or two rows, or the chunked two-stage."""
+"""compute="exact": the fused GEMM, its split-K form, the small-M kernel for one or two rows, or two-stage."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,12 +14,15 @@ from ..low_rank import Branch
 from . import two_stage
 from .choice import Choice, choose
 from .fused_gemm import fused_gemm_kernel
-from .launching import capability_of, format_constants, pointers, table_of
+from .launching import Launch, all_aligned, pointers
+from .problem import Problem
 from .small_m import small_m_kernel
 from .split_k import add_splits_kernel, split_k_kernel
-from .tuning import Tile, branch_tile
+from .tuning import Tile
 
 _ADD_BLOCK = 1024  # columns a program of the reduction adds
+
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, Branch | None], None]  # x, data, bias, y, branch
 
 
 def linear(
@@ -30,53 +36,77 @@ def linear(
     choice: Choice | None = None,
 ) -> None:
     """Write x [M, K] @ decode(data).T + bias + branch to y [M, N]; x has unit stride along K."""
-    choice = choice or choose("exact", fmt, *y.shape, x.shape[1], x.device)
-    ALGORITHMS[choice.algorithm](x, data, bias, y, fmt, planes, choice.tile, branch)
+    choice = choice or choose("exact", fmt, *y.shape, x.shape[1], x.device, x.dtype, branch is not None)
+    prepare(Problem.of(x, data, bias, fmt, planes, branch), choice)(x, data, bias, y, branch)
 
 
-def _small_m(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
-    m, n = y.shape
-    hidden, up, rank = pointers(branch)
-    constants = format_constants(fmt, data.shape[1], planes)
-    blocks = dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k, num_warps=tile.num_warps)
-    grid = (triton.cdiv(n, tile.block_n), m)
-    small_m_kernel[grid](x, data, table_of(fmt, data), bias, hidden, up, y, n, rank, x.stride(0), **constants, **blocks)
+@lru_cache(maxsize=4096)
+def prepare(problem: Problem, choice: Choice) -> Run:
+    """Return what computes a product as chosen: everything but the tensors is looked up once."""
+    return ALGORITHMS[choice.algorithm](problem, choice)
 
 
-def _fused(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
-    m, n = y.shape
-    hidden, up, rank = pointers(branch)
-    if branch is not None:
-        tile = branch_tile("fused_gemm", fmt, tile, capability_of(x.device))
-    constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile, x.dtype)
-    grid = (_tiles(m, n, tile),)
-    operands = (x, data, table_of(fmt, data), bias, hidden, up, y)
-    fused_gemm_kernel[grid](*operands, m, n, rank, x.stride(0), **constants)
+def _small_m(problem: Problem, choice: Choice) -> Run:
+    tile, table = choice.tile, problem.table
+    grid = (triton.cdiv(problem.n, tile.block_n), problem.m)
+    constants = problem.format_constants | dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
+    integers = (problem.n, problem.rank, problem.stride)
+    launch = Launch(small_m_kernel, grid, integers, constants, dict(num_warps=tile.num_warps))
+
+    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+        hidden, up, _ = pointers(branch)
+        launch(all_aligned(x, data, bias, hidden, up, y), x, data, data if table is None else table, bias, hidden, up, y)
+
+    return run
 
 
-def _split_k(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: Tile, branch=None) -> None:
-    m, n = y.shape
-    hidden, up, rank = pointers(branch)
-    constants = format_constants(fmt, data.shape[1], planes) | _blocks(tile, x.dtype) | dict(SPLITS=tile.splits)
-    partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device)
-    grid = (_tiles(m, n, tile), tile.splits)
-    split_k_kernel[grid](x, data, table_of(fmt, data), hidden, up, partial, m, n, rank, x.stride(0), **constants)
-    add_grid = (triton.cdiv(n, _ADD_BLOCK), m)
-    add_splits_kernel[add_grid](partial, bias, y, m, n, SPLITS=tile.splits, BLOCK=_ADD_BLOCK)
+def _fused(problem: Problem, choice: Choice) -> Run:
+    table = problem.table
+    integers = (problem.m, problem.n, problem.rank, problem.stride)
+    launch = Launch(fused_gemm_kernel, (_tiles(problem, choice.tile),), integers, *_constants(problem, choice.tile))
+
+    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+        hidden, up, _ = pointers(branch)
+        launch(all_aligned(x, data, bias, hidden, up, y), x, data, data if table is None else table, bias, hidden, up, y)
+
+    return run
 
 
-def _two_stage(x: Tensor, data: Tensor, bias, y: Tensor, fmt: BlockFormat, planes: bool, tile: None, branch=None) -> None:
-    two_stage.linear(x, data, bias, y, fmt, planes, branch)
+def _split_k(problem: Problem, choice: Choice) -> Run:
+    m, n, tile, table = problem.m, problem.n, choice.tile, problem.table
+    constants, options = _constants(problem, tile)
+    grid, integers = (_tiles(problem, tile), tile.splits), (m, n, problem.rank, problem.stride)
+    launch = Launch(split_k_kernel, grid, integers, constants | dict(SPLITS=tile.splits), options)
+    add_grid = (m, triton.cdiv(n, _ADD_BLOCK))
+    add = Launch(add_splits_kernel, add_grid, (m, n), dict(SPLITS=tile.splits, BLOCK=_ADD_BLOCK))
+
+    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+        hidden, up, _ = pointers(branch)
+        partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device)
+        launch(all_aligned(x, data, hidden, up), x, data, data if table is None else table, hidden, up, partial)
+        add(all_aligned(bias, y), partial, bias, y)
+
+    return run
 
 
-def _blocks(tile: Tile, dtype: torch.dtype) -> dict:
-    ldmatrix = tile.ldmatrix and dtype != torch.float32  # there are no tensor-core products in float32
+def _two_stage(problem: Problem, choice: Choice) -> Run:
+    return two_stage.prepare(problem, choice.rows)
+
+
+def _constants(problem: Problem, tile: Tile) -> tuple[dict, dict]:
+    """Return constexprs and options of a fused kernel."""
+    ldmatrix = tile.ldmatrix and problem.dtype != torch.float32  # there are no tensor-core products in float32
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=ldmatrix)
-    return blocks | dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return problem.format_constants | blocks, dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
-def _tiles(m: int, n: int, tile: Tile) -> int:
-    return triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+def _tiles(problem: Problem, tile: Tile) -> int:
+    return triton.cdiv(problem.m, tile.block_m) * triton.cdiv(problem.n, tile.block_n)
 
 
-ALGORITHMS = {"small_m": _small_m, "fused": _fused, "split_k": _split_k, "two_stage": _two_stage}
+ALGORITHMS: dict[str, Callable[[Problem, Choice], Run]] = {
+    "small_m": _small_m,
+    "fused": _fused,
+    "split_k": _split_k,
+    "two_stage": _two_stage,
+}

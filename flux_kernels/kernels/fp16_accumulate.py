@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,11 @@ from ..formats import BlockFormat
 from ..low_rank import Branch
 from .activations import scale_to_fp16_kernel
 from .choice import Choice, choose
+from .exact import Run
 from .fp16_gemm import fp16_gemm_kernel
-from .launching import capability_of, format_constants, pointers, table_of
-from .tuning import SCALE_BLOCK, branch_tile
+from .launching import Launch, all_aligned, pointers
+from .problem import Problem
+from .tuning import SCALE_BLOCK
 
 
 def linear(
@@ -26,17 +30,26 @@ def linear(
     choice: Choice | None = None,
 ) -> None:
     """Write x [M, K] @ decode(data).T + bias + branch to y [M, N]; x has unit stride along K, K is a multiple of 64."""
-    m, n = y.shape
-    hidden, up, rank = pointers(branch)
-    constants = format_constants(fmt, data.shape[1], planes)
-    scaled = torch.empty(m, constants["K"], dtype=torch.float16, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    scale_to_fp16_kernel[(m,)](x, scaled, scale, x.stride(0), K=constants["K"], BLOCK_K=SCALE_BLOCK)
-    tile = (choice or choose("fp16_accumulate", fmt, m, n, constants["K"], x.device)).tile
-    if branch is not None:
-        tile = branch_tile("fp16_gemm", fmt, tile, capability_of(x.device))
+    choice = choice or choose("fp16_accumulate", fmt, *y.shape, x.shape[1], x.device, x.dtype, branch is not None)
+    prepare(Problem.of(x, data, bias, fmt, planes, branch), choice)(x, data, bias, y, branch)
+
+
+@lru_cache(maxsize=4096)
+def prepare(problem: Problem, choice: Choice) -> Run:
+    """Return what scales x and multiplies as chosen: everything but the tensors is looked up once."""
+    m, n, k, tile, table = problem.m, problem.n, problem.k, choice.tile, problem.table
+    scaling = Launch(scale_to_fp16_kernel, (m,), (problem.stride,), dict(K=k, BLOCK_K=SCALE_BLOCK))
+    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=tile.ldmatrix)
     options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-    operands = (scaled, scale, data, table_of(fmt, data), bias, hidden, up, y)
-    fp16_gemm_kernel[grid](*operands, m, n, rank, **constants, **blocks, **options)
+    gemm = Launch(fp16_gemm_kernel, grid, (m, n, problem.rank), problem.format_constants | blocks, options)
+
+    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+        hidden, up, _ = pointers(branch)
+        scaled = torch.empty(m, k, dtype=torch.float16, device=x.device)
+        scale = torch.empty(m, dtype=torch.float32, device=x.device)
+        scaling(all_aligned(x), x, scaled, scale)
+        operands = (scaled, scale, data, data if table is None else table, bias, hidden, up, y)
+        gemm(all_aligned(data, bias, hidden, up, y), *operands)
+
+    return run

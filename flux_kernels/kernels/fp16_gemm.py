@@ -12,7 +12,7 @@ from .fused_gemm import tile_position
 from .ldmatrix import hide_origin
 
 
-@jit
+@jit(do_not_specialize=["R"])
 def fp16_gemm_kernel(
     x_ptr,
     x_scale_ptr,

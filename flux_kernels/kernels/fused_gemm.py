@@ -55,7 +55,7 @@ def decoded_product(
     return acc
 
 
-@jit
+@jit(do_not_specialize=["R"])
 def fused_gemm_kernel(
     x_ptr,
     w_ptr,

@@ -1,7 +1,7 @@
-"""compute="int8": quantize x once, then for each chunk of output features unpack the weight to int8 and multiply.
+"""compute="int8": quantize x, unpack the weight (or a chunk of its output features) to int8, and multiply.
 
-The chunk's scratch is at most a third of the L2 cache, so that the GEMM reads the unpacked weight from there. The algorithm
-"two_stage" gives a weight one scale per row and group of K, "row_scales" one per row (see tuning.int8_algorithm).
+The algorithm "two_stage" gives a weight one scale per row and group of K, "row_scales" one per row (see
+tuning.choose_int8_algorithm); chunks.py says how much of the weight is unpacked at a time.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ..formats import BlockFormat
 from ..low_rank import Branch, join, outlier_branch
 from .activations import quantize_activation_kernel
 from .choice import Choice, choose
+from .chunks import chunks_of
 from .int8_gemm import int8_gemm_kernel
 from .launching import format_constants, pointers, table_of
 from .tuning import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
-from .two_stage import rows_per_chunk
 from .unpack_int8 import row_largest_kernel, unpack_int8_kernel
 
 
@@ -44,14 +44,13 @@ def linear(
         keep = torch.ones(k, dtype=torch.uint8, device=x.device).index_fill_(0, outliers[0].long(), 0)
     hidden, up, _ = pointers(branch)
     x_codes, x_scale = quantize_activation(x, group_width(k), keep)
-    rows = rows_per_chunk(k, 1, x.device)
-    choice = choice or choose("int8", fmt, x.shape[0], n, k, x.device)
+    choice = choice or choose("int8", fmt, x.shape[0], n, k, x.device, x.dtype, branch is not None)
     row_scales = choice.algorithm == "row_scales"
-    for start in range(0, n, rows):
-        chunk = slice(start, min(start + rows, n))
+    for chunk in chunks_of(n, choice.rows):
         w_codes, w_scale = unpack_weight(data[chunk], fmt, group_width(k), planes, row_scales)
         bias_chunk, up_chunk = (None if part is None else part[chunk] for part in (bias, up))
         _gemm(x_codes, x_scale, w_codes, w_scale, bias_chunk, hidden, up_chunk, y[:, chunk], choice.tile)
+        del w_codes, w_scale  # or the next chunk's scratch would be allocated beside them
 
 
 def quantize_activation(x: Tensor, group: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from .._triton import jit, tl
 from .branch import add_branch_to_row
 
 
-@jit
+@jit(do_not_specialize=["R"])
 def small_m_kernel(
     x_ptr,
     w_ptr,

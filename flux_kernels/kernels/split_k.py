@@ -12,7 +12,7 @@ from .branch import add_branch
 from .fused_gemm import decoded_product, tile_position
 
 
-@jit
+@jit(do_not_specialize=["R"])
 def split_k_kernel(
     x_ptr,
     w_ptr,
@@ -57,9 +57,12 @@ def split_k_kernel(
 
 @jit
 def add_splits_kernel(partial_ptr, bias_ptr, y_ptr, M, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add SPLITS partial sums [M, N] and the bias in order, round once, write BLOCK columns of one row of y (grid axis 1)."""
-    row = tl.program_id(1).to(tl.int64)
-    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Add SPLITS partial sums [M, N] and the bias in order, round once, write BLOCK columns (grid axis 1) of one row of y.
+
+    Rows are on axis 0: the others end at 65,535 programs.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offs_n < N
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for split in tl.static_range(SPLITS):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..compute import TENSOR_CORE_CAPABILITY
+import torch
+
+from ..compute import DATACENTER, TENSOR_CORE_CAPABILITY, WEIGHT_ONLY_M
 from ..formats import SUPERBLOCK, BlockFormat
 
 
@@ -83,29 +85,38 @@ _BRANCH_CHANGES: dict[tuple, dict] = {
 _SPLIT_K_EXCEPTIONS = {"IQ4_XS": Tile(block_m=128, block_n=64, tile_k=256, num_warps=8, num_stages=2)}
 
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
+_INT8_LOW = Tile(block_m=64, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
 QUANTIZE_ROWS = 16  # tokens a program of the int8 activation quantizer takes
 SCALE_BLOCK = 1024  # of a token at a time when it is scaled to fp16
 
 
-# Cards with so few arithmetic instructions per tensor-core product that a fused decode cannot hide at large M.
 _A100 = (8, 0)
-_DATACENTER = frozenset({_A100, (9, 0), (10, 0)})
 _DATACENTER_FUSED_M = 512  # up to here writing the unpacked weight costs as much as the exposed decode (estimated)
 
 
-def choose_algorithm(m: int, capability: tuple[int, int] | None) -> tuple[str, str]:
-    """Return "small_m", "fused" or "two_stage" for compute="exact", and why; capability None means no NVIDIA card."""
+def choose_algorithm(m: int, capability: tuple[int, int] | None, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
+    """Return "small_m", "fused" or "two_stage" for compute="exact" on x of `dtype`, and why; capability None: no NVIDIA card."""
     if m <= SMALL_M:
         return "small_m", f"up to {SMALL_M} rows are bound by reading the weight"
+    if dtype == torch.float32 and m > WEIGHT_ONLY_M:
+        return (
+            "two_stage",
+            "float32 has no tensor-core product to hide a decode behind, and its tiles pass a GeForce's shared memory",
+        )
     if capability is not None and capability < TENSOR_CORE_CAPABILITY:
         return "two_stage", "Triton has no tensor-core code for this card"
-    if capability in _DATACENTER and m > _DATACENTER_FUSED_M:
+    if capability in DATACENTER and m > _DATACENTER_FUSED_M:
         return "two_stage", f"tensor cores too fast for a fused decode above {_DATACENTER_FUSED_M} rows (estimated)"
     return "fused", "decodes in registers, no scratch in memory"
 
 
 ROW_SCALE_BITS = 6  # formats of at most so many bits a weight lose nothing by one int8 scale per row (Q5_1 has 6.0, Q6_K 6.6)
+
+
+# Hopper and later wait for a product before they convert it (docs/decisions/predictions.md); A100's int8 products take as long as
+# either way of scaling them.
+_ROW_SCALES = DATACENTER - {_A100}
 
 
 def row_scales_serve(fmt: BlockFormat) -> bool:
@@ -115,9 +126,14 @@ def row_scales_serve(fmt: BlockFormat) -> bool:
 
 def choose_int8_algorithm(fmt: BlockFormat, capability: tuple[int, int] | None) -> tuple[str, str]:
     """Return "two_stage" (scales of weight groups) or "row_scales" for compute="int8", and why."""
-    if capability in _DATACENTER and row_scales_serve(fmt):
-        return "row_scales", "unpack to int8 in L2 with one scale per row: scales of groups would take longer than the products"
-    return "two_stage", "unpack to int8 in L2, then one GEMM for all formats"
+    if capability in _ROW_SCALES and row_scales_serve(fmt):
+        return "row_scales", "unpack to int8 with one scale per row: scales of groups would take longer than the products"
+    return "two_stage", "unpack to int8, then one GEMM for all formats"
+
+
+def int8_tile(m: int) -> Tile:
+    """Choose the int8 GEMM's tile: half as high where M fills no more than half of the high one."""
+    return _INT8_LOW if m <= _INT8_LOW.block_m else INT8_TILE
 
 
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:

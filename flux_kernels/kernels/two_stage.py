@@ -1,13 +1,13 @@
-"""Chunked two-stage: unpack a chunk of output features into a scratch that stays in L2, then torch's own matmul.
+"""Two-stage: unpack the weight (or a chunk of its output features) into a scratch, then torch's own matmul.
 
-For cards whose tensor cores are too fast for a fused decode to hide behind (A100, H100, H200), and for Turing, where
-Triton has no tensor-core code. The scratch comes from torch's caching allocator on the current stream, so it is safe on several
-streams and under CUDA graphs; it holds at most a third of L2.
+For cards whose tensor cores are too fast for a fused decode to hide behind (A100, H100, H200), for float32 activations, and for
+Turing, where Triton has no tensor-core code. The scratch comes from torch's caching allocator on the current stream, so it is
+safe on several streams and under CUDA graphs; chunks.py says how large it gets.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,51 +15,64 @@ from torch import Tensor
 from .._triton import triton
 from ..formats import BlockFormat
 from ..low_rank import Branch
+from .chunks import chunks_of
 from .dequantize import dequantize_kernel
-from .launching import format_constants, table_of
+from .launching import Launch, all_aligned
+from .problem import Problem
 from .tuning import UNPACK_ROWS, largest_tile_k
 
-_UNKNOWN_L2 = 24 << 20  # bytes, where the device does not tell
-_WHOLE_TILES = 128  # chunks are multiples of this many rows, as GEMM tiles are
 
-
-def linear(
-    x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, fmt: BlockFormat, planes: bool, branch: Branch | None = None
-) -> None:
-    """Write x [M, K] @ decode(data).T + bias + branch to y [M, N] chunk by chunk along N.
+def prepare(problem: Problem, rows: int | None) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Branch | None], None]:
+    """Return what writes x [M, K] @ decode(data).T + bias + branch to y [M, N], `rows` rows of the weight at a time (None: all).
 
     A branch is written to y first, rounded on its own, and added inside the product (cuBLAS adds in float32, rounds once).
     """
-    if branch is not None:
-        hidden, up = branch
-        torch.mm(hidden, up.T, out=y) if bias is None else torch.addmm(bias.to(x.dtype), hidden, up.T, out=y)
-    rows = rows_per_chunk(x.shape[1], x.element_size(), x.device)
-    for start in range(0, data.shape[0], rows):
-        chunk = slice(start, start + rows)
-        weight = unpack(data[chunk], fmt, x.dtype, planes)
+    chunks = [(chunk, _unpacking(problem, chunk.stop - chunk.start)) for chunk in chunks_of(problem.n, rows)]
+    whole = chunks[0][1] if len(chunks) == 1 else None
+
+    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+        bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
         if branch is not None:
-            y[:, chunk].addmm_(x, weight.T)
-        elif bias is None:
-            torch.mm(x, weight.T, out=y[:, chunk])
-        else:
-            torch.addmm(bias[chunk].to(x.dtype), x, weight.T, out=y[:, chunk])
+            hidden, up = branch
+            torch.mm(hidden, up.T, out=y) if bias is None else torch.addmm(bias, hidden, up.T, out=y)
+        if whole is not None:
+            _multiply(x, whole(data), bias, y, branch is not None)
+            return
+        for chunk, unpack_chunk in chunks:
+            # Not kept in a variable: the next chunk's scratch would be allocated beside it.
+            _multiply(x, unpack_chunk(data[chunk]), None if bias is None else bias[chunk], y[:, chunk], branch is not None)
+
+    return run
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> None:
+    """Write x @ weight.T + bias to y, or add the product to it; cuBLAS's epilogue adds the bias only where y is contiguous."""
+    if add:
+        y.addmm_(x, weight.T)
+    elif bias is None:
+        torch.mm(x, weight.T, out=y)
+    else:
+        torch.addmm(bias, x, weight.T, out=y)
 
 
 def unpack(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool) -> Tensor:
     """Decode packed rows uint8 [N, row bytes] to [N, K] of `dtype`; float32 bit-equal to the reference, 16 bit rounded once."""
     n, row_bytes = data.shape
-    constants = format_constants(fmt, row_bytes, planes)
-    y = torch.empty(n, constants["K"], dtype=dtype, device=data.device)
-    if y.numel():
-        tile_k = largest_tile_k(fmt, constants["K"])
-        grid = (triton.cdiv(n, UNPACK_ROWS), constants["K"] // tile_k)
-        dequantize_kernel[grid](data, table_of(fmt, data), y, n, **constants, BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
-    return y
+    k = fmt.row_weights(row_bytes)
+    if not n * k:
+        return torch.empty(n, k, dtype=dtype, device=data.device)
+    return _unpacking(Problem(0, n, k, k, row_bytes, fmt, planes, dtype, None, 0, data.device), n)(data)
 
 
-@cache
-def rows_per_chunk(k: int, itemsize: int, device: torch.device) -> int:
-    """Return how many rows of `k` weights of `itemsize` bytes fill a third of L2, in whole tiles."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    l2 = getattr(properties, "L2_cache_size", 0) or _UNKNOWN_L2
-    return max(1, l2 // 3 // (k * itemsize) // _WHOLE_TILES) * _WHOLE_TILES
+def _unpacking(problem: Problem, rows: int) -> Callable[[Tensor], Tensor]:
+    """Return what decodes `rows` packed rows to [rows, K] of the problem's dtype."""
+    tile_k, table = largest_tile_k(problem.fmt, problem.k), problem.table
+    grid = (triton.cdiv(rows, UNPACK_ROWS), problem.k // tile_k)
+    launch = Launch(dequantize_kernel, grid, (rows,), problem.format_constants | dict(BLOCK_N=UNPACK_ROWS, TILE_K=tile_k))
+
+    def run(data: Tensor) -> Tensor:
+        y = torch.empty(rows, problem.k, dtype=problem.dtype, device=data.device)
+        launch(all_aligned(data), data, data if table is None else table, y)
+        return y
+
+    return run

@@ -15,9 +15,10 @@ from flux_kernels.benchmark.record import CHECKOUT
 from flux_kernels.benchmark.step_jobs import denoising_job
 from flux_kernels.cli import app
 from flux_kernels.flux.calls import Call
+from flux_kernels.install_hints import install_command
 
 CPU = torch.device("cpu")
-COMMAND = "pip install 'flux_kernels[bench]'"
+COMMAND = install_command("bench")
 
 
 def note(provider: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,8 +30,8 @@ def operands(tokens: int, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize(("compute", "tokens"), [("int8", 37), ("fp16_accumulate", 37), ("exact", 37), ("exact", 2)])
 def test_the_branch_is_added_before_the_result_is_rounded(compute, tokens, dtype, rank, device, monkeypatch):
     """Ragged M, N and r, several weight chunks: as accurate as the twin, which rounds once (see test_compute_modes for factors)."""
-    monkeypatch.setattr(int8, "rows_per_chunk", lambda k, itemsize, device: 48)
-    monkeypatch.setattr(int8, "choose", lambda *call: default_choice(*call[:-1], (8, 9)))  # scales of groups, as the twin
+    groups = replace(default_choice("int8", FORMATS["Q4_K"], 37, N, K, (8, 9)), rows=48)  # scales of groups, as the twin
+    monkeypatch.setattr(int8, "choose", lambda *call: groups)
     fmt = FORMATS["Q4_K"]
     data, weight = finite_rows("Q4_K", N)
     x, bias, hidden, up = operands(tokens, rank, dtype)

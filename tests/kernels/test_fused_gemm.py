@@ -9,7 +9,7 @@ import torch
 
 from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
-from flux_kernels.kernels import exact, two_stage
+from flux_kernels.kernels import exact
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tuning import Tile, choose_algorithm
 
@@ -120,8 +120,7 @@ def test_one_row_selects_one_column_of_the_weight(name, dtype, device):
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ3_S"])
 def test_the_two_stage_algorithm_equals_torch(name, bias, device, monkeypatch):
     """Unpacking chunk by chunk and torch's matmul give what dequantize-then-linear gives, ragged last chunk included."""
-    monkeypatch.setattr(exact, "choose", lambda *call: Choice("two_stage", None, ""))
-    monkeypatch.setattr(two_stage, "rows_per_chunk", lambda k, itemsize, device: 16)
+    monkeypatch.setattr(exact, "choose", lambda *call: Choice("two_stage", None, "", rows=16))
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 37)
     x, b = torch.randn(20, 512), torch.randn(37) if bias else None

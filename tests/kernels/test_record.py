@@ -39,6 +39,7 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD)
     for module in (record, choice):
         monkeypatch.setattr(module, "capability_of", lambda device: (8, 6))
+    monkeypatch.setattr(choice, "processors_of", lambda device: 82)
     choice.forget()
     yield tmp_path
     choice.forget()

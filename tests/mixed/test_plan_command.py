@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from flux_kernels.cli import app
 from flux_kernels.embedded import embedded_model_path
 from flux_kernels.gguf_file import read_gguf
+from flux_kernels.install_hints import install_command
 from flux_kernels.mixed.casting_cost import is_casting_cost
 from flux_kernels.mixed.measured_model import find_source
 from flux_kernels.mixed.plan_file import Plan
@@ -123,7 +124,7 @@ app(["plan", {str(costs)!r}, "--size", "4MB", "-o", {str(tmp_path / "plan.json")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert not list(tmp_path.iterdir())
-    assert done.stderr.strip().endswith(f"Error: {missing} is not installed. Run: pip install 'flux_kernels[plan]'")
+    assert done.stderr.strip().endswith(f"Error: {missing} is not installed. Run: {install_command('plan')}")
 
 
 def test_help_teaches_with_examples():

@@ -1,0 +1,220 @@
+"""List what the library launches: it runs on tensors without data, and each kernel is written down instead of launched.
+
+So the report follows the library by itself: a kernel, a tile or a constant that a call would launch with is what gets compiled,
+in every dtype of x. Calls stand for classes of calls: all M up to 16 and the sizes of the default table's steps above, K of
+FLUX.1's blocks and of its image embedder (64), N below a wide tile (64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from flux_kernels.compute import DATACENTER, PROMOTE_K, WEIGHT_ONLY_M
+from flux_kernels.formats import FORMATS, BlockFormat
+from flux_kernels.kernels import exact, fp16_accumulate, int8
+from flux_kernels.kernels.choice import Choice, default_choice
+from flux_kernels.kernels.tuning import INT8_TILE, row_scales_serve, split_k_tile
+
+from .code_of import code_of
+
+ANY = "any"  # the format or dtype of a kernel that is the same for all
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWS = (*range(1, WEIGHT_ONLY_M + 1), 17, 32, 64, 65, 128, 256, 512, 513, 1024, 4608)  # M
+SHAPES = ((3072, 3072), (3072, 64), (64, 3072))  # N, K
+SPLITS = 4  # what the report compiles split-K with, which tuning alone chooses; it also tries others
+RANK = 16
+_MODES = {"exact": exact.linear, "fp16_accumulate": fp16_accumulate.linear, "int8": int8.linear}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Hold one kernel as the library launches it.
+
+    Attributes:
+        name: of the kernel, and what it was given: "_rows" (scales of weight rows), "_outliers", "_branch".
+        format, dtype: of the weight and of x, ANY where the kernel is the same for all.
+        k: weights of a row, a constant of every kernel but the sum of split-K (0).
+        tile: sizes, warps and stages as text.
+        signature: argument -> type.
+        constants: argument -> constexpr.
+        options: num_warps and num_stages where the library says them.
+    """
+
+    name: str
+    format: str
+    dtype: str
+    k: int
+    tile: str
+    kernel: JITFunction = field(compare=False, repr=False)
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def weights(self) -> int:
+        """Return how many weights (or values of x) one program decodes in an iteration, 0 where the kernel decodes none."""
+        sizes = dict(self.constants)
+        if "DECODE" in sizes:
+            return sizes["BLOCK_N"] * sizes["TILE_K"]
+        return sizes["BLOCK_M"] * sizes["GROUP"] if self.kernel.__name__.startswith("quantize") else 0
+
+    @property
+    def unspecialized(self) -> tuple[str, ...]:
+        """Return the arguments that nothing is assumed of, the others being multiples of 16."""
+        return tuple(parameter.name for parameter in self.kernel.params if parameter.do_not_specialize)
+
+    @property
+    def code(self) -> str:
+        """Return a hash of the kernel's source and of what it is compiled with."""
+        unspecialized = tuple((name, "unspecialized") for name in self.unspecialized)
+        return code_of(self.kernel, self.signature, self.constants, self.options, unspecialized)
+
+
+@cache
+def launches(capability: int, rows: tuple[int, ...] = ROWS) -> tuple[Launch, ...]:
+    """Return every distinct kernel that calls of `rows` rows launch on a card, over all formats and dtypes of x."""
+    found: dict[tuple, Launch] = {}
+    for call in _calls(divmod(capability, 10), rows):
+        for launch in launched(*call):
+            same = (launch.name, launch.signature, launch.constants, launch.options)
+            found[same] = _either(found.get(same, launch), launch)
+    return tuple(found.values())
+
+
+def launched(
+    compute: str, fmt: BlockFormat, shape: tuple[int, int, int], dtype: str, branch: bool, choice: Choice
+) -> list[Launch]:
+    """Return what one call launches as chosen, in int8 with and without outlier channels.
+
+    Args:
+        shape: M, N and K.
+        dtype: of x and the bias, a key of DTYPES.
+    """
+    m, n, k = shape
+    empty = lambda *size, dtype=DTYPES[dtype]: torch.empty(*size, dtype=dtype, device="meta")
+    x, bias, y = empty(m, k), empty(n), empty(m, n)
+    data = empty(n, fmt.row_bytes(k), dtype=torch.uint8)
+    factors = (empty(m, RANK), empty(n, RANK)) if branch else None
+    with _recorded(fmt.name, dtype) as written:
+        _MODES[compute](x, data, bias, y, fmt, fmt.planes, factors, choice=choice)
+        if compute == "int8":
+            outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
+            int8.linear(x, data, bias, y, fmt, fmt.planes, factors, outliers, choice=choice)
+    return written
+
+
+def _either(one: Launch, other: Launch) -> Launch:
+    """Return the launch that two calls share, with ANY where they differ."""
+    return replace(
+        one,
+        format=one.format if one.format == other.format else ANY,
+        dtype=one.dtype if one.dtype == other.dtype else ANY,
+    )
+
+
+@contextmanager
+def _recorded(format: str, dtype: str) -> Iterator[list[Launch]]:
+    """Write down the kernels that are launched in the context, and launch none."""
+    written: list[Launch] = []
+
+    def run(kernel, *arguments, grid, warmup, **named):
+        written.append(_launch(kernel, arguments, named, format, dtype))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield written
+
+
+def _calls(capability: tuple[int, int], rows: tuple[int, ...]) -> Iterator[tuple]:
+    """Yield the arguments of `launched` for each choice that a card makes."""
+    for fmt in FORMATS.values():
+        for n, k in SHAPES:
+            if k % fmt.block_size:
+                continue
+            for dtype in DTYPES:
+                for branch in (False, True):
+                    for compute in _modes(capability, k):
+                        for m, choice in _choices(compute, fmt, (rows, n, k), capability, dtype, branch):
+                            yield compute, fmt, (m, n, k), dtype, branch, choice
+                    for compute, choice in _tuned(fmt, n, k, capability, dtype) if n == k else ():
+                        yield compute, fmt, (512, n, k), dtype, branch, choice
+
+
+def _tuned(fmt: BlockFormat, n: int, k: int, capability: tuple[int, int], dtype: str) -> Iterator[tuple[str, Choice]]:
+    """Yield what the default table does not choose and tuning may: split-K, int8 with the other kind of scales."""
+    if dtype != "fp32":
+        yield "exact", Choice("split_k", replace(split_k_tile(fmt, 512, n, k, capability), splits=SPLITS), "")
+    for algorithm in ("two_stage", *["row_scales"] * row_scales_serve(fmt)):
+        yield "int8", Choice(algorithm, INT8_TILE, "")
+
+
+def _modes(capability: tuple[int, int], k: int) -> list[str]:
+    """Return the compute modes that a card and K allow."""
+    refused = {"fp16_accumulate"} if capability in DATACENTER or k % PROMOTE_K else set()
+    return [mode for mode in _MODES if mode not in refused]
+
+
+def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, branch: bool) -> list[tuple[int, Choice]]:
+    """Return one M for each choice that differs in what it launches."""
+    found = {}
+    rows, n, k = shapes
+    for m in rows:
+        if compute == "exact" or m > WEIGHT_ONLY_M:
+            choice = default_choice(compute, fmt, m, n, k, capability, DTYPES[dtype], branch)
+            found.setdefault((choice.algorithm, choice.tile), (m, choice))
+    return list(found.values())
+
+
+def _launch(kernel: JITFunction, arguments: tuple, named: dict, format: str, dtype: str) -> Launch:
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+    options = {name: values.pop(name) for name in list(values) if name not in kernel.arg_names}
+    fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constants = {name: value for name, value in values.items() if name in fixed or value is None}
+    signature = {name: _type(value) for name, value in values.items() if name not in constants}
+    return Launch(
+        _name(kernel, constants, signature),
+        format,
+        dtype,
+        constants.get("K", 0),
+        _tile(constants, options),
+        kernel,
+        tuple(sorted(signature.items())),
+        tuple(sorted(constants.items(), key=lambda item: item[0])),
+        tuple(sorted(options.items())),
+    )
+
+
+def _type(value: torch.Tensor | float) -> str:
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def _name(kernel: JITFunction, constants: dict, signature: dict) -> str:
+    rows = constants.get("ROW_SCALES") or ("largest_ptr" in signature and "scale_ptr" in signature)
+    given = {"_rows": rows, "_outliers": "keep_ptr" in signature, "_branch": "hidden_ptr" in signature}
+    return kernel.__name__.removesuffix("_kernel") + "".join(suffix for suffix, is_given in given.items() if is_given)
+
+
+def _tile(constants: dict, options: dict) -> str:
+    """Write a launch's sizes as str(Tile) does."""
+    step = next((name for name in ("TILE_K", "GROUP", "BLOCK_K") if name in constants), None)
+    sizes = [constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK", step) if name in constants]
+    words = ["x".join(map(str, sizes))]
+    words += [f"{name[4:]} {options[name]}" for name in ("num_warps", "num_stages") if name in options]
+    words += [f"split {constants['SPLITS']}"] if "SPLITS" in constants else []
+    return " ".join(words + ["ldmatrix"] * bool(constants.get("LDMATRIX")))

@@ -1,0 +1,103 @@
+"""Compile many launches in several processes, and keep the record of their rows: resumable, and free of rows out of date."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+from bench.record import write_csv
+
+from .cards import CARDS
+from .launches import ROWS, Launch, launches
+from .report import key, launch_key, row_of
+
+RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
+_SAVED_EVERY = 30  # seconds
+
+
+@dataclass(frozen=True)
+class Item:
+    """Name one launch on one card so that another process finds it: its place among those of `rows` on the card."""
+
+    capability: int
+    rows: tuple[int, ...]
+    place: int
+
+    @property
+    def launch(self) -> Launch:
+        """Return the launch itself."""
+        return launches(self.capability, self.rows)[self.place]
+
+    def key(self, version: str = triton.__version__) -> tuple[str, ...]:
+        """Return the key of its row under one Triton."""
+        return launch_key(self.launch, self.capability, version)
+
+
+def items(capabilities: Iterable[int] = CARDS, rows: tuple[int, ...] = ROWS) -> list[Item]:
+    """List the launches of calls of `rows` rows on some cards."""
+    return [Item(capability, rows, place) for capability in capabilities for place in range(len(launches(capability, rows)))]
+
+
+def read_record(path: Path = RECORD) -> dict[tuple, dict]:
+    """Return the recorded rows by key; none where there is no file, or one from before a column was added."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {key(row): row for row in rows} if rows and "code" in rows[0] else {}
+
+
+def lacking(wanted: list[Item], record: dict[tuple, dict], version: str = triton.__version__) -> list[Item]:
+    """Return the launches whose row the record lacks, or has from another state of the kernel's source."""
+    return [item for item in wanted if record.get(item.key(version), {}).get("code") != item.launch.code]
+
+
+def compiled(wanted: list[Item], jobs: int) -> Iterator[dict | str]:
+    """Yield the row of each launch as soon as it is compiled, or a sentence why it could not be."""
+    with ProcessPoolExecutor(jobs) as pool:
+        pending = [pool.submit(_one, item) for item in wanted]
+        try:
+            yield from (done.result() for done in as_completed(pending))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _one(item: Item) -> dict | str:
+    try:
+        return row_of(item.launch, item.capability)
+    except Exception as error:  # noqa: BLE001  (whatever a compiler raises is a result: it is reported, the others go on)
+        return f"{' '.join(item.key())}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+class Recorder:
+    """Add rows to a record as they come, saved every half a minute and at the end."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows, self.saved = path, read_record(path), time.monotonic()
+
+    def add(self, row: dict) -> None:
+        """Put a row in place of the recorded one of its key."""
+        self.rows[key(row)] = row
+        if time.monotonic() - self.saved > _SAVED_EVERY:
+            self.save()
+
+    def drop_unlaunched(self, version: str = triton.__version__) -> int:
+        """Drop the rows of one Triton that the library no longer launches; return how many."""
+        launched = {item.key(version) for item in items()}
+        gone = [one for one, row in self.rows.items() if row["triton"] == version and one not in launched]
+        for one in gone:
+            del self.rows[one]
+        return len(gone)
+
+    def save(self) -> None:
+        """Write the file, in an order that does not depend on when rows came."""
+        order = sorted(self.rows, key=lambda one: (*one[:2], int(one[2]), *one[3:5], int(one[5]), one[6]))
+        if order:
+            write_csv([self.rows[one] for one in order], self.path)
+        self.saved = time.monotonic()

@@ -1,0 +1,199 @@
+"""Let the library launch its kernels where no GPU is: a stand-in driver for Triton that compiles for real and launches nothing.
+
+    with stand_in(CARDS["H100"]) as card:
+        y = layer(x.to("cuda"))             # the library's own path: choice, grid, compilation, launch
+    print(card.launches)                    # Counter({'fused_gemm_Q4_K': 1})
+
+Every tensor is the CPU's and says that it is on "cuda:0"; results hold whatever was in memory. It serves three customers: the cost
+of a launch in Python (bench.launch_cost), compiling ahead for a machine that has the GPU, and dry runs of what needs one.
+What it refuses is what a driver refuses: too much shared memory, grids past the limits, loading a kernel during a graph capture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from bench.aot.cards import CARDS as LIMITS
+from bench.stand_in_cuda import Cuda, patched
+
+_GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, technical specifications per compute capability
+_WARP = 32
+_MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Card:
+    """Hold what a driver tells of a card: name, compute capability, multiprocessors, bytes of L2, shared memory and memory."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    l2_bytes: int
+    memory_bytes: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return the shared memory that one program may have."""
+        return LIMITS[10 * self.capability[0] + self.capability[1]].shared_per_block
+
+
+# Vendors' data sheets; the H100's and H200's as their drivers said.
+CARDS = {
+    "RTX 3060": Card("NVIDIA GeForce RTX 3060", (8, 6), 28, 3 << 20, 12 << 30),
+    "RTX 3090": Card("NVIDIA GeForce RTX 3090", (8, 6), 82, 6 << 20, 24 << 30),
+    "RTX 4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 72 << 20, 24 << 30),
+    "RTX 5090": Card("NVIDIA GeForce RTX 5090", (12, 0), 170, 96 << 20, 32 << 30),
+    "A100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 40 << 20, 80 << 30),
+    "H100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 50 << 20, 80 << 30),
+    "H200": Card("NVIDIA H200", (9, 0), 132, 60 << 20, 141 << 30),
+}
+
+
+@dataclass
+class StandIn:
+    """Hold what happened: launches by kernel name, and the name of every kernel loaded, in order."""
+
+    card: Card
+    cuda: Cuda
+    launches: Counter[str] = field(default_factory=Counter)
+    loaded: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def stand_in(card: Card, compiler: Callable | None = None) -> Iterator[StandIn]:
+    """Put the card in place until the context ends; one card at a time.
+
+    Args:
+        card: what the driver says it is.
+        compiler: called instead of `triton.compile` with the same arguments, such as `counting_compiler` returns.
+    """
+    cuda = Cuda(card)
+    found = StandIn(card, cuda)
+    before, compile_before = triton.runtime.driver._active, triton.compiler.compile
+    _forget()
+    triton.runtime.driver.set_active(_Driver(found))
+    if compiler is not None:
+        triton.compiler.compile = compiler
+    try:
+        with patched(cuda):
+            yield found
+    finally:
+        triton.runtime.driver._active, triton.compiler.compile = before, compile_before
+        _forget()
+
+
+def _forget() -> None:
+    """Make kernels and the library forget the card they saw last: what they keep holds for one card."""
+    triton.compiler.compiler.max_shared_mem.cache_clear()
+    for name, module in list(sys.modules.items()):
+        ours = name.partition(".")[0] == "flux_kernels"
+        for value in list(getattr(module, "__dict__", {}).values()):
+            if issubclass(type(value), JITFunction):
+                value.device_caches.clear()
+            elif ours and callable(getattr(value, "cache_clear", None)):
+                value.cache_clear()
+
+
+class _Driver(DriverBase):
+    """Be the driver that Triton asks for the target, the card's limits, and a way to launch."""
+
+    def __init__(self, found: StandIn):
+        self.found = found
+        self.utils = _Utils(found)
+        self.launcher_cls = lambda source, metadata: _Launcher(found, metadata.name)
+        major, minor = found.card.capability
+        self._target = GPUTarget("cuda", 10 * major + minor, _WARP)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self):
+        return self.found.cuda.device
+
+    def get_benchmarker(self):
+        raise NotImplementedError("there is nothing to time on a stand-in")
+
+
+class _Utils:
+    """Be the driver's C functions that a compiled kernel needs before its first launch."""
+
+    def __init__(self, found: StandIn):
+        self.found = found
+
+    def get_device_properties(self, device: int) -> dict:
+        card = self.found.card
+        return dict(max_shared_mem=card.shared_bytes, multiprocessor_count=card.processors, warpSize=_WARP)
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
+        """Return module, function, registers, spills and threads, as the driver does; the registers are not known here."""
+        self.found.cuda.refuse_while_capturing(f"loading {name}")
+        self.found.loaded.append(name)
+        return object(), object(), 0, 0, _MOST_THREADS
+
+
+class _Launcher:
+    """Count launches of one kernel, after the checks that the driver makes."""
+
+    def __init__(self, found: StandIn, name: str):
+        self.launches, self.name = found.launches, name
+
+    def __call__(self, x: int, y: int, z: int, *arguments) -> None:
+        if x * y * z == 0:  # Triton's own launcher skips such a grid
+            return
+        if x > _GRID_LIMITS[0] or y > _GRID_LIMITS[1] or z > _GRID_LIMITS[2]:
+            raise RuntimeError(f"Triton Error [CUDA]: invalid argument (grid {x, y, z} of {self.name})")
+        self.launches[self.name] += 1
+
+
+def counting_compiler(names: Counter[str]) -> Callable:
+    """Return a compiler that compiles nothing and counts each distinct kernel in `names`, by name.
+
+    What it returns can be launched. Whether shared memory suffices is not known then.
+    """
+
+    def compile(source, target=None, options=None, **_):
+        name = source.fn._fn_name.rpartition(".")[2] if hasattr(source.fn, "_fn_name") else source.fn.__name__
+        names[name] += 1
+        return _Uncompiled(name)
+
+    return compile
+
+
+class _Uncompiled:
+    """Stand for a compiled kernel."""
+
+    function = packed_metadata = None
+    n_regs = n_spills = 0
+
+    def __init__(self, name: str):
+        self.name = name
+        self.run = triton.runtime.driver.active.launcher_cls(None, self)
+
+    @property
+    def metadata(self):
+        return self
+
+    def launch_metadata(self, grid, stream, *arguments) -> None:
+        return None

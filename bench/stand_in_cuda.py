@@ -1,0 +1,251 @@
+"""Let torch's CPU stand for a CUDA device: the functions of `torch.cuda` that code asks before and around its launches.
+
+Tensors stay on the CPU and say that they are on "cuda:0"; a tensor made for or moved to that device is made on the CPU. What the
+library leaves to torch, products and a maximum, costs one dispatch on a tiny tensor and leaves the result as it was.
+Events measure the wall clock; graphs record nothing. Inside a capture everything raises that would end a real one: waiting for
+the device, reading a value back, loading a kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch.utils._device import _device_constructors
+
+_CPU = torch.device("cpu")
+_device_of_base = torch._C.TensorBase.device.__get__
+_is_meta = torch._C.TensorBase.is_meta.__get__
+_READS = ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+_MAKERS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+
+
+class Cuda:
+    """Hold the state of the stand-in device: whether a graph is being captured, and how often one was replayed."""
+
+    def __init__(self, card):
+        self.card = card
+        self.device = torch.device("cuda", 0)
+        self.capturing = False
+        self.replays = 0
+
+    def refuse_while_capturing(self, what: str) -> None:
+        """Raise what CUDA raises, where a graph is being captured."""
+        if self.capturing:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+
+    def properties(self, device=None) -> SimpleNamespace:
+        """Return what `torch.cuda.get_device_properties` tells of the card."""
+        card = self.card
+        major, minor = card.capability
+        return SimpleNamespace(
+            name=card.name,
+            major=major,
+            minor=minor,
+            total_memory=card.memory_bytes,
+            multi_processor_count=card.processors,
+            L2_cache_size=card.l2_bytes,
+            shared_memory_per_block_optin=card.shared_bytes,
+            warp_size=32,
+        )
+
+    def synchronize(self, device=None) -> None:
+        """Wait for nothing; raise inside a capture."""
+        self.refuse_while_capturing("synchronize")
+
+
+@contextmanager
+def patched(cuda: Cuda) -> Iterator[None]:
+    """Put the stand-in's functions into torch until the context ends."""
+    constructors = _device_constructors()  # asked before anything is replaced: it remembers the functions themselves
+    with ExitStack() as stack:
+        for owner, name, value in _replacements(cuda, constructors):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def _replacements(cuda: Cuda, constructors) -> Iterator[tuple[object, str, object]]:
+    yield from ((torch.cuda, name, value) for name, value in _functions(cuda).items())
+    yield torch.Tensor, "device", property(lambda self: _device_of_base(self) if _is_meta(self) else cuda.device)
+    yield torch.Tensor, "is_cuda", property(lambda self: _device_of_base(self) == _CPU)
+    for function in constructors:
+        if getattr(torch, function.__name__, None) is function:
+            yield torch, function.__name__, _made_here(function)
+    yield from ((torch, name, _made_here(getattr(torch, name))) for name in (*_LIKE, "Generator"))
+    yield from ((torch.Tensor, name, _made_here(getattr(torch.Tensor, name))) for name in _MAKERS)
+    yield from _products()
+    yield torch.Tensor, "to", _moved_here(torch.Tensor.to)
+    yield torch.Tensor, "cuda", lambda self, *args, **kwargs: self
+    yield torch.Tensor, "pin_memory", lambda self, *args: self
+    yield from ((torch.Tensor, name, _reading(getattr(torch.Tensor, name), cuda)) for name in _READS)
+
+
+def _here(device):
+    """Return where a tensor for `device` is made: the CPU for "cuda", in any of the forms torch takes."""
+    if not isinstance(device, torch.device):
+        device = torch.device(device)  # "cuda", "cuda:0" or a number
+    return _CPU if device.type == "cuda" else device
+
+
+def _made_here(function: Callable) -> Callable:
+    if isinstance(function, type):  # torch.Generator takes the device as its only argument
+        return lambda device="cpu": function(_here(device))
+
+    @wraps(function)
+    def make(*args, **kwargs):
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _here(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return make
+
+
+def _moved_here(function: Callable) -> Callable:
+    @wraps(function)
+    def to(self, *args, **kwargs):
+        if args and isinstance(args[0], (str, int, torch.device)):
+            args = (_here(args[0]), *args[1:])
+        elif kwargs.get("device") is not None:
+            kwargs["device"] = _here(kwargs["device"])
+        return function(self, *args, **kwargs)
+
+    return to
+
+
+def _products() -> Iterator[tuple[object, str, object]]:
+    """Yield stand-ins of the work that kernels leave to torch; products check the inner sizes, as real ones do."""
+    tiny, row = torch.zeros(8, 8), torch.zeros(8)
+    mm, addmm, amax = torch.mm, torch.addmm, torch.Tensor.amax
+
+    def checked(a, b) -> tuple[int, int]:
+        if a.shape[1] != b.shape[0]:
+            raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({list(a.shape)} and {list(b.shape)})")
+        return a.shape[0], b.shape[1]
+
+    def stand_in_mm(a, b, *, out=None):
+        mm(tiny, tiny)
+        return a.new_empty(checked(a, b)) if out is None else out
+
+    def stand_in_addmm(start, a, b, *, out=None, beta=1, alpha=1):
+        addmm(row, tiny, tiny)
+        return a.new_empty(checked(a, b)) if out is None else out
+
+    def stand_in_addmm_(self, a, b, *, beta=1, alpha=1):
+        checked(a, b)
+        addmm(row, tiny, tiny)
+        return self
+
+    def stand_in_amax(self, dim=(), keepdim=False):
+        amax(tiny, 0)
+        return self.select(dim, 0) if isinstance(dim, int) and not keepdim else amax(self, dim, keepdim)
+
+    yield torch, "mm", stand_in_mm
+    yield torch, "addmm", stand_in_addmm
+    yield torch.Tensor, "addmm_", stand_in_addmm_
+    yield torch.Tensor, "amax", stand_in_amax
+
+
+def _reading(function: Callable, cuda: Cuda) -> Callable:
+    @wraps(function)
+    def read(*args, **kwargs):
+        cuda.refuse_while_capturing(f"reading a value back by {function.__name__}")
+        return function(*args, **kwargs)
+
+    return read
+
+
+def _functions(cuda: Cuda) -> dict[str, object]:
+    """Return the stand-ins of torch.cuda's functions and classes, by name."""
+    stream = SimpleNamespace(
+        cuda_stream=0,
+        device=cuda.device,
+        synchronize=cuda.synchronize,
+        wait_stream=lambda other: None,
+        wait_event=lambda e: None,
+    )
+    count = lambda *_, **__: 0
+    nothing = lambda *_, **__: None
+    return dict(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        _lazy_init=nothing,
+        _lazy_call=nothing,
+        _exchange_device=lambda device: 0,
+        _maybe_exchange_device=lambda device: 0,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        set_device=nothing,
+        get_device_name=lambda device=None: cuda.card.name,
+        get_device_capability=lambda device=None: cuda.card.capability,
+        get_device_properties=cuda.properties,
+        is_bf16_supported=lambda *_, **__: True,
+        synchronize=cuda.synchronize,
+        current_stream=lambda device=None: stream,
+        default_stream=lambda device=None: stream,
+        Stream=lambda *_, **__: stream,
+        stream=lambda stream: nullcontext(),
+        Event=lambda *_, **__: _Event(cuda),
+        CUDAGraph=lambda *_, **__: _Graph(cuda),
+        graph=lambda graph, *_, **__: graph.captured(),
+        graph_pool_handle=nothing,
+        is_current_stream_capturing=lambda: cuda.capturing,
+        mem_get_info=lambda device=None: (cuda.card.memory_bytes, cuda.card.memory_bytes),
+        memory_allocated=count,
+        max_memory_allocated=count,
+        memory_reserved=count,
+        max_memory_reserved=count,
+        reset_peak_memory_stats=nothing,
+        empty_cache=nothing,
+        set_sync_debug_mode=nothing,
+        manual_seed=nothing,
+        manual_seed_all=nothing,
+        _sleep=nothing,
+    )
+
+
+class _Event:
+    """Hold a moment of the wall clock."""
+
+    def __init__(self, cuda: Cuda):
+        self.cuda, self.time = cuda, 0.0
+
+    def record(self, stream=None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        self.cuda.synchronize()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        """Return milliseconds."""
+        self.cuda.synchronize()
+        return 1e3 * (other.time - self.time)
+
+
+class _Graph:
+    """Count replays of what was captured."""
+
+    def __init__(self, cuda: Cuda):
+        self.cuda = cuda
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        self.cuda.capturing = True
+        try:
+            yield
+        finally:
+            self.cuda.capturing = False
+
+    def replay(self) -> None:
+        self.cuda.replays += 1
+
+    def reset(self) -> None:
+        pass

@@ -1,0 +1,64 @@
+"""What one product is, without its tensors: everything that decides grids, constants and compiled code."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..formats import BlockFormat
+from ..low_rank import Branch
+
+
+class Problem(NamedTuple):
+    """Describe y[M, N] = x[M, K] @ decode(data).T + bias + hidden[M, R] @ up[N, R].T; hashable, so that launches are prepared once.
+
+    Attributes:
+        m, n, k: sizes of the product.
+        stride: elements between rows of x.
+        row_bytes: of one packed row.
+        fmt: the format's row.
+        planes: whether rows are stored field by field.
+        dtype: of x and y.
+        bias: dtype of the bias, None without one.
+        rank: R of the low-rank branch, 0 without one.
+        device: of everything.
+    """
+
+    m: int
+    n: int
+    k: int
+    stride: int
+    row_bytes: int
+    fmt: BlockFormat
+    planes: bool
+    dtype: torch.dtype
+    bias: torch.dtype | None
+    rank: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, planes: bool, branch: Branch | None) -> Problem:
+        """Describe the product of these tensors; x [M, K] has unit stride along K."""
+        (m, k), (n, row_bytes) = x.shape, data.shape
+        rank = 0 if branch is None else branch[0].shape[1]
+        return cls(
+            *(m, n, k, x.stride(0), row_bytes, fmt, planes, x.dtype, None if bias is None else bias.dtype, rank, x.device)
+        )
+
+    @property
+    def table(self) -> Tensor | None:
+        """The format's lookup table on the device, None where it has none."""
+        return self.fmt.table_on(self.device) if self.fmt.table is not None else None
+
+    @property
+    def format_constants(self) -> dict:
+        """The constexprs that a kernel takes from the format's row."""
+        return dict(
+            K=self.k,
+            DECODE=self.fmt.decode_tile,
+            NUM_BLOCKS=self.row_bytes // self.fmt.type_size,
+            ROW_BYTES=self.row_bytes,
+            PLANES=self.planes,
+        )

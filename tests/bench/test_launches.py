@@ -1,0 +1,33 @@
+"""What the library launches on a card that is not here: grids, captures, distinct kernels, and the cost of a launch in Python."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flux_kernels.benchmark.record import read_csv
+
+from .test_stand_in import run
+
+pytest.importorskip("triton.backends.nvidia", reason="Triton's NVIDIA backend compiles the kernels")
+
+MOST = {"small m": 15.0, "fused": 15.0, "fp16_accumulate": 25.0, "two-stage": 25.0, "int8": 25.0}  # us above nn.Linear
+
+
+def test_launches_on_the_stand_in():
+    """See launch_cases.py."""
+    printed = run("pytest", "--noconftest", "-q", "-p", "no:cacheprovider", "tests/bench/launch_cases.py")
+    assert re.search(r"\d+ passed", printed) and "failed" not in printed
+
+
+@pytest.mark.parametrize("card", ["H100", "RTX 3090"])
+def test_python_costs_little_more_than_nn_linear(card, tmp_path):
+    """The least of the rounds, which other work on the machine disturbs least; 504 calls a step make 1 us half a millisecond."""
+    path = tmp_path / "costs.csv"
+    run("bench.launch_cost", "--card", card, "--rounds", "25", "--repeats", "40", "--write", str(path))
+    rows = {row["case"]: row for row in read_csv(path) if row["us"]}
+    least = float(rows["nn.Linear"]["least_us"])
+    above = {name: float(row["least_us"]) - least for name, row in rows.items() if name in MOST}
+    assert {"small m", "fused", "int8"} <= above.keys()
+    assert {name: us for name, us in above.items() if us > MOST[name]} == {}

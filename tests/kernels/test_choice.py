@@ -1,0 +1,70 @@
+"""What the default table chooses by dtype, card and rows, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flux_kernels import backends, kernels
+from flux_kernels.errors import BackendUnavailable
+from flux_kernels.formats import FORMATS
+from flux_kernels.kernels.choice import Choice, default_choice
+
+from .samples import finite_rows
+
+CAPABILITIES = [None, (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_float32_never_takes_a_wide_tile(name, capability):
+    """Ten formats' wide tiles need more shared memory than a GeForce has when x is float32 (Q4_K: 165,888 of 101,376 bytes)."""
+    for m in (17, 64, 65, 512, 4608):
+        chosen = default_choice("exact", FORMATS[name], m, 3072, 3072, capability, torch.float32)
+        assert (chosen.algorithm, chosen.tile) == ("two_stage", None)
+    few = default_choice("exact", FORMATS[name], 16, 3072, 3072, capability, torch.float32)
+    assert few.tile is None or few.tile.block_m <= 16
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "IQ2_XS"])
+def test_float32_activations_are_as_right_as_torch(name, device):
+    """The product of the decoded weight, ragged M and N, with bias: what F.linear gives for it."""
+    fmt = FORMATS[name]
+    data, weight = finite_rows(name, 37)
+    packed = fmt.layout.to_planes(data) if fmt.planes else data
+    x, bias = torch.randn(33, 512), torch.randn(37)
+    got = kernels.linear(x.to(device), packed.to(device), bias.to(device), fmt, "exact", fmt.planes).cpu()
+    assert torch.equal(got, torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (10, 3), (11, 0)])
+def test_fp16_accumulation_is_refused_where_it_has_no_faster_unit(capability, monkeypatch):
+    """A100, H100 and their kin multiply fp16 at one rate: the fused tile reaches at most half of cuBLAS there."""
+    monkeypatch.setattr(backends, "_capability", lambda device: capability)
+    backends.resolve.cache_clear()
+    try:
+        with pytest.raises(BackendUnavailable, match="multiply fp16 faster with fp16 accumulation"):
+            backends.resolve("auto", "fp16_accumulate", torch.device("cuda"), FORMATS["Q4_K"])
+        assert backends.resolve("auto", "int8", torch.device("cuda"), FORMATS["Q4_K"]).name == "triton"
+    finally:
+        backends.resolve.cache_clear()
+
+
+def test_the_data_center_cards_unpack_at_large_m():
+    """B300 (10.3) and Thor (11.0) are of the same kind as A100, H100 and B200."""
+    chosen = {cap: default_choice("exact", FORMATS["Q4_K"], 4608, 3072, 3072, cap).algorithm for cap in CAPABILITIES[1:]}
+    assert {cap for cap, algorithm in chosen.items() if algorithm == "two_stage"} == {
+        *((7, 5), (8, 0), (9, 0), (10, 0), (10, 3), (11, 0))
+    }
+
+
+@pytest.mark.parametrize("m", [17, 64, 65, 4608])
+def test_the_int8_tile_is_no_taller_than_twice_the_call(m):
+    tile = default_choice("int8", FORMATS["Q4_K"], m, 3072, 3072, (8, 6)).tile
+    assert tile.block_m <= max(64, 2 * m)
+    assert tile.block_m == (64 if m <= 64 else 128)
+
+
+def test_a_choice_says_its_chunks():
+    assert str(Choice("two_stage", None, "", 4096)) == "two_stage in chunks of 4096 rows"
+    assert str(Choice("two_stage", None, "")) == "two_stage"
