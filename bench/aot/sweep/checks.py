@@ -18,7 +18,7 @@ from flux_kernels import kernels, low_precision
 from flux_kernels.compute import PROMOTE_K, group_width
 from flux_kernels.kernels import exact, int8
 from flux_kernels.kernels.choice import Choice
-from flux_kernels.kernels.tuning import INT8_TILE, split_k_tile
+from flux_kernels.kernels.tuning import int8_tile, split_k_tile
 
 from ..ptx.driver import AbsentCard
 from .cases import Case
@@ -123,7 +123,7 @@ def _no_worse(what: str, y: Tensor, twin: Tensor, expected: Tensor, times: float
 def _int8(row_scales: bool):
     def run(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
         y = torch.empty(inputs.x.shape[0], inputs.data.shape[0], dtype=inputs.dtype)
-        choice = Choice("row_scales" if row_scales else "two_stage", INT8_TILE, "named by the sweep")
+        choice = Choice("row_scales" if row_scales else "two_stage", int8_tile(y.shape[0]), "named by the sweep")
         operands = (inputs.x, inputs.data, inputs.bias, y, inputs.fmt, inputs.fmt.planes, inputs.branch)
         int8.linear(*operands, choice=choice)
         twin = low_precision.linear_int8(

@@ -13,7 +13,7 @@ from bench.aot.ptx import Fault
 from bench.aot.ptx.driver import absent_card
 from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
-from flux_kernels.kernels import int8
+from flux_kernels.kernels import choice, int8
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tuning import INT8_TILE
 from flux_kernels.random_rows import random_rows
@@ -66,27 +66,26 @@ def test_shared_memory_that_the_card_does_not_have():
     """Triton's own refusal comes through: five stages of two 16 KiB tiles fit an H100 and no GeForce."""
     fmt = FORMATS["Q8_0"]
     x, data = torch.randn(17, 256).half(), random_rows(fmt, 32, 256, fmt.planes)
-    choice = Choice("two_stage", replace(INT8_TILE, num_stages=5), "too large")
+    named = Choice("two_stage", replace(INT8_TILE, num_stages=5), "too large")
     with absent_card(89), pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"):
-        int8.linear(x, data, None, torch.empty(17, 32, dtype=x.dtype), fmt, fmt.planes, choice=choice)
+        int8.linear(x, data, None, torch.empty(17, 32, dtype=x.dtype), fmt, fmt.planes, choice=named)
 
 
 def test_tiles_are_those_of_the_card():
-    """The library chooses for the absent card: A100 gets row scales in int8, a GeForce does not."""
+    """The library chooses for the absent card: Hopper gets row scales in int8, a GeForce does not; no launch of one meets the other."""
     fmt = FORMATS["Q4_K"]
     names = {}
-    for capability in (80, 89):
+    for capability in (90, 89):
         with absent_card(capability) as card:
             kernels.linear(torch.randn(17, 256).half(), random_rows(fmt, 32, 256), None, fmt, "int8", False)
             names[capability] = [name for name, _ in card.launches]
-    assert "row_largest_kernel" in names[80] and "row_largest_kernel" not in names[89]
+    assert "row_largest_kernel" in names[90] and "row_largest_kernel" not in names[89]
 
 
 def test_everything_is_put_back():
-    from flux_kernels.kernels import choice, exact
-
-    empty, before = torch.empty, exact.capability_of
+    empty, capability_of = torch.empty, choice.capability_of
     with absent_card(89):
         assert torch.empty is not empty
-    assert torch.empty is empty and exact.capability_of is before
-    assert choice.capability_of is before
+        assert choice.capability_of(torch.device("cpu")) == (8, 9)
+    assert torch.empty is empty
+    assert choice.capability_of is capability_of
