@@ -9,7 +9,8 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before any kernel is decorated; compile-only tests start a process of their own
+# Before any kernel is decorated. Tests that compile start a process of their own, with TRITON_INTERPRET=0.
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "0":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from flux_kernels._triton import interpreting

@@ -111,17 +111,14 @@ def absent_card(capability: int, order: np.random.Generator | None = None, divis
 
     Kernels must have been decorated to be compiled, not for Triton's own interpreter (TRITON_INTERPRET=0).
     """
-    from flux_kernels.kernels import choice, launching
+    from flux_kernels.kernels import launching
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernels were decorated for Triton's interpreter; start the process with TRITON_INTERPRET=0")
     card, driver, empty = AbsentCard(capability, order, division_error), triton.runtime.driver, torch.empty
     own_capability = launching.capability_of
-    replaced = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("flux_kernels") and getattr(module, "capability_of", None) is own_capability
-    ]
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("flux_kernels")]
+    replaced = [module for module in modules if getattr(module, "capability_of", None) is own_capability]
     before = driver._active
     hook = triton.knobs.runtime.add_stages_inspection_hook
     try:
@@ -130,7 +127,7 @@ def absent_card(capability: int, order: np.random.Generator | None = None, divis
         torch.empty = card.allocations.recording(empty)
         for module in replaced:
             module.capability_of = lambda device: divmod(capability, 10)
-        choice.forget()
+        _forget_launches(modules)
         yield card
     finally:
         driver._active = before
@@ -138,4 +135,13 @@ def absent_card(capability: int, order: np.random.Generator | None = None, divis
         torch.empty = empty
         for module in replaced:
             module.capability_of = own_capability
-        choice.forget()
+        _forget_launches(modules)
+
+
+def _forget_launches(modules: list) -> None:
+    """Empty the library's caches: a choice or a prepared launch of one card must not meet another."""
+    for module in modules:
+        if module.__name__.startswith("flux_kernels.kernels") or module.__name__ == "flux_kernels.ops":
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()

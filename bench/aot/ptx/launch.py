@@ -14,6 +14,7 @@ from .numbers import width_of
 from .threads import Counts
 
 _GUARD = 4096  # bytes around each buffer that nothing may touch
+_LONGEST_AXIS = 65535  # blocks along y and z (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")
 _ALIGNMENT = 512  # bytes, of what a GPU's allocator returns
 
 
@@ -90,6 +91,8 @@ def launch(
     counts = Counts(bank_conflicts={} if count_banks else None)
     whole = Launch(code, _bind(code, arguments), shared_bytes, memory, counts, division_error)
     across, down, deep = (*grid, 1, 1)[:3]
+    if across >= 1 << 31 or max(down, deep) > _LONGEST_AXIS:
+        raise Fault(f"a grid of {grid} blocks: a GPU takes {_LONGEST_AXIS} along y and z")
     with np.errstate(all="ignore"):
         for z in range(deep):
             for y in range(down):

@@ -18,15 +18,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Flux's K are odd multiples of 1024 (3072, 15360) or of 4096: rows of K = 1024 have the alignment of those, 8 bytes for Q6_K.
 K = 1024
 RANK = 20  # of a branch: not a multiple of 16
-# rows of x, and rows of the weight where they are, or are not, a multiple of 16 (which decides how wide y is stored)
+# (M, N) of which no tile is whole: with N a multiple of 16, and not (which decides how wide y is stored)
 _SHAPES = {
-    "narrow": (5, 80, 77),
-    "medium": (33, 80, 77),
-    **dict.fromkeys(("wide", "split_k", "int8"), (70, 144, 133)),
-    "fp16": (33, 144, 133),
-    "small_m": (2, 80, 77),
+    "narrow": ((5, 80), (16, 77)),
+    "medium": ((33, 80), (17, 77)),
+    **dict.fromkeys(("wide", "split_k"), ((70, 144), (65, 133))),
+    "int8": ((70, 144), (33, 133)),
+    "fp16": ((33, 144), (17, 133)),
+    "small_m": ((2, 80), (1, 77)),
 }
-_UNPACKED = (37, 40, 37)
+_UNPACKED = ((37, 40), (37, 37))
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ def make(case: Case, k: int = K) -> Inputs:
     seed = crc32(str(case).encode())
     generator = torch.Generator().manual_seed(seed)
     kernel = case.kernel.removesuffix("_branch").removesuffix("_rows")
-    m, n_even, n_odd = _SHAPES.get(kernel, _UNPACKED)
     even = seed % 2 == 0
-    n = n_even if even else n_odd
+    m, n = _SHAPES.get(kernel, _UNPACKED)[0 if even else 1]
     data = random_rows(fmt, n, k, fmt.planes, seed=seed)
     x = _strided(torch.randn(m, k, generator=generator).to(dtype), *((8, 16) if even else (1, 3)))
     branch = None

@@ -1,0 +1,142 @@
+"""What Triton's interpreter hides: how compiled code treats NaN, ties, alignment and odd ranks, executed in the PTX interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bench.aot.ptx import Fault
+from bench.aot.ptx.driver import absent_card
+from bench.aot.sweep.cases import Case
+from bench.aot.sweep.checks import FLIP_MARGIN, compare_codes
+from bench.aot.sweep.inputs import make
+from flux_kernels import kernels, low_precision
+from flux_kernels.formats import FORMATS
+from flux_kernels.kernels import int8
+from flux_kernels.random_rows import random_rows
+from flux_kernels.reference import dequantize
+
+from .planted import edit_launches
+
+Q4_K = FORMATS["Q4_K"]
+K = 512
+
+
+def spoiled(value: float) -> torch.Tensor:
+    """Return 20 packed rows of Q4_K; d of row 3's first superblock is `value`."""
+    data = random_rows(Q4_K, 20, K)
+    data[3, :2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
+    return data
+
+
+@pytest.mark.parametrize("capability", [89, 120])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row_scales", [False, True])
+def test_nan_and_inf_weights_spoil_their_own_scale_alone(capability, value, row_scales):
+    """A maximum in PTX drops NaN unless it says .NaN; sm_120 takes three operands at once."""
+    data = spoiled(value)
+    with absent_card(capability) as card:
+        codes, scale = int8.unpack_weight(data, Q4_K, 128, Q4_K.planes, row_scales)
+        card.allocations.check(codes), card.allocations.check(scale)
+    expected = torch.zeros_like(scale, dtype=torch.bool)
+    expected[: 1 if row_scales else 2, 3] = True  # a superblock is two groups of 128
+    assert torch.equal(scale.isnan(), expected)
+
+
+def test_a_plain_maximum_would_drop_nan():
+    """The check above can fail: with max in place of max.NaN the scale of the group with NaN is a number."""
+    with absent_card(89) as card:
+        edit_launches(card, "unpack_int8_kernel", lambda text: text.replace("max.NaN.f32", "max.f32"))
+        _, scale = int8.unpack_weight(spoiled(float("nan")), Q4_K, 128, Q4_K.planes)
+    assert not scale.isnan().any()
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+def test_nan_and_inf_activations_spoil_their_own_row_alone(capability):
+    x = torch.randn(37, K, generator=torch.Generator().manual_seed(0))
+    x[2, 5], x[7, 300], x[9] = float("nan"), float("inf"), 0.0
+    data = random_rows(Q4_K, 20, K)
+    with absent_card(capability) as card:
+        codes, scale = int8.quantize_activation(x, 128)
+        y = kernels.linear(x, data, None, Q4_K, "int8", Q4_K.planes)
+        half = kernels.linear(x, data, None, Q4_K, "fp16_accumulate", Q4_K.planes)
+        card.allocations.check(codes)
+    assert scale[:, [2, 7]].isnan().sum() == 2
+    assert (scale[:, 9] == 0).all() and (codes[9] == 0).all() and (y[9] == 0).all()
+    bad = torch.zeros(37, dtype=torch.bool)
+    bad[[2, 7]] = True
+    assert torch.equal(y.isnan().all(1), bad) and not y[~bad].isnan().any()
+    assert torch.equal(half.isfinite().logical_not().all(1), bad) and half[~bad].isfinite().all()
+
+
+@pytest.mark.parametrize("units", [-2, 0, 2])
+def test_codes_differ_from_the_twin_on_near_ties_only(units):
+    """Compiled code multiplies and rounds in one fused step and divides by div.full.f32, off by up to 2 units."""
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1))
+    with absent_card(89, division_error=units) as card:
+        codes, scale = int8.quantize_activation(x, 128)
+        counts = card.launches[0][1]
+    assert counts.opcodes["fma.rn.f32"] and counts.opcodes["div.full.f32"]
+    twin_codes, twin_scale = low_precision.quantize_groups(x, 128)
+    relative = (scale.T.double() / twin_scale.squeeze(-1).double() - 1).abs()
+    assert relative.max() <= abs(units) * 2.0**-23
+    apart = (codes.unflatten(-1, (-1, 128)).double() - twin_codes.double()).abs()
+    quotient = x.double().unflatten(-1, (-1, 128)) / twin_scale.double()
+    near_tie = (quotient - quotient.floor() - 0.5).abs() < FLIP_MARGIN
+    assert apart.max() <= 1
+    assert not (apart > 0)[~near_tie].any()
+    # near ties are 2 * FLIP_MARGIN of all quotients; five standard deviations of the count allowed
+    limit = 2 * FLIP_MARGIN * x.numel()
+    assert (apart > 0).sum() <= limit + 5 * limit**0.5
+
+
+def test_weight_codes_against_the_twin_with_divisions_off():
+    data = random_rows(Q4_K, 40, K)
+    for units in (-2, 2):
+        with absent_card(86, division_error=units):
+            codes, _ = int8.unpack_weight(data, Q4_K, 128, Q4_K.planes)
+        found = compare_codes("weight", codes, torch.ones(K // 128, 40), dequantize(data, Q4_K), 128)
+        assert found[1].ratio <= 1
+
+
+@pytest.mark.parametrize("name, row_bytes", [("Q6_K", 2520), ("Q3_K", 1320)])
+@pytest.mark.parametrize("m", [2, 5, 70])
+def test_rows_that_start_at_8_byte_addresses(name, row_bytes, m):
+    """Every second row of these starts between two 16-byte addresses, and no wide load may assume otherwise."""
+    fmt, k = FORMATS[name], 3072
+    assert fmt.row_bytes(k) == row_bytes and row_bytes % 16 == 8
+    data = random_rows(fmt, 133, k, fmt.planes)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+    with absent_card(86) as card:
+        y = card.allocations.check(kernels.linear(x, data, None, fmt, "exact", fmt.planes))
+    weight = dequantize(data, fmt, torch.bfloat16, fmt.planes).double()
+    expected, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    assert ((y.double() - expected).abs() <= 2.0**-8 * expected.abs() + 2.0**-24 * (k / 16 + 8) * 1.01 * magnitude).all()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16, 33])
+@pytest.mark.parametrize("m", [2, 5])
+def test_branches_of_any_rank(rank, m):
+    """Triton compiles a rank of 1 and ranks that 16 divides for themselves; the last step of the others is padded."""
+    inputs = make(Case("narrow_branch", "Q8_0", "fp16", 89), K)
+    generator = torch.Generator().manual_seed(rank)
+    n, x = inputs.data.shape[0], inputs.x[:m]
+    branch = torch.randn(m, rank, generator=generator).half(), torch.randn(n, rank, generator=generator).half()
+    with absent_card(89) as card:
+        y = kernels.linear(x, inputs.data, inputs.bias, inputs.fmt, "exact", inputs.fmt.planes, branch)
+        card.allocations.check(y)
+    weight = inputs.weight.half().double()
+    expected = x.double() @ weight.T + inputs.bias.double() + branch[0].double() @ branch[1].double().T
+    magnitude = x.double().abs() @ weight.abs().T + branch[0].double().abs() @ branch[1].double().abs().T + 10
+    assert ((y.double() - expected).abs() <= 2.0**-11 * expected.abs() + 2.0**-24 * (K / 16 + 40) * 1.01 * magnitude).all()
+
+
+def test_a_grid_that_is_too_long():
+    """More than 65,535 rows on grid axis 1 are refused by a GPU's launch, and here."""
+    from bench.aot.ptx import Buffer, Executable, launch, parse
+
+    text = ".visible .entry nothing()\n.reqntid 32\n{\n\tret;\n}\n"
+    launch(Executable(parse(text)), (1, 2), [Buffer(np.zeros(1))][:0], 0)
+    with pytest.raises(Fault, match="65535"):
+        launch(Executable(parse(text)), (1, 65536), [], 0)

@@ -1,0 +1,47 @@
+"""Run tests/aot/compiled: compiled kernels executed without a GPU, each part in a process whose kernels can be compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia", reason="Triton's NVIDIA backend compiles the kernels")
+
+from bench.aot.sweep.cases import KERNELS
+
+ROOT = Path(__file__).parents[2]
+# Parts of about the same time: starting a process costs as much as three cases.
+SWEEP = [
+    ("narrow", "medium", "dequantize"),
+    ("wide", "int8", "int8_rows", "int8_branch", "int8_rows_branch"),
+    ("split_k", "unpack_int8", "quantize_activation"),
+    ("fp16", "small_m", "unpack_int8_rows"),
+    ("narrow_branch", "wide_branch", "small_m_branch", "fp16_branch"),
+]
+
+
+def run(*arguments: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
+    environment.pop("PYTEST_ADDOPTS", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_the_parts_are_all_kernels():
+    assert sorted(kernel for part in SWEEP for kernel in part) == sorted(KERNELS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", SWEEP, ids="-".join)
+def test_every_kernel_with_every_format(part):
+    run("tests/aot/compiled/test_sweep.py", "-k", " or ".join(f"[{kernel}-" for kernel in part))
+
+
+@pytest.mark.parametrize("name", ["planted", "hidden", "card"])
+def test_compiled(name):
+    run(f"tests/aot/compiled/test_{name}.py")
