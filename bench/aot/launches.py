@@ -169,13 +169,15 @@ def _modes(capability: tuple[int, int], k: int) -> list[str]:
 
 
 def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, branch: bool) -> list[tuple[int, Choice]]:
-    """Return one M for each choice that differs in what it launches."""
+    """Return one M for each choice that differs in what it launches, and two-stage in exact mode."""
     found = {}
     rows, n, k = shapes
     for m in rows:
         if compute == "exact" or m > WEIGHT_ONLY_M:
             choice = default_choice(compute, fmt, m, n, k, capability, DTYPES[dtype], branch)
             found.setdefault((choice.algorithm, choice.tile), (m, choice))
+    if compute == "exact":  # its unpacking is what `dequantize` does on any card, to any dtype
+        found.setdefault(("two_stage", None), (rows[-1], Choice("two_stage", None, "")))
     return list(found.values())
 
 

@@ -7,11 +7,7 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from bench import gpu_session
-from bench.aot.model import MODELS
-from bench.calibrate import RECORD, calibrate
 from bench.gpu_session import ROOT
 from bench.roofline import roofline, table
 from flux_kernels.benchmark import peers  # noqa: F401 - registers the other libraries
@@ -125,13 +121,3 @@ def test_the_roof_is_the_nearer_ceiling():
     assert (memory["bound"], memory["share"]) == ("memory", 0.8)
     assert own["bound"] == "?"
     assert "80.0%" in table([memory])
-
-
-def test_a_prediction_stands_beside_the_measurement_of_the_same_call():
-    record = read_csv(RECORD)
-    rows = [MEASURED | dict(provider=name) for name in ("ours exact", "ours int8", "torch", "ours fused")]
-    exact, int8 = calibrate(rows, MODELS[0], record)
-    assert (exact["compute"], int8["compute"]) == ("exact", "int8")
-    ratio = float(exact["measured_ms"]) / float(exact["predicted_ms"])
-    assert float(exact["measured_over_predicted"]) == pytest.approx(ratio, rel=1e-3)
-    assert not calibrate([MEASURED | dict(provider="ours exact", p50_ms="")], MODELS[0], record)
