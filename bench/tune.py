@@ -46,7 +46,9 @@ def main() -> None:
     device = torch.device("cuda", 0)
     for mode in dict.fromkeys(job.compute for job in jobs):
         resolve("triton", mode, device, FORMATS[jobs[0].format])  # raises where the card refuses the mode
-    options = dict(dtype=getattr(torch, arguments.dtype), path=arguments.out, minutes=arguments.minutes, processes=arguments.processes)
+    options = dict(
+        dtype=getattr(torch, arguments.dtype), path=arguments.out, minutes=arguments.minutes, processes=arguments.processes
+    )
     path = tune(list(dict.fromkeys(jobs)), device, on_row=_show, **options)
     print(f"written to {path}")
 

@@ -30,6 +30,8 @@ JOB = Job("exact", "Q4_K", 16, 32, 256)  # up to 16 rows float32 has fused tiles
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(record.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuning, "_QUICK", 1)  # the interpreter takes its time, which is not looked at
+    monkeypatch.setattr(tuning, "_REPEATS", 2)
     return tmp_path
 
 
@@ -285,7 +287,9 @@ def test_what_a_process_raises_is_a_reason(runners):
         raise ValueError("two\nlines")
 
     runners[0].append(lambda candidate, branch: fail)
-    assert tuning._compile_one(JOB, tuning._tried(JOB, CPU, torch.float32, 1)[0], "cpu", torch.float32) == "ValueError: two lines"
+    assert (
+        tuning._compile_one(JOB, tuning._tried(JOB, CPU, torch.float32, 1)[0], "cpu", torch.float32) == "ValueError: two lines"
+    )
 
 
 def test_nothing_is_said_where_all_goes_well(caplog):
