@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .compute import DATACENTER, TENSOR_CORE_CAPABILITY, WEIGHT_ONLY_M
-from .formats import SUPERBLOCK, BlockFormat
+from .formats import SLICE, SUPERBLOCK, BlockFormat
 from .kernels.choice import default_choice
 from .kernels.chunks import candidate_rows
 from .kernels.tuning import (
@@ -25,7 +25,6 @@ from .kernels.tuning import (
 
 _SMALL_M_LIMIT = 8  # rows above which reading the weight once per row cannot win
 _SHAPES = ((16, 64), (16, 128), (32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
-_ONLY_ON_HOPPER = (128, 256)  # elsewhere the decoded weight is in registers beside the sums: 24 to 212 spills a step
 # Larger ones spill on every card, with 58 to 382 accesses a step: int32 and float32 sums of a thread are 256 registers together.
 _INT8_SHAPES = ((64, 64), (64, 128), (128, 64), (128, 128))
 _SPLITS = (2, 3, 4, 6)
@@ -148,11 +147,21 @@ def _int8_tiles(call: Call) -> Iterator[Tile]:
 def _tiles(call: Call) -> Iterator[Tile]:
     fmt = call.fmt
     steps = {largest_tile_k(fmt, call.k, max(limit, fmt.block_size)) for limit in (128, SUPERBLOCK)}
-    shapes = [shape for shape in _near(_SHAPES, call.m) if shape != _ONLY_ON_HOPPER or call.capability == _HOPPER]
-    for block_m, block_n in shapes:
+    for block_m, block_n in _near(_SHAPES, call.m):
+        if not _sums_fit(call, block_m, block_n):
+            continue
         for tile_k in sorted(steps):
             for stages in (_LEAST_STAGES, _LEAST_STAGES + 1):
                 yield Tile(block_m, block_n, tile_k, 4 if block_m * block_n <= 64 * 64 else 8, stages)
+
+
+def _sums_fit(call: Call, block_m: int, block_n: int) -> bool:
+    """Tell whether a fused tile's sums fit in registers beside the decoded weight.
+
+    On Hopper all do. Elsewhere tiles above 128 x 128 spill 2 to 865 times, but for the high one of small blocks.
+    """
+    small_blocks = call.fmt.block_size < SUPERBLOCK and block_n <= 128
+    return call.capability == _HOPPER or block_m * block_n <= 128 * 128 or small_blocks
 
 
 def _near(shapes: Iterable[tuple[int, int]], m: int) -> list[tuple[int, int]]:
@@ -196,14 +205,15 @@ def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int]
 
     Compiled kernels take up to three times as much for small tiles, since layouts are changed there, too. One step less is on its way
     than there are stages; on Hopper the product reads x from shared memory while the next steps arrive, which takes one more,
-    and formats that gather from a grid spend one stage on that. Compared with every recorded kernel in tests/aot.
+    and formats that gather from a grid spend one stage on that. A decoded slice of small blocks changes its layout in shared memory.
     """
     steps = tile.num_stages - 1
     if fmt.name in GRID_FORMATS and tile.num_stages > _LEAST_STAGES:
         steps -= 1
     x_steps = steps + (capability == _HOPPER and itemsize == 2)
     x, w = tile.block_m * tile.tile_k * itemsize, tile.block_n * tile.tile_k // fmt.block_size * fmt.type_size
-    return x_steps * x + steps * w
+    layout = tile.block_n * SLICE * itemsize if tile.ldmatrix and fmt.block_size < SUPERBLOCK else 0
+    return x_steps * x + steps * w + layout
 
 
 def int8_shared_bytes(tile: Tile, capability: tuple[int, int] | None) -> int:
