@@ -112,7 +112,7 @@ def _errors():
     yield IndexError("in a pass")
 
 
-@pytest.mark.parametrize("error", _errors(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", list(_errors()), ids=lambda error: type(error).__name__)
 def test_whatever_a_candidate_raises_costs_one_line(runners, caplog, error):
     def fail():
         raise error

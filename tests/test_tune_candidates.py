@@ -88,12 +88,12 @@ from flux_kernels.kernels.tuning import Tile
 print(json.dumps([
     *(compile_int8(capability, Tile(*shape, 128, 8, 3), row_scales=rows).code.spills
       for capability in (86, 90) for shape in {shapes} for rows in (False, True)),
-    compile_fused("Q4_K", 86, Tile(256, 128, 256, 8, 2)).code.spills,
     compile_fused("Q8_0", 86, Tile(128, 256, 128, 8, 2, ldmatrix=True)).code.spills,
 ]))
 """
 
 
+@pytest.mark.slow
 def test_the_tiles_that_are_left_out_spill():
     """Compiled in a process of its own: in this one the kernels belong to the interpreter."""
     command = [sys.executable, "-c", SPILLS.format(shapes=SHAPES)]
