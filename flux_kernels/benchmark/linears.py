@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..clock import interleaved, percentiles
+from ..clock import cache_flusher, graph_replayed, interleaved, percentiles
 from ..formats import FORMATS
 from ..random_rows import random_rows
 from . import peers  # noqa: F401 - registers the other libraries
-from .ceilings import Ceilings, cache_flusher
+from .ceilings import Ceilings
 from .providers import PROVIDERS, Problem, Unavailable, same_call
 from .shapes import Call
 from .totals import MARKS, by_step, marked, totals
 
-_MEASURED = ("repeats", "p20_ms", "p50_ms", "p80_ms", "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
+_TIMES = ("repeats", "p20_ms", "p50_ms", "p80_ms", "graph_ms")
+_MEASURED = (*_TIMES, "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
 _ORACLE_ROWS, _ORACLE_COLUMNS = 64, 256
 
 
@@ -52,7 +54,7 @@ def measure(
 ):
     """Yield a row for each provider of one format and call; on a GPU the L2 cache is emptied before each timed run.
 
-    Columns: times in ms; `tflops` and `packed_gb_s` (GB/s of packed weight) of the median; the shares of the ceilings; `error` and
+    Columns: times in ms, `graph_ms` the median of replays as a CUDA graph ("" where there is none); `tflops` and `packed_gb_s` (GB/s of packed weight) of the median; the shares of the ceilings; `error` and
     `max_error`, RMS and largest absolute error against float64, both divided by the RMS of the right output. `size` is a
     column as given: which step the call is of (shapes.size_name). Sides that run the same code are timed once; notes say so.
     """
@@ -78,14 +80,15 @@ def measure(
             notes[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     alike = {one: same_call(one, call.m) for one in functions}
     timed = {one: function for one, function in functions.items() if alike[one] == one or alike[one] not in functions}
-    times = interleaved(timed, repeats, device, cache_flusher(device))
+    flush = cache_flusher(device)
+    times = interleaved(timed, repeats, device, flush)
+    graphs = graph_replayed(timed, repeats // 2, device, flush)
     for provider in functions.keys() - timed.keys():
-        times[provider] = times[alike[provider]]
+        times[provider], graphs[provider] = times[alike[provider]], graphs[alike[provider]]
         notes[provider] = f"the same call as {alike[provider]}, timed once"
     for provider in providers:
-        yield _row(
-            name, size, call, provider, times.get(provider), errors.get(provider), notes.get(provider, ""), problem, ceilings
-        )
+        mine = times.get(provider), graphs.get(provider), errors.get(provider), notes.get(provider, "")
+        yield _row(name, size, call, provider, *mine, problem, ceilings)
 
 
 def _version(package: str) -> str:
@@ -104,7 +107,7 @@ def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | No
     return weight + itemsize * call.m * (call.k + call.n)
 
 
-def _row(name, size, call, provider, times, errors, note, problem, ceilings) -> dict:
+def _row(name, size, call, provider, times, graph, errors, note, problem, ceilings) -> dict:
     row = dict(
         format=name,
         size=size,
@@ -130,7 +133,8 @@ def _row(name, size, call, provider, times, errors, note, problem, ceilings) -> 
         if moved is None:
             shares["share_of_copy"] = ""
     speeds |= shares
-    return row | dict(repeats=len(times), p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", **speeds) | checked
+    said = (len(times), *(f"{time:.4f}" for time in (p20, p50, p80)), f"{median(graph):.4f}" if graph else "")
+    return row | dict(zip(_TIMES, said, strict=True)) | speeds | checked
 
 
 def _four(value: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from ..formats import BlockFormat
 from .chunks import bounded_rows
 from .launching import capability_of, processors_of
-from .record import find, forget_records
+from .record import ALGORITHMS, find, forget_records
 from .tuning import (
     Tile,
     branch_tile,
@@ -23,11 +23,7 @@ from .tuning import (
     small_m_tile,
 )
 
-ALGORITHMS = {  # compute mode -> what it can run
-    "exact": ("small_m", "fused", "split_k", "two_stage"),
-    "fp16_accumulate": ("fused",),
-    "int8": ("two_stage", "row_scales"),
-}
+__all__ = ["ALGORITHMS", "Choice", "choose", "default_choice", "forget", "on_forget", "tile_of"]
 _UNPACKS = ("two_stage", "row_scales")  # algorithms that write the unpacked weight to memory
 
 
@@ -67,9 +63,9 @@ def choose(
 
     `forget` makes it look at the records again.
     """
-    measured = find(compute, fmt, m, n, k, device)
-    if measured is not None and dtype != torch.float32:  # records are measured in 16 bit, whose tiles float32 overflows
-        return Choice(measured.algorithm, measured.tile, measured.why)
+    measured = find(compute, fmt, m, n, k, device, dtype, branch)
+    if measured is not None:
+        return Choice(measured.algorithm, measured.tile, measured.why, measured.rows)
     return default_choice(compute, fmt, m, n, k, capability_of(device), dtype, branch, processors_of(device))
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bench.run import one_of_each_height_first
+from flux_kernels.benchmark import linears
 from flux_kernels.benchmark.linears import make_problem, measure, relative_errors, summary
-from flux_kernels.benchmark.providers import PROVIDERS, Provider
+from flux_kernels.benchmark.providers import PROVIDERS, Provider, default_providers
 from flux_kernels.benchmark.shapes import whole_step
 from flux_kernels.clock import balanced_order, interleaved, percentiles
 from flux_kernels.flux.calls import STEPS, Call, step_calls
@@ -101,3 +103,34 @@ def test_runs_alternate_and_percentiles_are_ordered():
     assert "".join(order) == "ab" * 4  # one warm-up each
     assert {len(found) for found in times.values()} == {3}
     assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0])[1] == 3.0
+
+
+def test_the_column_of_graphs_is_the_median_of_replays(monkeypatch):
+    """No graph on a CPU; on a GPU the sides that share a call share it, and one that cannot be captured has none."""
+    (row,) = measure("Q8_0", SMALL, ["torch"], CPU, torch.float32, repeats=2)
+    assert row["graph_ms"] == "" and list(row).index("graph_ms") == list(row).index("p80_ms") + 1
+    replays = {"torch": None, "ours exact": [3.0, 1.0, 2.0]}
+    monkeypatch.setattr(linears, "graph_replayed", lambda functions, *_: {name: replays[name] for name in functions})
+    call = Call(1, 64, 256, 1, "a test")
+    rows = measure("Q8_0", call, ["torch", "ours exact", "ours int8"], CPU, torch.float32, repeats=1)
+    assert [row["graph_ms"] for row in rows] == ["", "2.0000", "2.0000"]
+
+
+def test_single_algorithms_are_timed_where_they_could_be_chosen():
+    def kernels(m: int, dtype=torch.bfloat16, capability=(8, 6)) -> set[str]:
+        return {name for name in default_providers(m, dtype, capability) if PROVIDERS[name].group == "kernels"}
+
+    assert kernels(1) == {"ours small_m", "ours fused"}
+    assert kernels(512) == kernels(4608) == {"ours fused", "ours two_stage"}
+    assert kernels(512, capability=(9, 0)) == {"ours fused", "ours two_stage"}
+    assert kernels(4608, capability=(9, 0)) == {"ours two_stage"}
+    assert kernels(512, torch.float32) == {"ours two_stage"}
+
+
+def test_the_most_informative_sides_and_calls_come_first():
+    names = default_providers(512, torch.bfloat16, (8, 6))
+    assert names[:2] == ["torch", "ours exact"] and names[-1] in ("ours fused", "ours two_stage")
+    assert not [name for name in names if PROVIDERS[name].group == "peer" or "compiled" in name]
+    calls = one_of_each_height_first(step_calls())
+    assert [call.m for call in calls[:4]] == [4608, 4096, 512, 1]
+    assert sorted(map(str, calls)) == sorted(map(str, step_calls()))
