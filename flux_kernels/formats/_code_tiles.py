@@ -13,7 +13,7 @@ from ._tiles import field_ptr, load_word
 _SHIFT_RIGHT = tl.constexpr("{ .reg .b32 s; and.b32 s, $2, 31; shr.u32 $0, $1, s; }")
 _SHIFT_LEFT = tl.constexpr("{ .reg .b32 s; and.b32 s, $2, 31; shl.b32 $0, $1, s; }")
 _TAKE_AND_PUT = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xEA;")  # $1 & $2 | $3
-_TAKE_BOTH = tl.constexpr("{ .reg .b32 t; and.b32 t, $1, $2; lop3.b32 $0, $3, $4, t, 0xEA; }")
+_SELECT = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xE2;")  # $1 where $2 has ones, else $3
 
 
 @jit
@@ -50,14 +50,13 @@ def shift_codes(codes, SHIFT: tl.constexpr, PACKED: tl.constexpr):
 
 
 @jit
-def join_codes(low, high, LOW_MASK: tl.constexpr, HIGH_MASK: tl.constexpr, PACKED: tl.constexpr):
-    """Return low & LOW_MASK | high & HIGH_MASK for every byte."""
+def join_codes(low, high, LOW_MASK: tl.constexpr, PACKED: tl.constexpr):
+    """Take the bits under LOW_MASK of every byte from `low`, the others from `high`."""
     if PACKED:
-        masks = tl.full((1, 1, 1), LOW_MASK * 257, tl.uint16), tl.full((1, 1, 1), HIGH_MASK * 257, tl.uint16)
-        operands = [low, masks[0], high, masks[1]]
-        return tl.inline_asm_elementwise(_TAKE_BOTH, "=r,r,r,r,r", operands, tl.uint16, is_pure=True, pack=2)
+        mask = tl.full((1, 1, 1), LOW_MASK * 257, tl.uint16)
+        return tl.inline_asm_elementwise(_SELECT, "=r,r,r,r", [low, mask, high], tl.uint16, is_pure=True, pack=2)
     else:
-        return (low & (LOW_MASK * 257)) | (high & (HIGH_MASK * 257))
+        return (low & (LOW_MASK * 257)) | (high & (0xFFFF - LOW_MASK * 257))
 
 
 @jit

@@ -71,7 +71,7 @@ def code_tile(row_ptr, block, i: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES:
     """Load the codes of sub-blocks 2*i and 2*i+1, two bytes a value."""
     qs = load_codes(row_ptr, block, QS, 64, 32 * (i // 4), TYPE_SIZE, NUM_BLOCKS, PLANES)
     hmask = load_codes(row_ptr, block, 0, 32, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
-    return join_codes(shift_codes(qs, 2 * (i % 4), PACKED), shift_codes(hmask, i - 2, PACKED), 3, 4, PACKED)
+    return join_codes(shift_codes(qs, 2 * (i % 4), PACKED), shift_codes(hmask, i - 2, PACKED), 3, PACKED)
 
 
 @jit

@@ -54,7 +54,7 @@ def code_tile(row_ptr, block, i: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES:
     """Load the codes of sub-block i, two bytes a value."""
     qs = load_codes(row_ptr, block, QS, 128, 32 * (i // 2), TYPE_SIZE, NUM_BLOCKS, PLANES)
     qh = load_codes(row_ptr, block, QH, 32, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
-    return join_codes(shift_codes(qs, 4 * (i % 2), PACKED), shift_codes(qh, i - 4, PACKED), 0x0F, 0x10, PACKED)
+    return join_codes(shift_codes(qs, 4 * (i % 2), PACKED), shift_codes(qh, i - 4, PACKED), 0x0F, PACKED)
 
 
 @jit

@@ -53,7 +53,7 @@ def code_tile(row_ptr, block, i: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES:
     ql = load_codes(row_ptr, block, 0, 128, 64 * (i // 4) + 32 * (i % 2), TYPE_SIZE, NUM_BLOCKS, PLANES)
     qh = load_codes(row_ptr, block, QH, 64, 32 * (i // 4), TYPE_SIZE, NUM_BLOCKS, PLANES)
     low, high = shift_codes(ql, 4 * ((i // 2) % 2), PACKED), shift_codes(qh, 2 * (i % 4) - 4, PACKED)
-    return join_codes(low, high, 0x0F, 0x30, PACKED)
+    return join_codes(low, high, 0x0F, PACKED)
 
 
 @jit

@@ -13,8 +13,10 @@ in pairs: 4-byte aligned rows.
 from __future__ import annotations
 
 from .._triton import jit, tl
+from ..formats import SLICE, BlockFormat
 from ..formats._code_tiles import widen_codes
 from .branch import add_branch
+from .tuning import Tile
 
 COLUMNS = tl.constexpr(8)  # rows of x a program multiplies: the narrowest side of a tensor-core product
 
@@ -133,3 +135,22 @@ def small_m_codes_kernel(
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(y_ptrs, tl.trans(acc).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def code_constants(fmt: BlockFormat, constants: dict, tile: Tile, packed: bool) -> dict:
+    """Return the kernel's constexprs; `constants`: those of every kernel for the format's rows, `packed`: on an NVIDIA card."""
+    codes = fmt.code_tile
+    return {name: value for name, value in constants.items() if name != "DECODE"} | dict(
+        CODES=codes.codes,
+        SCALES=codes.scales,
+        UNITS=codes.units,
+        ZERO=codes.zero,
+        CODE_BITS=codes.bits,
+        HALVES=SLICE // fmt.sub_block,
+        OFFSETS=codes.offsets,
+        BLOCK_N=tile.block_n,
+        TILE_K=tile.tile_k,
+        SPLITS=tile.splits,
+        STAGES=tile.num_stages,
+        PACKED=packed,
+    )
