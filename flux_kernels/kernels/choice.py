@@ -17,6 +17,7 @@ from .tuning import (
     branch_tile,
     choose_algorithm,
     choose_int8_algorithm,
+    codes_serve,
     fp16_tile,
     fused_tile,
     int8_tile,
@@ -106,8 +107,8 @@ def default_choice(
         tile = fp16_tile(fmt, k, capability)
         tile = branch_tile("fp16_gemm", fmt, tile, capability) if branch else tile
     else:
-        algorithm, why = choose_algorithm(m, capability, dtype)
-        tile = tile_of(algorithm, fmt, m, n, k, capability, branch)
+        algorithm, why = choose_algorithm(m, capability, dtype, codes_serve(fmt, capability, dtype))
+        tile = tile_of(algorithm, fmt, m, n, k, capability, branch, dtype)
     rows = None
     if algorithm in _UNPACKS:
         rows = bounded_rows(m, n, k, 1 if compute == "int8" else dtype.itemsize, processors)
@@ -122,11 +123,12 @@ def tile_of(
     k: int,
     capability: tuple[int, int] | None = None,
     branch: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tile | None:
     """Return the default tile of one of exact mode's algorithms."""
     if algorithm == "two_stage":
         return None
     if algorithm == "small_m":
-        return small_m_tile(fmt, k)
+        return small_m_tile(fmt, k, codes_serve(fmt, capability, dtype))
     tile = fused_tile(fmt, m, n, k, capability)
     return branch_tile("fused_gemm", fmt, tile, capability) if branch else tile

@@ -36,7 +36,7 @@ ALGORITHMS = {  # compute mode -> what it can run
 NEAR = 0.5  # a row serves calls whose M is within this many powers of two of its own
 _PACKAGED = Path(__file__).with_name("records")
 _KERNELS = {  # compute mode -> files whose change makes a measurement old
-    "exact": ("fused_gemm", "split_k", "small_m", "two_stage", "dequantize", "branch"),
+    "exact": ("fused_gemm", "split_k", "small_m", "small_m_codes", "two_stage", "dequantize", "branch"),
     "fp16_accumulate": ("fp16_gemm", "activations", "branch"),
     "int8": ("int8_gemm", "unpack_int8", "activations", "branch"),
 }
@@ -173,7 +173,7 @@ def kernel_hash(compute: str, fmt: BlockFormat) -> str:
     """Return a hash of the source of the kernels of a mode and of the format's decoder."""
     folder = Path(__file__).parent
     files = [folder / f"{name}.py" for name in _KERNELS[compute]]
-    files += [Path(inspect.getfile(fmt.decode)), folder.parent / "formats" / "_tiles.py"]
+    files += [Path(inspect.getfile(fmt.decode)), *(folder.parent / "formats" / name for name in ("_tiles.py", "_code_tiles.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
