@@ -78,7 +78,7 @@ def _small_m_codes(problem: Problem, tile: Tile) -> Run:
         launch = strided
         if x.data_ptr() % _PAIR or problem.stride % 2:
             x, launch = x.clone(memory_format=torch.contiguous_format), whole
-        launch(all_aligned(x, data, bias, hidden, up), x, data, bias, hidden, up, y)
+        launch(all_aligned(x, data, bias, hidden, up, y), x, data, bias, hidden, up, y)
 
     return run
 

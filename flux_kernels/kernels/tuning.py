@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .._triton import interpreting
-from ..compute import DATACENTER, TENSOR_CORE_CAPABILITY, WEIGHT_ONLY_M
+from ..compute import DATACENTER, TENSOR_CORE_CAPABILITY
 from ..formats import SUPERBLOCK, BlockFormat
 
 
@@ -109,10 +109,10 @@ def choose_algorithm(
     small_m = CODES_M if codes else SMALL_M
     if m <= small_m:
         return "small_m", f"up to {small_m} rows are bound by reading the weight"
-    if dtype == torch.float32 and m > WEIGHT_ONLY_M:
+    if dtype == torch.float32:
         return (
             "two_stage",
-            "float32 has no tensor-core product to hide a decode behind, and its tiles pass a GeForce's shared memory",
+            "float32 has no tensor-core product to hide a decode behind, and its tiles spill or pass a GeForce's shared memory",
         )
     if capability is not None and capability < TENSOR_CORE_CAPABILITY:
         return "two_stage", "Triton has no tensor-core code for this card"
