@@ -150,7 +150,10 @@ def kernel_hash(compute: str, fmt: BlockFormat) -> str:
     """Return a hash of the source of the kernels of a mode and of the format's decoder."""
     folder = Path(__file__).parent
     files = [folder / f"{name}.py" for name in _KERNELS[compute]]
-    files += [Path(inspect.getfile(fmt.decode)), *(folder.parent / "formats" / name for name in ("_tiles.py", "_code_tiles.py"))]
+    files += [
+        Path(inspect.getfile(fmt.decode)),
+        *(folder.parent / "formats" / name for name in ("_tiles.py", "_code_tiles.py")),
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
