@@ -94,7 +94,7 @@ def test_recorded_rows_keep_the_invariants():
 
 
 @pytest.mark.parametrize(
-    "kernels", ["fused_gemm", "fused_gemm_branch,small_m,dequantize", "fp16_gemm,int8_gemm,int8_gemm_rows"]
+    "kernels", ["fused_gemm", "fused_gemm_branch,small_m_codes,dequantize", "fp16_gemm,int8_gemm,int8_gemm_rows"]
 )
 def test_compiled_rows_are_the_recorded_ones(kernels):
     """A sample compiled now keeps the invariants and the ratchet against its rows."""

@@ -71,6 +71,8 @@ class Launch:
         sizes = dict(self.constants)
         if "DECODE" in sizes:
             return sizes["BLOCK_N"] * sizes["TILE_K"]
+        if "CODES" in sizes:
+            return sizes["BLOCK_N"] * sizes["TILE_K"] * sizes["SPLITS"]
         return sizes["BLOCK_M"] * sizes["GROUP"] if self.kernel.__name__.startswith("quantize") else 0
 
     @property

@@ -170,7 +170,7 @@ def product_row(case: Case, compute: str, choice: Choice) -> dict | None:
     if compute == "fp16_accumulate":
         return case.row("fp16_gemm", text)
     if choice.algorithm == "small_m":
-        return case.row("small_m")
+        return case.row("small_m_codes" if choice.tile.block_m > 1 else "small_m")
     plain = text.removesuffix(" ldmatrix") if case.dtype == "fp32" else text
     return case.row(_KERNELS[choice.algorithm], plain) if choice.algorithm in _KERNELS else None
 

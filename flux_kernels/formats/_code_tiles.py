@@ -10,8 +10,8 @@ from __future__ import annotations
 from .._triton import jit, tl
 from ._tiles import field_ptr, load_word
 
-_SHIFT_RIGHT = tl.constexpr("{ .reg .b32 s; and.b32 s, $2, 31; shr.u32 $0, $1, s; }")
-_SHIFT_LEFT = tl.constexpr("{ .reg .b32 s; and.b32 s, $2, 31; shl.b32 $0, $1, s; }")
+_SHIFT_RIGHT = tl.constexpr([f"shr.u32 $0, $1, {by};" for by in range(16)])
+_SHIFT_LEFT = tl.constexpr([f"shl.b32 $0, $1, {by};" for by in range(16)])
 _TAKE_AND_PUT = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xEA;")  # $1 & $2 | $3
 _SELECT = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xE2;")  # $1 where $2 has ones, else $3
 
@@ -38,11 +38,10 @@ def shift_codes(codes, SHIFT: tl.constexpr, PACKED: tl.constexpr):
     if SHIFT == 0:
         return codes
     elif PACKED:
-        by = tl.full((1, 1, 1), SHIFT if SHIFT > 0 else -SHIFT, tl.uint16)
         if SHIFT > 0:
-            return tl.inline_asm_elementwise(_SHIFT_RIGHT, "=r,r,r", [codes, by], tl.uint16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(_SHIFT_RIGHT[SHIFT], "=r,r", [codes], tl.uint16, is_pure=True, pack=2)
         else:
-            return tl.inline_asm_elementwise(_SHIFT_LEFT, "=r,r,r", [codes, by], tl.uint16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(_SHIFT_LEFT[-SHIFT], "=r,r", [codes], tl.uint16, is_pure=True, pack=2)
     elif SHIFT > 0:
         return codes >> SHIFT
     else:

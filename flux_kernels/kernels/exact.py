@@ -8,13 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .._triton import triton
+from .._triton import interpreting, triton
 from ..formats import BlockFormat
 from ..low_rank import Branch
 from . import two_stage
 from .choice import Choice, choose
 from .fused_gemm import fused_gemm_kernel
-from .launching import Launch, all_aligned, capability_of, pointers
+from .launching import Launch, all_aligned, pointers
 from .problem import Problem
 from .small_m import small_m_kernel
 from .small_m_codes import code_constants, small_m_codes_kernel
@@ -66,7 +66,7 @@ def _small_m(problem: Problem, choice: Choice) -> Run:
 
 def _small_m_codes(problem: Problem, tile: Tile) -> Run:
     grid = (triton.cdiv(problem.n, tile.block_n), triton.cdiv(problem.m, tile.block_m))
-    constants = code_constants(problem.fmt, problem.format_constants, tile, capability_of(problem.device) is not None)
+    constants = code_constants(problem.fmt, problem.format_constants, tile, not interpreting())
     options = dict(num_warps=tile.num_warps)
     strided, whole = (
         Launch(small_m_codes_kernel, grid, (problem.m, problem.n, problem.rank, stride), constants, options)

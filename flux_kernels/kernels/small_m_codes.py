@@ -138,7 +138,7 @@ def small_m_codes_kernel(
 
 
 def code_constants(fmt: BlockFormat, constants: dict, tile: Tile, packed: bool) -> dict:
-    """Return the kernel's constexprs; `constants`: those of every kernel for the format's rows, `packed`: on an NVIDIA card."""
+    """Return the kernel's constexprs; `constants`: those of every kernel for the format's rows, `packed`: outside of Triton's interpreter."""
     codes = fmt.code_tile
     return {name: value for name, value in constants.items() if name != "DECODE"} | dict(
         CODES=codes.codes,

@@ -18,7 +18,7 @@ from flux_kernels import kernels, low_precision
 from flux_kernels.compute import PROMOTE_K, group_width
 from flux_kernels.kernels import exact, int8
 from flux_kernels.kernels.choice import Choice
-from flux_kernels.kernels.tuning import int8_tile, split_k_tile
+from flux_kernels.kernels.tuning import codes_serve, int8_tile, split_k_tile
 
 from ..ptx.driver import AbsentCard
 from .cases import Case
@@ -90,6 +90,16 @@ def _mma_roundings(inputs: Inputs) -> int:
 
 def _small_m_roundings(inputs: Inputs) -> int:
     return K // 32 + 5 + 1 + RANK + 1  # slices of 32 reduced in 5 levels, a product each, branch and bias
+
+
+def _small_m(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
+    """Codes are multiplied before any rounding: the error is at most that of rounding weights and result, as torch does."""
+    if not codes_serve(inputs.fmt, divmod(case.capability, 10), inputs.dtype):
+        return _exact(_small_m_roundings, _shipped)(case, inputs, card)
+    y = kernels.linear(inputs.x, inputs.data, inputs.bias, inputs.fmt, "exact", inputs.fmt.planes, inputs.branch)
+    expected, _ = inputs.exact(torch.float32)
+    rounded, _ = inputs.exact(inputs.dtype)
+    return [_no_worse("against rounded weights", card.allocations.check(y), rounded.to(inputs.dtype), expected, 1.0)]
 
 
 def _shipped(case: Case, inputs: Inputs) -> None:
@@ -173,7 +183,7 @@ _CHECKS = {
     "dequantize": _dequantize,
     **dict.fromkeys(("narrow", "medium", "wide"), _exact(_mma_roundings, _shipped)),
     "split_k": _exact(_mma_roundings, _split),
-    "small_m": _exact(_small_m_roundings, _shipped),
+    "small_m": _small_m,
     "fp16": _fp16,
     "unpack_int8": _unpack(row_scales=False),
     "unpack_int8_rows": _unpack(row_scales=True),
