@@ -22,7 +22,7 @@ LAYERS = [
     ("torch_backend",),
     ("backends",),
     ("ops", "packing", "gguf_file", "gguf_write"),
-    ("eager", "lazy_weight"),
+    ("eager", "lazy_weight", "layer_row_scale"),
     ("linear", "embedding"),
     (
         "footprint",
@@ -66,6 +66,7 @@ CORE = (
     "ops",
     "packing",
     "lazy_weight",
+    "layer_row_scale",
     "linear",
     "embedding",
 )

@@ -209,7 +209,7 @@ def _type(value: torch.Tensor | float) -> str:
 
 
 def _name(kernel: JITFunction, constants: dict, signature: dict) -> str:
-    rows = constants.get("ROW_SCALES") or ("largest_ptr" in signature and "scale_ptr" in signature)
+    rows = constants.get("ROW_SCALES") or "row_scale_ptr" in signature
     given = {"_rows": rows, "_outliers": "keep_ptr" in signature, "_branch": "hidden_ptr" in signature}
     return kernel.__name__.removesuffix("_kernel") + "".join(suffix for suffix, is_given in given.items() if is_given)
 
