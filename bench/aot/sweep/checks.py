@@ -31,7 +31,6 @@ SPLITS = 2
 # Codes that one fused multiply-add rounds to the other side of a tie differ by 1, which is sqrt(12) times the RMS of a rounding
 # error; with at most 1 % of them (0.14 % were counted) results differ by sqrt(12 * 0.01) = 0.35 of the quantization error.
 _FLIPPED = sqrt(12 * 0.01)
-# How far from a tie a code can be and still flip: its product is off by 2 units of 2^-23 (div.full) and three roundings of half one
 
 
 @dataclass(frozen=True)
