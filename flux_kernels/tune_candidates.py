@@ -81,12 +81,11 @@ def _exact(call: Call) -> Iterator[Candidate]:
     if call.m <= _SMALL_M_LIMIT:
         for block_n, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (128, 4)):
             yield Candidate("small_m", Tile(1, block_n, largest_tile_k(call.fmt, call.k), warps, 1))
-    if call.m > WEIGHT_ONLY_M:  # below, the unpacked weight's bytes alone take longer than the packed weight's
+    float32 = call.dtype == torch.float32  # without tensor cores a fused tile spills
+    if call.m > (SMALL_M if float32 else WEIGHT_ONLY_M):  # below, the unpacked weight's bytes alone take longer than all else
         for rows in candidate_rows(call.m, call.n, call.k, call.dtype.itemsize, call.processors):
             yield Candidate("two_stage", None, rows)
-        if call.dtype == torch.float32:  # without tensor cores a fused tile spills hundreds of times
-            return
-    if call.m > SMALL_M:
+    if call.m > SMALL_M and not float32:
         yield from _fitting_memory(call, _ways_to_load(call, _fused(call)), call.dtype.itemsize)
 
 
