@@ -81,12 +81,11 @@ def _exact(call: Call) -> Iterator[Candidate]:
     if call.m <= _SMALL_M_LIMIT:
         for block_n, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (128, 4)):
             yield Candidate("small_m", Tile(1, block_n, largest_tile_k(call.fmt, call.k), warps, 1))
-    if call.m > WEIGHT_ONLY_M:  # below, the unpacked weight's bytes alone take longer than the packed weight's
+    float32 = call.dtype == torch.float32  # without tensor cores a fused tile spills
+    if call.m > (SMALL_M if float32 else WEIGHT_ONLY_M):  # below, the unpacked weight's bytes alone take longer than all else
         for rows in candidate_rows(call.m, call.n, call.k, call.dtype.itemsize, call.processors):
             yield Candidate("two_stage", None, rows)
-        if call.dtype == torch.float32:  # without tensor cores a fused tile spills hundreds of times
-            return
-    if call.m > SMALL_M:
+    if call.m > SMALL_M and not float32:
         yield from _fitting_memory(call, _ways_to_load(call, _fused(call)), call.dtype.itemsize)
 
 
@@ -191,7 +190,13 @@ def _fitting_memory(call: Call, tried: Iterable[Candidate], itemsize: int) -> It
     """Leave out tiles that need more shared memory than a program may have, as far as that can be told without compiling."""
     limit = shared_limit(call.capability)
     for candidate in tried:
-        if limit is None or least_shared_bytes(call.fmt, candidate.tile, call.capability, itemsize) <= limit:
+        tile = candidate.tile
+        if (
+            limit is None
+            or tile is None
+            or call.k == tile.tile_k
+            or least_shared_bytes(call.fmt, tile, call.capability, itemsize) <= limit
+        ):
             yield candidate
 
 
@@ -203,6 +208,7 @@ def shared_limit(capability: tuple[int, int] | None) -> int | None:
 def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None, itemsize: int) -> int:
     """Return the bytes of shared memory that a fused kernel takes at least: the steps of x and packed w that are on their way.
 
+    Holds for rows of more than one step: with one, nothing is on its way while another is multiplied.
     Compiled kernels take up to three times as much for small tiles, since layouts are changed there, too. One step less is on its way
     than there are stages; on Hopper the product reads x from shared memory while the next steps arrive, which takes one more,
     and formats that gather from a grid spend one stage on that. A decoded slice of small blocks changes its layout in shared memory.

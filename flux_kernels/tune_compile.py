@@ -14,9 +14,10 @@ from .kernels.fp16_gemm import fp16_gemm_kernel
 from .kernels.fused_gemm import fused_gemm_kernel
 from .kernels.int8_gemm import int8_gemm_kernel
 from .kernels.small_m import small_m_kernel
+from .kernels.small_m_codes import small_m_codes_kernel
 from .kernels.split_k import split_k_kernel
 
-_PRODUCTS = (fused_gemm_kernel, split_k_kernel, small_m_kernel, fp16_gemm_kernel, int8_gemm_kernel)
+_PRODUCTS = (fused_gemm_kernel, split_k_kernel, small_m_kernel, small_m_codes_kernel, fp16_gemm_kernel, int8_gemm_kernel)
 KILLED = "the process that compiled it was killed"
 
 

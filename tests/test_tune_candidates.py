@@ -58,10 +58,10 @@ def test_a_data_center_card_spends_little_on_fused_tiles_at_large_m():
     assert len(tried("fp16_accumulate", "Q4_K", 4608, card=HOPPER)) == 1  # the mode is refused there
 
 
-def test_float32_tries_no_fused_tile_above_16_rows():
+def test_float32_tries_no_fused_tile():
     """They spill 304 to 850 times a step, or do not fit a GeForce."""
     assert {one.algorithm for one in tried("exact", "Q4_K", 512, dtype=torch.float32)} == {"two_stage"}
-    assert "fused" in {one.algorithm for one in tried("exact", "Q4_K", 16, dtype=torch.float32)}
+    assert {one.algorithm for one in tried("exact", "Q4_K", 3, dtype=torch.float32)} == {"small_m", "two_stage"}
 
 
 @pytest.mark.parametrize(("compute", "algorithm"), [("exact", "two_stage"), ("int8", "two_stage"), ("int8", "row_scales")])
@@ -120,14 +120,15 @@ def test_no_tile_needs_more_shared_memory_than_a_program_has(card):
 
 
 def test_memory_is_never_predicted_above_what_a_kernel_takes():
-    """Every recorded kernel: a tile that fits is never left out."""
-    assert len(RECORDED) > 800
+    """Every recorded kernel of more than one step through K: a tile that fits is never left out."""
+    assert len(RECORDED) > 100  # the record grows and is made anew in parts
     for row in RECORDED:
         sizes = re.match(r"(\d+)x(\d+)x(\d+) warps (\d+) stages (\d+)", row["tile"])
         capability, itemsize = divmod(int(row["capability"]), 10), 4 if row["dtype"] == "fp32" else 2
         tile = Tile(*map(int, sizes.groups()), ldmatrix="ldmatrix" in row["tile"])
         least = least_shared_bytes(FORMATS[row["format"]], tile, capability, itemsize)
-        assert least <= int(row["shared_bytes"]), row
+        one_step = int(row["k"]) == tile.tile_k * tile.splits
+        assert one_step or least <= int(row["shared_bytes"]), row
 
 
 # Compiled with Triton 3.7.1, 27 November 2026: format, capability, bytes of x's elements, tile, bytes of shared memory.
