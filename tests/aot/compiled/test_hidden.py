@@ -14,6 +14,7 @@ from bench.aot.sweep.inputs import make
 from flux_kernels import kernels, low_precision
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8
+from flux_kernels.kernels.tuning import CODES_M
 from flux_kernels.random_rows import random_rows
 from flux_kernels.reference import dequantize
 
@@ -45,11 +46,17 @@ def test_nan_and_inf_weights_spoil_their_own_scale_alone(capability, value, row_
 
 
 def test_a_plain_maximum_would_drop_nan():
-    """The check above can fail: with max in place of max.NaN the scale of the group with NaN is a number."""
-    with absent_card(89) as card:
-        edit_launches(card, "unpack_int8_kernel", lambda text: text.replace("max.NaN.f32", "max.f32"))
-        _, scale = int8.unpack_weight(spoiled(float("nan")), Q4_K, 128, Q4_K.planes)
-    assert not scale.isnan().any()
+    """The check above can fail: with max in place of max.NaN one block of NaN among four of a group is dropped."""
+    fmt = FORMATS["Q4_0"]
+    data = random_rows(fmt, 20, K)
+    data[3, :2] = torch.tensor([float("nan")], dtype=torch.float16).view(torch.uint8)
+    found = []
+    for instead in ("max.NaN.f32", "max.f32"):
+        with absent_card(89) as card:
+            edit_launches(card, "unpack_int8_kernel", lambda text, instead=instead: text.replace("max.NaN.f32", instead))
+            _, scale = int8.unpack_weight(data, fmt, 128, fmt.planes)
+        found.append(int(scale.isnan().sum()))
+    assert found == [1, 0]
 
 
 @pytest.mark.parametrize("capability", [80, 120])
@@ -102,7 +109,7 @@ def test_rows_that_start_at_8_byte_addresses(name, row_bytes, m):
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
     with absent_card(86) as card:
         y = card.allocations.check(kernels.linear(x, data, None, fmt, "exact", fmt.planes))
-    weight = dequantize(data, fmt, torch.bfloat16, fmt.planes).double()
+    weight = dequantize(data, fmt, torch.float32 if m <= CODES_M else torch.bfloat16, fmt.planes).double()
     expected, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     assert ((y.double() - expected).abs() <= 2.0**-8 * expected.abs() + 2.0**-24 * (k / 16 + 8) * 1.01 * magnitude).all()
 
@@ -118,7 +125,7 @@ def test_branches_of_any_rank(rank, m):
     with absent_card(89) as card:
         y = kernels.linear(x, inputs.data, inputs.bias, inputs.fmt, "exact", inputs.fmt.planes, branch)
         card.allocations.check(y)
-    weight = inputs.weight.half().double()
+    weight = (inputs.weight if m <= CODES_M else inputs.weight.half()).double()  # codes are multiplied before any rounding
     expected = x.double() @ weight.T + inputs.bias.double() + branch[0].double() @ branch[1].double().T
     magnitude = x.double().abs() @ weight.abs().T + branch[0].double().abs() @ branch[1].double().abs().T + 10
     assert ((y.double() - expected).abs() <= 2.0**-11 * expected.abs() + 2.0**-24 * (K / 16 + 40) * 1.01 * magnitude).all()
