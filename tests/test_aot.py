@@ -105,12 +105,13 @@ def test_compiled_rows_are_the_recorded_ones(kernels):
     assert {row["kernel"] for row in report["rows"]} == set(kernels.split(","))
 
 
-def test_float32_activations_use_no_tensor_cores_and_fit():
-    """Triton's default for float32 is TF32, which the interpreter hides; above 16 rows no fused tile is launched at all."""
-    report = run("--formats", "Q6_K", "--capabilities", "86,90", "--kernels", "fused_gemm", "--dtypes", "fp32")
+def test_float32_activations_have_no_fused_tile():
+    """It would need more shared memory than a GeForce has, or spill; the kernels that are launched instead use no tensor cores."""
+    kernels = "fused_gemm,fused_gemm_branch,split_k,small_m,dequantize"
+    report = run("--formats", "Q6_K", "--capabilities", "86,90", "--kernels", kernels, "--dtypes", "fp32")
     assert not report["problems"], "\n".join(report["problems"])
-    assert {row["tile"].split("x")[0] for row in report["rows"]} == {"16"}
-    assert all(row["mma"] == "" and row["loop_fp32"] > 0 for row in report["rows"])
+    assert {row["kernel"] for row in report["rows"]} == {"small_m", "dequantize"}
+    assert all(row["mma"] == "" for row in report["rows"])
 
 
 def test_a_broken_invariant_is_found():
