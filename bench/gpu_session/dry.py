@@ -1,0 +1,46 @@
+"""Run a section where no GPU is: the stand-in driver, torch's larger work left out, and each kernel noted for compiling ahead."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+from bench.gpu_session.kernels import Kernel, collecting_compiler
+from bench.gpu_session.session import Session
+from bench.stand_in import CARDS, counting_compiler, stand_in
+from bench.stand_in_cuda import without_arithmetic
+from flux_kernels.benchmark import ceilings
+
+
+@contextmanager
+def rehearsal(card: str, kernels: list[Kernel]) -> Iterator[None]:
+    """Stand in for a card; `kernels` receives what would be compiled."""
+    small = (mock.patch.dict(ceilings._COPY_BYTES, cuda=1 << 20), mock.patch.dict(ceilings._SIDES, cuda=(64,)))
+    with stand_in(CARDS[card], collecting_compiler(kernels, counting_compiler(Counter()))), without_arithmetic(), small[0], small[1]:
+        yield
+
+
+def module(name: str, arguments: list[str]) -> None:
+    """Run a module as the command line would, in this process."""
+    with mock.patch.object(sys, "argv", [name, *arguments]):
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            if ended.code not in (None, 0):
+                raise RuntimeError(f"{name} ended with {ended.code}") from ended
+
+
+def tests(session: Session, arguments: list[str]) -> None:
+    """Run tests in this process, where nothing that they compare fails them."""
+    import pytest
+
+    from tests.gpu import compare
+
+    with mock.patch.object(compare, "fail", lambda message: None):
+        code = pytest.main([*arguments, "-p", "no:xdist", "-q"])
+    if code:
+        raise RuntimeError(f"pytest ended with {code!r}")
