@@ -197,3 +197,6 @@ class _Uncompiled:
 
     def launch_metadata(self, grid, stream, *arguments) -> None:
         return None
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable:
+        return lambda *arguments, stream=None: self.run(*grid, stream, None, None, None, None, None, *arguments)

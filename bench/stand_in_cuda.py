@@ -27,6 +27,13 @@ _MAKERS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
 
 
+class _Generator(torch.Generator):
+    """Be a generator of the CPU for whatever device it is asked for."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, _here(device))
+
+
 class Cuda:
     """Hold the state of the stand-in device: whether a graph is being captured, and how often one was replayed."""
 
@@ -78,7 +85,8 @@ def _replacements(cuda: Cuda, constructors) -> Iterator[tuple[object, str, objec
     for function in constructors:
         if getattr(torch, function.__name__, None) is function:
             yield torch, function.__name__, _made_here(function)
-    yield from ((torch, name, _made_here(getattr(torch, name))) for name in (*_LIKE, "Generator"))
+    yield from ((torch, name, _made_here(getattr(torch, name))) for name in _LIKE)
+    yield torch, "Generator", _Generator
     yield from ((torch.Tensor, name, _made_here(getattr(torch.Tensor, name))) for name in _MAKERS)
     yield from _products()
     yield torch.Tensor, "to", _moved_here(torch.Tensor.to)
@@ -95,9 +103,6 @@ def _here(device):
 
 
 def _made_here(function: Callable) -> Callable:
-    if isinstance(function, type):  # torch.Generator takes the device as its only argument
-        return lambda device="cpu": function(_here(device))
-
     @wraps(function)
     def make(*args, **kwargs):
         if kwargs.get("device") is not None:
@@ -189,6 +194,7 @@ def without_arithmetic() -> Iterator[None]:
 
     replaced = (
         *((torch, name, fresh(getattr(torch, name))) for name in ("empty", "empty_like")),
+        (torch, "randn", lambda *size, generator=None, **more: torch.empty(*size, **more)),
         (torch.Tensor, "new_empty", zeros),
         (torch.nn.functional, "linear", linear),
         (torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: zeros(q, q.shape)),
@@ -242,10 +248,10 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         synchronize=cuda.synchronize,
         current_stream=lambda device=None: stream,
         default_stream=lambda device=None: stream,
-        Stream=lambda *_, **__: stream,
+        Stream=_Maker(lambda *_, **__: stream),
         stream=lambda stream: nullcontext(),
-        Event=lambda *_, **__: _Event(cuda),
-        CUDAGraph=lambda *_, **__: _Graph(cuda),
+        Event=_Maker(lambda *_, **__: _Event(cuda)),
+        CUDAGraph=_Maker(lambda *_, **__: _Graph(cuda)),
         graph=lambda graph, *_, **__: graph.captured(),
         graph_pool_handle=nothing,
         is_current_stream_capturing=lambda: cuda.capturing,
@@ -262,6 +268,19 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         _sleep=nothing,
         profiler=SimpleNamespace(start=nothing, stop=nothing),
     )
+
+
+class _Maker:
+    """Make instances as a class would, in annotations too (`torch.cuda.Stream | None`)."""
+
+    def __init__(self, make: Callable):
+        self.make = make
+
+    def __call__(self, *args, **kwargs):
+        return self.make(*args, **kwargs)
+
+    def __or__(self, other):
+        return object
 
 
 class _Event:

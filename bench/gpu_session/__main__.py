@@ -80,7 +80,7 @@ def _inside(section: Section, out: Path, seconds: float, card: str | None) -> No
         _rehearse(section, session, card) if card else section.run(session)
         code = _LATE if session.late() else 0
         _note(section, session, time.monotonic() - started)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the process ends here, and its log says why
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -100,7 +100,9 @@ def _rehearse(section: Section, session: Session, card: str) -> None:
 
 def _note(section: Section, session: Session, seconds: float) -> None:
     facts = dict(expected=session.expected, seconds=seconds)
-    (session.out / f"{section.name}.json").write_text(json.dumps(facts))
+    path = session.out / "facts" / f"{section.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(facts))
 
 
 def archive(out: Path, path: Path) -> None:
@@ -158,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
 def dry_run(options: argparse.Namespace) -> int:
     """Run every section on the stand-in; print the seconds each is expected to take; return 1 where one did not run to its end."""
     failed = False
-    for path in options.out.glob("*.csv"):  # of an earlier dry run: each measures all anew
+    for path in [*options.out.glob("*.csv"), *options.out.glob("*.json")]:  # of an earlier dry run: each measures all anew
         path.unlink()
     rows = []
     for section in _chosen(options.sections):

@@ -103,7 +103,9 @@ def take_over(archive: Path, folder: Path, seconds: float, processes: int = os.c
     missing = [kernel for kernel in kernels if not kernel.cached(folder / _ENTRIES)]
     print(f"{len(kernels) - len(missing)} of {len(kernels)} kernels found", flush=True)
     done, failed = compile_all(missing, processes, seconds - (time.monotonic() - started))
-    print(f"{done} compiled here, {len(failed)} failed, {time.monotonic() - started:.1f} s", *failed[:5], sep="\n  ", flush=True)
+    print(
+        f"{done} compiled here, {len(failed)} failed, {time.monotonic() - started:.1f} s", *failed[:5], sep="\n  ", flush=True
+    )
     return manifest
 
 
@@ -119,7 +121,9 @@ def _use_key(key: str, folder: Path) -> None:
 def main() -> int:
     """Collect, compile and pack; return 1 where kernels failed to compile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheel", type=Path, required=True, help="the triton wheel of the GPU machine, or a folder of it unpacked")
+    parser.add_argument(
+        "--wheel", type=Path, required=True, help="the triton wheel of the GPU machine, or a folder of it unpacked"
+    )
     parser.add_argument("--archive", type=Path, default=ARCHIVE)
     parser.add_argument("--cards", default="H100,H200", help="whose choices are compiled for")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -139,7 +143,9 @@ def main() -> int:
         made = dict(key=key, triton=triton.__version__, commit=commit(), kernels=len(kernels), failed=failed)
         pack(kernels, folder, made, options.archive)
     size = options.archive.stat().st_size
-    print(f"{done} compiled in {time.monotonic() - started:.0f} s, {len(failed)} failed; {options.archive}: {size / 1e6:.1f} MB")
+    print(
+        f"{done} compiled in {time.monotonic() - started:.0f} s, {len(failed)} failed; {options.archive}: {size / 1e6:.1f} MB"
+    )
     print(*failed, sep="\n")
     return int(bool(failed))
 

@@ -134,6 +134,6 @@ def _compile(index: int) -> str:
     kernel = _WORK[index]
     try:
         kernel.compile()
-    except Exception as problem:  # such as a tile that the compiler cannot do: the session's row will say so
+    except Exception as problem:  # noqa: BLE001 - such as a tile that the compiler cannot do: the session's row will say so
         return f"{kernel.fn.fn.__name__}: {type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
     return ""

@@ -50,7 +50,9 @@ def product_ms(rates: Rates, m: int, n: int, k: int, rows: int | None = None, sp
     return max(compute, moved_ms(rates, 2 * (m * k + n * k + m * n)))
 
 
-def two_stage_ms(rates: Rates, format: str, m: int, n: int, k: int, rows: int | None = None, copied_bias: bool = False) -> float:
+def two_stage_ms(
+    rates: Rates, format: str, m: int, n: int, k: int, rows: int | None = None, copied_bias: bool = False
+) -> float:
     """Predict the two-stage call: packed bytes read, the weight written, the product, and a bias copied to y and read back."""
     unpack = moved_ms(rates, n * (FORMATS[format].row_bytes(k) + 2 * k))
     chunks = 1 if rows is None else -(-n // rows)

@@ -1,6 +1,6 @@
 """Launch each kernel of interest once between the profiler's start and stop, for Nsight Compute to read its counters.
 
-    ncu --profile-from-start off --clock-control none ... python -m bench.gpu_session.profiled
+ncu --profile-from-start off --clock-control none ... python -m bench.gpu_session.profiled
 """
 
 from __future__ import annotations

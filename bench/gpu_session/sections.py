@@ -29,7 +29,15 @@ class Section:
 
 def correctness(session: Session) -> None:
     """Run tests/gpu in parallel, to the end; the report is a JUnit file."""
-    wanted = ["-m", "gpu and not slow", "tests/gpu", "--no-header", "-p", "no:cacheprovider", f"--junitxml={session.out / 'junit.xml'}"]
+    wanted = [
+        "-m",
+        "gpu and not slow",
+        "tests/gpu",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={session.out / 'junit.xml'}",
+    ]
     if session.dry:
         from bench.gpu_session.dry import tests
 
@@ -45,7 +53,7 @@ def linears(session: Session) -> None:
     if session.dry:
         from bench.gpu_session.dry import module
 
-        module("bench.run", [*options, "--repeats", "1", "--calls", "2"])
+        module("bench.run", [*options, "--repeats", "1"])
         return
     check([sys.executable, "-m", "bench.run", *options, "--repeats", "10"])
 

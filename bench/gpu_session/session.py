@@ -35,7 +35,7 @@ class Session:
     out: Path
     dry: bool
     end: float
-    device: torch.device = torch.device("cuda")
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
     expected: float = 0.0
     tables: dict[str, Table] = field(default_factory=dict)
 

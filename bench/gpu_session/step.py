@@ -6,10 +6,11 @@ What is checked is the first double and the first single block, against float32 
 from __future__ import annotations
 
 import gc
+import gzip
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -20,7 +21,8 @@ from bench.gpu_session.timing import captured, milliseconds
 from flux_kernels.benchmark.providers import PROVIDERS, Unavailable
 from flux_kernels.benchmark.step_inputs import step_inputs
 from flux_kernels.benchmark.step_jobs import true_size
-from flux_kernels.benchmark.step_timing import Oracle, run as run_step
+from flux_kernels.benchmark.step_timing import Oracle
+from flux_kernels.benchmark.step_timing import run as run_step
 from flux_kernels.benchmark.step_weights import StepWeights, build, make_weights
 from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import Call, step_calls
@@ -31,7 +33,6 @@ _PROVIDERS = ("torch", "ours exact", "ours int8", "dequantize")
 _ROUNDS = 5
 _ATTENTION_TFLOP = 14.9  # of a 1024 x 1024 step, not ours
 _ROWS_SHOWN = 25
-_TRACE_SUFFIX = ".trace.json.gz"
 
 
 def run(session: Session, formats: tuple[str, ...] = ("Q4_K", "Q8_0"), size: str = "1024x1024") -> None:
@@ -97,20 +98,18 @@ def _checked(session: Session, oracle: Oracle, provider: str) -> tuple[float, fl
 
 def _profile(session: Session, call: Callable[[], object], name: str) -> None:
     """Write the profiler's table of kernels by GPU time, and the trace."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    # torch.profiler.profile would do the same and import torch's compiler first, which takes seconds.
+    with torch.autograd.profiler.profile(use_device=None if session.dry else "cuda") as profiler:
         call()
         torch.cuda.synchronize()
     by = "self_cpu_time_total" if session.dry else "self_device_time_total"
     text = profiler.key_averages().table(sort_by=by, row_limit=_ROWS_SHOWN, max_name_column_width=70)
     (session.out / f"{name}.profile.txt").write_text(text)
-    profiler.export_chrome_trace(str(session.out / f"{name}{_TRACE_SUFFIX}"))
-
-
-def traces(out: Path) -> list[Path]:
-    """List the profiler's traces, the largest files of a session."""
-    return sorted(out.glob(f"*{_TRACE_SUFFIX}"))
+    trace = session.out / f"{name}.trace.json"
+    profiler.export_chrome_trace(str(trace))
+    with trace.open("rb") as plain, gzip.open(session.out / f"{name}.trace.json.gz", "wb", 6) as packed:
+        shutil.copyfileobj(plain, packed)
+    trace.unlink()
 
 
 def predicted_ms(rates: Rates, format: str, provider: str, size: str) -> float:

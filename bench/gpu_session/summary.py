@@ -11,7 +11,20 @@ from bench.gpu_session.sections import SECTIONS, Section
 from flux_kernels.benchmark.record import read_csv
 
 MOST_CHARACTERS = 11_500
-_HIDDEN = {"least_ms", "note", "device", "capability", "driver", "torch", "triton", "libggml", "commit", "date", "error", "gate"}
+_HIDDEN = {
+    "least_ms",
+    "note",
+    "device",
+    "capability",
+    "driver",
+    "torch",
+    "triton",
+    "libggml",
+    "commit",
+    "date",
+    "error",
+    "gate",
+}
 _ROWS = {"ceilings": 26, "two_stage": 30, "int8": 24, "sweep": 36, "small_m": 20, "tuning": 12, "step": 16}
 _COMPILE_SECONDS = 0.9  # of a kernel on one core, the mean of 60 for sm_90
 _PROCESSES = 16
@@ -60,7 +73,7 @@ class Expected:
     @classmethod
     def read(cls, out: Path, section: Section) -> Expected:
         """Read what the section's process left; nothing where it failed."""
-        facts, kernels = out / f"{section.name}.json", out / "kernels" / f"{section.name}.pickle"
+        facts, kernels = out / "facts" / f"{section.name}.json", out / "kernels" / f"{section.name}.pickle"
         found = json.loads(facts.read_text()) if facts.exists() else dict(expected=0.0, seconds=0.0)
         count = len({kernel.folder for kernel in load(kernels)}) if kernels.exists() else 0
         return cls(section.name, count, found["expected"], found["seconds"], section.seconds)

@@ -48,7 +48,7 @@ def time_cases(session: Session, table: Table, cases: Sequence[Case], rounds: in
                 table.add(_row(case, [], None, note))
                 continue
             ready.append((case, *_captured(session, case)))
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 - a failure is a result: it becomes the row's note
             table.add(_row(case, [], None, f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"))
     times: list[list[float]] = [[] for _ in ready]
     for turn in range(rounds):

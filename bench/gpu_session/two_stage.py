@@ -50,7 +50,11 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
     dense = two_stage.unpack(weights[0], fmt, x.dtype, fmt.planes)
     right = F.linear(x, dense, bias)
     cases = [
-        Case(shape | dict(rows="torch", bias="epilogue", scratch=""), lambda: F.linear(x, dense, bias), product_ms(rates, m, n, k)),
+        Case(
+            shape | dict(rows="torch", bias="epilogue", scratch=""),
+            lambda: F.linear(x, dense, bias),
+            product_ms(rates, m, n, k),
+        ),
         Case(
             shape | dict(rows="shipped", bias="", scratch=""),
             lambda: kernels.linear(x, next(turns), bias, fmt, "exact", fmt.planes),
