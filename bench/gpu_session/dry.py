@@ -6,27 +6,43 @@ import runpy
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
+
+import torch
+from torch import Tensor
 
 from bench.gpu_session.kernels import Kernel, collecting_compiler
 from bench.gpu_session.session import Session
 from bench.stand_in import CARDS, counting_compiler, stand_in
 from bench.stand_in_cuda import without_arithmetic
-from flux_kernels.benchmark import ceilings, linears
+from flux_kernels import reference, tune
+from flux_kernels.benchmark import ceilings, linears, step_weights
+from flux_kernels.formats import BlockFormat
 
 
 @contextmanager
 def rehearsal(card: str, kernels: list[Kernel]) -> Iterator[None]:
     """Stand in for a card; `kernels` receives what would be compiled."""
-    small = (mock.patch.dict(ceilings._COPY_BYTES, cuda=1 << 20), mock.patch.dict(ceilings._SIDES, cuda=(64,)))
-    with (
-        stand_in(CARDS[card], collecting_compiler(kernels, counting_compiler(Counter()))),
-        without_arithmetic(),
-        small[0],
-        small[1],
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(stand_in(CARDS[card], collecting_compiler(kernels, counting_compiler(Counter()))))
+        stack.enter_context(without_arithmetic())
+        stack.enter_context(mock.patch.dict(ceilings._COPY_BYTES, cuda=1 << 20))
+        stack.enter_context(mock.patch.dict(ceilings._SIDES, cuda=(64,)))
+        stack.enter_context(mock.patch.object(reference, "decode_rows", _decoded))
+        for user in (step_weights, linears, tune):
+            stack.enter_context(mock.patch.object(user, "random_rows", _rows))
         yield
+
+
+def _decoded(data: Tensor, fmt: BlockFormat, planes: bool = False) -> Tensor:
+    """Stand for decoding in torch."""
+    return torch.empty(data.shape[0], fmt.row_weights(data.shape[1]), device=data.device)
+
+
+def _rows(fmt: BlockFormat, n: int, k: int, planes: bool = False, seed: int = 0) -> Tensor:
+    """Stand for random packed rows."""
+    return torch.empty(n, fmt.row_bytes(k), dtype=torch.uint8)
 
 
 def module(name: str, arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu_session.plain_int8 import plain_int8
-from bench.gpu_session.predict import moved_ms, product_ms, read_ms
+from bench.gpu_session.predict import modelled_ms, moved_ms, product_ms, read_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.timing import Case, time_cases
 from flux_kernels import kernels
@@ -75,7 +75,7 @@ def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     turns = cycle(session.weights(_FORMAT, n, k))
     x8, w8 = _codes(session, m, n, k)
     around = moved_ms(rates, 3 * m * k) + read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
-    shipped = product_clock_ms(session, m, n, k, "rows") + around
+    shipped = modelled_ms(rates, "int8", _FORMAT, m, n, k) or product_clock_ms(session, m, n, k, "rows") + around
     yield Case(_key("shipped", m, n, k), lambda: kernels.linear(x, next(turns), bias, fmt, "int8", fmt.planes), shipped)
     yield Case(_key("bf16 torch", m, n, k), lambda: F.linear(x, w, bias), product_ms(rates, m, n, k))
     yield Case(_key("_int_mm", m, n, k, "none"), lambda: torch._int_mm(x8, w8.T), product_ms(rates, m, n, k, speed=1.5))

@@ -5,7 +5,7 @@ A prediction is written before the number it is for is known, so that a miss tea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from bench.aot import model as compile_time
 from flux_kernels.benchmark.record import read_csv
 from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
+from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.chunks import wave_efficiency
 
 _RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
@@ -65,18 +66,16 @@ def read_ms(rates: Rates, format: str, n: int, k: int) -> float:
     return moved_ms(rates, n * FORMATS[format].row_bytes(k))
 
 
-def modelled_ms(rates: Rates, compute: str, format: str, m: int, n: int, k: int) -> float | None:
-    """Return the compile-time model's prediction of a call, None where it has none for this card, mode or type."""
-    card = next((card for card in compile_time.MODELS if card.name in rates.name or rates.name in card.name), None)
-    if card is None:
-        return None
+def modelled_ms(rates: Rates, compute: str, format: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
+    """Return the compile-time model's prediction of a call at these rates, None where its record lacks a kernel of it."""
+    card = next(card for card in compile_time.MODELS if card.name == rates.name)
+    card = replace(card, bf16_tflops=rates.bf16_tflops, memory_gb_s=rates.memory_gb_s)
     try:
-        kernel = compile_time.kernel_of(card, compute, format, _record())
-        return compile_time.call_ms(card, compute, format, Call(m, n, k, 1, ""), kernel)
+        return compile_time.call_ms(compile_time.Case(card, _record(), format), compute, Call(m, n, k, 1, ""), choice)
     except LookupError:
         return None
 
 
 @cache
-def _record() -> list[dict]:
-    return read_csv(_RECORD)
+def _record() -> compile_time.Record:
+    return compile_time.Record(read_csv(_RECORD))

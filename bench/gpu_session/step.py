@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from bench.gpu_session.predict import Rates, moved_ms, product_ms, read_ms, two_stage_ms
+from bench.gpu_session.predict import Rates, modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.timing import captured, milliseconds
 from flux_kernels.benchmark.providers import PROVIDERS, Unavailable
@@ -51,7 +51,7 @@ def _key(format: str, provider: str, size: str, what: str) -> dict:
 
 
 def _format(session: Session, table, format: str, size: str, providers: list[str]) -> None:
-    case = true_size("512x512" if session.dry else size)
+    case = true_size("128x128" if session.dry else size)  # with the text enough rows for the same choices
     config = replace(case.config, num_layers=1, num_single_layers=1) if session.dry else case.config
     weights = make_weights(config, FORMATS[format], session.device, torch.bfloat16)
     inputs = step_inputs(config, case.height, case.width, case.batch, session.device, torch.bfloat16, case.text)
@@ -79,12 +79,13 @@ def _provider(session: Session, table, weights: StepWeights, oracle: Oracle, pro
     if not error <= gate and not session.dry:
         table.add(_row(_key(format, provider, size, "graph"), [], predicted, "wrong result", **found))
         return
-    eager = [milliseconds(call) for _ in range(_ROUNDS)]
+    rounds = 1 if session.dry else _ROUNDS
+    eager = [milliseconds(call) for _ in range(rounds)]
     found["peak_gb"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
     table.add(_row(_key(format, provider, size, "eager"), eager, predicted, "", **found))
     _profile(session, call, f"{format}_{provider.replace(' ', '_')}_{size}")
     graph = captured(call)
-    times = [milliseconds(graph.replay) for _ in range(_ROUNDS)]
+    times = [milliseconds(graph.replay) for _ in range(rounds)]
     table.add(_row(_key(format, provider, size, "graph"), times, predicted, "", **found))
 
 
@@ -128,6 +129,9 @@ def _call_ms(rates: Rates, format: str, provider: str, call: Call) -> float:
         return product_ms(rates, *shape)
     if call.m <= 16:
         return read_ms(rates, format, call.n, call.k)
+    modelled = None if provider == "dequantize" else modelled_ms(rates, provider.removeprefix("ours "), format, *shape)
+    if modelled is not None:
+        return modelled
     if provider == "ours int8":
         return product_ms(rates, *shape, speed=1.2) + moved_ms(rates, call.n * call.k * 2 + 3 * call.m * call.k)
     decoded = two_stage_ms(rates, format, *shape)

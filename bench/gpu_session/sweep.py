@@ -17,7 +17,7 @@ from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import exact, two_stage
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.launching import capability_of
-from flux_kernels.kernels.tuning import fused_tile, split_k_tile
+from flux_kernels.kernels.tuning import Tile, fused_tile, split_k_tile
 
 KEY = ("format", "m", "n", "k", "algorithm", "tile")
 _ROWS = (64, 128, 256, 512, 768, 1024, 2048, 4608)
@@ -46,13 +46,15 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Ca
     plain = product_ms(rates, m, n, k)
     yield Case(shape | dict(algorithm="torch", tile=""), lambda: F.linear(x, dense, bias), plain)
     tile = fused_tile(fmt, m, n, k, capability)
-    tried = [("two_stage", None, two_stage_ms(rates, format, m, n, k))]
-    tried.append(("fused", tile, modelled_ms(rates, "exact", format, m, n, k) or plain / _FUSED))
+    tried: list[tuple[str, Tile | None]] = [("two_stage", None), ("fused", tile)]
     if m <= _MOST_SPLIT_ROWS:
         wide = split_k_tile(fmt, m, n, k, capability)
-        tried += [("split_k", replace(wide, splits=splits), plain / _FUSED) for splits in _SPLITS]
-    for algorithm, used, predicted in tried:
-        call = exact_call(x, weights, bias, format, Choice(algorithm, used, "swept"))
+        tried += [("split_k", replace(wide, splits=splits)) for splits in _SPLITS]
+    for algorithm, used in tried:
+        choice = Choice(algorithm, used, "swept")
+        rough = two_stage_ms(rates, format, m, n, k) if used is None else plain / _FUSED
+        predicted = modelled_ms(rates, "exact", format, m, n, k, choice) or rough
+        call = exact_call(x, weights, bias, format, choice)
         yield Case(shape | dict(algorithm=algorithm, tile=str(used or "")), call, predicted)
 
 
