@@ -220,6 +220,11 @@ def _reading(function: Callable, cuda: Cuda) -> Callable:
     return read
 
 
+def _answering(value) -> Callable:
+    """Return a function of its own that takes anything: torch's compiler wants no two names for one."""
+    return lambda *_, **__: value
+
+
 def _functions(cuda: Cuda) -> dict[str, object]:
     """Return the stand-ins of torch.cuda's functions and classes, by name."""
     stream = SimpleNamespace(
@@ -229,18 +234,16 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         wait_stream=lambda other: None,
         wait_event=lambda e: None,
     )
-    count = lambda *_, **__: 0
-    nothing = lambda *_, **__: None
     return dict(
         is_available=lambda: True,
         is_initialized=lambda: True,
-        _lazy_init=nothing,
-        _lazy_call=nothing,
+        _lazy_init=_answering(None),
+        _lazy_call=_answering(None),
         _exchange_device=lambda device: 0,
         _maybe_exchange_device=lambda device: 0,
         device_count=lambda: 1,
         current_device=lambda: 0,
-        set_device=nothing,
+        set_device=_answering(None),
         get_device_name=lambda device=None: cuda.card.name,
         get_device_capability=lambda device=None: cuda.card.capability,
         get_device_properties=cuda.properties,
@@ -253,20 +256,20 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         Event=_Maker(lambda *_, **__: _Event(cuda)),
         CUDAGraph=_Maker(lambda *_, **__: _Graph(cuda)),
         graph=lambda graph, *_, **__: graph.captured(),
-        graph_pool_handle=nothing,
+        graph_pool_handle=_answering(None),
         is_current_stream_capturing=lambda: cuda.capturing,
         mem_get_info=lambda device=None: (cuda.card.memory_bytes, cuda.card.memory_bytes),
-        memory_allocated=count,
-        max_memory_allocated=count,
-        memory_reserved=count,
-        max_memory_reserved=count,
-        reset_peak_memory_stats=nothing,
-        empty_cache=nothing,
-        set_sync_debug_mode=nothing,
-        manual_seed=nothing,
-        manual_seed_all=nothing,
-        _sleep=nothing,
-        profiler=SimpleNamespace(start=nothing, stop=nothing),
+        memory_allocated=_answering(0),
+        max_memory_allocated=_answering(0),
+        memory_reserved=_answering(0),
+        max_memory_reserved=_answering(0),
+        reset_peak_memory_stats=_answering(None),
+        empty_cache=_answering(None),
+        set_sync_debug_mode=_answering(None),
+        manual_seed=_answering(None),
+        manual_seed_all=_answering(None),
+        _sleep=_answering(None),
+        profiler=SimpleNamespace(start=_answering(None), stop=_answering(None)),
     )
 
 

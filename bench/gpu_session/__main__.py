@@ -22,6 +22,7 @@ from bench.gpu_session.session import Session
 from bench.stand_in import CARDS
 
 _MARGIN, _LEAST_SECONDS, _LATE = 2.0, 12.0, 3
+_DRY_SECONDS = 900.0
 _ARCHIVE_BYTES = 14 << 20  # of what the archive takes in
 
 
@@ -48,9 +49,9 @@ class State:
         return sorted(left, key=lambda section: self.ended.get(section.name, "").startswith("failed"))
 
 
-def run_section(section: Section, out: Path, seconds: float, card: str | None = None) -> str:
+def run_section(section: Section, out: Path, seconds: float, card: str | None = None, reduced: bool = False) -> str:
     """Run a section in a process of its own, its output in a log; return "done", "out of time" or what failed."""
-    process = get_context("fork").Process(target=_inside, args=(section, out, seconds, card))
+    process = get_context("fork").Process(target=_inside, args=(section, out, seconds, card, reduced))
     process.start()
     process.join(seconds)
     late = process.is_alive()
@@ -67,14 +68,14 @@ def run_section(section: Section, out: Path, seconds: float, card: str | None = 
     return f"failed: {' '.join(last)[:150]}"
 
 
-def _inside(section: Section, out: Path, seconds: float, card: str | None) -> None:
+def _inside(section: Section, out: Path, seconds: float, card: str | None, reduced: bool) -> None:
     os.setsid()
     log = os.open(out / f"{section.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - it lives as long as the process
     sys.stderr = sys.stdout
-    session, code = Session(out, card is not None, time.monotonic() + seconds - _MARGIN), 1
+    session, code = Session(out, card is not None, time.monotonic() + seconds - _MARGIN, reduced=reduced), 1
     started = time.monotonic()
     try:
         _rehearse(section, session, card) if card else section.run(session)
@@ -129,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--archive", type=Path, default=cache.ARCHIVE, help="kernels compiled ahead (bench.gpu_session.cache)")
     parser.add_argument("--commit", help="what rows call the code, where git is missing")
     parser.add_argument("--dry-run", action="store_true", help="on a stand-in driver; each section must run to its end")
+    parser.add_argument("--reduced", action="store_true", help="a short dry run: one type, few calls")
     parser.add_argument("--card", choices=CARDS, default="H100", help="of the dry run")
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
@@ -165,7 +167,7 @@ def dry_run(options: argparse.Namespace) -> int:
     rows = []
     for section in _chosen(options.sections):
         (options.out / f"{section.name}.log").unlink(missing_ok=True)
-        outcome = run_section(section, options.out, 600.0, options.card)
+        outcome = run_section(section, options.out, _DRY_SECONDS, options.card, options.reduced)
         failed |= outcome != "done"
         print(f"{section.name}: {outcome}", flush=True)
         rows.append(summary.Expected.read(options.out, section))

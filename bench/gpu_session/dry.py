@@ -16,7 +16,7 @@ from bench.gpu_session.kernels import Kernel, collecting_compiler
 from bench.gpu_session.session import Session
 from bench.stand_in import CARDS, counting_compiler, stand_in
 from bench.stand_in_cuda import without_arithmetic
-from flux_kernels import reference, tune
+from flux_kernels import low_precision, reference, tune
 from flux_kernels.benchmark import ceilings, linears, step_weights
 from flux_kernels.formats import BlockFormat
 
@@ -62,7 +62,13 @@ def tests(session: Session, arguments: list[str]) -> None:
 
     from tests.gpu import compare
 
-    with mock.patch.object(compare, "fail", lambda message: None):
+    def twin(x, data, *_, **__):
+        return x.new_empty(x.shape[0], data.shape[0])
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(compare, "fail", lambda message: None))
+        for name in ("linear_int8", "linear_fp16_accumulate"):
+            stack.enter_context(mock.patch.object(low_precision, name, twin))
         code = pytest.main([*arguments, "-p", "no:xdist", "-q"])
     if code:
         raise RuntimeError(f"pytest ended with {code!r}")

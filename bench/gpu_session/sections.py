@@ -14,6 +14,7 @@ from bench.gpu_session import ceilings, int8, profiled, small_m, step, sweep, tu
 from bench.gpu_session.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
+_TESTS = "tests/gpu/test_on_gpu.py"  # the others need diffusers
 _WORKERS = 12  # pytest processes: cores are 16, and each takes a CUDA context
 
 
@@ -28,32 +29,26 @@ class Section:
 
 
 def correctness(session: Session) -> None:
-    """Run tests/gpu in parallel, to the end; the report is a JUnit file."""
-    wanted = [
-        "-m",
-        "gpu and not slow",
-        "tests/gpu",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={session.out / 'junit.xml'}",
-    ]
+    """Run the tests that a bare machine can in parallel, to the end; the report is a JUnit file."""
+    report = f"--junitxml={session.out / 'junit.xml'}"
+    wanted = ["-m", "gpu and not slow", _TESTS, "--no-header", "-p", "no:cacheprovider", report]
     if session.dry:
         from bench.gpu_session.dry import tests
 
-        tests(session, wanted)
+        tests(session, [*wanted, *(["-k", "Q4_K"] if session.reduced else [])])
         return
     check([sys.executable, "-m", "pytest", "-q", *wanted, "-n", str(_WORKERS), "--dist", "worksteal"])
 
 
 def linears(session: Session) -> None:
     """Time every call of a step, the rows of the README's table."""
-    providers = "torch,ours exact,ours int8"
-    options = ["--formats", "Q4_K,Q8_0,Q6_K", "--providers", providers, "--resume", "--write", str(session.out / "linear.csv")]
+    formats = "Q4_K" if session.reduced else "Q4_K,Q8_0,Q6_K"
+    options = ["--formats", formats, "--providers", "torch,ours exact,ours int8", "--resume"]
+    options += ["--write", str(session.out / "linear.csv")]
     if session.dry:
         from bench.gpu_session.dry import module
 
-        module("bench.run", [*options, "--repeats", "1"])
+        module("bench.run", [*options, "--repeats", "1", *(["--calls", "2"] if session.reduced else [])])
         return
     check([sys.executable, "-m", "bench.run", *options, "--repeats", "10"])
 
@@ -75,7 +70,7 @@ def racecheck(session: Session) -> None:
     if session.dry or shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not run here")
         return
-    tests = ["-m", "pytest", "-q", "-x", "tests/gpu/test_on_gpu.py", "-k", "racecheck", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", "-q", "-x", _TESTS, "-k", "racecheck", "-p", "no:cacheprovider"]
     check(["compute-sanitizer", "--tool", "racecheck", "--target-processes", "all", sys.executable, *tests])
 
 

@@ -29,7 +29,10 @@ class Session:
         out: folder of the rows.
         dry: whether a stand-in driver runs it: operands are then left as memory was.
         end: `time.monotonic()` after which nothing new is begun.
+        device: what everything runs on.
         expected: seconds that the GPU is expected to be busy, summed up as cases are timed.
+        reduced: whether a dry run is to be short: one type, few calls.
+        tables: those opened so far.
     """
 
     out: Path
@@ -37,6 +40,7 @@ class Session:
     end: float
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))
     expected: float = 0.0
+    reduced: bool = False
     tables: dict[str, Table] = field(default_factory=dict)
 
     @property

@@ -38,7 +38,7 @@ _ROWS_SHOWN = 25
 def run(session: Session, formats: tuple[str, ...] = ("Q4_K", "Q8_0"), size: str = "1024x1024") -> None:
     """Write step.csv, and a profiler's table and trace for each provider."""
     table = session.table("step", KEY)
-    for format in formats:
+    for format in formats[:1] if session.reduced else formats:
         missing = [one for one in _PROVIDERS if not table.has(_key(format, one, size, "graph"))]
         if missing and not session.late():
             _format(session, table, format, size, missing)

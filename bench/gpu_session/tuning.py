@@ -49,5 +49,5 @@ def run(session: Session) -> None:
         )
 
     minutes = max(0.0, session.end - time.monotonic()) / 60
-    options = dict(limit=2) if session.dry else {}
-    tune(jobs(), torch.device("cuda"), path=session.out / "tuning.json", minutes=minutes, on_row=show, **options)
+    options, todo = (dict(limit=2), jobs()[:3]) if session.reduced else ({}, jobs())
+    tune(todo, torch.device("cuda"), path=session.out / "tuning.json", minutes=minutes, on_row=show, **options)
