@@ -36,8 +36,8 @@ def rehearsal(card: str, kernels: list[Kernel]) -> Iterator[None]:
 
 
 def _decoded(data: Tensor, fmt: BlockFormat, planes: bool = False) -> Tensor:
-    """Stand for decoding in torch."""
-    return torch.empty(data.shape[0], fmt.row_weights(data.shape[1]), device=data.device)
+    """Stand for decoding in torch: in bfloat16, so that casting to it costs nothing."""
+    return torch.empty(data.shape[0], fmt.row_weights(data.shape[1]), dtype=torch.bfloat16, device=data.device)
 
 
 def _rows(fmt: BlockFormat, n: int, k: int, planes: bool = False, seed: int = 0) -> Tensor:
