@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -45,12 +46,14 @@ def keyed(key: str, folder: Path) -> Iterator[None]:
         triton_cache.triton_key, triton.knobs.cache.dir = before, directory
 
 
-def collect(cards: list[str], folder: Path) -> list[Kernel]:
-    """Return what the session launches on each card, by dry runs."""
+def collect(cards: list[str], folder: Path, sections: str | None = None) -> list[Kernel]:
+    """Return what the session, or some sections of it, launches on each card, by dry runs."""
     found = []
     for card in cards:
         out = folder / f"dry_{card}"
         command = [sys.executable, "-m", "bench.gpu_session", "--dry-run", "--card", card, "--out", str(out)]
+        shutil.rmtree(out / "kernels", ignore_errors=True)
+        command += ["--sections", sections] if sections else []
         subprocess.run(command, cwd=ROOT, check=True)
         found += [kernel for path in sorted(out.glob("kernels/*.pickle")) for kernel in load(path)]
     return found
@@ -126,6 +129,7 @@ def main() -> int:
     )
     parser.add_argument("--archive", type=Path, default=ARCHIVE)
     parser.add_argument("--cards", default="H100,H200", help="whose choices are compiled for")
+    parser.add_argument("--sections", help="comma-separated; default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     key, folder = triton_key_of(options.wheel), FOLDER / "build"
@@ -133,7 +137,7 @@ def main() -> int:
         parser.error(f"the wheel is not of Triton {triton.__version__}, which runs here; put that version first on PYTHONPATH")
     print(f"own key {short(triton_cache.triton_key())}, the wheel's {short(key)}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    found = collect(options.cards.split(","), folder)
+    found = collect(options.cards.split(","), folder, options.sections)
     with keyed(key, folder / _ENTRIES):
         kernels = distinct(found)
         missing = [kernel for kernel in kernels if not kernel.cached(folder / _ENTRIES)]

@@ -93,6 +93,6 @@ SECTIONS = (
     Section("ncu", 60, ncu, "stall reasons, L2 rates"),
     Section("linears", 45, linears, "the README's rows"),
     Section("step_q6_k", 60, lambda session: step.run(session, ("Q6_K",)), "the type of most quality files"),
-    Section("step_512", 50, lambda session: step.run(session, ("Q4_K",), "512x512"), "where the host's time shows"),
+    Section("step_512", 60, lambda session: step.run(session, ("Q4_K",), "512x512"), "where the host's time shows"),
     Section("racecheck", 60, racecheck, "races that no result shows"),
 )
