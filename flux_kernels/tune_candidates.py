@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
+
+import torch
 
 from .compute import TENSOR_CORE_CAPABILITY
 from .formats import SUPERBLOCK, BlockFormat
 from .kernels.choice import default_choice
-from .kernels.tuning import SMALL_M, Tile, largest_tile_k, loads_by_ldmatrix, row_scales_serve
+from .kernels.tuning import CODES_M, SMALL_M, Tile, codes_serve, largest_tile_k, loads_by_ldmatrix, row_scales_serve
 
 Candidate = tuple[str, Tile | None]  # algorithm, tile
 
@@ -32,9 +35,21 @@ def candidates(
     default = default_choice(compute, fmt, m, n, k, capability)
     found = [(default.algorithm, default.tile)]
     tried = {"exact": _exact, "fp16_accumulate": _fp16, "int8": _int8}[compute](fmt, m, n, k, processors)
+    if compute == "exact" and m <= CODES_M and codes_serve(fmt, capability, torch.bfloat16):
+        tried = chain(_codes(fmt, k), tried)
     if compute != "int8":
         tried = _ways_to_load(fmt, tried, capability)
     return found + [candidate for candidate in tried if candidate not in found]
+
+
+def _codes(fmt: BlockFormat, k: int) -> Iterator[Candidate]:
+    """Yield tiles of the small-M kernel that multiplies codes, a warp for each part of K."""
+    tile_k = largest_tile_k(fmt, k)
+    for block_n in (16, 32, 64):
+        for splits in (2, 4, 8):
+            for stages in (_LEAST_STAGES, _LEAST_STAGES + 1, _LEAST_STAGES + 2):
+                if k // tile_k % splits == 0:
+                    yield "small_m", Tile(CODES_M, block_n, tile_k, splits, stages, splits)
 
 
 def _ways_to_load(fmt: BlockFormat, tried: Iterator[Candidate], capability: tuple[int, int] | None) -> Iterator[Candidate]:
