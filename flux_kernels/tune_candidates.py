@@ -13,10 +13,12 @@ from .formats import SLICE, SUPERBLOCK, BlockFormat
 from .kernels.choice import default_choice
 from .kernels.chunks import candidate_rows
 from .kernels.tuning import (
+    CODES_M,
     GRID_FORMATS,
     SMALL_M,
     Tile,
     choose_algorithm,
+    codes_serve,
     fused_tile,
     largest_tile_k,
     loads_by_ldmatrix,
@@ -78,6 +80,8 @@ def candidates(compute: str, call: Call) -> list[Candidate]:
 
 
 def _exact(call: Call) -> Iterator[Candidate]:
+    if call.m <= CODES_M and codes_serve(call.fmt, call.capability, call.dtype):
+        yield from _codes(call.fmt, call.k)
     if call.m <= _SMALL_M_LIMIT:
         for block_n, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (128, 4)):
             yield Candidate("small_m", Tile(1, block_n, largest_tile_k(call.fmt, call.k), warps, 1))
@@ -87,6 +91,16 @@ def _exact(call: Call) -> Iterator[Candidate]:
             yield Candidate("two_stage", None, rows)
     if call.m > SMALL_M and not float32:
         yield from _fitting_memory(call, _ways_to_load(call, _fused(call)), call.dtype.itemsize)
+
+
+def _codes(fmt: BlockFormat, k: int) -> Iterator[Candidate]:
+    """Yield tiles of the small-M kernel that multiplies codes, a warp for each part of K."""
+    tile_k = largest_tile_k(fmt, k)
+    for block_n in (16, 32, 64):
+        for splits in (2, 4, 8):
+            for stages in (_LEAST_STAGES, _LEAST_STAGES + 1, _LEAST_STAGES + 2):
+                if k // tile_k % splits == 0:
+                    yield Candidate("small_m", Tile(CODES_M, block_n, tile_k, splits, stages, splits))
 
 
 def _fused(call: Call) -> Iterator[Candidate]:

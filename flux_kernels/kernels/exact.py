@@ -50,7 +50,7 @@ def prepare(problem: Problem, choice: Choice) -> Run:
 
 def _small_m(problem: Problem, choice: Choice) -> Run:
     tile, table = choice.tile, problem.table
-    if tile.block_m > 1:
+    if tile.block_m > 1 and problem.dtype != torch.float32:
         return _small_m_codes(problem, tile)
     grid = (triton.cdiv(problem.n, tile.block_n), problem.m)
     constants = problem.format_constants | dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k)

@@ -65,8 +65,9 @@ _MEDIUM_EXCEPTIONS = {
 
 _SMALL = Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)
 SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
-# The kernel that multiplies codes: 32 rows of w a warp, K shared by the warps of a program.
-_CODES = Tile(block_m=8, block_n=32, tile_k=256, num_warps=4, num_stages=2, splits=4)
+# The kernel that multiplies codes: 32 rows of w a warp, K shared by the warps of a program. Triton keeps a stage less than it is
+# told, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
+_CODES = Tile(block_m=8, block_n=32, tile_k=256, num_warps=2, num_stages=3, splits=2)
 CODES_M = _CODES.block_m  # rows it multiplies at the price of one
 
 _FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
