@@ -36,8 +36,8 @@ ALGORITHMS = {  # compute mode -> what it can run
 NEAR = 0.5  # a row serves calls whose M is within this many powers of two of its own
 _PACKAGED = Path(__file__).with_name("records")
 _KERNELS = {  # compute mode -> files whose change makes a measurement old
-    "exact": ("fused_gemm", "split_k", "small_m", "small_m_codes", "two_stage", "dequantize", "branch"),
-    "fp16_accumulate": ("fp16_gemm", "activations", "branch"),
+    "exact": ("fused_gemm", "split_k", "small_m", "small_m_codes", "two_stage", "dequantize", "branch", "ldmatrix"),
+    "fp16_accumulate": ("fp16_gemm", "activations", "branch", "ldmatrix"),
     "int8": ("int8_gemm", "unpack_int8", "activations", "branch"),
 }
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -135,20 +135,26 @@ def _row(data: dict) -> TuningRow:
         raise ValueError(f"unknown format or compute mode {row.format!r}, {row.compute!r}")
     if row.algorithm not in ALGORITHMS[row.compute] or row.dtype not in _DTYPES:
         raise ValueError(f"unknown algorithm or dtype {row.algorithm!r}, {row.dtype!r}")
-    if not isinstance(row.branch, bool) or not (row.rows is None or type(row.rows) is int and row.rows > 0):
-        raise ValueError(f"branch must be true or false and rows a positive integer or null, got {row.branch!r}, {row.rows!r}")
+    if not _positive(row.m, row.n, row.k, *([] if row.rows is None else [row.rows])):
+        raise ValueError(f"M, N, K and rows must be positive integers, got {row.m!r}, {row.n!r}, {row.k!r}, {row.rows!r}")
+    if row.branch not in (True, False):
+        raise ValueError(f"branch must be true or false, got {row.branch!r}")
     if tile is None:
         if row.algorithm != "two_stage" or row.compute != "exact":
             raise ValueError(f"{row.algorithm!r} of {row.compute!r} needs a tile")
         return row
     fmt = FORMATS[row.format]
     sizes = (tile.block_m, tile.block_n, tile.tile_k, tile.num_warps, tile.num_stages, tile.splits)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not _positive(*sizes):
         raise ValueError(f"tile sizes must be positive integers, got {sizes}")
     steps_through_blocks = row.compute != "int8"  # its GEMM steps through groups of unpacked weights
     if steps_through_blocks and (row.k % (tile.tile_k * tile.splits) or tile.tile_k % fmt.block_size):
         raise ValueError(f"a tile with K step {tile.tile_k} in {tile.splits} parts does not fit K={row.k} of {row.format}")
     return row
+
+
+def _positive(*sizes: object) -> bool:
+    return all(type(size) is int and size > 0 for size in sizes)
 
 
 def records_folder() -> Path:

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from bench.run import one_of_each_height_first
 from flux_kernels.benchmark import linears
-from flux_kernels.benchmark.linears import make_problem, measure, relative_errors, summary
+from flux_kernels.benchmark.linears import is_broken, make_problem, measure, relative_errors, summary
 from flux_kernels.benchmark.providers import PROVIDERS, Provider, default_providers
 from flux_kernels.benchmark.shapes import whole_step
 from flux_kernels.clock import balanced_order, interleaved, percentiles
+from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import STEPS, Call, step_calls
 
 CPU = torch.device("cpu")
@@ -63,6 +64,41 @@ def test_no_speed_is_reported_for_a_wrong_result(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "wrong", wrong)
     (row,) = measure("Q8_0", SMALL, ["wrong"], CPU, torch.float32, repeats=2)
     assert row["p50_ms"] == "" and "wrong result" in row["note"]
+
+
+def raising(error: Exception):
+    def call(x):
+        raise error
+
+    return lambda problem: call
+
+
+def test_a_side_of_ours_that_fails_is_a_row_and_a_status_and_the_others_stay(monkeypatch):
+    """One kernel that a card refuses must not take the measurements of a rented hour along."""
+    monkeypatch.setitem(PROVIDERS, "ours int8", Provider("ours int8", raising(RuntimeError("out of resource")), 0.02, "ours"))
+    failed, other = measure("Q8_0", SMALL, ["ours int8", "torch"], CPU, torch.float32, repeats=2)
+    assert failed["note"] == "failed: RuntimeError: out of resource" and is_broken(failed)
+    assert failed["p50_ms"] == "" and other["p50_ms"] and not is_broken(other)
+
+
+def test_a_mode_that_a_card_refuses_is_no_failure(monkeypatch):
+    """fp16_accumulate on A100 and H100: it is in the default list, and ended the run with a traceback there."""
+    refused = raising(BackendUnavailable("This card has no such unit."))
+    monkeypatch.setitem(PROVIDERS, "ours fp16_accumulate", Provider("ours fp16_accumulate", refused, 0.02, "ours"))
+    row, other = measure("Q8_0", SMALL, ["ours fp16_accumulate", "torch"], CPU, torch.float32, repeats=2)
+    assert row["note"] == "This card has no such unit." and not is_broken(row)
+    assert row["p50_ms"] == "" and other["p50_ms"]
+
+
+def test_a_side_that_some_calls_leave_out_has_no_time_of_a_step():
+    """The small-M kernel is timed at M = 1 alone: its sum beside torch's of all calls would read as a hundred times as fast."""
+
+    def row(provider: str, m: int) -> dict:
+        times = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), "1.0")
+        return dict(format="Q4_K", size="", provider=provider, m=m, calls=1, repeats=3) | times
+
+    said = summary([row("torch", 1), row("torch", 512), row("ours small_m", 1)])
+    assert "torch" in said and "small_m" not in said
 
 
 def test_every_other_library_cites_whose_call_it_is_and_rows_say_the_version():

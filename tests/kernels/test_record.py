@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -156,6 +157,9 @@ def test_an_old_row_is_used_with_one_warning(card, change):
         lambda data: data["rows"][0]["tile"].update(splits=5),
         lambda data: data["rows"][0]["tile"].update(block_m="many"),
         lambda data: data["rows"][0].pop("ms"),
+        lambda data: data["rows"][0].update(m=0),
+        lambda data: data["rows"][0].update(m="512"),
+        lambda data: data["rows"][0].update(n=True),
         lambda data: data["rows"][0].update(algorithm="five_stage"),
         lambda data: data["rows"][0].update(dtype="float64"),
         lambda data: data["rows"][0].update(branch="no"),
@@ -180,3 +184,13 @@ def test_the_kernel_hash_follows_mode_and_format():
     for files in record._KERNELS.values():
         for name in files:
             assert (record._PACKAGED.parent / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("mode", record._KERNELS)
+def test_what_kernels_call_is_hashed_with_them(mode):
+    """A change of a function that a kernel inlines makes its measurements old; where a tile lies on the grid does not count."""
+    folder, listed = record._PACKAGED.parent, record._KERNELS[mode]
+    for name in listed:
+        for found in re.finditer(r"^from \.(\w+) import (.+)$", (folder / f"{name}.py").read_text(), re.MULTILINE):
+            inlined = "@jit" in (folder / f"{found[1]}.py").read_text() and not found[2].endswith("_kernel")
+            assert not inlined or found[1] in listed or found[2] == "tile_position", (name, found[0])
