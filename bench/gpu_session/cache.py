@@ -102,6 +102,7 @@ def take_over(archive: Path, folder: Path, seconds: float, processes: int = os.c
     print(f"archive key {short(key)} of commit {manifest['commit']}, Triton {manifest['triton']}", flush=True)
     if key != own:
         _use_key(key, folder)
+    os.environ["TRITON_KERNELS_CARRIED"] = "1"
     kernels = load(folder / _KERNELS)
     missing = [kernel for kernel in kernels if not kernel.cached(folder / _ENTRIES)]
     print(f"{len(kernels) - len(missing)} of {len(kernels)} kernels found", flush=True)

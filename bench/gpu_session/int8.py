@@ -17,6 +17,7 @@ from flux_kernels import kernels
 from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8
+from flux_kernels.kernels.problem import Problem
 from flux_kernels.kernels.tuning import Tile
 
 KEY = ("what", "format", "m", "n", "k", "scales", "tile")
@@ -59,13 +60,18 @@ def _pieces(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     x, turns, group = session.activations(m, k), cycle(session.weights(_FORMAT, n, k)), group_width(k)
     written = read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
     yield Case(_key("quantize x", m, n, k), lambda: int8.quantize_activation(x, group), moved_ms(rates, 3 * m * k))
-    for scales, rows in (("groups", False), ("rows", True)):
-        call = _unpack(turns, fmt, group, rows)
-        yield Case(_key("unpack w", m, n, k, scales), call, written + (read_ms(rates, _FORMAT, n, k) if rows else 0.0))
+    problem = _problem(session, m, n, k)
+    unpack_groups, unpack_rows = (int8._unpacking(problem, n, group, rowwise) for rowwise in (False, True))
+    scale = int8.row_scale(next(turns), fmt, fmt.planes)
+    found = read_ms(rates, _FORMAT, n, k)
+    yield Case(_key("row scale, once a layer", m, n, k), lambda: int8.row_scale(next(turns), fmt, fmt.planes), found)
+    yield Case(_key("unpack w", m, n, k, "groups"), lambda: unpack_groups(next(turns), None), written)
+    yield Case(_key("unpack w", m, n, k, "rows"), lambda: unpack_rows(next(turns), scale), written)
 
 
-def _unpack(turns, fmt, group: int, rows: bool) -> Callable[[], object]:
-    return lambda: int8.unpack_weight(next(turns), fmt, group, fmt.planes, rows)
+def _problem(session: Session, m: int, n: int, k: int) -> Problem:
+    fmt = FORMATS[_FORMAT]
+    return Problem(m, n, k, k, fmt.row_bytes(k), fmt, fmt.planes, torch.bfloat16, None, 0, session.device)
 
 
 def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
@@ -89,16 +95,19 @@ def _products(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
         w_scale = torch.ones(count, n, device=session.device)
         predicted = product_clock_ms(session, m, n, k, scales)
         for tile in _TILES:
-            yield Case(_key("product", m, n, k, scales, tile), _product(x8, x_scale, w8, w_scale, tile), predicted)
+            call = product(_problem(session, m, n, k), x8, x_scale, w8, w_scale, tile)
+            yield Case(_key("product", m, n, k, scales, tile), call, predicted)
 
 
-def _product(x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, tile: Tile) -> Callable[[], object]:
+def product(problem: Problem, x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, tile: Tile) -> Callable[[], object]:
+    """Return the int8 product alone: w_scale [K // group, N], [1, N] for rows, [0, N] for the kernel without scales."""
     if not w_scale.shape[0]:
         return lambda: plain_int8(x8, w8, tile)
+    multiply = int8._multiplying(problem, problem.n, tile, w_scale.shape[0] == 1)
 
     def call() -> Tensor:
-        y = torch.empty(x8.shape[0], w8.shape[0], dtype=torch.bfloat16, device=x8.device)
-        int8._gemm(x8, x_scale, w8, w_scale, None, None, None, y, tile)
+        y = torch.empty(problem.m, problem.n, dtype=torch.bfloat16, device=x8.device)
+        multiply(x8, x_scale, w8, w_scale, None, None, None, y)
         return y
 
     return call

@@ -21,7 +21,7 @@ from flux_kernels.kernels import int8 as int8_mode
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.choice import Choice, choose
 from flux_kernels.kernels.launching import capability_of
-from flux_kernels.kernels.tuning import INT8_TILE, fused_tile
+from flux_kernels.kernels.tuning import fused_tile, int8_tile
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
 _K = _N = 3072
@@ -47,10 +47,11 @@ def launches(session: Session) -> dict[str, Callable[[], object]]:
         small = choose("exact", fmt, 1, _N, _K, session.device)
         found[f"small M {format}"] = sweep.exact_call(one, weights, bias, format, small)
     x8, w8 = int8._codes(session, 4608, _N, _K)
+    problem = int8._problem(session, 4608, _N, _K)
     x_scale = torch.ones(_K // group_width(_K), 4608, device=session.device)
     for scales, count in (("rows", 1), ("groups", _K // group_width(_K))):
         w_scale = torch.ones(count, _N, device=session.device)
-        found[f"int8 product {scales}"] = int8._product(x8, x_scale, w8, w_scale, INT8_TILE)
+        found[f"int8 product {scales}"] = int8.product(problem, x8, x_scale, w8, w_scale, int8_tile(4608))
     fmt, packed = FORMATS["Q4_K"], session.weights("Q4_K", _N, _K)[0]
     found["int8 unpack rows"] = lambda: int8_mode.unpack_weight(packed, fmt, group_width(_K), fmt.planes, True)
     found["quantize x"] = lambda: int8_mode.quantize_activation(large, group_width(_K))

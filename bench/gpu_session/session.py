@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -47,6 +48,11 @@ class Session:
     def rates(self) -> Rates:
         """Return what predictions assume of this card."""
         return rates_of(torch.cuda.get_device_name())
+
+    @property
+    def carried(self) -> bool:
+        """Tell whether kernels were compiled ahead."""
+        return bool(os.environ.get("TRITON_KERNELS_CARRIED"))
 
     def late(self) -> bool:
         """Tell whether nothing new should be begun."""

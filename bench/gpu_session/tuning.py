@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -50,4 +51,6 @@ def run(session: Session) -> None:
 
     minutes = max(0.0, session.end - time.monotonic()) / 60
     options, todo = (dict(limit=2), jobs()[:3]) if session.reduced else ({}, jobs())
+    # Processes that compile take a quarter of a minute to start: only where kernels were not carried.
+    options["processes"] = 1 if session.dry or session.carried else os.cpu_count()
     tune(todo, torch.device("cuda"), path=session.out / "tuning.json", minutes=minutes, on_row=show, **options)
