@@ -166,7 +166,7 @@ def _with_branch(operands: _Operands, best: Candidate, spills: Spills) -> Tuning
     if best not in runs:
         return None
     times = _race(runs, device, default)
-    if times[best] > times.get(default, float("inf")):
+    if best not in times or times[best] > times.get(default, float("inf")):  # not even among the fastest few
         return None
     return _row(operands, best, times[best], times.get(default, float("inf")), branch=True)
 

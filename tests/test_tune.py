@@ -303,3 +303,11 @@ def test_runs_are_timed_from_an_empty_cache(monkeypatch):
     monkeypatch.setattr(tuning, "cache_flusher", lambda device: lambda: flushed.append(device))
     tune_call(JOB, CPU, torch.float16, 1)
     assert len(flushed) == 2 * (tuning._QUICK + tuning._REPEATS)  # once without a branch, once with
+
+
+def test_a_winner_that_is_slow_with_a_branch_has_no_row_for_it(monkeypatch):
+    """With a branch it is not even among the fastest few, which alone are timed again."""
+    best, operands = Candidate("fused", None), tuning._Operands(JOB, CPU, torch.float16)
+    monkeypatch.setattr(tuning, "_working", lambda _, tried, *__, **___: dict.fromkeys(tried))
+    monkeypatch.setattr(tuning, "_race", lambda runs, *_: {key: 1.0 for key in runs if key != best})
+    assert tuning._with_branch(operands, best, Spills()) is None
