@@ -39,3 +39,10 @@ def test_recorded_rows_are_read_with_or_without_the_newer_columns():
     rows = read_csv(CHECKOUT / "bench" / "results" / "linear_cpu.csv")
     for row in (rows[0], {name: text for name, text in rows[0].items() if name not in ("libggml", "repeats")}):
         assert row["device"] in origin_text(row) and row["commit"] in origin_text(row)
+
+
+def test_the_commit_can_be_told_where_git_is_missing(monkeypatch):
+    monkeypatch.setattr(record.shutil, "which", lambda name: None)
+    assert record.commit().startswith("version ")
+    monkeypatch.setenv("FLUX_KERNELS_COMMIT", "abc1234")
+    assert record.commit() == "abc1234"
