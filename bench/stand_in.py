@@ -60,12 +60,13 @@ CARDS = {
 
 @dataclass
 class StandIn:
-    """Hold what happened: launches by kernel name, and the name of every kernel loaded, in order."""
+    """Hold what happened: launches by kernel name, the name of every kernel loaded, in order, and the code of each name's last."""
 
     card: Card
     cuda: Cuda
     launches: Counter[str] = field(default_factory=Counter)
     loaded: list[str] = field(default_factory=list)
+    code: dict[str, bytes] = field(default_factory=dict)
 
 
 @contextmanager
@@ -150,6 +151,7 @@ class _Utils:
         """Return module, function, registers, spills and threads, as the driver does; the registers are not known here."""
         self.found.cuda.refuse_while_capturing(f"loading {name}")
         self.found.loaded.append(name)
+        self.found.code[name] = kernel
         return object(), object(), 0, 0, _MOST_THREADS
 
 

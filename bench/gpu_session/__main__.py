@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -20,6 +21,7 @@ from bench.gpu_session.kernels import Kernel, save
 from bench.gpu_session.sections import SECTIONS, Section
 from bench.gpu_session.session import Session
 from bench.stand_in import CARDS
+from flux_kernels.benchmark.record import CHECKOUT
 
 _MARGIN, _LEAST_SECONDS, _LATE = 2.0, 12.0, 3
 _DRY_SECONDS = 900.0
@@ -128,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--sections", help="comma-separated; default: all that are not done")
     parser.add_argument("--archive", type=Path, default=cache.ARCHIVE, help="kernels compiled ahead (bench.gpu_session.cache)")
-    parser.add_argument("--commit", help="what rows call the code, where git is missing")
+    parser.add_argument("--commit", help="what rows call the code; default: what git says, or the archive where git is missing")
     parser.add_argument("--dry-run", action="store_true", help="on a stand-in driver; each section must run to its end")
     parser.add_argument("--reduced", action="store_true", help="a short dry run: one type, few calls")
     parser.add_argument("--card", choices=CARDS, default="H100", help="of the dry run")
@@ -140,7 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         return dry_run(options)
     manifest = cache.take_over(options.archive, cache.FOLDER, seconds=60)
-    told = options.commit or manifest.get("commit")
+    has_git = shutil.which("git") is not None and (CHECKOUT / ".git").exists()
+    told = options.commit or (None if has_git else manifest.get("commit"))
     if told:
         os.environ["FLUX_KERNELS_COMMIT"] = told
     state = State.load(options.out / "state.json")

@@ -93,6 +93,23 @@ def test_what_ends_a_capture_raises_inside_one():
         assert card.cuda.replays == 1
 
 
+def test_code_for_a_geforce_is_loaded_as_ptx_on_another_card():
+    """Choices, limits and code are the GeForce's while it lasts, the card's own before and after."""
+    from bench.stand_in_ptx import compiled_for
+
+    with stand_in(CARDS["H100"]) as card:
+        product(4608)
+        assert set(card.loaded) == {"dequantize_kernel"} and card.code["dequantize_kernel"].startswith(b"\x7fELF")
+        with compiled_for(CARDS["RTX 3090"]):
+            product(4608)
+            assert torch.cuda.get_device_capability() == (8, 6)
+        assert card.loaded[1:] == ["fused_gemm_kernel"]
+        code = card.code["fused_gemm_kernel"]
+        assert b".target sm_86" in code and code.endswith(b"\0")
+        product(4608)
+        assert torch.cuda.get_device_capability() == (9, 0) and card.loaded[2:] == ["dequantize_kernel"]
+
+
 def test_tensors_say_where_they_would_be():
     with stand_in(CARDS["H200"], counting_compiler(Counter())):
         made = [
