@@ -1,7 +1,7 @@
 """What only a real GPU can show: `pytest -m gpu`. Every type and kernel against float64, streams, graphs, devices, size, bits.
 
 Shapes share K and the divisibility of M and N, which is all that Triton compiles for: the whole file launches few distinct kernels
-(the dry run counts them), which `bench.gpu_session.cache` compiles ahead.
+(222, as the dry run counts them), which `bench.gpu_session.cache` compiles ahead.
 """
 
 from __future__ import annotations
