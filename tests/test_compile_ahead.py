@@ -56,7 +56,7 @@ def test_a_model_without_packed_layers_is_refused():
 def test_reports_say_what_runs():
     """The words of `runs_as` and of SwapReport name backend, device, and each algorithm with the rows it begins at."""
     model = small_model("triton")
-    assert runs_as(model[0]).startswith("triton on cpu: small_m 1x64x256 warps 4 stages 1 at M=1, fused ")
+    assert runs_as(model[0]).startswith("triton on cpu: small_m 8x32x256 warps 1 stages 3 at M=1, fused ")
     report = fk.swap_linear(model, "torch")
     assert {row.runs for row in report} == {"torch on cpu"}
     assert "exact, torch on cpu" in str(report)

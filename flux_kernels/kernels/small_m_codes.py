@@ -59,7 +59,7 @@ def load_x(x_ptrs, HALF: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr
     return (pairs & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True), (pairs >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
 
 
-@jit
+@jit(do_not_specialize=["M", "R"])
 def small_m_codes_kernel(
     x_ptr,
     w_ptr,
