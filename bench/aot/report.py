@@ -85,14 +85,16 @@ def row_of(launch: Launch, capability: int) -> dict:
 def _row(launch: Launch, capability: int, built: Compiled) -> Row:
     card, code, pipes = CARDS[capability], built.code, built.code.by_pipe()
     total = sum(code.loop.values())
-    warps = built.threads // (LANES * QUADRANTS) or 1  # of a quadrant
+    programs = occupancy(card, code.registers, built.shared, built.threads)
+    # Of a quadrant. Programs of two warps share a multiprocessor's quadrants where more than one of them fits.
+    warps = max(built.threads / (LANES * QUADRANTS), min(1, 1 / max(programs, 1)))
     convert = pipes["convert"] * warps * LANES * QUADRANTS
     return Row(
         **dict(zip(KEY, launch_key(launch, capability), strict=True)) | dict(capability=capability, k=launch.k),
         registers=code.registers,
         spills=code.spills,
         shared_bytes=built.shared,
-        programs_per_sm=occupancy(card, code.registers, built.shared, built.threads),
+        programs_per_sm=programs,
         mma=code.mma,
         mma_waits=code.mma_waits,
         loop_instructions=total,
@@ -100,9 +102,9 @@ def _row(launch: Launch, capability: int, built: Compiled) -> Row:
         decodes_per_weight=_decodes_per_weight(launch, built),
         instructions_per_weight=_instructions_per_weight(launch, built),
         tensor_clocks=round(_tensor_clocks(code, card) * warps),
-        issue_clocks=total * warps,
-        int_clocks=pipes["int"] * warps * LANES * QUADRANTS // card.int_rate,
-        **{f"convert_clocks_{rate}": convert // rate for rate in CONVERT_RATES},
+        issue_clocks=round(total * warps),
+        int_clocks=round(pipes["int"] * warps * LANES * QUADRANTS / card.int_rate),
+        **{f"convert_clocks_{rate}": round(convert / rate) for rate in CONVERT_RATES},
         code=launch.code,
     )
 
