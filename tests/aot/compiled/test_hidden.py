@@ -70,10 +70,14 @@ def test_nan_and_inf_activations_spoil_their_own_row_alone(capability):
     assert torch.equal(half.isfinite().logical_not().all(1), bad) and half[~bad].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("units", [-2, 0, 2])
-def test_codes_differ_from_the_twin_on_near_ties_only(units):
-    """Compiled code multiplies and rounds in one fused step and divides by div.full.f32, off by up to 2 units."""
-    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1))
+def test_codes_differ_from_the_twin_on_near_ties_only(units, dtype):
+    """Compiled code multiplies and rounds in one fused step and divides by div.full.f32, off by up to 2 units.
+
+    bfloat16 x has so few values that quotients at a tie are common: some codes must differ there, or nothing was tested.
+    """
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1)).to(dtype)
     with absent_card(89, division_error=units) as card:
         codes, scale = int8.quantize_activation(x, 128)
         counts = card.launches[0][1]
@@ -86,8 +90,10 @@ def test_codes_differ_from_the_twin_on_near_ties_only(units):
     near_tie = (quotient - quotient.floor() - 0.5).abs() < FLIP_MARGIN
     assert apart.max() <= 1
     assert not (apart > 0)[~near_tie].any()
-    # near ties are 2 * FLIP_MARGIN of all quotients; five standard deviations of the count allowed
-    limit = 2 * FLIP_MARGIN * x.numel()
+    if dtype == torch.bfloat16:
+        assert (apart > 0).any()
+        return
+    limit = 2 * FLIP_MARGIN * x.numel()  # near ties among evenly spread quotients, and five standard deviations
     assert (apart > 0).sum() <= limit + 5 * limit**0.5
 
 
@@ -100,8 +106,7 @@ def test_weight_codes_against_the_twin_with_divisions_off():
         assert found[1].ratio <= 1
 
 
-@pytest.mark.parametrize("name, row_bytes", [("Q6_K", 2520), ("Q3_K", 1320)])
-@pytest.mark.parametrize("m", [2, 5, 70])
+@pytest.mark.parametrize("name, row_bytes, m", [("Q6_K", 2520, 2), ("Q6_K", 2520, 5), ("Q3_K", 1320, 33)])
 def test_rows_that_start_at_8_byte_addresses(name, row_bytes, m):
     """Every second row of these starts between two 16-byte addresses, and no wide load may assume otherwise."""
     fmt, k = FORMATS[name], 3072
