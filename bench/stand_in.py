@@ -79,7 +79,7 @@ def stand_in(card: Card, compiler: Callable | None = None) -> Iterator[StandIn]:
     cuda = Cuda(card)
     found = StandIn(card, cuda)
     before, compile_before = triton.runtime.driver._active, triton.compiler.compile
-    _forget()
+    forget()
     triton.runtime.driver.set_active(_Driver(found))
     if compiler is not None:
         triton.compiler.compile = compiler
@@ -88,10 +88,10 @@ def stand_in(card: Card, compiler: Callable | None = None) -> Iterator[StandIn]:
             yield found
     finally:
         triton.runtime.driver._active, triton.compiler.compile = before, compile_before
-        _forget()
+        forget()
 
 
-def _forget() -> None:
+def forget() -> None:
     """Make kernels and the library forget the card they saw last: what they keep holds for one card."""
     triton.compiler.compiler.max_shared_mem.cache_clear()
     for name, module in list(sys.modules.items()):
@@ -197,3 +197,6 @@ class _Uncompiled:
 
     def launch_metadata(self, grid, stream, *arguments) -> None:
         return None
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable:
+        return lambda *arguments, stream=None: self.run(*grid, stream, None, None, None, None, None, *arguments)

@@ -8,6 +8,7 @@ the device, reading a value back, loading a kernel.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,6 +25,13 @@ _is_meta = torch._C.TensorBase.is_meta.__get__
 _READS = ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 _MAKERS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+
+
+class _Generator(torch.Generator):
+    """Be a generator of the CPU for whatever device it is asked for."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, _here(device))
 
 
 class Cuda:
@@ -77,7 +85,8 @@ def _replacements(cuda: Cuda, constructors) -> Iterator[tuple[object, str, objec
     for function in constructors:
         if getattr(torch, function.__name__, None) is function:
             yield torch, function.__name__, _made_here(function)
-    yield from ((torch, name, _made_here(getattr(torch, name))) for name in (*_LIKE, "Generator"))
+    yield from ((torch, name, _made_here(getattr(torch, name))) for name in _LIKE)
+    yield torch, "Generator", _Generator
     yield from ((torch.Tensor, name, _made_here(getattr(torch.Tensor, name))) for name in _MAKERS)
     yield from _products()
     yield torch.Tensor, "to", _moved_here(torch.Tensor.to)
@@ -94,9 +103,6 @@ def _here(device):
 
 
 def _made_here(function: Callable) -> Callable:
-    if isinstance(function, type):  # torch.Generator takes the device as its only argument
-        return lambda device="cpu": function(_here(device))
-
     @wraps(function)
     def make(*args, **kwargs):
         if kwargs.get("device") is not None:
@@ -151,6 +157,60 @@ def _products() -> Iterator[tuple[object, str, object]]:
     yield torch.Tensor, "amax", stand_in_amax
 
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_FRESH = 1 << 16  # bytes from which memory then comes from the system, which hands out zeros and nothing that was touched
+
+
+@contextmanager
+def without_arithmetic() -> Iterator[None]:
+    """Make torch's larger work cost nothing inside a stand-in: fresh memory is zeros, products are zeros of the right shape.
+
+    For dry runs at true sizes, in a process of their own: malloc keeps the setting. Errors computed there are zero and mean nothing.
+    """
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _FRESH)
+    new_empty, read_back = torch.Tensor.new_empty, torch.Tensor.norm
+
+    def fresh(make: Callable) -> Callable:
+        @wraps(make)
+        def zeros(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.zero_() if not made.is_meta and made.nbytes < _FRESH else made
+
+        return zeros
+
+    zeros = fresh(new_empty)
+
+    def linear(x, weight, bias=None):
+        if x.shape[-1] != weight.shape[-1]:
+            raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({list(x.shape)} and {list(weight.T.shape)})")
+        return zeros(x, (*x.shape[:-1], weight.shape[0]))
+
+    def matmul(a, b):
+        return zeros(a, (*a.shape[:-1], b.shape[-1]))
+
+    def norm(self, *_, **__):
+        return read_back(zeros(self, (1,)))
+
+    replaced = (
+        *((torch, name, fresh(getattr(torch, name))) for name in ("empty", "empty_like")),
+        (torch, "randn", lambda *size, generator=None, **more: torch.empty(*size, **more)),
+        (torch.Tensor, "new_empty", zeros),
+        (torch.nn.functional, "linear", linear),
+        (torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: zeros(q, q.shape)),
+        (torch, "matmul", matmul),
+        (torch.Tensor, "__matmul__", matmul),
+        (torch, "_int_mm", lambda a, b: zeros(a, (a.shape[0], b.shape[1]), dtype=torch.int32)),
+        (torch, "_scaled_mm", lambda a, b, *, out_dtype, **_: zeros(a, (a.shape[0], b.shape[1]), dtype=out_dtype)),
+        (torch.Tensor, "double", lambda self: self),
+        (torch.Tensor, "norm", norm),
+    )
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
 def _reading(function: Callable, cuda: Cuda) -> Callable:
     @wraps(function)
     def read(*args, **kwargs):
@@ -158,6 +218,11 @@ def _reading(function: Callable, cuda: Cuda) -> Callable:
         return function(*args, **kwargs)
 
     return read
+
+
+def _answering(value) -> Callable:
+    """Return a function of its own that takes anything: torch's compiler wants no two names for one."""
+    return lambda *_, **__: value
 
 
 def _functions(cuda: Cuda) -> dict[str, object]:
@@ -169,18 +234,16 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         wait_stream=lambda other: None,
         wait_event=lambda e: None,
     )
-    count = lambda *_, **__: 0
-    nothing = lambda *_, **__: None
     return dict(
         is_available=lambda: True,
         is_initialized=lambda: True,
-        _lazy_init=nothing,
-        _lazy_call=nothing,
+        _lazy_init=_answering(None),
+        _lazy_call=_answering(None),
         _exchange_device=lambda device: 0,
         _maybe_exchange_device=lambda device: 0,
         device_count=lambda: 1,
         current_device=lambda: 0,
-        set_device=nothing,
+        set_device=_answering(None),
         get_device_name=lambda device=None: cuda.card.name,
         get_device_capability=lambda device=None: cuda.card.capability,
         get_device_properties=cuda.properties,
@@ -188,25 +251,39 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         synchronize=cuda.synchronize,
         current_stream=lambda device=None: stream,
         default_stream=lambda device=None: stream,
-        Stream=lambda *_, **__: stream,
+        Stream=_Maker(lambda *_, **__: stream),
         stream=lambda stream: nullcontext(),
-        Event=lambda *_, **__: _Event(cuda),
-        CUDAGraph=lambda *_, **__: _Graph(cuda),
+        Event=_Maker(lambda *_, **__: _Event(cuda)),
+        CUDAGraph=_Maker(lambda *_, **__: _Graph(cuda)),
         graph=lambda graph, *_, **__: graph.captured(),
-        graph_pool_handle=nothing,
+        graph_pool_handle=_answering(None),
         is_current_stream_capturing=lambda: cuda.capturing,
         mem_get_info=lambda device=None: (cuda.card.memory_bytes, cuda.card.memory_bytes),
-        memory_allocated=count,
-        max_memory_allocated=count,
-        memory_reserved=count,
-        max_memory_reserved=count,
-        reset_peak_memory_stats=nothing,
-        empty_cache=nothing,
-        set_sync_debug_mode=nothing,
-        manual_seed=nothing,
-        manual_seed_all=nothing,
-        _sleep=nothing,
+        memory_allocated=_answering(0),
+        max_memory_allocated=_answering(0),
+        memory_reserved=_answering(0),
+        max_memory_reserved=_answering(0),
+        reset_peak_memory_stats=_answering(None),
+        empty_cache=_answering(None),
+        set_sync_debug_mode=_answering(None),
+        manual_seed=_answering(None),
+        manual_seed_all=_answering(None),
+        _sleep=_answering(None),
+        profiler=SimpleNamespace(start=_answering(None), stop=_answering(None)),
     )
+
+
+class _Maker:
+    """Make instances as a class would, in annotations too (`torch.cuda.Stream | None`)."""
+
+    def __init__(self, make: Callable):
+        self.make = make
+
+    def __call__(self, *args, **kwargs):
+        return self.make(*args, **kwargs)
+
+    def __or__(self, other):
+        return object
 
 
 class _Event:

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
+from flux_kernels.backends import resolve
+from flux_kernels.compute import WEIGHT_ONLY_M
 from flux_kernels.flux.calls import STEPS, step_calls
+from flux_kernels.formats import FORMATS
 from flux_kernels.tune import Job, tune
 
 
@@ -23,6 +26,7 @@ def main() -> None:
     parser.add_argument("--formats", default="Q4_K,Q8_0,Q6_K")
     parser.add_argument("--compute", default="exact,int8")
     parser.add_argument("--step", default="1024x1024", choices=STEPS)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the activations")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, help="the record to write; default: the card's own in the user's folder")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
@@ -34,13 +38,18 @@ def main() -> None:
         for mode in arguments.compute.split(",")
         for name in arguments.formats.split(",")
         for call in calls
-        if mode == "exact" or call.m > 16
+        if mode == "exact" or call.m > WEIGHT_ONLY_M
     ]
     if arguments.list:
         print(*dict.fromkeys(jobs), sep="\n")
         return
-    options = dict(path=arguments.out, minutes=arguments.minutes, processes=arguments.processes)
-    path = tune(list(dict.fromkeys(jobs)), torch.device("cuda"), on_row=_show, **options)
+    device = torch.device("cuda", 0)
+    for mode in dict.fromkeys(job.compute for job in jobs):
+        resolve("triton", mode, device, FORMATS[jobs[0].format])  # raises where the card refuses the mode
+    options = dict(
+        dtype=getattr(torch, arguments.dtype), path=arguments.out, minutes=arguments.minutes, processes=arguments.processes
+    )
+    path = tune(list(dict.fromkeys(jobs)), device, on_row=_show, **options)
     print(f"written to {path}")
 
 
@@ -48,7 +57,8 @@ def _show(job, row) -> None:
     if row is None:
         print(f"{job}: up to date", flush=True)
     else:
-        print(f"{job}: {row.algorithm} {row.tile or ''} {row.ms:.4f} ms, default {row.default_ms:.4f} ms", flush=True)
+        chunks = f"in chunks of {row.rows} rows " if row.rows else ""
+        print(f"{job}: {row.algorithm} {row.tile or ''} {chunks}{row.ms:.4f} ms, default {row.default_ms:.4f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,69 @@ from statistics import quantiles
 
 import torch
 
+from .gpu_clock import GpuClock, Replay, no_capture
+
+Work = Callable[[], object]
+_LEAST_REPLAYS = 3
+_LEAST_FLUSH = 1 << 26  # bytes
+
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Work],
     repeats: int,
     device: torch.device,
-    before: Callable[[], object] = lambda: None,
+    before: Work = lambda: None,
 ) -> dict[str, list[float]]:
     """Run every function `repeats` times in turn, after one warm-up each; return milliseconds of each run.
 
     The order changes from turn to turn (`balanced_order`): what runs right after a heavy function finds cold caches, and sometimes
     threads that still spin. With one order it would always be the same function that pays for it. `before` runs ahead of
-    every run, untimed: what empties a cache, for example.
+    every run, untimed: what empties a cache, for example. On CUDA the times are the GPU's alone (gpu_clock.py).
     """
     for function in functions.values():
         function()
+    measured = _clock(device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(repeats):
         for name in (names[index] for index in balanced_order(len(names), turn)):
-            before()
-            times[name].append(_milliseconds(functions[name], device))
+            times[name].append(measured(functions[name], before))
     return times
+
+
+def graph_replayed(
+    functions: Mapping[str, Work],
+    repeats: int,
+    device: torch.device,
+    before: Work = lambda: None,
+) -> dict[str, list[float] | None]:
+    """Return milliseconds of each function's replays as a CUDA graph; None where it cannot be captured, and a log line why.
+
+    One function after the other, so that only one graph holds memory. `before` runs ahead of every replay: many replays in a row
+    would find in the L2 cache what a model reads from memory. Not on CUDA: None for each.
+    """
+    if device.type != "cuda":
+        return dict.fromkeys(functions)
+    clock, times = GpuClock(device), {}
+    for name, function in functions.items():
+        try:
+            with Replay(function, device) as replay:
+                times[name] = [clock.milliseconds(replay, before) for _ in range(max(repeats, _LEAST_REPLAYS))]
+        except Exception as error:  # noqa: BLE001  whatever a function does that a capture forbids
+            no_capture(name, error)
+            times[name] = None
+    return times
+
+
+def cache_flusher(device: torch.device) -> Work:
+    """Return what empties a GPU's L2 cache, by writing twice its size; on a CPU, whose caches the operands outgrow, nothing.
+
+    Inside a step each weight comes from memory. Repeats of one call would find it in the cache of a large card.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, _LEAST_FLUSH)
+    return torch.empty(size, dtype=torch.uint8, device=device).zero_
 
 
 def balanced_order(count: int, turn: int) -> list[int]:
@@ -56,14 +97,13 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return cuts[1], cuts[4], cuts[7]
 
 
-def _milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+def _clock(device: torch.device) -> Callable[[Work, Work], float]:
+    """Return what times one run: function, and what runs untimed ahead of it."""
+    return GpuClock(device).milliseconds if device.type == "cuda" else _wall_milliseconds
+
+
+def _wall_milliseconds(function: Work, before: Work) -> float:
+    before()
+    start = time.perf_counter()
     function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return 1e3 * (time.perf_counter() - start)

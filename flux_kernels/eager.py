@@ -17,26 +17,46 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from . import ops
 from .backends import resolve
+from .compute import WEIGHT_ONLY_M
 
 _WIDEST_LOAD = 16  # bytes
 _DEVICES = frozenset({"cpu", "cuda", "xpu"})
 _MOST = 4096  # kinds of calls that are remembered
 
-Call = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Call = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-def linear(x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: str, compute: str, planes: bool) -> Tensor:
-    """Compute what `torch.ops.flux_kernels.linear` computes, with the same errors."""
+def linear(
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    format: str,
+    backend: str,
+    compute: str,
+    planes: bool,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """Compute what `torch.ops.flux_kernels.linear` computes, with the same errors; row_scale is the layer's own."""
     if not torch.compiler.is_compiling() and not watched(x, bias) and data.data_ptr() % _WIDEST_LOAD == 0:
         call = prepared(x, data, bias, format, backend, compute, planes)
         if call is not None:
-            return call(x, data, bias)
-    return dispatched(x, data, bias, format, backend, compute, planes)
+            return call(x, data, bias, row_scale)
+    return dispatched(x, data, bias, format, backend, compute, planes, row_scale)
 
 
-def dispatched(x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: str, compute: str, planes: bool) -> Tensor:
+def dispatched(
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    format: str,
+    backend: str,
+    compute: str,
+    planes: bool,
+    row_scale: Tensor | None = None,
+) -> Tensor:
     """Call the op."""
-    return torch.ops.flux_kernels.linear(x, data, bias, format, backend, compute, planes)
+    packed = (data, bias, format, backend, compute, planes)
+    return torch.ops.flux_kernels.linear(x, *packed, None, None, None, None, row_scale)
 
 
 def watched(x: Tensor, bias: Tensor | None) -> bool:
@@ -103,10 +123,13 @@ def _prepare(
         run = kernels.prepare(problem, compute)
     shape, dtype, device, flat = (*x.shape[:-1], n), x.dtype, x.device, x.dim() == 2
 
-    def call(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+    takes_scale = compute == "int8" and m > WEIGHT_ONLY_M
+
+    def call(x: Tensor, data: Tensor, bias: Tensor | None, row_scale: Tensor | None) -> Tensor:
         y = torch.empty((m, n), dtype=dtype, device=device)
         with device_of(data):
-            run(x if flat else x.view(m, k), data, bias, y, None)
+            tensors = (x if flat else x.view(m, k), data, bias, y, None)
+            run(*tensors, row_scale) if takes_scale else run(*tensors)
         return y if flat else y.view(shape)
 
     return call

@@ -69,7 +69,8 @@ class FusedLinear(GGUFLinear):
         hidden = F.linear(input, torch.cat([branch[0].to(input.dtype) for branch in branches if branch]))
         up = [branch[1] if branch else input.new_empty(part.out_features, 0) for branch, part in zip(branches, parts)]
         packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
-        return torch.ops.flux_kernels.linear(input, *packed, hidden, torch.block_diag(*up).to(hidden.dtype))
+        extra = (hidden, torch.block_diag(*up).to(hidden.dtype), None, None, self._kept_row_scale())
+        return torch.ops.flux_kernels.linear(input, *packed, *extra)
 
     def _modules_of_parts(self) -> list[Any]:
         """Look the parts up as they are now; `get_submodule` would take 27 us for four, every call."""
@@ -99,6 +100,7 @@ class FusedLinear(GGUFLinear):
             bias = nn.Parameter(bias.detach().clone(), requires_grad=self.bias.requires_grad)
         names = dict(backend=self.backend, compute=self.compute, compute_dtype=self.compute_dtype)
         layer = GGUFLinear.from_packed(qweight, self.format, bias, planes=self.planes, **names).train(part.training)
+        layer._kept_row_scale()
         return _with_branch_of(part, layer)
 
     def extra_repr(self) -> str:
@@ -156,6 +158,11 @@ class FusedPart(GGUFLinear):
                 f"The {name} of this layer is part of a fused one and cannot be replaced. Call unfuse_projections(model) first."
             )
         super().register_parameter(name, param)
+
+    def _kept_row_scale(self) -> Tensor | None:
+        """Return the scales of these rows, a view into the fused layer's."""
+        kept = self.whole._kept_row_scale()
+        return None if kept is None else kept[self.rows.start : self.rows.stop]
 
     def arrange(self) -> FusedPart:
         """Leave the rows as the fused layer arranged them."""
@@ -253,4 +260,5 @@ def join_layers(layers: dict[str, GGUFLinear], home: nn.Module, qweight: Tensor 
         bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers.values()]), requires_grad=trained)
     names = dict(backend=first.backend, compute=first.compute, compute_dtype=first.compute_dtype)
     fused: Any = FusedLinear.from_packed(qweight, first.format, bias, planes=first.planes, **names).train(first.training)
+    fused._kept_row_scale()
     return fused.join(home, tuple(rows))

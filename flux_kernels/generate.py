@@ -20,6 +20,7 @@ from .errors import FormatError, GGUFError
 from .flux import load_flux
 from .html_page import check_writable
 from .inspect_file import TRANSFORMER, FileFacts, inspect_file
+from .memory_check import check_pipeline_memory
 from .memory_plan import MemoryPlan
 from .picture_size import check_memory, check_positions
 from .placement import check_offload, measured_parts, place
@@ -146,6 +147,7 @@ def generate(
     settings = call_settings(request, job)
     width, height = settings["width"], settings["height"]
     check_positions(width, height, request.dtype)
+    check_pipeline_memory(request.gguf, request.base, request.t5, request.dtype, request.pin)
     started = time.perf_counter()
     pipeline, report = _load(request, job, status)
     parts = measured_parts(pipeline, width, height, job.task.reference_tokens, settings["max_sequence_length"])

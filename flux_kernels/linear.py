@@ -11,6 +11,7 @@ from . import eager, ops
 from .backends import ACTIVATION_DTYPES, check_names, resolve, wants_planes
 from .errors import BackendUnavailable, FormatError
 from .formats import FORMATS, BlockFormat, get_format
+from .layer_row_scale import KeepsRowScale
 from .lazy_weight import LazyWeight, decode_whole
 from .low_rank import LowRankLayer, check_outliers
 from .packing import quantize
@@ -18,7 +19,7 @@ from .packing import quantize
 _NAMES = {fmt.ggml_type: name for name, fmt in FORMATS.items()}
 
 
-class GGUFLinear(LowRankLayer, nn.Linear):
+class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
     """Compute x @ W.T + bias with W packed in a ggml block format.
 
     Attributes:
@@ -32,6 +33,7 @@ class GGUFLinear(LowRankLayer, nn.Linear):
         weight: [out_features, in_features], a stand-in that decodes when computed with (see `LazyWeight`).
         low_rank_down, low_rank_up: an optional branch beside W, part of `weight` (see `LowRankLayer`).
         outlier_index, outlier_weight: input channels that "int8" computes in x's dtype, or None.
+        row_scale: what "int8" keeps of the rows on some cards (see `KeepsRowScale`), or None; no part of the state dict.
     """
 
     qweight: nn.Parameter
@@ -152,15 +154,18 @@ class GGUFLinear(LowRankLayer, nn.Linear):
                 "layer.dequantize(), or make a new one with GGUFLinear.from_linear."
             )
         super().register_parameter(name, param)
+        if name == "qweight":
+            self._forget_row_scale()
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute x @ W.T + bias + branch: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
         packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
         if self.low_rank_down is None and self.outlier_index is None:
-            return eager.linear(input, *packed)
+            return eager.linear(input, *packed, self._kept_row_scale())
         hidden = self._hidden(input)
         up = None if self.low_rank_up is None or hidden is None else self.low_rank_up.to(hidden.dtype)
-        return torch.ops.flux_kernels.linear(input, *packed, hidden, up, self.outlier_index, self.outlier_weight)
+        extra = (hidden, up, self.outlier_index, self.outlier_weight, self._kept_row_scale())
+        return torch.ops.flux_kernels.linear(input, *packed, *extra)
 
     def _decode(self, dtype: torch.dtype) -> Tensor:
         """Return the weight [N, K], branch included, in `dtype`."""
@@ -201,6 +206,7 @@ class GGUFLinear(LowRankLayer, nn.Linear):
             rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
             self.qweight = nn.Parameter(rearrange(self.qweight.detach()), requires_grad=False)
             self.planes = wanted
+        self._kept_row_scale()  # now, so that a graph or a compiled model finds it there
         return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -221,7 +227,11 @@ class GGUFLinear(LowRankLayer, nn.Linear):
         if fn(torch.empty(1, dtype=torch.uint8)).dtype != torch.uint8:
             raise FormatError("The packed bytes of a GGUFLinear stay uint8: .to(dtype) leaves them, .type(dtype) does not.")
         followed = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
+        kept = self.row_scale
+        self._set_row_scale(None)  # float32, whatever the model is cast to
         super()._apply(fn, recurse)
+        if kept is not None and kept.device == self.qweight.device:
+            self._set_row_scale(kept)
         self.arrange()
         if followed in ACTIVATION_DTYPES:
             self.compute_dtype = followed
@@ -252,6 +262,7 @@ class GGUFLinear(LowRankLayer, nn.Linear):
             error_msgs.append(f'"{prefix}low_rank_down": {problem}')
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._kept_row_scale()  # compiled models and captured graphs do not look whether rows were written to
 
     def _take_descriptor(self, descriptor: Tensor, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Make this layer fit a saved descriptor; return what is wrong with it as a sentence, or None."""

@@ -15,7 +15,7 @@ from .formats import BlockFormat
 from .low_rank import Branch
 from .reference import dequantize
 
-_SMALLEST = 1e-30  # see kernels/activations.py
+_SMALLEST, _STEPS = 1e-30, 1 / 127  # see kernels/activations.py
 _MMA_K = 16
 _CHUNK_PRODUCTS = 1 << 22  # partial sums held at a time
 
@@ -23,14 +23,16 @@ _CHUNK_PRODUCTS = 1 << 22  # partial sums held at a time
 def quantize_groups(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Quantize float [..., K] to int8 codes held in float32 [..., K // group, group] and scales [..., K // group, 1].
 
-    Symmetric, round to nearest even, scale = amax / 127. A group that holds NaN or Inf gets the scale NaN.
+    Symmetric: scale = amax / 127, codes = value / scale rounded to nearest even. A group that holds NaN or Inf gets the scale
+    NaN. Bits are those of the compiled kernels: 1 / scale is correctly rounded, its product with a value is rounded once, to an
+    integer (exact in float64 before that).
     """
     grouped = values.float().unflatten(-1, (-1, group))
-    amax = grouped.abs().amax(-1, keepdim=True) + (grouped * 0.0).sum(-1, keepdim=True)
-    some = amax > _SMALLEST
-    scale = torch.where(some, amax / 127.0, amax * 0.0)
-    inverse = torch.where(some, 127.0 / torch.where(some, amax, 1.0), 0.0)
-    return torch.nan_to_num(torch.round(grouped * inverse), nan=0.0), scale
+    amax = grouped.abs().amax(-1, keepdim=True)
+    scale = torch.where(amax > _SMALLEST, amax * _STEPS, 0.0) + amax * 0.0
+    inverse = torch.where(scale > 0.0, 1.0 / torch.where(scale > 0.0, scale, 1.0), 0.0)
+    codes = torch.round(grouped.double() * inverse.double()).float()
+    return torch.nan_to_num(codes, nan=0.0), scale
 
 
 def linear_int8(

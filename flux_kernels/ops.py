@@ -17,7 +17,7 @@ from .formats import BlockFormat, get_format
 _library = torch.library.Library("flux_kernels", "DEF")
 _library.define(
     "linear(Tensor x, Tensor data, Tensor? bias, str format, str backend, str compute, bool planes, Tensor? hidden=None, "
-    "Tensor? up=None, Tensor? outlier_index=None, Tensor? outlier_weight=None) -> Tensor",
+    "Tensor? up=None, Tensor? outlier_index=None, Tensor? outlier_weight=None, Tensor? row_scale=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -44,10 +44,11 @@ def check_linear(
     backend: str,
     compute: str,
     branch: tuple[Tensor | None, ...] = (None, None, None, None),
+    row_scale: Tensor | None = None,
 ) -> tuple[BlockFormat, int]:
     """Check everything about a linear call, in eager mode and while tracing; return the format's row and N.
 
-    `branch` is (hidden, up, outlier_index, outlier_weight).
+    `branch` is (hidden, up, outlier_index, outlier_weight); `row_scale` is what the function of that name returned.
     """
     check_names(backend, compute)
     fmt, k = check_data(data, format)
@@ -62,6 +63,8 @@ def check_linear(
     if bias is not None:
         _check_bias(bias, data.shape[0], x.device)
     _check_branch(x, data.shape[0], *branch)
+    if row_scale is not None:
+        _check_row_scale(row_scale, data.shape[0], x.device)
     return fmt, data.shape[0]
 
 
@@ -97,6 +100,12 @@ def _check_bias(bias: Tensor, n: int, device: torch.device) -> None:
         raise FormatError(f"x is on {device} and the bias on {bias.device}. Move them to one device.")
 
 
+def _check_row_scale(row_scale: Tensor, n: int, device: torch.device) -> None:
+    if row_scale.shape != (n,) or row_scale.dtype != torch.float32 or row_scale.device != device:
+        got = f"{row_scale.dtype} {list(row_scale.shape)} on {row_scale.device}"
+        raise FormatError(f"The row scales must be float32 [{n}] on {device}, got {got}.")
+
+
 def _linear(
     x: Tensor,
     data: Tensor,
@@ -109,14 +118,16 @@ def _linear(
     up: Tensor | None = None,
     outlier_index: Tensor | None = None,
     outlier_weight: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    fmt, n = check_linear(x, data, bias, format, backend, compute, (hidden, up, outlier_index, outlier_weight))
+    fmt, n = check_linear(x, data, bias, format, backend, compute, (hidden, up, outlier_index, outlier_weight), row_scale)
     chosen = resolve(backend, compute, x.device, fmt)
     module = chosen.load()
     branch = None if hidden is None or up is None else (hidden.reshape(-1, hidden.shape[-1]), up)
     outliers = None if outlier_index is None else (outlier_index, outlier_weight)
     rows = x.reshape(-1, x.shape[-1])
-    out = module.linear(rows, data.contiguous(), bias, fmt, compute, planes, branch, outliers)
+    row_scale = None if row_scale is None else row_scale.contiguous()
+    out = module.linear(rows, data.contiguous(), bias, fmt, compute, planes, branch, outliers, row_scale)
     return out.view(*x.shape[:-1], n)
 
 
@@ -134,9 +145,20 @@ def _check_dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: st
 
 
 def _linear_fake(
-    x, data, bias, format, backend, compute, planes, hidden=None, up=None, outlier_index=None, outlier_weight=None
+    x,
+    data,
+    bias,
+    format,
+    backend,
+    compute,
+    planes,
+    hidden=None,
+    up=None,
+    outlier_index=None,
+    outlier_weight=None,
+    row_scale=None,
 ):
-    _, n = check_linear(x, data, bias, format, backend, compute, (hidden, up, outlier_index, outlier_weight))
+    _, n = check_linear(x, data, bias, format, backend, compute, (hidden, up, outlier_index, outlier_weight), row_scale)
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -155,7 +177,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     """Return the gradients of x (grad @ W, W decoded in x's dtype), bias, hidden and up; the packed bytes get none.
 
-    Outlier channels are part of W, so they need no gradient of their own.
+    Outlier channels and row scales are part of W, so they need no gradient of their own.
     """
     data, hidden, up = ctx.saved_tensors
     grad_x = grad_bias = grad_hidden = grad_up = None
@@ -167,19 +189,19 @@ def _backward(ctx, grad):
         grad_hidden = grad @ up
     if hidden is not None and ctx.needs_input_grad[8]:
         grad_up = grad.reshape(-1, grad.shape[-1]).T @ hidden.reshape(-1, hidden.shape[-1])
-    return grad_x, None, grad_bias, None, None, None, None, grad_hidden, grad_up, None, None
+    return grad_x, None, grad_bias, None, None, None, None, grad_hidden, grad_up, None, None, None
 
 
 def _autocast(device_type: str, key: str):
     """Return the kernel of one autocast key: cast x to the autocast dtype, as F.linear does, and redispatch."""
 
-    def linear_autocast(x, data, bias, format, backend, compute, planes, hidden=None, up=None, *outliers):
+    def linear_autocast(x, data, bias, format, backend, compute, planes, hidden=None, up=None, *others):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
             if x.dtype != torch.float64 and x.is_floating_point():
                 x = x.to(torch.get_autocast_dtype(device_type))
             if hidden is not None and up is not None:
                 hidden, up = hidden.to(x.dtype), up.to(x.dtype)
-            return torch.ops.flux_kernels.linear(x, data, bias, format, backend, compute, planes, hidden, up, *outliers)
+            return torch.ops.flux_kernels.linear(x, data, bias, format, backend, compute, planes, hidden, up, *others)
 
     return linear_autocast
 
@@ -249,3 +271,21 @@ def dequantize(
         BackendUnavailable: where the named backend cannot run on the device of `data`.
     """
     return torch.ops.flux_kernels.dequantize(data, get_format(format).name, dtype, backend, planes)
+
+
+def row_scale(data: Tensor, format: str, backend: str, compute: str, planes: bool) -> Tensor | None:
+    """Return what a caller may keep of packed rows and give to every call of the op: the scales of "int8", float32 [N].
+
+    None where calls with these arguments on this device use none.
+
+    Args:
+        data: uint8 [N, row bytes].
+        format, backend, compute, planes: as in `linear`.
+
+    Raises:
+        BackendUnavailable: where the named backend or compute mode cannot run on the device of `data`.
+    """
+    if compute != "int8":
+        return None
+    fmt, _ = check_data(data, format)
+    return resolve(backend, compute, data.device, fmt).load().row_scale(data.contiguous(), fmt, planes)

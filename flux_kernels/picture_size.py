@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
 
 from .errors import FormatError
+from .free_memory import free_bytes
 from .memory_plan import GIB, PIXELS_A_TOKEN, Part
 
 
@@ -35,24 +35,17 @@ def check_positions(width: int, height: int, dtype: torch.dtype) -> None:
 
 
 def check_memory(parts: Iterable[Part], width: int, height: int) -> None:
-    """Raise FormatError where the activations of one model alone are more than this computer's memory; GPUs are not asked.
+    """Raise FormatError where the activations of one model alone are more than the memory of this computer that is free.
 
     Args:
-        parts: the models of the pipeline, measured for the picture.
+        parts: the models of the pipeline, measured for the picture; their weights are loaded already, or mapped.
         width: of the picture, in pixels.
         height: of the picture, in pixels.
     """
     largest = max(parts, key=lambda part: part.working)
-    memory = host_memory()
+    memory = free_bytes(torch.device("cpu"))
     if memory is not None and largest.working > memory:
         raise FormatError(
-            f"A picture of {width} x {height} is too large: the {largest.name} would need about {largest.working / GIB:.0f} GiB for its "
-            f"activations, this computer has {memory / GIB:.0f} GiB of memory. Take a smaller --width and --height."
+            f"A picture of {width} x {height} is too large: the {largest.name} would need about {largest.working / GIB:.1f} GiB for its "
+            f"activations, {memory / GIB:.1f} GiB of memory are free. Take a smaller --width and --height."
         )
-
-
-def host_memory() -> int | None:
-    """Return the bytes of this computer's memory, None where the system does not tell (Windows)."""
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

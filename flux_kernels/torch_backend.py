@@ -1,6 +1,6 @@
 """The torch backend, on any device without Triton: the reference for "exact", the twins for the other compute modes.
 
-Same two functions, with the same signatures, as flux_kernels/kernels.
+Same functions, with the same signatures, as flux_kernels/kernels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool 
     return reference.dequantize(data, fmt, dtype, planes)
 
 
+def row_scale(data: Tensor, fmt: BlockFormat, planes: bool = False) -> Tensor | None:
+    """Return None: "int8" keeps nothing here."""
+    return None
+
+
 def linear(
     x: Tensor,
     data: Tensor,
@@ -30,10 +35,12 @@ def linear(
     planes: bool = False,
     branch: Branch | None = None,
     outliers: tuple[Tensor, Tensor] | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute x [M, K] @ decode(data [N, row bytes]).T + bias + branch -> [M, N] in x's dtype, in a compute mode.
 
     `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in x's dtype; the other modes need none.
+    `row_scale` is for kernels that give a row of the weight one scale: here groups of K have theirs.
     """
     if compute == "exact" or x.shape[0] <= WEIGHT_ONLY_M:
         if branch is None and cpu_linear.serves(x, data, fmt, planes):

@@ -15,14 +15,14 @@ PACKAGE = Path(flux_kernels.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Layers from the bottom up; a module may import from its own layer and from those before it.
 LAYERS = [
-    ("errors", "_triton", "clock"),
+    ("errors", "_triton", "gpu_clock", "clock"),
     ("formats", "compute", "low_rank"),
     ("reference", "random_rows", "kernels", "gguf_spec", "gguf_header", "libggml", "tensor_check"),
-    ("low_precision", "cpu_threads", "cpu_decode", "cpu_linear", "tune_candidates", "tune"),
+    ("low_precision", "cpu_threads", "cpu_decode", "cpu_linear", "tune_candidates", "tune_compile", "tune"),
     ("torch_backend",),
     ("backends",),
     ("ops", "packing", "gguf_file", "gguf_write"),
-    ("eager", "lazy_weight"),
+    ("eager", "lazy_weight", "layer_row_scale"),
     ("linear", "embedding"),
     (
         "footprint",
@@ -44,9 +44,11 @@ LAYERS = [
 CORE = (
     "errors",
     "_triton",
+    "gpu_clock",
     "clock",
     "random_rows",
     "tune_candidates",
+    "tune_compile",
     "tune",
     "formats",
     "compute",
@@ -64,6 +66,7 @@ CORE = (
     "ops",
     "packing",
     "lazy_weight",
+    "layer_row_scale",
     "linear",
     "embedding",
 )

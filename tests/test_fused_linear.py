@@ -212,21 +212,22 @@ class Attention(nn.Module):
 def test_the_triton_kernels_quantize_once_for_a_fused_layer(monkeypatch):
     """In Triton's interpreter: one run of the activation quantizer for to_qkv where its three parts need three."""
     from flux_kernels._triton import interpreting
-    from flux_kernels.kernels import int8
+    from flux_kernels.kernels.activations import quantize_activation_kernel
+    from flux_kernels.kernels.launching import Launch
 
     if not interpreting():
         pytest.skip("kernels are interpreted only where there is no GPU")
-    calls, original = [], int8.quantize_activation
-    monkeypatch.setattr(int8, "quantize_activation", lambda x, *rest: calls.append(x) or original(x, *rest))
+    calls, original = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *given: calls.append(self.kernel) or original(self, *given))
     model = nn.ModuleDict({"attn": Attention()})
     fk.swap_linear(model, backend="triton", compute="int8", format="Q4_K")
     x = torch.randn(17, 256)
     with torch.no_grad():
         apart = torch.cat([part(x) for part in model["attn"].children()], -1)
-        assert len(calls) == 3
+        assert calls.count(quantize_activation_kernel) == 3
         assert fk.fuse_projections(model).fused == ["attn.to_qkv"]
         together = model["attn"].to_qkv(x)
-    assert len(calls) == 4
+    assert calls.count(quantize_activation_kernel) == 4
     torch.testing.assert_close(together, apart, **CLOSE)
 
 

@@ -1,53 +1,59 @@
-"""tune: every candidate is legal and gives the right product, the record is written at once, resumed, and used."""
+"""tune: whatever a candidate does, the others are measured; the record is written at once, resumed, and used."""
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
 
 from flux_kernels import tune as tuning
-from flux_kernels.formats import FORMATS
+from flux_kernels._triton import triton
+from flux_kernels.errors import BackendUnavailable
 from flux_kernels.kernels import record
 from flux_kernels.kernels.record import TuningRecord
 from flux_kernels.tune import Job, tune, tune_call
-from flux_kernels.tune_candidates import candidates
+from flux_kernels.tune_candidates import Candidate
+from flux_kernels.tune_compile import KILLED, Compilers, Spills
 
 CPU = torch.device("cpu")
 FEW = 4  # candidates: the interpreter takes a second for each
+JOB = Job("exact", "Q4_K", 16, 32, 256)  # of float16: float32 has fused tiles nowhere
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(record.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuning, "_QUICK", 1)  # the interpreter takes its time, which is not looked at
+    monkeypatch.setattr(tuning, "_REPEATS", 2)
     return tmp_path
 
 
-@pytest.mark.parametrize("compute", ["exact", "fp16_accumulate", "int8"])
-@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "NVFP4", "IQ3_S"])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 18432, 3072), (512, 3072, 3072), (4608, 3072, 15360), (64, 64, 256)])
-def test_every_candidate_would_be_read_back(compute, name, m, n, k):
-    """A candidate that won must make a row that `TuningRecord.load` takes; the default comes first, and none twice."""
-    found = candidates(compute, FORMATS[name], m, n, k, (8, 6), 82)
-    assert len(found) == len(set(found))
-    for algorithm, tile in found:
-        data = dict(compute=compute, format=name, m=m, n=n, k=k, algorithm=algorithm, tile=tile and vars(tile))
-        record._row(data | dict(ms=1.0, default_ms=1.0, triton="", kernel_hash="", dtype="bfloat16"))
+@pytest.fixture
+def runners(monkeypatch):
+    """Let a test say what a candidate does instead of its work: a function of candidate and branch that may return None."""
+    real, instead, seen = tuning._Operands.runner, [], []
 
+    def runner(self, candidate, branch=False):
+        seen.append((candidate, branch))
+        made = instead[0](candidate, branch) if instead else None
+        return made or real(self, candidate, branch)
 
-def test_splitting_k_is_tried_where_waves_are_few():
-    def tried(m: int, n: int) -> set[str]:
-        return {algorithm for algorithm, _ in candidates("exact", FORMATS["Q4_K"], m, n, 3072, (8, 6), 82)}
-
-    assert "split_k" in tried(512, 3072) and "split_k" not in tried(4608, 3072)
-    assert tried(1, 18432) == {"small_m"}
+    monkeypatch.setattr(tuning._Operands, "runner", runner)
+    return instead, seen
 
 
 @pytest.mark.parametrize("compute", ["exact", "fp16_accumulate", "int8"])
 def test_a_call_is_measured(compute):
-    row = tune_call(Job(compute, "Q4_K", 20, 64, 256), CPU, torch.float32 if compute == "exact" else torch.float16, FEW)
-    assert row.key == (compute, "Q4_K", 20, 64, 256)
+    dtype = torch.float32 if compute == "exact" else torch.float16
+    row = tune_call(Job(compute, "Q4_K", 20, 64, 256), CPU, dtype, FEW)[0]
+    assert row.key == (compute, "Q4_K", 20, 64, 256, str(dtype)[6:], False)
     assert 0 < row.ms <= row.default_ms * 1.0001
 
 
@@ -55,10 +61,18 @@ def test_tuning_writes_each_row_and_goes_on(folder):
     jobs = [Job("exact", "Q8_0", 17, 32, 256), Job("exact", "Q8_0", 3, 32, 256)]
     seen = []
     path = tune(jobs[:1], CPU, dtype=torch.float32, limit=2, on_row=lambda job, row: seen.append(row))
-    assert path.parent == folder and len(TuningRecord.load(path).rows) == 1
+    assert path.parent == folder and len(TuningRecord.load(path).rows) == 1  # two-stage has no tile: its row serves branches
     tune(jobs, CPU, dtype=torch.float32, limit=2, on_row=lambda job, row: seen.append(row))
     assert [row is None for row in seen] == [False, True, False]
-    assert len(TuningRecord.load(path).rows) == 2
+    assert {row.m for row in TuningRecord.load(path).rows.values()} == {17, 3}
+
+
+def test_rows_of_another_dtype_are_not_up_to_date(folder):
+    seen = []
+    for dtype in (torch.float32, torch.float16):
+        path = tune([JOB], CPU, dtype=dtype, limit=1, on_row=lambda job, row: seen.append(row))
+    assert [row.dtype for row in seen] == ["float32", "float16"]
+    assert {row.dtype for row in TuningRecord.load(path).rows.values()} == {"float32", "float16"}
 
 
 @pytest.mark.parametrize(("size", "small"), [(1, 1), (4608, 16), (4080, 16), (20, 17)])
@@ -66,37 +80,226 @@ def test_compiling_processes_see_sizes_of_the_same_kind(size, small):
     assert tuning._same_divisibility(size) == small
 
 
-def test_processes_compile_the_same_candidates(monkeypatch):
-    """The pool gets every candidate that is then timed, on small sizes; one that does not fit the card fails in neither."""
-
-    class Here:
-        def map(self, function, *columns):
-            return map(function, *columns)
-
-    launched = []
-    real = tuning._runner
-    monkeypatch.setattr(
-        tuning, "_runner", lambda mode, candidate, *rest: launched.append(candidate) or real(mode, candidate, *rest)
-    )
-    job = Job("exact", "Q8_0", 32, 64, 256)
-    tuning._compile_all(Here(), job, CPU, torch.float32, 3)
-    assert launched == tuning._tried(job, CPU, 3)
-
-
 def test_no_call_is_begun_after_the_time(folder):
     path = tune([Job("exact", "Q8_0", 3, 32, 256)], CPU, minutes=-1)
     assert not path.exists()
 
 
-def test_a_wrong_candidate_is_never_recorded(monkeypatch):
+def test_a_wrong_candidate_is_never_recorded(runners, caplog):
     """The second candidate computes nonsense quickly; the default wins."""
-    real, calls = tuning._runner, []
+    instead, seen = runners
+    instead.append(lambda candidate, branch: None if candidate == seen[0][0] else lambda: torch.zeros(16, 32))
+    row = tune_call(JOB, CPU, torch.float16, 2)[0]
+    assert (row.algorithm, row.tile) == seen[0][0][:2]
+    assert "wrong result" in caplog.text
+    assert all(first != second for first, second in pairwise(seen))
 
-    def runner(compute, candidate, *rest):
-        calls.append(candidate)
-        return real(compute, candidate, *rest) if len(calls) == 1 else (lambda: torch.zeros(20, 32))
 
-    monkeypatch.setattr(tuning, "_runner", runner)
-    row = tune_call(Job("exact", "Q4_K", 20, 32, 256), CPU, torch.float32, 2)
-    assert len(calls) == 2 and (row.algorithm, row.tile) == calls[0]
-    assert calls[0] != calls[1] and all(first != second for first, second in pairwise(calls))
+def test_a_wrong_default_is_not_what_others_are_compared_with(runners):
+    """The default's result was the yardstick before: a default that fails left the next candidate, right or wrong, as one."""
+    instead, seen = runners
+    instead.append(lambda candidate, branch: (lambda: torch.zeros(16, 32)) if candidate == seen[0][0] else None)
+    row = tune_call(JOB, CPU, torch.float16, 2)[0]
+    assert (row.algorithm, row.tile) == seen[1][0][:2] and row.default_ms == float("inf")
+
+
+def _errors():
+    yield triton.runtime.errors.OutOfResources(165888, 101376, "shared memory")
+    yield triton.runtime.errors.PTXASError("ptxas died\nwith many lines")
+    yield triton.CompilationError("src", None, "no")
+    yield RuntimeError("Triton Error [CUDA]: invalid argument")
+    yield torch.OutOfMemoryError("no memory")
+    yield IndexError("in a pass")
+
+
+@pytest.mark.parametrize("error", list(_errors()), ids=lambda error: type(error).__name__)
+def test_whatever_a_candidate_raises_costs_one_line(runners, caplog, error):
+    def fail():
+        raise error
+
+    instead, seen = runners
+    instead.append(lambda candidate, branch: fail if candidate != seen[0][0] and not branch else None)
+    row = tune_call(JOB, CPU, torch.float16, 3)[0]
+    assert (row.algorithm, row.tile) == seen[0][0][:2]
+    lines = [entry.getMessage() for entry in caplog.records]
+    assert len(lines) == 2 and all(type(error).__name__ in line and "\n" not in line for line in lines)
+
+
+def test_a_call_that_nothing_runs_does_not_end_the_others(runners, folder, caplog):
+    def fail():
+        raise RuntimeError("no")
+
+    instead, _ = runners
+    instead.append(lambda candidate, branch: fail if candidate.algorithm != "small_m" else None)
+    seen = []
+    jobs = [JOB, Job("exact", "Q8_0", 1, 32, 256)]
+    tune(jobs, CPU, dtype=torch.float16, limit=1, on_row=lambda job, row: seen.append(job))
+    assert seen == jobs[1:] and "No kernel for Job" in caplog.text
+    with pytest.raises(BackendUnavailable, match="No kernel for"):
+        tune(jobs[:1], CPU, dtype=torch.float16, limit=1)
+
+
+@pytest.fixture
+def spilling(monkeypatch):
+    """Let a test name the candidates that spill."""
+    names = set()
+    real = Spills.after
+
+    def after(self, key, launch):
+        real(self, key, launch)
+        return 12 if any(part in names for part in key if isinstance(part, Candidate)) else 0
+
+    monkeypatch.setattr(Spills, "after", after)
+    return names
+
+
+def test_candidates_that_spill_are_left_out(spilling, caplog):
+    tried = tuning._tried(JOB, CPU, torch.float16, 3)
+    spilling |= set(tried[1:])
+    row = tune_call(JOB, CPU, torch.float16, 3)[0]
+    assert (row.algorithm, row.tile) == tried[0][:2] and caplog.text.count("spills 12 registers") == 2
+
+
+def test_a_spilling_candidate_is_taken_where_nothing_else_is_left(spilling, runners):
+    def fail():
+        raise RuntimeError("no")
+
+    tried = tuning._tried(JOB, CPU, torch.float16, 2)
+    spilling.add(tried[1])
+    runners[0].append(lambda candidate, branch: fail if candidate == tried[0] else None)
+    assert tune_call(JOB, CPU, torch.float16, 2)[0].tile == tried[1].tile
+
+
+def test_spills_are_those_of_the_kernels_that_a_launch_loaded(monkeypatch):
+    """A second launch of the same code loads nothing: what the first told is kept."""
+
+    class Kernel:
+        device_caches: ClassVar[dict] = {}
+
+    class Compiled:
+        n_spills = 7
+
+    monkeypatch.setattr("flux_kernels.tune_compile._PRODUCTS", (Kernel,))
+    spills = Spills()
+    assert spills.after("a", lambda: Kernel.device_caches.setdefault(0, ({}, {}))[0].setdefault("key", Compiled())) == 7
+    assert spills.after("a", lambda: None) == 7
+    assert spills.after("b", lambda: None) == 0
+
+
+def test_the_winner_is_measured_with_a_branch():
+    row, beside = tune_call(JOB, CPU, torch.float16, 1)
+    assert not row.branch and beside.branch and (row.algorithm, row.tile) == (beside.algorithm, beside.tile)
+
+
+def test_a_winner_that_fails_or_spills_with_a_branch_leaves_the_default_there(runners, spilling, folder):
+    def fail():
+        raise RuntimeError("no")
+
+    instead, _ = runners
+    path = tune([JOB], CPU, dtype=torch.float16, limit=1)
+    assert {row.branch for row in TuningRecord.load(path).rows.values()} == {False, True}
+    instead.append(lambda candidate, branch: fail if branch else None)
+    tune([JOB], CPU, dtype=torch.float16, limit=1, again=True)
+    assert {row.branch for row in TuningRecord.load(path).rows.values()} == {False}
+
+
+class _Pool:
+    """Run tasks here; one that says so kills the pool, as a dead process does, with all that was handed over and is not done."""
+
+    made: ClassVar[list[_Pool]] = []
+
+    def __init__(self, processes: int):
+        self.dead = False
+        self.made.append(self)
+
+    def submit(self, function, *task):
+        future: Future = Future()
+        if self.dead:
+            raise BrokenProcessPool
+        self.dead = task == ("kills",)
+        if self.dead:
+            future.set_exception(BrokenProcessPool())
+        else:
+            future.set_result(function(*task))
+        return future
+
+    def shutdown(self, **options):
+        self.dead = True
+
+
+def test_a_killed_compiler_costs_its_own_candidate_only():
+    _Pool.made.clear()
+    with Compilers(2, _Pool) as compilers:
+        assert compilers.failures(lambda name: "", [("a",), ("kills",), ("b",)]) == ["", KILLED, ""]
+        assert compilers.failures(lambda name: f"{name} failed", [("c",)]) == ["c failed"]
+    assert all(pool.dead for pool in _Pool.made)
+
+
+def _die_or_not(kill: bool) -> str:
+    if kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_really_killed():
+    with Compilers(2) as compilers:
+        assert compilers.failures(_die_or_not, [(False,), (True,), (False,)]) == ["", KILLED, ""]
+
+
+class _Here:
+    """Stand for processes that compile: everything here, in order."""
+
+    def __init__(self, *wrong: Candidate):
+        self.tasks, self.wrong = [], wrong
+
+    def failures(self, function, tasks):
+        self.tasks += tasks
+        return ["it broke" if candidate in self.wrong else function(job, candidate, *rest) for job, candidate, *rest in tasks]
+
+
+def test_processes_compile_the_same_candidates():
+    """They get the code of every candidate that is then timed, once however the weight is cut, on small sizes."""
+    here, job = _Here(), Job("int8", "Q8_0", 512, 3072, 256)
+    tuning._compile_all(here, job, CPU, torch.float16, 3)
+    small, codes = here.tasks[0][0], [candidate for _, candidate, *_ in here.tasks]
+    assert (small.m, small.n) == (16, 16)
+    assert codes == list(dict.fromkeys(one._replace(rows=None) for one in tuning._tried(job, CPU, torch.float16, 3)))
+
+
+def test_what_did_not_compile_is_not_tried(runners, caplog):
+    tried = tuning._tried(JOB, CPU, torch.float16, 3)
+    refused = tuning._compile_all(_Here(tried[1]), JOB, CPU, torch.float16, 3)
+    assert refused == {tried[1]} and "it broke" in caplog.text
+    runners[1].clear()
+    tune_call(JOB, CPU, torch.float16, 3, refused)
+    assert tried[1] not in [candidate for candidate, _ in runners[1]]
+
+
+def test_processes_that_fail_at_everything_refuse_nothing():
+    """As on a card in exclusive mode, where only one process may have a context."""
+    tried = tuning._tried(JOB, CPU, torch.float16, 2)
+    assert tuning._compile_all(_Here(*tried), JOB, CPU, torch.float16, 2) == frozenset()
+
+
+def test_what_a_process_raises_is_a_reason(runners):
+    def fail():
+        raise ValueError("two\nlines")
+
+    runners[0].append(lambda candidate, branch: fail)
+    assert (
+        tuning._compile_one(JOB, tuning._tried(JOB, CPU, torch.float16, 1)[0], "cpu", torch.float16) == "ValueError: two lines"
+    )
+
+
+def test_nothing_is_said_where_all_goes_well(caplog):
+    with caplog.at_level(logging.WARNING):
+        tune_call(JOB, CPU, torch.float16, 2)
+    assert not caplog.records
+
+
+def test_runs_are_timed_from_an_empty_cache(monkeypatch):
+    flushed = []
+    monkeypatch.setattr(tuning, "cache_flusher", lambda device: lambda: flushed.append(device))
+    tune_call(JOB, CPU, torch.float16, 1)
+    assert len(flushed) == 2 * (tuning._QUICK + tuning._REPEATS)  # once without a branch, once with

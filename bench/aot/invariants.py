@@ -10,7 +10,12 @@ from flux_kernels.kernels.tuning import GRID_FORMATS
 from .cards import CARDS
 from .report import FUSED_KERNELS, Row, is_looped
 
-TENSOR_CORE_KERNELS = (*FUSED_KERNELS, *(f"int8_gemm{kind}" for kind in ("", "_branch", "_rows", "_rows_branch")))
+TENSOR_CORE_KERNELS = (
+    *FUSED_KERNELS,
+    "small_m_codes",
+    "small_m_codes_branch",
+    *(f"int8_gemm{kind}" for kind in ("", "_branch", "_rows", "_rows_branch")),
+)
 UNCOUNTED = frozenset(
     {("fp16_gemm", "Q1_0"), ("fp16_gemm_branch", "Q1_0")}
 )  # weights of +d and -d: the compiler flips a sign, no rounding is left to count
@@ -18,6 +23,7 @@ RATCHET = 1.05  # main-loop instructions may grow by this factor before the reco
 # Instructions per decoded weight at most, by kernel and format, for x in 16 bit.
 MOST_INSTRUCTIONS_PER_WEIGHT = {
     "small_m": {"Q4_K": 10.0, "Q6_K": 13.5, "Q8_0": 8.0},
+    "small_m_codes": {"Q4_K": 4.0, "Q6_K": 4.0, "Q8_0": 4.0},
 }
 
 

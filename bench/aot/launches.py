@@ -71,6 +71,8 @@ class Launch:
         sizes = dict(self.constants)
         if "DECODE" in sizes:
             return sizes["BLOCK_N"] * sizes["TILE_K"]
+        if "CODES" in sizes:
+            return sizes["BLOCK_N"] * sizes["TILE_K"] * sizes["SPLITS"]
         return sizes["BLOCK_M"] * sizes["GROUP"] if self.kernel.__name__.startswith("quantize") else 0
 
     @property
@@ -169,13 +171,15 @@ def _modes(capability: tuple[int, int], k: int) -> list[str]:
 
 
 def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, branch: bool) -> list[tuple[int, Choice]]:
-    """Return one M for each choice that differs in what it launches."""
+    """Return one M for each choice that differs in what it launches, and two-stage in exact mode."""
     found = {}
     rows, n, k = shapes
     for m in rows:
         if compute == "exact" or m > WEIGHT_ONLY_M:
             choice = default_choice(compute, fmt, m, n, k, capability, DTYPES[dtype], branch)
             found.setdefault((choice.algorithm, choice.tile), (m, choice))
+    if compute == "exact":  # its unpacking is what `dequantize` does on any card, to any dtype
+        found.setdefault(("two_stage", None), (rows[-1], Choice("two_stage", None, "")))
     return list(found.values())
 
 
@@ -205,7 +209,7 @@ def _type(value: torch.Tensor | float) -> str:
 
 
 def _name(kernel: JITFunction, constants: dict, signature: dict) -> str:
-    rows = constants.get("ROW_SCALES") or ("largest_ptr" in signature and "scale_ptr" in signature)
+    rows = constants.get("ROW_SCALES") or "row_scale_ptr" in signature
     given = {"_rows": rows, "_outliers": "keep_ptr" in signature, "_branch": "hidden_ptr" in signature}
     return kernel.__name__.removesuffix("_kernel") + "".join(suffix for suffix, is_given in given.items() if is_given)
 

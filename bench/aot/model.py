@@ -18,6 +18,7 @@ from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, default_choice
 from flux_kernels.kernels.chunks import chunk_sizes, tiles
+from flux_kernels.kernels.tuning import Tile
 
 from .cards import CARDS, CONVERT_RATES
 
@@ -158,8 +159,8 @@ def call_ms(case: Case, mode: str, call: Call, choice: Choice | None = None) -> 
     if row is None:
         return _two_stage_ms(case, call, choice)
     if compute == "fp16_accumulate":
-        return case.moving(call.m * call.k * (case.itemsize + 2)) + _product_ms(case, call, row, x_bytes=2)
-    return _product_ms(case, call, row, x_bytes=case.itemsize)
+        return case.moving(call.m * call.k * (case.itemsize + 2)) + _product_ms(case, call, row, choice.tile, x_bytes=2)
+    return _product_ms(case, call, row, choice.tile, x_bytes=case.itemsize)
 
 
 def product_row(case: Case, compute: str, choice: Choice) -> dict | None:
@@ -170,9 +171,8 @@ def product_row(case: Case, compute: str, choice: Choice) -> dict | None:
     if compute == "fp16_accumulate":
         return case.row("fp16_gemm", text)
     if choice.algorithm == "small_m":
-        return case.row("small_m")
-    plain = text.removesuffix(" ldmatrix") if case.dtype == "fp32" else text
-    return case.row(_KERNELS[choice.algorithm], plain) if choice.algorithm in _KERNELS else None
+        return case.row("small_m_codes" if choice.tile.block_m > 1 else "small_m")
+    return case.row(_KERNELS[choice.algorithm], text) if choice.algorithm in _KERNELS else None
 
 
 def torch_ms(case: Case, call: Call) -> float:
@@ -184,14 +184,12 @@ def _sizes(row: dict) -> list[int]:
     return [int(size) for size in row["tile"].split()[0].split("x")]
 
 
-def _product_ms(case: Case, call: Call, row: dict, x_bytes: int) -> float:
+def _product_ms(case: Case, call: Call, row: dict, tile: Tile, x_bytes: int) -> float:
     """Return the time of a kernel that reads packed rows: its programs, or its traffic."""
-    *block_m, block_n, tile_k = _sizes(row)
-    words = row["tile"].split()
-    splits = int(words[words.index("split") + 1]) if "split" in words else 1
-    programs = ceil(call.m / (block_m[0] if block_m else 1)) * ceil(call.n / block_n) * splits
+    shared_k = tile.splits if row["kernel"] == "split_k" else 1  # programs; small M's splits are warps of one program
+    programs = ceil(call.m / tile.block_m) * ceil(call.n / tile.block_n) * shared_k
     traffic = case.packed(call) + x_bytes * call.m * call.k + case.itemsize * call.m * call.n
-    return max(case.running(row, programs, ceil(call.k / tile_k / splits)), case.moving(traffic))
+    return max(case.running(row, programs, ceil(call.k / tile.tile_k / tile.splits)), case.moving(traffic))
 
 
 def _two_stage_ms(case: Case, call: Call, choice: Choice) -> float:

@@ -101,7 +101,7 @@ def _main_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str,
     """Return the longest body of an innermost backward branch; of loops with MMAs where there are any."""
     bodies = []
     for address, opcode, operands in instructions:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if stem(opcode) == "BRA" else None
+        target = re.search(r"\b0x([0-9a-f]+)\b", operands) if stem(opcode) == "BRA" else None
         if target and int(target[1], 16) < address:
             bodies.append([entry for entry in instructions if int(target[1], 16) <= entry[0] <= address])
     with_mma = [body for body in bodies if any(stem(op) in _MMA for _, op, _ in body)]

@@ -10,7 +10,6 @@ import torch
 from ..clock import interleaved
 
 _COPY_BYTES = {"cuda": 1 << 29, "cpu": 1 << 26}
-_LEAST_FLUSH = 1 << 26
 _SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024)}  # of square products; which one is fastest depends on the machine
 
 
@@ -32,17 +31,6 @@ class Ceilings:
             share_of_matmul=round(flops / seconds / 1e12 / self.matmul_tflops, 4),
             share_of_copy=round(nbytes / seconds / 1e9 / self.copy_gb_s, 4),
         )
-
-
-def cache_flusher(device: torch.device) -> Callable[[], object]:
-    """Return what empties a GPU's L2 cache, by writing twice its size; on a CPU, whose caches the operands outgrow, nothing.
-
-    Inside a step each weight comes from memory. Repeats of one call would find it in the cache of a large card.
-    """
-    if device.type != "cuda":
-        return lambda: None
-    size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, _LEAST_FLUSH)
-    return torch.empty(size, dtype=torch.uint8, device=device).zero_
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 9) -> Ceilings:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..clock import interleaved, percentiles
+from ..clock import cache_flusher, graph_replayed, interleaved, percentiles
+from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..random_rows import random_rows
 from . import peers  # noqa: F401 - registers the other libraries
-from .ceilings import Ceilings, cache_flusher
+from .ceilings import Ceilings
 from .providers import PROVIDERS, Problem, Unavailable, same_call
 from .shapes import Call
 from .totals import MARKS, by_step, marked, totals
 
-_MEASURED = ("repeats", "p20_ms", "p50_ms", "p80_ms", "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
+_TIMES = ("repeats", "p20_ms", "p50_ms", "p80_ms", "graph_ms")
+_MEASURED = (*_TIMES, "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
+WRONG, FAILED = "wrong result: ", "failed: "  # how the notes of such rows begin
 _ORACLE_ROWS, _ORACLE_COLUMNS = 64, 256
 
 
@@ -52,9 +57,10 @@ def measure(
 ):
     """Yield a row for each provider of one format and call; on a GPU the L2 cache is emptied before each timed run.
 
-    Columns: times in ms; `tflops` and `packed_gb_s` (GB/s of packed weight) of the median; the shares of the ceilings; `error` and
-    `max_error`, RMS and largest absolute error against float64, both divided by the RMS of the right output. `size` is a
-    column as given: which step the call is of (shapes.size_name). Sides that run the same code are timed once; notes say so.
+    Columns: times in ms, `graph_ms` the median of replays as a CUDA graph ("" where there is none, with a log line why); `tflops`
+    and `packed_gb_s` (GB/s of packed weight) of the median; the shares of the ceilings; `error` and `max_error`, RMS and largest
+    absolute error against float64, both divided by the RMS of the right output. `size` is a column as given: which step the call
+    is of (shapes.size_name). Sides that run the same code are timed once; notes say so. What a side raises is its row's note.
     """
     problem = make_problem(name, call, device, dtype)
     x = torch.randn(call.m, call.k, dtype=torch.float32, device=device).to(dtype)
@@ -67,25 +73,24 @@ def measure(
                 functions[provider] = lambda function=function: function(x)
                 notes[provider] = _version(PROVIDERS[provider].package)
             else:
-                notes[provider] = f"wrong result: relative error {errors[provider][0]:.2g}, at most {gate}"
-        except Unavailable as error:
+                notes[provider] = f"{WRONG}relative error {errors[provider][0]:.2g}, at most {gate}"
+        except (Unavailable, BackendUnavailable) as error:
             notes[provider] = str(error)
         except torch.OutOfMemoryError:
             notes[provider] = "out of memory"
-        except Exception as error:  # a peer's failure is a result: it becomes the row's note
-            if PROVIDERS[provider].group not in ("peer", "base"):
-                raise
-            notes[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        except Exception as error:  # noqa: BLE001  (a failure is a result: it becomes the row's note, and the other rows stay)
+            notes[provider] = f"{FAILED}{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     alike = {one: same_call(one, call.m) for one in functions}
     timed = {one: function for one, function in functions.items() if alike[one] == one or alike[one] not in functions}
-    times = interleaved(timed, repeats, device, cache_flusher(device))
+    flush = cache_flusher(device)
+    times = interleaved(timed, repeats, device, flush)
+    graphs = graph_replayed(timed, repeats // 2, device, flush)
     for provider in functions.keys() - timed.keys():
-        times[provider] = times[alike[provider]]
+        times[provider], graphs[provider] = times[alike[provider]], graphs[alike[provider]]
         notes[provider] = f"the same call as {alike[provider]}, timed once"
     for provider in providers:
-        yield _row(
-            name, size, call, provider, times.get(provider), errors.get(provider), notes.get(provider, ""), problem, ceilings
-        )
+        mine = times.get(provider), graphs.get(provider), errors.get(provider), notes.get(provider, "")
+        yield _row(name, size, call, provider, *mine, problem, ceilings)
 
 
 def _version(package: str) -> str:
@@ -96,6 +101,11 @@ def _version(package: str) -> str:
         return f"{package}, version not known"
 
 
+def is_broken(row: Mapping[str, object]) -> bool:
+    """Tell whether a row says that one of our own sides gave a wrong result or failed."""
+    return str(row["provider"]).startswith("ours") and str(row["note"]).startswith((WRONG, FAILED))
+
+
 def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | None:
     """Return the bytes a call must move at least: weight, activation and output; None where the weight's are not known here."""
     if PROVIDERS[provider].own_weights:
@@ -104,7 +114,7 @@ def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | No
     return weight + itemsize * call.m * (call.k + call.n)
 
 
-def _row(name, size, call, provider, times, errors, note, problem, ceilings) -> dict:
+def _row(name, size, call, provider, times, graph, errors, note, problem, ceilings) -> dict:
     row = dict(
         format=name,
         size=size,
@@ -130,7 +140,8 @@ def _row(name, size, call, provider, times, errors, note, problem, ceilings) -> 
         if moved is None:
             shares["share_of_copy"] = ""
     speeds |= shares
-    return row | dict(repeats=len(times), p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", **speeds) | checked
+    said = (len(times), *(f"{time:.4f}" for time in (p20, p50, p80)), f"{median(graph):.4f}" if graph else "")
+    return row | dict(zip(_TIMES, said, strict=True)) | speeds | checked
 
 
 def _four(value: float) -> float:

@@ -1,4 +1,4 @@
-"""How much memory is free, and how much a call takes at its peak beyond what was there before."""
+"""How much memory a call takes at its peak beyond what was there before."""
 
 from __future__ import annotations
 
@@ -9,23 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
-from pathlib import Path
 
 import torch
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device, None where the system does not tell."""
-    if device.type == "cuda":
-        # What torch holds but does not use counts as free.
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def extra_peak(function: Callable[[], object], device: torch.device) -> int | None:

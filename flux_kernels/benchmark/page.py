@@ -59,6 +59,7 @@ _LINEAR = {
     "p20_ms": "p20 ms",
     "p50_ms": "median ms",
     "p80_ms": "p80 ms",
+    "graph_ms": "as a graph, ms",
     "tflops": "TFLOP/s",
     "packed_gb_s": "GB/s of weight",
     "share_of_matmul": "of arithmetic limit",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..compute import WEIGHT_ONLY_M
+from ..compute import DATACENTER, WEIGHT_ONLY_M
 from ..formats import BlockFormat
 from ..install_hints import install_command
 
@@ -174,6 +174,38 @@ def _algorithm(name: str):
 
 for _name in ("fused", "two_stage", "small_m"):
     provider(f"ours {_name}", "kernels")(_algorithm(_name))
+
+
+# The order of a default comparison, what tells most first: a run may be cut short.
+_FIRST = ("torch", "ours exact", "ours int8", "ours fp16_accumulate")
+_OPEN_QUESTION = (
+    1024  # rows up to which fused or two-stage is to be measured on a data-center card; the default's switch is at 512
+)
+
+
+def default_providers(m: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[str]:
+    """List whom to compare for a call of `m` rows where nobody was named, the most informative first.
+
+    Neither peers nor what compiles for minutes; of our single algorithms only those that could be chosen for such a call.
+    """
+    names = [name for name, one in PROVIDERS.items() if one.group != "peer" and "compiled" not in name]
+    names = [name for name in names if not pointless(name, m, dtype, capability)]
+    return sorted(names, key=lambda name: (PROVIDERS[name].group == "kernels", name not in _FIRST, names.index(name)))
+
+
+def pointless(provider: str, m: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> str:
+    """Say why a single algorithm's time for `m` rows would tell nothing; "" where it tells something."""
+    if provider == "ours small_m" and m > WEIGHT_ONLY_M:
+        return "it reads the weight once per row: 70 ms for 4,608 rows, by arithmetic, where the others take two"
+    if provider == "ours two_stage" and m <= WEIGHT_ONLY_M:
+        return "it writes and reads a weight of 16 bits, which alone takes several times the packed weight's bytes"
+    if provider == "ours fused" and m > WEIGHT_ONLY_M and dtype == torch.float32:
+        return "its tiles are for 16-bit activations: in float32 they spill, and pass a GeForce's shared memory"
+    if provider == "ours fused" and m > _OPEN_QUESTION and capability in DATACENTER:
+        return (
+            "its decode cannot hide behind tensor cores as fast as these: half of cuBLAS's speed at most, by instruction counts"
+        )
+    return ""
 
 
 def _decoded(problem: Problem) -> Tensor:

@@ -6,6 +6,7 @@ import csv
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -43,11 +44,15 @@ def origin_text(row: Mapping[str, object]) -> str:
 
 
 def commit() -> str:
-    """Return the checkout's commit, with "+" where files differ from it; the version where this is an installed package."""
-    if not (CHECKOUT / ".git").exists():
+    """Return $FLUX_KERNELS_COMMIT where it is set, else the checkout's commit, with "+" where files differ from it.
+
+    Where this is an installed package, or git is missing, it is the version.
+    """
+    told = os.environ.get("FLUX_KERNELS_COMMIT")
+    if told or not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
         from ..doctor import own_version
 
-        return os.environ.get("FLUX_KERNELS_COMMIT") or f"version {own_version()}"
+        return told or f"version {own_version()}"
     changed = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--untracked-files=no", "--", "flux_kernels")
     return _output("git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD") + ("+" if changed else "")
 

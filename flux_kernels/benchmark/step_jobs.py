@@ -117,7 +117,7 @@ def true_size(size: str) -> StepCase:
     height, width, batch = (int(part or 1) for part in found.groups()) if found else (0, 0, 0)
     if not (height and width and batch) or height % 16 or width % 16:
         raise FormatError(f"A size is height x width in multiples of 16, got {size!r}. Known: {', '.join(STEPS)}.")
-    return StepCase("step", size, FLUX_DEV, height, width, batch, TEXT)
+    return StepCase("step", size, FLUX_DEV, height, width, batch, TEXT, at_once=True)
 
 
 def embedded() -> StepCase:

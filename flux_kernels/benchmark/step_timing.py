@@ -14,7 +14,8 @@ from ..clock import interleaved, percentiles
 from ..embedded import PIPELINE_KWARGS
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
-from .memory import extra_peak, free_bytes
+from ..free_memory import free_bytes
+from .memory import extra_peak
 from .providers import PROVIDERS, Unavailable
 from .step_inputs import StepConfig, StepInputs, step_inputs
 from .step_model import StepModel
@@ -32,7 +33,11 @@ _OTHER_ORDER = "in a round of its own: both arrangements of the rows do not fit;
 
 @dataclass(frozen=True)
 class StepCase:
-    """Say what is timed: the model's sizes, the picture's, and the weights to quantize (None: random packed ones)."""
+    """Say what is timed: the model's sizes, the picture's, and the weights to quantize (None: random packed ones).
+
+    With `at_once` each provider is checked on the first double and the first single block alone, whose oracle takes seconds where
+    that of 57 blocks takes minutes, and its row is made as soon as it is timed, in turn with the unquantized step.
+    """
 
     what: str
     size: str
@@ -42,6 +47,7 @@ class StepCase:
     batch: int
     text: int
     stored: Mapping[str, Tensor] | None = None
+    at_once: bool = False
 
 
 class Oracle:
@@ -89,7 +95,10 @@ def measure_format(
     repeats: int,
     progress: Callable[[str], None],
 ) -> Iterator[dict]:
-    """Yield a row for each provider; where one memory cannot hold all, in two rounds, both with the unquantized step in turn."""
+    """Yield a row for each provider, as soon as it is timed where the case says so.
+
+    Where one memory cannot hold all, in two rounds, both with the unquantized step in turn.
+    """
     progress(f"{case.what}, {name}: making weights")
     weights = make_weights(case.config, FORMATS[name], device, dtype, case.stored)
     inputs = step_inputs(case.config, case.height, case.width, case.batch, device, dtype, case.text)
@@ -97,11 +106,13 @@ def measure_format(
     for index, group in enumerate(rounds):
         if index:
             weights.to_file_order()
-        rows = _measure_round(case, weights, inputs, group, reuse, device, repeats, progress)
-        gc.collect()
+        measured = _measure_round(case, weights, inputs, group, reuse, device, repeats, progress)
         if not index:
-            yield from rows
+            yield from measured
+            gc.collect()
             continue
+        rows = list(measured)
+        gc.collect()
         beside = next(row for row in rows if row["provider"] == "torch")
         for row in rows:
             if row is not beside:
@@ -157,47 +168,63 @@ def _unquantized(config: StepConfig, stored: Mapping[str, Tensor]) -> StepModel:
     return model
 
 
-def _measure_round(case, weights, inputs, providers, reuse, device, repeats, progress) -> list[dict]:
-    oracle, models, rows = Oracle(weights, inputs), {}, {}
+def _measure_round(case, weights, inputs, providers, reuse, device, repeats, progress) -> Iterator[dict]:
+    oracle = Oracle(weights.first_blocks() if case.at_once else weights, inputs)
+    rows: dict[str, dict] = {}
+    work: dict[str, Callable[[], Tensor]] = {}
     unquantized = (
         None if case.stored is None else run(_unquantized(case.config, case.stored).to(device), inputs.to(torch.float32))
     )
     for provider in providers:
         progress(f"{case.what}, {weights.fmt.name}: checking {provider}")
-        first_only = reuse and provider == "torch"
-        row = dict.fromkeys(COLUMNS, "") | dict(
-            format=weights.fmt.name,
-            provider=provider,
-            what=case.what,
-            size=case.size,
-            dtype=str(weights.dtype)[6:],
-            weight_bytes=weights.nbytes(unquantized=provider == "torch"),
-            note=f"{weights.nbytes(unquantized=True) / 1e9:.1f} GB {_REUSED}" if first_only else "",
-        )
-        rows[provider] = row
-        try:
-            model = build(weights, provider, first_only)
-            y = run(model, inputs)
-            extra = extra_peak(partial(run, model, inputs), device)
-            error, gate = oracle.error(y, first_only), oracle.gate(PROVIDERS[provider].gate, first_only)
-        except Exception as problem:
-            if is_ours_to_mend(provider, problem):
-                raise
-            row["note"] = why(problem)
+        rows[provider], model = _checked(case, weights, oracle, provider, reuse, device, unquantized)
+        if model is not None:
+            work[provider] = partial(run, model, inputs)
+        if not case.at_once:
             continue
-        row["error"] = f"{error:.3g}"
-        if unquantized is not None:
-            row["note"] = f"{relative(y, unquantized):.2%} off the unquantized model's output"
-        if error <= gate:  # also false for NaN
-            models[provider] = model
-            row["peak_bytes"] = "" if extra is None else row["weight_bytes"] + extra
-        else:
-            row["note"] = f"wrong result: relative error {error:.2g}, at most {gate:.2g}"
-    progress(f"{case.what}, {weights.fmt.name}: timing")
-    work = {provider: partial(run, model, inputs) for provider, model in models.items()}
-    for provider, times in interleaved(work, repeats, device).items():
-        rows[provider] |= timed(times)
-    return list(rows.values())
+        if model is not None:
+            progress(f"{case.what}, {weights.fmt.name}: timing {provider}")
+            rows[provider] |= timed(interleaved(work, repeats, device)[provider])
+            work = {name: one for name, one in work.items() if name == "torch"}
+            del model
+        yield rows[provider]
+    if not case.at_once:
+        progress(f"{case.what}, {weights.fmt.name}: timing")
+        for provider, times in interleaved(work, repeats, device).items():
+            rows[provider] |= timed(times)
+        work.clear()
+        yield from rows.values()
+
+
+def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, unquantized) -> tuple[dict, StepModel | None]:
+    """Return a provider's row, and its model where its output is right."""
+    inputs, first_only = oracle.inputs, reuse and provider == "torch"
+    row = dict.fromkeys(COLUMNS, "") | dict(
+        format=weights.fmt.name,
+        provider=provider,
+        what=case.what,
+        size=case.size,
+        dtype=str(weights.dtype)[6:],
+        weight_bytes=weights.nbytes(unquantized=provider == "torch"),
+        note=f"{weights.nbytes(unquantized=True) / 1e9:.1f} GB {_REUSED}" if first_only else "",
+    )
+    try:
+        model = build(weights, provider, first_only)
+        y = run(model, inputs)
+        extra = extra_peak(partial(run, model, inputs), device)
+        checked = run(build(oracle.weights, provider), inputs) if case.at_once else y
+        error, gate = oracle.error(checked, first_only), oracle.gate(PROVIDERS[provider].gate, first_only)
+    except Exception as problem:
+        if is_ours_to_mend(provider, problem):
+            raise
+        return row | dict(note=why(problem)), None
+    row["error"] = f"{error:.3g}"
+    if unquantized is not None:
+        row["note"] = f"{relative(y, unquantized):.2%} off the unquantized model's output"
+    if not (error <= gate and y.isfinite().all()):  # also for NaN
+        return row | dict(note=f"wrong result: relative error {error:.2g}, at most {gate:.2g}"), None
+    row["peak_bytes"] = "" if extra is None else row["weight_bytes"] + extra
+    return row, model
 
 
 def timed(times: list[float]) -> dict:

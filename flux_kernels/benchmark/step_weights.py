@@ -46,6 +46,15 @@ class StepWeights:
         around = [*(tensor for pair in self.plain.values() for tensor in pair), *self.norms.values()]
         return blocks + sum(tensor.nbytes for tensor in around)
 
+    def first_blocks(self) -> StepWeights:
+        """Return the weights of a model of the first double and the first single block, the same tensors."""
+        config = replace(self.config, num_layers=1, num_single_layers=1)
+        names = linear_shapes(config).keys() | _norms(config).keys()
+        packed, plain, norms = (
+            {name: one for name, one in found.items() if name in names} for found in (self.packed, self.plain, self.norms)
+        )
+        return StepWeights(config, self.fmt, self.dtype, packed, plain, norms)
+
     def to_file_order(self) -> None:
         """Undo field planes, one weight at a time; models made before must be gone, or both arrangements stay in memory."""
         for name, one in self.packed.items():

@@ -64,13 +64,17 @@ def marked(mine: Total, base: Total) -> str:
 
 def totals(rows: Sequence[Mapping]) -> dict[str, Total]:
     """Return the time of a step by provider, of the rows of one format and size; only providers with a time for every call."""
-    found = {}
+    found, calls = {}, {_call(row) for row in rows}
     for provider in dict.fromkeys(row["provider"] for row in rows):
         mine = [row for row in rows if row["provider"] == provider]
-        if all(row["p50_ms"] for row in mine):
+        if {_call(row) for row in mine} == calls and all(row["p50_ms"] for row in mine):  # some run at few rows of x only
             sums = (sum(float(row[name]) * int(row["calls"]) for row in mine) for name in _TIMES)
             found[provider] = Total(*sums, repeats=min(int(row.get("repeats") or 0) for row in mine))
     return found
+
+
+def _call(row: Mapping) -> tuple:
+    return tuple(row.get(name) for name in ("where", "m", "n", "k"))
 
 
 def by_step(rows: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:

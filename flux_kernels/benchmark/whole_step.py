@@ -3,7 +3,7 @@
     python -m flux_kernels.benchmark.whole_step --write step.csv                    # on a GPU; torch and triton are enough
     python -m flux_kernels.benchmark.whole_step --write step.csv --device cpu       # the embedded model's step instead
 
-Every row is written as soon as its format is measured; a second call goes on where the first one stopped.
+At the true size every row is written as soon as its provider is timed; a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def measure_steps(
     done: Collection[Key] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[dict]:
-    """Yield a row for each format and provider of one whole step, as each format is done, then of the denoising runs.
+    """Yield a row for each format and provider of one whole step, as soon as it is there, then of the denoising runs.
 
     Args:
         formats: ggml types of the linear layers inside the blocks.

@@ -82,8 +82,10 @@ def measure(
     FLUX.1-dev's 304 matrices in 13 types are 4,000 measurements of half a forward pass on every state: fewer states, types or
     smaller pictures take less.
 
-    Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs memory
-    for the whole 16-bit model.
+    FLUX.1-dev needs about 35 GB of GPU memory, or 69 GB of RAM in float32; with --dtype bfloat16 on a CPU its weights stay in the
+    file, and 5 GB are enough beside it, slow where the file is larger than the free memory. What does not fit is refused at once.
+
+    Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.
     """
     from ..base_pipeline import go_offline_quietly, one_thread
     from ..html_page import check_writable

@@ -9,15 +9,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+_COMPUTES = "exact,int8,fp16_accumulate"
+
 
 def tune(
     formats: Annotated[str, typer.Option(help="ggml types, comma-separated.")] = "Q4_K,Q6_K,Q8_0",
-    computes: Annotated[str, typer.Option("--compute", help="Compute modes, comma-separated.")] = "exact,int8,fp16_accumulate",
+    computes: Annotated[str, typer.Option("--compute", help="Compute modes, comma-separated.")] = _COMPUTES,
     width: Annotated[int, typer.Option(help="Picture width in pixels.")] = 1024,
     height: Annotated[int, typer.Option(help="Picture height in pixels.")] = 1024,
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 1,
     minutes: Annotated[float, typer.Option(help="Begin no new call after this time; a second run goes on.")] = 10.0,
     processes: Annotated[int, typer.Option(help="Processes that compile (each takes some 0.5 GB on the GPU).")] = 2,
+    dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16 or float32.")] = "bfloat16",
     again: Annotated[bool, typer.Option("--again", help="Measure anew what is up to date.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record's path and rows as JSON.")] = False,
 ) -> None:
@@ -34,22 +37,28 @@ def tune(
     """
     import torch
 
-    from ..backends import BACKENDS, check_names
+    from ..backends import BACKENDS, check_names, resolve
+    from ..compute import WEIGHT_ONLY_M
     from ..errors import BackendUnavailable
     from ..flux.calls import step_calls
     from ..formats import get_format
     from ..tune import Job, tune
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"{dtype!r} is none of bfloat16, float16, float32", param_hint="--dtype")
     names, modes = [get_format(name).name for name in formats.split(",")], computes.split(",")
     for mode in modes:
         check_names("triton", mode)
     refusal = "no GPU is seen" if device.type == "cpu" else BACKENDS["triton"].refusal(device, get_format(names[0]))
     if refusal:
         raise BackendUnavailable(f"There is nothing to tune: {refusal}. `flux-kernels doctor` tells more.")
+    for mode in modes if computes != _COMPUTES else ():
+        resolve("triton", mode, device, get_format(names[0]))  # says why where this card refuses a mode that was asked for
+    modes = [mode for mode in modes if _runs(mode, device, get_format(names[0]))]
     calls = sorted(step_calls(height, width, batch), key=lambda call: -call.flops * call.calls)
     jobs = [Job(mode, name, call.m, call.n, call.k) for mode in modes for name in names for call in calls]
-    jobs = [job for job in dict.fromkeys(jobs) if job.compute == "exact" or job.m > 16]
+    jobs = [job for job in dict.fromkeys(jobs) if job.compute == "exact" or job.m > WEIGHT_ONLY_M]
     console = Console(highlight=False, stderr=as_json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []
@@ -66,8 +75,19 @@ def tune(
                     f"{row.ms:.3f} ms, {gain:.2f} x the default"
                 )
 
-        path = tune(jobs, device, minutes=minutes, again=again, processes=processes, on_row=show)
+        path = tune(jobs, device, dtype=getattr(torch, dtype), minutes=minutes, again=again, processes=processes, on_row=show)
     if as_json:
         typer.echo(json.dumps(dict(record=str(path), measured=len(rows), jobs=len(jobs))))
     else:
         console.print(f"Written to {path}, {len(rows)} calls measured of {len(jobs)}.")
+
+
+def _runs(mode: str, device, fmt) -> bool:
+    """Tell whether a card runs a mode; the default list is of all modes, and some cards refuse one."""
+    from ..backends import resolve
+    from ..errors import BackendUnavailable
+
+    try:
+        return resolve("triton", mode, device, fmt) is not None
+    except BackendUnavailable:
+        return False

@@ -94,6 +94,29 @@ def _typed(raw: Tensor, dtype: str) -> Tensor:
     return typed.to({"f16": torch.float32, "u16": torch.int32, "u32": torch.int64}[dtype])
 
 
+@dataclass(frozen=True)
+class CodeTile:
+    """Describe the integer codes of a format to the small-M kernel: weight = unit * scale * (code - zero) + offset.
+
+    The functions are Triton's; see _code_tiles.py for their shapes.
+
+    Attributes:
+        codes: (row_ptr, block, i, NUM_BLOCKS, PLANES, PACKED) -> the codes of slice i (32 weights), two bytes a value.
+        scales: (row_ptr, block, j, NUM_BLOCKS, PLANES) -> (scale, offset) of sub-block j, float32 [SPLITS, BLOCK_N] each.
+        units: (row_ptr, block, NUM_BLOCKS, PLANES) -> what a superblock multiplies its scales and its offsets with, or None.
+        bits: of an unsigned code, bits above them are ignored; 8 is a signed byte.
+        zero: the code that stands for 0.
+        offsets: whether the weights have an offset; `scales` returns its scale twice where they have none.
+    """
+
+    codes: Any
+    scales: Any
+    units: Any = None
+    bits: int = 7
+    zero: int = 0
+    offsets: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class BlockFormat:
     """Describe one ggml block type: geometry, decodes, quantizer and error bound.
@@ -108,6 +131,7 @@ class BlockFormat:
             [..., num_blocks, block_size], bit-equal to libggml's `type_traits.to_float`.
         decode_tile: Triton decode of one 32-weight slice; see kernels/__init__.py for the contract.
         quantize: torch quantizer of float32 rows [rows, K] (and importance [rows, K] or None) to uint8 [rows, row bytes].
+        code_tile: the codes for the small-M kernel on tensor cores; None where a code stands for a table entry.
         table: builds the lookup table of the codebook formats (uint8, CPU), handed to both decodes; None where unused.
         planes: whether Triton wants the row rearranged with `Layout.to_planes`, because blocks that are only 2-byte
             aligned cannot be loaded wide or by asynchronous copies.
@@ -130,6 +154,7 @@ class BlockFormat:
     quantize: Callable[[Tensor, Tensor | None], Tensor] | None = None
     table: Callable[[], Tensor] | None = None
     planes: bool = False
+    code_tile: CodeTile | None = None
     unpacker: Callable[[int], Callable[[Tensor], tuple[Tensor, Tensor]]] | None = None
 
     @property

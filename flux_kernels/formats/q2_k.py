@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
-from ._format import BlockFormat, Field, Layout
+from ._code_tiles import load_codes, shift_codes
+from ._format import BlockFormat, CodeTile, Field, Layout
 from ._libggml_fits import WEIGHTED_GRIDS, super_affine
 from ._pack import bytes_of, join_planes, pack_rows
 from ._search import Blocks
@@ -46,6 +47,26 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return scale * q.to(tl.float32) - offset
 
 
+@jit
+def code_tile(row_ptr, block, i: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr):
+    """Load the codes of sub-blocks 2*i and 2*i+1, two bytes a value."""
+    return shift_codes(load_codes(row_ptr, block, QS, 64, 32 * (i // 4), TYPE_SIZE, NUM_BLOCKS, PLANES), 2 * (i % 4), PACKED)
+
+
+@jit
+def code_scales(row_ptr, block, j: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load sc and m of sub-block j."""
+    word = load_word(row_ptr, block, 0, 16, j // 4, TYPE_SIZE, NUM_BLOCKS, PLANES) >> (8 * (j % 4))
+    return (word & 0xF).to(tl.float32), ((word >> 4) & 0xF).to(tl.float32)
+
+
+@jit
+def code_units(row_ptr, block, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load (d, -dmin)."""
+    d, dmin = load_half_pair(row_ptr, block, DM, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return d, -dmin
+
+
 SEARCH = SuperAffineSearch(
     top=3,
     levels=15,
@@ -73,6 +94,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    code_tile=CodeTile(code_tile, code_scales, code_units, bits=2, offsets=True),
     quantize=quantize,
     relative_rms=0.32,
     source="ggml-common.h block_q2_K",

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
-from ._format import BlockFormat, Field, Layout
+from ._code_tiles import join_codes, load_codes, shift_codes
+from ._format import BlockFormat, CodeTile, Field, Layout
 from ._libggml_fits import super_scale_q3
 from ._pack import bytes_of, join_planes, pack_rows
 from ._search import Blocks
@@ -65,6 +66,31 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return halves_of_16(d * first, d * second) * (q.to(tl.float32) - 4)
 
 
+@jit
+def code_tile(row_ptr, block, i: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr):
+    """Load the codes of sub-blocks 2*i and 2*i+1, two bytes a value."""
+    qs = load_codes(row_ptr, block, QS, 64, 32 * (i // 4), TYPE_SIZE, NUM_BLOCKS, PLANES)
+    hmask = load_codes(row_ptr, block, 0, 32, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return join_codes(shift_codes(qs, 2 * (i % 4), PACKED), shift_codes(hmask, i - 2, PACKED), 3, PACKED)
+
+
+@jit
+def code_scales(row_ptr, block, j: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load sc of sub-block j, less 32."""
+    first, second = load_scale_pair(row_ptr, block, j // 2, NUM_BLOCKS, PLANES)
+    if j % 2 == 0:
+        return first, first
+    else:
+        return second, second
+
+
+@jit
+def code_units(row_ptr, block, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load d."""
+    d = load_half(row_ptr, block, D, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return d, d
+
+
 SEARCH = SuperScaleSearch(
     integers(-4, 3),
     starts=(-4, -4.5, -3.75, -3.5, -3.25, -3, 2.75, 3, 3.4),
@@ -98,6 +124,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    code_tile=CodeTile(code_tile, code_scales, code_units, bits=3, zero=4),
     quantize=quantize,
     planes=True,
     relative_rms=0.16,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._triton import jit, tl
-from ._format import BlockFormat, Field, Layout
+from ._code_tiles import load_codes, load_k_scale_words, pick_byte, shift_codes
+from ._format import BlockFormat, CodeTile, Field, Layout
 from ._k_scales import pack_scales_and_mins, unpack_scales_and_mins
 from ._libggml_fits import WEIGHTED_GRIDS, super_affine
 from ._pack import bytes_of, join_planes, pack_rows
@@ -45,6 +46,27 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return (d * sc)[:, None] * q.to(tl.float32) - (dmin * m)[:, None]
 
 
+@jit
+def code_tile(row_ptr, block, i: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr):
+    """Load the codes of sub-block i, two bytes a value."""
+    qs = load_codes(row_ptr, block, QS, 128, 32 * (i // 2), TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return shift_codes(qs, 4 * (i % 2), PACKED)
+
+
+@jit
+def code_scales(row_ptr, block, j: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load sc and m of sub-block j."""
+    sc, m = load_k_scale_words(row_ptr, block, j >= 4, SCALES, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return pick_byte(sc, j % 4), pick_byte(m, j % 4)
+
+
+@jit
+def code_units(row_ptr, block, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load (d, -dmin)."""
+    d, dmin = load_half_pair(row_ptr, block, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return d, -dmin
+
+
 _ENDS = (0, -0.04, 0.025)
 SEARCH = SuperAffineSearch(
     top=15,
@@ -73,6 +95,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    code_tile=CodeTile(code_tile, code_scales, code_units, bits=4, offsets=True),
     quantize=quantize,
     relative_rms=0.08,
     source="ggml-common.h block_q4_K",

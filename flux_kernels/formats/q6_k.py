@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._triton import jit, tl
 from ._bits import bit_planes
-from ._format import BlockFormat, Field, Layout
+from ._code_tiles import join_codes, load_codes, pick_signed_byte, shift_codes
+from ._format import BlockFormat, CodeTile, Field, Layout
 from ._libggml_fits import peaks, super_scale
 from ._pack import bytes_of, join_planes, pack_rows
 from ._q6_k_words import Unpacker
@@ -46,6 +47,29 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return halves_of_16(d * unpack_int8(sc), d * unpack_int8(sc >> 8)) * (q.to(tl.float32) - 32)
 
 
+@jit
+def code_tile(row_ptr, block, i: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr):
+    """Load the codes of sub-blocks 2*i and 2*i+1, two bytes a value."""
+    ql = load_codes(row_ptr, block, 0, 128, 64 * (i // 4) + 32 * (i % 2), TYPE_SIZE, NUM_BLOCKS, PLANES)
+    qh = load_codes(row_ptr, block, QH, 64, 32 * (i // 4), TYPE_SIZE, NUM_BLOCKS, PLANES)
+    low, high = shift_codes(ql, 4 * ((i // 2) % 2), PACKED), shift_codes(qh, 2 * (i % 4) - 4, PACKED)
+    return join_codes(low, high, 0x0F, PACKED)
+
+
+@jit
+def code_scales(row_ptr, block, j: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load sc of sub-block j."""
+    sc = pick_signed_byte(load_word(row_ptr, block, SCALES, 16, j // 4, TYPE_SIZE, NUM_BLOCKS, PLANES), j % 4)
+    return sc, sc
+
+
+@jit
+def code_units(row_ptr, block, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load d."""
+    d = load_half(row_ptr, block, D, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return d, d
+
+
 SEARCH = SuperScaleSearch(
     integers(-32, 31),
     starts=(-32, -33, -32.5, -31.5, -31, -30.5, -30, -29.5, -29),
@@ -76,6 +100,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    code_tile=CodeTile(code_tile, code_scales, code_units, bits=6, zero=32),
     quantize=quantize,
     planes=True,
     unpacker=Unpacker,

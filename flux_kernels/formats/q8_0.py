@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .._triton import jit, tl
-from ._format import BlockFormat, Field, Layout
+from ._code_tiles import load_codes
+from ._format import BlockFormat, CodeTile, Field, Layout
 from ._pack import pack_rows
 from ._search import Blocks
 from ._search_scale import HalfScaleSearch, integers
@@ -30,6 +31,19 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     return d[:, None] * q.to(tl.float32)
 
 
+@jit
+def code_tile(row_ptr, block, i: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr):
+    """Load the codes of block i past `block`, two bytes a value."""
+    return load_codes(row_ptr, block + i, QS, 32, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+
+
+@jit
+def code_scales(row_ptr, block, j: tl.constexpr, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
+    """Load d of block j past `block`."""
+    d = load_half(row_ptr, block + j, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
+    return d, d
+
+
 SEARCH = HalfScaleSearch(integers(-127, 127), starts=(127, 126.5, 126.75, 127.25, 127.45))
 
 
@@ -47,6 +61,7 @@ FORMAT = BlockFormat(
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
+    code_tile=CodeTile(code_tile, code_scales, bits=8),
     quantize=quantize,
     planes=True,
     relative_rms=0.006,

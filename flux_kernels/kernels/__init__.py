@@ -16,6 +16,8 @@ Triton's cache key covers the source of a constexpr function, but not of a Pytho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ from .exact import Run
 from .launching import aligned, device_of
 from .problem import Problem
 
-_MODES = {"exact": exact, "fp16_accumulate": fp16_accumulate}
+_MODES: dict[str, Any] = {"exact": exact, "fp16_accumulate": fp16_accumulate, "int8": int8}
 
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
@@ -46,11 +48,12 @@ def linear(
     planes: bool = False,
     branch: Branch | None = None,
     outliers: tuple[Tensor, Tensor] | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute x [M, K] @ decode(data [N, row bytes]).T + bias + branch -> [M, N] in x's dtype, in a compute mode.
 
     The branch is added before y is rounded. `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in
-    x's dtype; the other modes need none.
+    x's dtype, `row_scale` [N] what `row_scale` returned for these rows; the other modes need neither.
     """
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
     if y.numel():
@@ -60,10 +63,22 @@ def linear(
         compute = compute if x.shape[0] > WEIGHT_ONLY_M else "exact"
         with device_of(data):
             if compute == "int8":
-                int8.linear(x, data, bias, y, fmt, planes, branch, outliers)
+                int8.linear(x, data, bias, y, fmt, planes, branch, outliers, row_scale=row_scale)
             else:
                 _MODES[compute].linear(x, data, bias, y, fmt, planes, branch)
     return y
+
+
+def row_scale(data: Tensor, fmt: BlockFormat, planes: bool = False) -> Tensor | None:
+    """Return what "int8" needs to know of all packed rows [N, row bytes] and may keep: their scales, float32 [N].
+
+    None where calls on this device never use scales of whole rows.
+    """
+    n, row_bytes = data.shape
+    if not n or not int8.takes_row_scale(fmt, n, fmt.row_weights(row_bytes), data.device):
+        return None
+    with device_of(data):
+        return int8.row_scale(aligned(data), fmt, planes)
 
 
 def prepare(problem: Problem, compute: str) -> Run:
@@ -73,8 +88,5 @@ def prepare(problem: Problem, compute: str) -> Run:
     """
     compute = compute if problem.m > WEIGHT_ONLY_M else "exact"
     shape = problem.m, problem.n, problem.k
-    if compute == "int8":
-        fmt, planes = problem.fmt, problem.planes
-        return lambda x, data, bias, y, branch: int8.linear(x, data, bias, y, fmt, planes, branch)
     choice = choose(compute, problem.fmt, *shape, problem.device, problem.dtype, problem.rank > 0)
     return _MODES[compute].prepare(problem, choice)

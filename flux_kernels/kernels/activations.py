@@ -1,30 +1,47 @@
 """Prepare activations for the faster matrix units: int8 with group scales, or fp16 with a power-of-two scale per token.
 
-Torch twins of both stand in flux_kernels/low_precision.py; the interpreter tests hold them to the same bits.
+Torch twins of both stand in flux_kernels/low_precision.py. Compiled code has the twins' bits: a code is one fused multiply-add,
+which rounds the exact product once, and the only division is IEEE's. Triton's interpreter rounds the product first, so there
+a product nearer to a tie than 127 * 2^-24 may get the neighbouring code.
 """
 
 from __future__ import annotations
 
 from .._triton import jit, tl
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
-
-
+# 1.5 * 2^23: adding it to |v| < 2^22 rounds v to the nearest integer, ties to even, which is then in the sum's low bits.
+ROUND = tl.constexpr(12582912.0)
 # A group whose largest magnitude is below this becomes zeros: 127 / amax would leave float32's range.
 SMALLEST = tl.constexpr(1e-30)
+STEPS = tl.constexpr(1 / 127)
 
 
 @jit
-def group_scale(amax):
-    """Return (scale, 1 / scale) of groups with largest magnitude amax; (0, 0) for a group of zeros."""
-    some = amax > SMALLEST
-    return tl.where(some, amax / 127.0, amax * 0.0), tl.where(some, 127.0 / tl.where(some, amax, 1.0), 0.0)
+def largest_of_rows(magnitudes):
+    """Return the largest of each row of float32 magnitudes [R, C], NaN where one is NaN: a GPU's float maximum drops NaN.
+
+    Without a sign float32 orders as its bits do, with Inf and NaN on top.
+    """
+    return tl.max(magnitudes.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
 
 
 @jit
-def round_to_int8(values):
-    """Round float32 |v| <= 127 to the nearest int8, ties to even."""
-    return ((values + ROUND) - ROUND).to(tl.int8)
+def scale_of(largest):
+    """Return the scale of values with a largest magnitude: largest / 127, 0 for zeros, NaN for NaN and Inf."""
+    return tl.where(largest > SMALLEST, largest * STEPS, 0.0) + largest * 0.0
+
+
+@jit
+def inverse_of(scale):
+    """Return 1 / scale, correctly rounded; 0 for 0 and NaN."""
+    some = scale > 0.0
+    return tl.where(some, tl.div_rn(1.0, tl.where(some, scale, 1.0)), 0.0)
+
+
+@jit
+def round_to_int8(values, inverse):
+    """Round float32 values * inverse, at most 127 in magnitude, to the nearest int8, ties to even, with one rounding."""
+    return tl.fma(values, inverse, ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @jit
@@ -33,7 +50,8 @@ def quantize_activation_kernel(
 ):
     """Quantize a [BLOCK_M, GROUP] tile of x to codes [M, K] int8 and scale [K // GROUP, M] float32.
 
-    Channels whose uint8 keep [K] is 0 become zeros: they are computed elsewhere. None keeps all.
+    Channels whose uint8 keep [K] is 0 become zeros: they are computed elsewhere. None keeps all. A NaN or Inf makes the
+    scale NaN, and so the whole output row.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = tl.program_id(1)
@@ -42,10 +60,8 @@ def quantize_activation_kernel(
     x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_k[None, :]).to(tl.float32)
     if keep_ptr is not None:
         x = tl.where(tl.load(keep_ptr + offs_k)[None, :] != 0, x, 0.0)
-    # A NaN or Inf makes the scale NaN, and so the whole output row: tl.max alone would drop a NaN.
-    amax = tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)
-    scale, inverse = group_scale(amax)
-    codes = round_to_int8(x * inverse[:, None])
+    scale = scale_of(largest_of_rows(tl.abs(x)))
+    codes = round_to_int8(x, inverse_of(scale)[:, None])
     mask = offs_m < M
     tl.store(codes_ptr + rows[:, None] * K + offs_k[None, :], codes, mask=mask[:, None])
     tl.store(scale_ptr + group.to(tl.int64) * M + offs_m, scale, mask=mask)

@@ -11,23 +11,20 @@ import torch
 from ..formats import BlockFormat
 from .chunks import bounded_rows
 from .launching import capability_of, processors_of
-from .record import find, forget_records
+from .record import ALGORITHMS, find, forget_records
 from .tuning import (
     Tile,
     branch_tile,
     choose_algorithm,
     choose_int8_algorithm,
+    codes_serve,
     fp16_tile,
     fused_tile,
     int8_tile,
     small_m_tile,
 )
 
-ALGORITHMS = {  # compute mode -> what it can run
-    "exact": ("small_m", "fused", "split_k", "two_stage"),
-    "fp16_accumulate": ("fused",),
-    "int8": ("two_stage", "row_scales"),
-}
+__all__ = ["ALGORITHMS", "Choice", "choose", "default_choice", "forget", "on_forget", "tile_of"]
 _UNPACKS = ("two_stage", "row_scales")  # algorithms that write the unpacked weight to memory
 
 
@@ -67,9 +64,9 @@ def choose(
 
     `forget` makes it look at the records again.
     """
-    measured = find(compute, fmt, m, n, k, device)
-    if measured is not None and dtype != torch.float32:  # records are measured in 16 bit, whose tiles float32 overflows
-        return Choice(measured.algorithm, measured.tile, measured.why)
+    measured = find(compute, fmt, m, n, k, device, dtype, branch)
+    if measured is not None:
+        return Choice(measured.algorithm, measured.tile, measured.why, measured.rows)
     return default_choice(compute, fmt, m, n, k, capability_of(device), dtype, branch, processors_of(device))
 
 
@@ -110,8 +107,8 @@ def default_choice(
         tile = fp16_tile(fmt, k, capability)
         tile = branch_tile("fp16_gemm", fmt, tile, capability) if branch else tile
     else:
-        algorithm, why = choose_algorithm(m, capability, dtype)
-        tile = tile_of(algorithm, fmt, m, n, k, capability, branch)
+        algorithm, why = choose_algorithm(m, capability, dtype, codes_serve(fmt, capability, dtype))
+        tile = tile_of(algorithm, fmt, m, n, k, capability, branch, dtype)
     rows = None
     if algorithm in _UNPACKS:
         rows = bounded_rows(m, n, k, 1 if compute == "int8" else dtype.itemsize, processors)
@@ -126,11 +123,12 @@ def tile_of(
     k: int,
     capability: tuple[int, int] | None = None,
     branch: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tile | None:
     """Return the default tile of one of exact mode's algorithms."""
     if algorithm == "two_stage":
         return None
     if algorithm == "small_m":
-        return small_m_tile(fmt, k)
+        return small_m_tile(fmt, k, codes_serve(fmt, capability, dtype))
     tile = fused_tile(fmt, m, n, k, capability)
     return branch_tile("fused_gemm", fmt, tile, capability) if branch else tile

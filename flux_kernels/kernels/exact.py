@@ -1,4 +1,4 @@
-"""compute="exact": the fused GEMM, its split-K form, the small-M kernel for one or two rows, or two-stage."""
+"""compute="exact": the fused GEMM, its split-K form, one of the two small-M kernels, or two-stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .._triton import triton
+from .._triton import interpreting, triton
 from ..formats import BlockFormat
 from ..low_rank import Branch
 from . import two_stage
@@ -17,9 +17,11 @@ from .fused_gemm import fused_gemm_kernel
 from .launching import Launch, all_aligned, pointers
 from .problem import Problem
 from .small_m import small_m_kernel
+from .small_m_codes import code_constants, small_m_codes_kernel
 from .split_k import add_splits_kernel, split_k_kernel
 from .tuning import Tile
 
+_PAIR = 4  # bytes: weights are multiplied two by two
 _ADD_BLOCK = 1024  # columns a program of the reduction adds
 
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, Branch | None], None]  # x, data, bias, y, branch
@@ -48,6 +50,8 @@ def prepare(problem: Problem, choice: Choice) -> Run:
 
 def _small_m(problem: Problem, choice: Choice) -> Run:
     tile, table = choice.tile, problem.table
+    if tile.block_m > 1 and problem.dtype != torch.float32:
+        return _small_m_codes(problem, tile)
     grid = (triton.cdiv(problem.n, tile.block_n), problem.m)
     constants = problem.format_constants | dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
     integers = (problem.n, problem.rank, problem.stride)
@@ -56,6 +60,25 @@ def _small_m(problem: Problem, choice: Choice) -> Run:
     def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
         hidden, up, _ = pointers(branch)
         launch(all_aligned(x, data, bias, hidden, up, y), x, data, data if table is None else table, bias, hidden, up, y)
+
+    return run
+
+
+def _small_m_codes(problem: Problem, tile: Tile) -> Run:
+    grid = (triton.cdiv(problem.n, tile.block_n), triton.cdiv(problem.m, tile.block_m))
+    constants = code_constants(problem.fmt, problem.format_constants, tile, not interpreting())
+    options = dict(num_warps=tile.num_warps)
+    strided, whole = (
+        Launch(small_m_codes_kernel, grid, (problem.m, problem.n, problem.rank, stride), constants, options)
+        for stride in (problem.stride, problem.k)
+    )
+
+    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+        hidden, up, _ = pointers(branch)
+        launch = strided
+        if x.data_ptr() % _PAIR or problem.stride % 2:
+            x, launch = x.clone(memory_format=torch.contiguous_format), whole
+        launch(all_aligned(x, data, bias, hidden, up, y), x, data, bias, hidden, up, y)
 
     return run
 

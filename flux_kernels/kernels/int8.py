@@ -1,10 +1,14 @@
 """compute="int8": quantize x, unpack the weight (or a chunk of its output features) to int8, and multiply.
 
 The algorithm "two_stage" gives a weight one scale per row and group of K, "row_scales" one per row (see
-tuning.choose_int8_algorithm); chunks.py says how much of the weight is unpacked at a time.
+tuning.choose_int8_algorithm); chunks.py says how much of the weight is unpacked at a time. Scales of rows follow from the
+packed rows alone: a layer keeps them (see layer_row_scale.py), other callers have them found at every call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,9 +21,16 @@ from .activations import quantize_activation_kernel
 from .choice import Choice, choose
 from .chunks import chunks_of
 from .int8_gemm import int8_gemm_kernel
-from .launching import format_constants, pointers, table_of
+from .launching import Launch, all_aligned, pointers
+from .problem import Problem
 from .tuning import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
-from .unpack_int8 import row_largest_kernel, unpack_int8_kernel
+from .unpack_int8 import row_largest_kernel, row_scale_kernel, unpack_int8_kernel
+
+_SCALE_ROWS = 128  # rows whose scale a program puts together from the parts' largest weights
+# M of the calls that a layer is asked about before it is called: a record may choose one algorithm for some and another for others.
+_ROWS_ASKED = tuple(2**power for power in range(5, 15))
+
+Run = Callable[..., None]  # (x, data, bias, y, branch, row_scale=None, keep=None)
 
 
 def linear(
@@ -32,68 +43,161 @@ def linear(
     branch: Branch | None = None,
     outliers: tuple[Tensor, Tensor] | None = None,
     choice: Choice | None = None,
+    row_scale: Tensor | None = None,
 ) -> None:
-    """Write x [M, K] @ decode(data).T + bias + branch to y [M, N], both operands rounded to int8 with group scales.
+    """Write x [M, K] @ decode(data).T + bias + branch to y [M, N], both operands rounded to int8.
 
     The input channels of `outliers` (index [k], weight [N, k]) are left out of the int8 product and join the branch.
+    `row_scale` is what `row_scale` returns for these rows, where a caller has kept it.
     """
-    n, k = data.shape[0], fmt.row_weights(data.shape[1])
     keep = None
     if outliers is not None:
         branch = join(branch, outlier_branch(x, outliers))
-        keep = torch.ones(k, dtype=torch.uint8, device=x.device).index_fill_(0, outliers[0].long(), 0)
-    hidden, up, _ = pointers(branch)
-    x_codes, x_scale = quantize_activation(x, group_width(k), keep)
-    choice = choice or choose("int8", fmt, x.shape[0], n, k, x.device, x.dtype, branch is not None)
-    row_scales = choice.algorithm == "row_scales"
-    for chunk in chunks_of(n, choice.rows):
-        w_codes, w_scale = unpack_weight(data[chunk], fmt, group_width(k), planes, row_scales)
-        bias_chunk, up_chunk = (None if part is None else part[chunk] for part in (bias, up))
-        _gemm(x_codes, x_scale, w_codes, w_scale, bias_chunk, hidden, up_chunk, y[:, chunk], choice.tile)
-        del w_codes, w_scale  # or the next chunk's scratch would be allocated beside them
+        keep = torch.ones(x.shape[1], dtype=torch.uint8, device=x.device).index_fill_(0, outliers[0].long(), 0)
+    problem = Problem.of(x, data, bias, fmt, planes, branch)
+    choice = choice or choose("int8", fmt, *y.shape, problem.k, x.device, x.dtype, branch is not None)
+    prepare(problem, choice, outliers is not None)(x, data, bias, y, branch, row_scale, keep)
+
+
+@lru_cache(maxsize=4096)
+def prepare(problem: Problem, choice: Choice, outliers: bool = False) -> Run:
+    """Return what computes a product as chosen, given (x, data, bias, y, branch) and perhaps kept row scales.
+
+    With `outliers` it also takes keep [K] uint8, 0 for the input channels that are left out of the int8 product.
+    """
+    rowwise = choice.algorithm == "row_scales"
+    quantize = _quantizing(problem.m, problem.k, problem.stride, group_width(problem.k), outliers)
+    find_row_scale = _scaling(problem) if rowwise else None
+    chunks = chunks_of(problem.n, choice.rows)
+    steps = [_step(problem, choice.tile, rowwise, chunk if len(chunks) > 1 else None) for chunk in chunks]
+
+    def run(
+        x: Tensor,
+        data: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        branch: Branch | None,
+        row_scale: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> None:
+        hidden, up, _ = pointers(branch)
+        quantized = quantize(x, keep)
+        if find_row_scale is not None:
+            row_scale = find_row_scale(data) if row_scale is None else row_scale
+        for step in steps:
+            step(quantized, data, row_scale, bias, hidden, up, y)
+
+    return run
+
+
+def _step(problem: Problem, tile: Tile, rowwise: bool, chunk: slice | None) -> Run:
+    """Return what unpacks one chunk of the weight (None: all of it) and multiplies."""
+    rows = problem.n if chunk is None else chunk.stop - chunk.start
+    unpack = _unpacking(problem, rows, group_width(problem.k), rowwise)
+    multiply = _multiplying(problem, rows, tile, rowwise)
+
+    def run(quantized, data, row_scale, bias, hidden, up, y: Tensor) -> None:
+        if chunk is not None:
+            data, row_scale, bias, up = (None if part is None else part[chunk] for part in (data, row_scale, bias, up))
+            y = y[:, chunk]
+        # The unpacked chunk is let go before the next one is allocated.
+        multiply(*quantized, *unpack(data, row_scale), bias, hidden, up, y)
+
+    return run
+
+
+def _quantizing(
+    m: int, k: int, stride: int, group: int, outliers: bool
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """Return what quantizes x [M, K] to int8 codes [M, K] and float32 scales [K // group, M], channels with keep = 0 to zeros."""
+    grid = (triton.cdiv(m, QUANTIZE_ROWS), k // group)
+    constants = dict(K=k, GROUP=group, BLOCK_M=QUANTIZE_ROWS)
+    launch = Launch(quantize_activation_kernel, grid, (m, stride), constants)
+
+    def run(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
+        scale = torch.empty(k // group, m, dtype=torch.float32, device=x.device)
+        launch(all_aligned(x), x, keep if outliers else None, codes, scale)
+        return codes, scale
+
+    return run
+
+
+def _scaling(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """Return what finds the scale of each packed row: float32 [N], its largest magnitude / 127, NaN for NaN and Inf."""
+    n, tile_k, table = problem.n, largest_tile_k(problem.fmt, problem.k), problem.table
+    parts = problem.k // tile_k
+    constants = problem.format_constants | dict(BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
+    find_largest = Launch(row_largest_kernel, (triton.cdiv(n, UNPACK_ROWS), parts), (n,), constants)
+    put_together = Launch(row_scale_kernel, (triton.cdiv(n, _SCALE_ROWS),), (n,), dict(PARTS=parts, BLOCK_N=_SCALE_ROWS))
+
+    def run(data: Tensor) -> Tensor:
+        largest = torch.empty(parts, n, dtype=torch.float32, device=data.device)
+        scale = torch.empty(n, dtype=torch.float32, device=data.device)
+        find_largest(all_aligned(data), data, data if table is None else table, largest)
+        put_together(True, largest, scale)
+        return scale
+
+    return run
+
+
+def _unpacking(
+    problem: Problem, rows: int, group: int, rowwise: bool
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """Return what unpacks packed rows to int8 codes [rows, K] and their scales, float32 [K // group, rows] or the rows' own."""
+    k, table = problem.k, problem.table
+    tile_k = max(group, largest_tile_k(problem.fmt, k))
+    constants = problem.format_constants | dict(GROUP=group, BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
+    launch = Launch(unpack_int8_kernel, (triton.cdiv(rows, UNPACK_ROWS), k // tile_k), (rows,), constants)
+
+    def run(data: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        codes = torch.empty(rows, k, dtype=torch.int8, device=data.device)
+        scale = None if rowwise else torch.empty(k // group, rows, dtype=torch.float32, device=data.device)
+        given = row_scale if rowwise else None
+        launch(all_aligned(data, given), data, data if table is None else table, given, codes, scale)
+        return codes, given if scale is None else scale
+
+    return run
+
+
+def _multiplying(problem: Problem, rows: int, tile: Tile, rowwise: bool) -> Run:
+    """Return what writes the product of quantized x and `rows` rows of the weight, bias and branch to y [M, rows]."""
+    constants = dict(K=problem.k, GROUP=group_width(problem.k), ROW_SCALES=rowwise, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    grid = (triton.cdiv(problem.m, tile.block_m) * triton.cdiv(rows, tile.block_n),)
+    launch = Launch(int8_gemm_kernel, grid, (problem.m, rows, problem.rank, problem.n), constants, options)
+
+    def run(x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y: Tensor) -> None:
+        aligned = all_aligned(w_scale, bias, hidden, up, y)
+        launch(aligned, x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y)
+
+    return run
 
 
 def quantize_activation(x: Tensor, group: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize x [M, K] to int8 codes [M, K] and float32 scales [K // group, M]; channels with keep [K] = 0 become zeros."""
-    m, k = x.shape
-    codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
-    scale = torch.empty(k // group, m, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(m, QUANTIZE_ROWS), k // group)
-    quantize_activation_kernel[grid](x, keep, codes, scale, m, x.stride(0), K=k, GROUP=group, BLOCK_M=QUANTIZE_ROWS)
-    return codes, scale
+    return _quantizing(*x.shape, x.stride(0), group, keep is not None)(x, keep)
 
 
 def unpack_weight(data: Tensor, fmt: BlockFormat, group: int, planes: bool, row_scales: bool = False) -> tuple[Tensor, Tensor]:
     """Unpack packed rows to int8 codes [N, K] and float32 scales [K // group, N], or [1, N] with `row_scales`."""
-    n = data.shape[0]
-    constants = format_constants(fmt, data.shape[1], planes)
-    k, table = constants["K"], table_of(fmt, data)
-    codes = torch.empty(n, k, dtype=torch.int8, device=data.device)
-    scale = torch.empty(1 if row_scales else k // group, n, dtype=torch.float32, device=data.device)
-    tile_k = max(group, largest_tile_k(fmt, k))
-    grid = (triton.cdiv(n, UNPACK_ROWS), k // tile_k)
-    blocks = dict(BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
-    largest = None
-    if row_scales:
-        parts = torch.empty(k // tile_k, n, dtype=torch.float32, device=data.device)
-        row_largest_kernel[grid](data, table, parts, n, **constants, **blocks)
-        largest = parts.amax(0)  # torch's maximum keeps NaN
-    unpack_int8_kernel[grid](data, table, largest, codes, scale, n, **constants, GROUP=group, **blocks)
-    return codes, scale
+    found = row_scale(data, fmt, planes) if row_scales else None
+    problem, n = _rows_problem(data, fmt, planes), data.shape[0]
+    codes, scale = _unpacking(problem, n, group, row_scales)(data, found)
+    return codes, scale.view(-1, n)
 
 
-def _gemm(x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y: Tensor, tile: Tile) -> None:
-    m, n = y.shape
-    rank = 0 if hidden is None else hidden.shape[1]
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-    k, group = x_codes.shape[1], x_codes.shape[1] // x_scale.shape[0]
-    int8_gemm_kernel[grid](
-        *(x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y, m, n, rank, y.stride(0)),
-        K=k,
-        GROUP=group,
-        ROW_SCALES=w_scale.shape[0] == 1 and k > group,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+def row_scale(data: Tensor, fmt: BlockFormat, planes: bool) -> Tensor:
+    """Return the int8 scale of each packed row: float32 [N], its largest magnitude / 127, NaN where it holds NaN or Inf."""
+    return _scaling(_rows_problem(data, fmt, planes))(data)
+
+
+def takes_row_scale(fmt: BlockFormat, n: int, k: int, device: torch.device) -> bool:
+    """Tell whether calls with a weight [N, K] on `device` use the scales of its rows, at some M at least."""
+    return any(choose("int8", fmt, m, n, k, device).algorithm == "row_scales" for m in _ROWS_ASKED)
+
+
+def _rows_problem(data: Tensor, fmt: BlockFormat, planes: bool) -> Problem:
+    n, row_bytes = data.shape
+    k = fmt.row_weights(row_bytes)
+    return Problem(0, n, k, k, row_bytes, fmt, planes, torch.float32, None, 0, data.device)

@@ -13,7 +13,7 @@ from .branch import add_branch
 from .fused_gemm import tile_position
 
 
-@jit
+@jit(do_not_specialize=["R"])
 def int8_gemm_kernel(
     x_ptr,
     x_scale_ptr,

@@ -39,23 +39,26 @@ class Launch:
         self.kernel, self.integers, self.constants, self.options = kernel, integers, constants, options or {}
         self.grid = (*grid, 1, 1)[:3]
         self._tail: tuple = ()
-        self._compiled: Any = None
+        self._launch_compiled: Any = None
 
     def __call__(self, aligned: bool, *pointers: Tensor | None) -> None:
         """Launch on the current stream of the current device; `aligned` tells that every tensor starts at a 16-byte address."""
-        if aligned and self._compiled is not None:
-            self._compiled[self.grid](*pointers, *self._tail)
+        if aligned and self._launch_compiled is not None:
+            self._launch_compiled(*pointers, *self._tail)
             return
         found = self.kernel[self.grid](*pointers, *self.integers, **self.constants, **self.options)
         if aligned and not interpreting():
             names = self.kernel.arg_names[len(pointers) + len(self.integers) :]
             self._tail = (*self.integers, *(self.constants[name] for name in names))
-            self._compiled = found
+            self._launch_compiled = found[self.grid]
 
 
 def all_aligned(*tensors: Tensor | None) -> bool:
     """Tell whether every tensor starts at an address that the widest load can take."""
-    return not any(tensor is not None and tensor.data_ptr() % _WIDEST_LOAD for tensor in tensors)
+    for tensor in tensors:  # a generator would take twice as long
+        if tensor is not None and tensor.data_ptr() % _WIDEST_LOAD:
+            return False
+    return True
 
 
 def aligned(data: Tensor) -> Tensor:

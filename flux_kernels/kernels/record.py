@@ -25,20 +25,33 @@ from ..formats import FORMATS, BlockFormat
 from .launching import capability_of
 from .tuning import Tile
 
-SCHEMA = "flux_kernels.tuning/1"
+SCHEMA = "flux_kernels.tuning/2"
+_READ = ("flux_kernels.tuning/1", SCHEMA)  # rows of the first say nothing of branch and rows, and have neither
 FOLDER_VARIABLE = "FLUX_KERNELS_TUNING"
+ALGORITHMS = {  # compute mode -> what it can run
+    "exact": ("small_m", "fused", "split_k", "two_stage"),
+    "fp16_accumulate": ("fused",),
+    "int8": ("two_stage", "row_scales"),
+}
 NEAR = 0.5  # a row serves calls whose M is within this many powers of two of its own
 _PACKAGED = Path(__file__).with_name("records")
 _KERNELS = {  # compute mode -> files whose change makes a measurement old
-    "exact": ("fused_gemm", "split_k", "small_m", "two_stage", "dequantize"),
-    "fp16_accumulate": ("fp16_gemm", "activations"),
-    "int8": ("int8_gemm", "unpack_int8", "activations", "two_stage"),
+    "exact": ("fused_gemm", "split_k", "small_m", "small_m_codes", "two_stage", "dequantize", "branch", "ldmatrix"),
+    "fp16_accumulate": ("fp16_gemm", "activations", "branch", "ldmatrix"),
+    "int8": ("int8_gemm", "unpack_int8", "activations", "branch"),
 }
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
 class TuningRow:
-    """Record the best choice for one call, with the median times of it and of the default (milliseconds)."""
+    """Record the best choice for one call, with the median times of it and of the default (milliseconds).
+
+    Attributes:
+        dtype: of the activations.
+        branch: whether a low-rank branch was added in the epilogue.
+        rows: of the weight that were unpacked at a time, None for all; algorithms that decode in registers ignore it.
+    """
 
     compute: str
     format: str
@@ -52,11 +65,13 @@ class TuningRow:
     triton: str
     kernel_hash: str
     dtype: str = "bfloat16"
+    branch: bool = False
+    rows: int | None = None
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
-        """What the row was measured for: compute mode, format, M, N, K."""
-        return self.compute, self.format, self.m, self.n, self.k
+    def key(self) -> tuple[str, str, int, int, int, str, bool]:
+        """What the row was measured for: compute mode, format, M, N, K, dtype of x, and whether with a branch."""
+        return self.compute, self.format, self.m, self.n, self.k, self.dtype, self.branch
 
 
 @dataclass
@@ -89,8 +104,8 @@ class TuningRecord:
         """Read a record; raise ValueError with a sentence where it is none."""
         try:
             data = json.loads(path.read_text())
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {data['schema']!r}, this version reads {SCHEMA!r}")
+            if data["schema"] not in _READ:
+                raise ValueError(f"its schema is {data['schema']!r}, this version reads {' and '.join(map(repr, _READ))}")
             rows = [_row(row) for row in data["rows"]]
             device = dict(data["device"]) | dict(name=str(data["device"]["name"]))
             return cls(device, data["versions"], data["date"], {row.key: row for row in rows})
@@ -106,26 +121,40 @@ class Measured:
     algorithm: str
     tile: Tile | None
     why: str
+    rows: int | None = None
+
+
+_SINCE_2 = dict(branch=False, rows=None)  # what rows of the first schema do not say
 
 
 def _row(data: dict) -> TuningRow:
     """Check one row of a file, so that nothing in it can make a launch fail."""
-    tile = None if data["tile"] is None else Tile(**data["tile"])
+    tile, data = None if data["tile"] is None else Tile(**data["tile"]), _SINCE_2 | data
     row = TuningRow(**{name.name: data[name.name] for name in fields(TuningRow) if name.name != "tile"}, tile=tile)
     if row.format not in FORMATS or row.compute not in _KERNELS:
         raise ValueError(f"unknown format or compute mode {row.format!r}, {row.compute!r}")
+    if row.algorithm not in ALGORITHMS[row.compute] or row.dtype not in _DTYPES:
+        raise ValueError(f"unknown algorithm or dtype {row.algorithm!r}, {row.dtype!r}")
+    if not _positive(row.m, row.n, row.k, *([] if row.rows is None else [row.rows])):
+        raise ValueError(f"M, N, K and rows must be positive integers, got {row.m!r}, {row.n!r}, {row.k!r}, {row.rows!r}")
+    if row.branch not in (True, False):
+        raise ValueError(f"branch must be true or false, got {row.branch!r}")
     if tile is None:
         if row.algorithm != "two_stage" or row.compute != "exact":
             raise ValueError(f"{row.algorithm!r} of {row.compute!r} needs a tile")
         return row
     fmt = FORMATS[row.format]
     sizes = (tile.block_m, tile.block_n, tile.tile_k, tile.num_warps, tile.num_stages, tile.splits)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not _positive(*sizes):
         raise ValueError(f"tile sizes must be positive integers, got {sizes}")
     steps_through_blocks = row.compute != "int8"  # its GEMM steps through groups of unpacked weights
     if steps_through_blocks and (row.k % (tile.tile_k * tile.splits) or tile.tile_k % fmt.block_size):
         raise ValueError(f"a tile with K step {tile.tile_k} in {tile.splits} parts does not fit K={row.k} of {row.format}")
     return row
+
+
+def _positive(*sizes: object) -> bool:
+    return all(type(size) is int and size > 0 for size in sizes)
 
 
 def records_folder() -> Path:
@@ -150,7 +179,10 @@ def kernel_hash(compute: str, fmt: BlockFormat) -> str:
     """Return a hash of the source of the kernels of a mode and of the format's decoder."""
     folder = Path(__file__).parent
     files = [folder / f"{name}.py" for name in _KERNELS[compute]]
-    files += [Path(inspect.getfile(fmt.decode)), folder.parent / "formats" / "_tiles.py"]
+    files += [
+        Path(inspect.getfile(fmt.decode)),
+        *(folder.parent / "formats" / name for name in ("_tiles.py", "_code_tiles.py")),
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -191,21 +223,48 @@ def order_records(
 
 
 @lru_cache(maxsize=4096)
-def find(compute: str, fmt: BlockFormat, m: int, n: int, k: int, device: torch.device) -> Measured | None:
-    """Return the measured choice for a call on `device`: the row of nearest M, at most NEAR away; None where there is none."""
+def find(
+    compute: str,
+    fmt: BlockFormat,
+    m: int,
+    n: int,
+    k: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    branch: bool = False,
+) -> Measured | None:
+    """Return the measured choice for a call on `device`: the row of nearest M, at most NEAR away; None where there is none.
+
+    bfloat16 and float16 serve each other where a card has no row of its own: their tiles take the same memory and time.
+    """
     for record, origin in _rows_for(device):
-        row = nearest(record, compute, fmt.name, m, n, k)
-        if row is not None:
-            _warn_if_old(row, fmt, record.device["name"])
-            return Measured(row.algorithm, row.tile, f"{origin}: {row.ms:.3f} ms, default {row.default_ms:.3f} ms at M={row.m}")
+        for name in _served_by(dtype):
+            row = nearest(record, compute, fmt.name, m, n, k, name, branch)
+            if row is not None:
+                _warn_if_old(row, fmt, record.device["name"])
+                why = f"{origin}: {row.ms:.3f} ms, default {row.default_ms:.3f} ms at M={row.m}"
+                return Measured(row.algorithm, row.tile, why, row.rows)
     return None
 
 
-def nearest(record: TuningRecord, compute: str, format: str, m: int, n: int, k: int) -> TuningRow | None:
-    """Return the row whose M is nearest on a logarithmic scale, where it is near enough."""
-    rows = [row for row in record.rows.values() if (row.compute, row.format, row.n, row.k) == (compute, format, n, k)]
-    best = min(rows, key=lambda row: abs(log2(m / row.m)), default=None)
+def nearest(
+    record: TuningRecord, compute: str, format: str, m: int, n: int, k: int, dtype: str = "bfloat16", branch: bool = False
+) -> TuningRow | None:
+    """Return the row whose M is nearest on a logarithmic scale, where it is near enough.
+
+    A row without a branch serves a call with one where torch's own product adds it, which has no tile that could spill.
+    """
+    wanted = compute, format, n, k, dtype
+    rows = [row for row in record.rows.values() if (row.compute, row.format, row.n, row.k, row.dtype) == wanted]
+    rows = [row for row in rows if row.branch == branch or branch and row.tile is None]
+    best = min(rows, key=lambda row: (abs(log2(m / row.m)), row.branch != branch), default=None)
     return best if best is not None and abs(log2(m / best.m)) <= NEAR else None
+
+
+def _served_by(dtype: torch.dtype) -> tuple[str, ...]:
+    """Name the dtypes of rows that serve x of `dtype`, the best first."""
+    own = str(dtype).removeprefix("torch.")
+    return (own, *(name for name in ("bfloat16", "float16") if name != own)) if dtype.itemsize == 2 else (own,)
 
 
 def _warn_if_old(row: TuningRow, fmt: BlockFormat, card: str) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..compute import DATACENTER, TENSOR_CORE_CAPABILITY, WEIGHT_ONLY_M
+from .._triton import interpreting
+from ..compute import DATACENTER, TENSOR_CORE_CAPABILITY
 from ..formats import SUPERBLOCK, BlockFormat
 
 
@@ -64,6 +65,10 @@ _MEDIUM_EXCEPTIONS = {
 
 _SMALL = Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)
 SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
+# The kernel that multiplies codes: 32 rows of w a warp, K shared by the warps of a program. Triton keeps a stage less than it is
+# told, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
+_CODES = Tile(block_m=8, block_n=32, tile_k=256, num_warps=2, num_stages=3, splits=2)
+CODES_M = _CODES.block_m  # rows it multiplies at the price of one
 
 _FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
 _FP16_EXCEPTIONS = dict.fromkeys(_GRID_TILES, _MEDIUM) | {
@@ -95,14 +100,20 @@ _A100 = (8, 0)
 _DATACENTER_FUSED_M = 512  # up to here writing the unpacked weight costs as much as the exposed decode (estimated)
 
 
-def choose_algorithm(m: int, capability: tuple[int, int] | None, dtype: torch.dtype = torch.bfloat16) -> tuple[str, str]:
-    """Return "small_m", "fused" or "two_stage" for compute="exact" on x of `dtype`, and why; capability None: no NVIDIA card."""
-    if m <= SMALL_M:
-        return "small_m", f"up to {SMALL_M} rows are bound by reading the weight"
-    if dtype == torch.float32 and m > WEIGHT_ONLY_M:
+def choose_algorithm(
+    m: int, capability: tuple[int, int] | None, dtype: torch.dtype = torch.bfloat16, codes: bool = False
+) -> tuple[str, str]:
+    """Return "small_m", "fused" or "two_stage" for compute="exact" on x of `dtype`, and why.
+
+    capability None: no NVIDIA card; codes: whether small M multiplies codes (`codes_serve`).
+    """
+    small_m = CODES_M if codes else SMALL_M
+    if m <= small_m:
+        return "small_m", f"up to {small_m} rows are bound by reading the weight"
+    if dtype == torch.float32:
         return (
             "two_stage",
-            "float32 has no tensor-core product to hide a decode behind, and its tiles pass a GeForce's shared memory",
+            "float32 has no tensor-core product to hide a decode behind, and its tiles spill or pass a GeForce's shared memory",
         )
     if capability is not None and capability < TENSOR_CORE_CAPABILITY:
         return "two_stage", "Triton has no tensor-core code for this card"
@@ -189,10 +200,25 @@ def split_k_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int
     return replace(instead, tile_k=tile.tile_k) if instead and tile.block_n > instead.block_n else tile
 
 
-def small_m_tile(fmt: BlockFormat, k: int) -> Tile:
-    """Choose the small-M kernel's tile."""
-    tile_k = largest_tile_k(fmt, k, max(_SMALL.tile_k, fmt.block_size))
-    return replace(_SMALL, tile_k=tile_k)
+def codes_serve(fmt: BlockFormat, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
+    """Tell whether small M runs on tensor cores, the codes multiplied before the scales; other makers' cards: never tried."""
+    tensor_cores = interpreting() if capability is None else capability >= TENSOR_CORE_CAPABILITY
+    return tensor_cores and fmt.code_tile is not None and dtype != torch.float32
+
+
+def small_m_tile(fmt: BlockFormat, k: int, codes: bool = False) -> Tile:
+    """Choose the tile of the small-M kernel, or of the one that multiplies codes (`codes_serve`)."""
+    tile = _CODES if codes else _SMALL
+    tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
+    return split_by_warps(replace(tile, tile_k=tile_k), k) if codes else replace(tile, tile_k=tile_k)
+
+
+def split_by_warps(tile: Tile, k: int) -> Tile:
+    """Halve the warps that share K until they divide its steps."""
+    splits = tile.splits
+    while k // tile.tile_k % splits:
+        splits //= 2
+    return replace(tile, splits=splits, num_warps=tile.num_warps * splits // tile.splits)
 
 
 def fp16_tile(fmt: BlockFormat, k: int, capability: tuple[int, int] | None) -> Tile:

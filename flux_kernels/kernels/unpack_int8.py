@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .._triton import jit, tl
-from .activations import group_scale, round_to_int8
+from .activations import inverse_of, largest_of_rows, round_to_int8, scale_of
 
 
 @jit
-def _largest(
+def _decode_slices(
     row_ptr,
     table_ptr,
     first_block,
@@ -16,16 +16,21 @@ def _largest(
     NUM_BLOCKS: tl.constexpr,
     PLANES: tl.constexpr,
     SLICES: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    """Return the largest magnitude of some slices of each row, NaN where one holds NaN or Inf."""
-    largest = tl.zeros((ROWS,), dtype=tl.float32)
+    """Return some slices of each row as a tuple of float32 [ROWS, 32]: each is decoded once and stays in registers."""
+    slices = ()
     for i in tl.static_range(SLICES):
-        w = DECODE(row_ptr, first_block, FIRST + i, table_ptr, NUM_BLOCKS, PLANES)
-        # A GPU's maximum drops NaN unless it is told not to.
-        widest = tl.max(tl.abs(w), axis=1) + tl.sum(w * 0.0, axis=1)
-        largest = tl.maximum(largest, widest, propagate_nan=tl.PropagateNan.ALL)
-    return largest
+        slices = slices + (DECODE(row_ptr, first_block, FIRST + i, table_ptr, NUM_BLOCKS, PLANES),)
+    return slices
+
+
+@jit
+def _largest(slices, SLICES: tl.constexpr):
+    """Return the largest magnitude of each row of some slices, NaN where one holds NaN: one reduction for all."""
+    largest = tl.abs(slices[0])
+    for i in tl.static_range(1, SLICES):
+        largest = tl.maximum(largest, tl.abs(slices[i]), propagate_nan=tl.PropagateNan.ALL)
+    return largest_of_rows(largest)
 
 
 @jit
@@ -47,15 +52,28 @@ def row_largest_kernel(
     step = tl.program_id(1)
     row_ptr = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64) * ROW_BYTES
     TILE_BLOCKS: tl.constexpr = NUM_BLOCKS * TILE_K // K
-    largest = _largest(row_ptr, table_ptr, step * TILE_BLOCKS, 0, DECODE, NUM_BLOCKS, PLANES, TILE_K // 32, BLOCK_N)
-    tl.store(largest_ptr + step * N + offs_n, largest, mask=offs_n < N)
+    SLICES: tl.constexpr = TILE_K // 32
+    slices = _decode_slices(row_ptr, table_ptr, step * TILE_BLOCKS, 0, DECODE, NUM_BLOCKS, PLANES, SLICES)
+    tl.store(largest_ptr + step * N + offs_n, _largest(slices, SLICES), mask=offs_n < N)
+
+
+@jit
+def row_scale_kernel(largest_ptr, scale_ptr, N, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Write the scales [N] float32 of rows whose parts have the largest magnitudes largest [PARTS, N]."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for part in range(PARTS):
+        found = tl.load(largest_ptr + part * N + offs_n, mask=mask, other=0.0)
+        largest = tl.maximum(largest, found, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(scale_ptr + offs_n, scale_of(largest), mask=mask)
 
 
 @jit
 def unpack_int8_kernel(
     w_ptr,
     table_ptr,
-    largest_ptr,
+    row_scale_ptr,
     codes_ptr,
     scale_ptr,
     N,
@@ -68,10 +86,9 @@ def unpack_int8_kernel(
     BLOCK_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """Decode a [BLOCK_N, TILE_K] tile of w to codes [N, K] int8 and scale [K // GROUP, N] float32, with largest [N] scale [N].
+    """Decode a [BLOCK_N, TILE_K] tile of w to codes [N, K] int8, by the scales row_scale [N], or None.
 
-    Without `largest` slices are decoded twice (once for the largest magnitude of a group, once for its codes): the second read
-    hits L1, and a tile wider than one slice cannot be put together from slices without shuffling every weight.
+    Without row_scale each group of each row gets a scale of its own, written to scale [K // GROUP, N] float32.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.program_id(1)
@@ -81,19 +98,14 @@ def unpack_int8_kernel(
     TILE_BLOCKS: tl.constexpr = NUM_BLOCKS * TILE_K // K
     SLICES: tl.constexpr = GROUP // 32
     codes_ptrs = codes_ptr + rows[:, None] * K + (step * TILE_K + tl.arange(0, 32))[None, :]
+    if row_scale_ptr is not None:
+        inverse = inverse_of(tl.load(row_scale_ptr + rows))
     for group in tl.static_range(TILE_K // GROUP):
-        if largest_ptr is None:
-            largest = _largest(
-                row_ptr, table_ptr, step * TILE_BLOCKS, group * SLICES, DECODE, NUM_BLOCKS, PLANES, SLICES, BLOCK_N
-            )
-        else:
-            largest = tl.load(largest_ptr + rows)
-        scale, inverse = group_scale(largest)
-        for i in tl.static_range(SLICES):
-            w = DECODE(row_ptr, step * TILE_BLOCKS, group * SLICES + i, table_ptr, NUM_BLOCKS, PLANES)
-            codes = round_to_int8(w * inverse[:, None])
-            tl.store(codes_ptrs + (group * GROUP + 32 * i), codes, mask=mask[:, None])
-        if largest_ptr is None:
+        slices = _decode_slices(row_ptr, table_ptr, step * TILE_BLOCKS, group * SLICES, DECODE, NUM_BLOCKS, PLANES, SLICES)
+        if row_scale_ptr is None:
+            scale = scale_of(_largest(slices, SLICES))
+            inverse = inverse_of(scale)
             tl.store(scale_ptr + (step * (TILE_K // GROUP) + group) * N + offs_n, scale, mask=mask)
-        elif group == 0:
-            tl.store(scale_ptr + offs_n, scale, mask=mask & (step == 0))
+        for i in tl.static_range(SLICES):
+            codes = round_to_int8(slices[i], inverse[:, None])
+            tl.store(codes_ptrs + (group * GROUP + 32 * i), codes, mask=mask[:, None])

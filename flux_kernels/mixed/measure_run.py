@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,9 +29,11 @@ from .file_tensors import file_names
 from .imatrix import imatrix_path, load_imatrix, save_imatrix
 from .measure import Importance, Measurer
 from .measure_log import MeasureLog, missing, read_logs
-from .measured_model import Source16, open_pipeline, open_transformer
+from .measure_memory import check_memory
+from .measured_model import Source16, check_base_of, open_pipeline, open_transformer
 from .plan_file import check_tensors
 from .states import States
+from .world import ALONE, World
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")
 STATES = 64
@@ -95,35 +96,6 @@ class Request:
         return replace(self, weighted=weighted, covariance=ranks, imatrix=self.imatrix_path if weighted else None)
 
 
-@dataclass(frozen=True)
-class World:
-    """Number this process among those that measure together."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun and accelerate set them."""
-        try:
-            rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-            world = cls(rank, size, int(os.environ.get("LOCAL_RANK", str(rank))))
-        except ValueError as error:
-            raise FormatError(
-                f"RANK, WORLD_SIZE and LOCAL_RANK are numbers ({error}). torchrun and accelerate set them."
-            ) from None
-        if not 0 <= world.rank < world.size:
-            raise FormatError(f"RANK is {world.rank} of WORLD_SIZE {world.size}; legal is 0 to {world.size - 1}.")
-        return world
-
-    def device(self) -> torch.device:
-        """Return this process's GPU, or the CPU."""
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-
-
 @dataclass
 class Opened:
     """Hold what measuring needs: model, states, Measurer and what identifies them."""
@@ -141,7 +113,7 @@ class Opened:
 
 def open_measurement(
     request: Request,
-    world: World = World(),
+    world: World = ALONE,
     progress: Progress = lambda what, done, total: None,
     planned: Collection[str] = (),
 ) -> Opened:
@@ -161,6 +133,7 @@ def open_measurement(
         get_format(parse_option(name)[0])
     device = request.device or world.device()
     dtype = request.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    _check_first(request, world, device, dtype)
     progress("hashing the model", 0, 0)
     sha256 = request.source.sha256()
     progress("loading the model", 0, 0)
@@ -188,6 +161,27 @@ def open_measurement(
     return Opened(request, measurer, states, source_type, identity)
 
 
+def _check_first(request: Request, world: World, device: torch.device, dtype: torch.dtype) -> None:
+    """Check what can be checked before minutes of reading: what states are captured with, and memory."""
+    capturing = world.rank == 0 and not request.states_path.exists()
+    if capturing:
+        check_base_of(request.source)
+        if request.prompts is None and not request.source.embedded:
+            raise FormatError(
+                "States are captured by drawing: give --prompts FILE, one a line, of the kind the model is used with."
+            )
+    check_memory(
+        request.source,
+        device,
+        dtype,
+        request.sizes or SIZES,
+        request.count or STATES,
+        states=request.states_path,
+        capturing=capturing,
+        processes=world.local_size,
+    )
+
+
 def _states(request: Request, world: World, model, sha256: str, progress: Progress) -> States:
     path = request.states_path
     if not path.exists() and world.rank == 0:
@@ -213,10 +207,6 @@ def _states(request: Request, world: World, model, sha256: str, progress: Progre
 
 def _capture(request: Request, model, progress: Progress):
     embedded = request.source.embedded
-    if request.prompts is None and not embedded:
-        raise FormatError(
-            "States are captured by drawing: give --prompts FILE, one a line, of the kind the model is used with."
-        )
     pipeline, settings = open_pipeline(request.source, model)
     if request.steps is not None:
         settings["num_inference_steps"] = request.steps
@@ -254,7 +244,7 @@ def _importance_hash(importance: Importance) -> str:
     return digest.hexdigest() if importance else "none"
 
 
-def measure(opened: Opened, world: World = World(), progress: Progress = lambda what, done, total: None) -> CostTable | None:
+def measure(opened: Opened, world: World = ALONE, progress: Progress = lambda what, done, total: None) -> CostTable | None:
     """Measure this process's share of what the logs lack; write and return the table once the logs hold everything.
 
     Returns:

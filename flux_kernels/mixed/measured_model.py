@@ -156,6 +156,13 @@ def _rows(slices: Mapping[str, Any], bare: Mapping[str, str], source: Source) ->
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+def check_base_of(source: Source16) -> None:
+    """Raise FormatError where no base folder was given, FileNotFoundError where it is incomplete."""
+    if source.base is None:
+        raise FormatError("States are captured by drawing: give the folder with text encoders and VAE as --base DIR.")
+    check_base(source.base)
+
+
 def open_pipeline(source: Source16, transformer: FluxTransformer2DModel) -> tuple[Any, dict[str, Any]]:
     """Load the rest of the pipeline around a transformer; return it and the arguments of its call.
 
@@ -163,9 +170,7 @@ def open_pipeline(source: Source16, transformer: FluxTransformer2DModel) -> tupl
         FormatError: where no base folder was given.
         FileNotFoundError: where it is incomplete.
     """
-    if source.base is None:
-        raise FormatError("States are captured by drawing: give the folder with text encoders and VAE as --base DIR.")
-    check_base(source.base)
+    check_base_of(source)
     parameter = next(transformer.parameters())
     pipeline = load_pipeline(source.base, transformer, parameter.dtype).to(parameter.device)
     settings = PIPELINE_KWARGS if source.embedded else default_settings(bool(transformer.config["guidance_embeds"]))

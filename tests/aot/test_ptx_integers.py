@@ -115,6 +115,13 @@ def test_shuffles_stay_in_their_warp(mode, source):
     assert (got == values[where]).all()
 
 
+def test_a_warp_reduces_to_its_largest_signed_word():
+    values = words(21, 64)
+    got = each_thread("redux.sync.max.s32 %r0, %r1, -1;", values)
+    largest = [max(int(word) for word in values[start : start + 32].astype(np.int32)) for start in (0, 32)]
+    assert (got.astype(np.int32) == np.repeat(largest, 32)).all()
+
+
 @pytest.mark.parametrize("size, kind", [(8, "s"), (8, "u"), (16, "s"), (16, "u")])
 def test_narrowing_conversions_extend_again(size, kind):
     def narrow(a):

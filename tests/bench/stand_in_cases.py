@@ -28,7 +28,7 @@ def test_a_call_compiles_and_launches_the_kernels_of_the_card():
         y = product(1)
         assert (y.shape, y.dtype, y.device) == ((1, 256), torch.bfloat16, torch.device("cuda", 0))
         product(1)
-        assert card.loaded == ["small_m_kernel"] and card.launches == {"small_m_kernel": 2}
+        assert card.loaded == ["small_m_codes_kernel"] and card.launches == {"small_m_codes_kernel": 2}
     assert y.device == torch.device("cpu") and not torch.cuda.is_available()
 
 

@@ -1,24 +1,31 @@
-"""The GPU session: it needs torch and triton alone, goes on where it stopped, and its tables tell the truth."""
+"""The GPU session: a bare machine can run it, it goes on where it stopped, and what it prints fits and is true."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
+from pathlib import Path
 
 import pytest
 
-from bench import gpu_session
-from bench.aot.model import MODELS
-from bench.calibrate import RECORD, calibrate
-from bench.gpu_session import ROOT
-from bench.roofline import roofline, table
-from flux_kernels.benchmark import peers  # noqa: F401 - registers the other libraries
-from flux_kernels.benchmark.ceilings import Ceilings
-from flux_kernels.benchmark.providers import PROVIDERS
 from flux_kernels.benchmark.record import read_csv
 
+pytest.importorskip("triton.backends.nvidia", reason="Triton's NVIDIA backend compiles the kernels")
+
+import triton
+
+from bench.gpu_session import __main__ as command
+from bench.gpu_session import cache, summary
+from bench.gpu_session.__main__ import State, archive, run_section
+from bench.gpu_session.key import short, triton_key_of
+from bench.gpu_session.predict import modelled_ms, product_ms, rates_of, two_stage_ms
+from bench.gpu_session.sections import SECTIONS, Section
+
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = """
 import sys
 
@@ -29,109 +36,170 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
-BLOCKED = ("typer", "rich", "numpy", "matplotlib", "diffusers", "transformers", "gguf", "scipy", "torchmetrics", "pytest")
-MEASURED = dict(format="Q4_K", m="4608", n="3072", k="3072", calls="1", where="a test", p50_ms="2.0")
+BLOCKED = (
+    "typer",
+    "rich",
+    "matplotlib",
+    "diffusers",
+    "transformers",
+    "gguf",
+    "scipy",
+    "torchmetrics",
+    "safetensors",
+    "libggml",
+)
+SLOW = Section("slow", 9, lambda session: time.sleep(9), "")
 
 
-def test_every_part_runs_without_anything_but_torch_and_triton(tmp_path):
-    """The dry run in a Python where the other packages cannot be imported: its parts write rows, and none fails."""
-    (tmp_path / "sitecustomize.py").write_text(BLOCK.format(blocked=BLOCKED))
-    out = tmp_path / "out"
-    environment = os.environ | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS="1")
-    environment.pop("TRITON_INTERPRET", None)  # its interpreter needs numpy; a GPU does not use it
-    names = "correctness,tuning,linears,roofline,calibration,whole_step"
-    command = [sys.executable, "-m", "bench.gpu_session", "--dry-run", "--scale", "512", "--out", str(out), "--parts", names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": done (") == 6
-    checked = read_csv(out / "correctness.csv")
-    assert len({row["format"] for row in checked}) == 25 and all(row["p50_ms"] for row in checked)
-    diffusers = next(row for row in read_csv(out / "linear.csv") if row["provider"] == "diffusers")
-    assert "not installed" in diffusers["note"]
-    assert read_csv(out / "calibration.csv")
-    steps = {(row["provider"], row["what"]): row for row in read_csv(out / "whole_step.csv")}
-    assert all(steps[name, "embedded step"]["p50_ms"] for name in ("torch", "dequantize", *gpu_session.OURS.split(",")))
-    assert "not installed" in steps["diffusers", "embedded step"]["note"]
-    assert "not installed: diffusers, transformers, gguf. Run" in steps["ours exact", "denoising"]["note"]
-    assert "Q4_K" in (out / "roofline.log").read_text()
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | dict(TRITON_INTERPRET="0", OMP_NUM_THREADS="1") | more
+
+
+def python(*arguments: str, **more: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(**more), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory) -> tuple[Path, str]:
+    """Return the folder and the output of a short dry run where only torch, triton, numpy and pytest can be imported."""
+    folder = tmp_path_factory.mktemp("session")
+    (folder / "sitecustomize.py").write_text(BLOCK.format(blocked=BLOCKED))
+    out = folder / "rows"
+    text = python("-m", "bench.gpu_session", "--dry-run", "--reduced", "--out", str(out), PYTHONPATH=str(folder))
+    return out, text
+
+
+def test_every_section_runs_on_a_bare_machine(rehearsed):
+    """No section fails for a file, an import or an option, and each tells the seconds and kernels it expects."""
+    out, text = rehearsed
+    assert [line for line in text.splitlines() if line.endswith(": done")] == [f"{one.name}: done" for one in SECTIONS]
+    for name in ("ceilings", "two_stage", "int8", "sweep", "small_m", "tuning", "step", "linear"):
+        rows = read_csv(out / f"{name}.csv")
+        assert rows and all(row["device"] == "NVIDIA H100 80GB HBM3" and row["commit"] and row["date"] for row in rows), name
+        assert all(row["p50_ms"] for row in rows), [row["note"] for row in rows if not row["p50_ms"]]
+        assert name == "linear" or any(row["predicted_ms"] for row in rows)
+    expected = [summary.Expected.read(out, section) for section in SECTIONS]
+    assert sum(one.kernels for one in expected) > 100
+    assert next(one for one in expected if one.name == "correctness").kernels <= 45  # those of one type; 223 of all
+    assert "kernels compile s" in text
+    assert all(0 <= one.gpu < one.limit for one in expected)  # the host's seconds depend on what else runs here
+
+
+def test_the_summary_fits_the_last_lines(rehearsed, tmp_path):
+    out, _ = rehearsed
+    text = summary.write(out, tmp_path / "summary.txt", dict(ceilings="done"))
+    assert len(text) <= 12_000 and "## ceilings" in text and "## step" in text
+    rows = [
+        dict(name=str(i), p50_ms="1", measured_over_predicted=ratio, note="") for i, ratio in enumerate(("1.1", "0.2", "3.0"))
+    ]
+    shown = summary.table("some", [*rows, rows[0] | dict(p50_ms="", note="it broke")], 2).splitlines()
+    assert [line.split()[0] for line in shown[1:3]] == ["1", "2"]  # the largest misses
+    assert "3 timed, 1 not" in shown[0] and shown[-1] == "! it broke"
+
+
+def test_kernels_are_compiled_ahead_and_found_again(rehearsed, tmp_path):
+    """A kernel collected by the dry run, compiled under another build's key and carried to another folder, is a hit there."""
+    script = """
+import sys
+from pathlib import Path
+from bench.gpu_session import cache
+from bench.gpu_session.kernels import compile_all, load
+rows, folder, archive = map(Path, sys.argv[1:])
+kernels = [k for k in load(rows / "kernels" / "two_stage.pickle") if k.fn.fn.__name__ == "dequantize_kernel"][:1]
+with cache.keyed("a key", folder / "triton"):
+    assert not kernels[0].cached(folder / "triton")
+    assert compile_all(kernels, 1) == (1, [])
+    cache.pack(kernels, folder, dict(key="a key", commit="abc", triton="3"), archive)
+"""
+    made, there = tmp_path / "cache.tar.xz", tmp_path / "elsewhere"
+    python("-c", script, str(rehearsed[0]), str(tmp_path / "build"), str(made))
+    with tarfile.open(made) as tar:
+        assert any(name.endswith(".cubin") for name in tar.getnames()) and not any(
+            name.endswith(".ptx") for name in tar.getnames()
+        )
+    take = "import sys; from pathlib import Path; from bench.gpu_session import cache; cache.take_over(*map(Path, sys.argv[1:]), 60, 1)"
+    said = python("-c", take, str(made), str(there))
+    assert "1 of 1 kernels found" in said and "0 compiled here" in said
+    group = json.loads(next((there / "triton").glob("*/__grp__*.json")).read_text())
+    assert all(Path(path).parent.parent == there / "triton" for path in group["child_paths"].values())
+
+
+def test_processes_that_a_session_starts_use_the_archives_key(tmp_path):
+    """Where the machine's own Triton has another key, sitecustomize gives it the archive's."""
+    (tmp_path / "triton_key").write_text("another key")
+    show = "from triton.runtime.cache import triton_key; print(triton_key())"
+    path = str(Path(cache.__file__).with_name("on_start"))
+    assert python("-c", show, PYTHONPATH=path, TRITON_KEY_FILE=str(tmp_path / "triton_key")).strip() == "another key"
+
+
+def test_a_wheels_key_is_the_one_its_triton_computes():
+    from triton.runtime.cache import triton_key
+
+    folder = Path(triton.__file__).parents[1]
+    assert triton_key_of(folder) == triton_key() and len(short(triton_key())) == 16
 
 
 def test_a_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    """A part that was done is not run again; one that failed says so and is; one that runs out of time leaves no log."""
-    say = [sys.executable, "-c", "print('hello')"]
-    parts = [("first", say), ("bad", [sys.executable, "-c", "raise SystemExit(3)"]), ("last", say)]
-    monkeypatch.setattr(gpu_session, "parts", lambda _: parts)
-    assert gpu_session.main(["--out", str(tmp_path)]) == 1
-    assert "exit code 3" in capsys.readouterr().out
-    assert (tmp_path / "first.log").read_text() == "hello\n"
-    gpu_session.main(["--out", str(tmp_path)])
-    shown = capsys.readouterr().out
-    assert shown.count("done before") == 2 and "exit code 3" in shown
-    assert gpu_session.run_part("slow", [sys.executable, "-c", "import time; time.sleep(9)"], tmp_path, 0.3) == "out of time"
-    assert not (tmp_path / "slow.log").exists()
+    """What was done is not run again; what was not reached comes before what failed; rows that are there are kept."""
+    ran = tmp_path / "ran"
+
+    def note(name: str):
+        def run(session):
+            with ran.open("a") as file:
+                file.write(f"{name} ")
+            if name == "bad":
+                raise ValueError("it broke")
+
+        return run
+
+    sections = (
+        Section("good", 9, note("good"), ""),
+        Section("bad", 9, note("bad"), ""),
+        Section("last", 9, note("last"), ""),
+    )
+    monkeypatch.setattr(command, "SECTIONS", sections)
+    monkeypatch.setattr(cache, "take_over", lambda *_, **__: {})
+    arguments = ["--out", str(tmp_path / "rows"), "--results", str(tmp_path)]
+    monkeypatch.setenv("FLUX_KERNELS_TUNING", str(tmp_path))
+    assert command.main([*arguments, "--minutes", "0.1"]) == 0  # too little for anything
+    assert "good: no time left" in capsys.readouterr().out
+    assert command.main(arguments) == 1
+    assert "bad: failed: ValueError: it broke" in capsys.readouterr().out
+    assert ran.read_text() == "good bad last "
+    assert command.main(arguments) == 1 and ran.read_text() == "good bad last bad "
+    with tarfile.open(tmp_path / "results.tar.gz") as tar:
+        assert {"good.log", "bad.log", "state.json"} <= set(tar.getnames())
+    state = State(tmp_path / "s", dict(bad="failed: x", good="done"))
+    assert [one.name for one in state.order(sections)] == ["last", "bad"]
 
 
-def test_what_a_part_started_ends_with_it(tmp_path):
-    """A part out of time leaves no process of its own behind: the file that its child would write never comes."""
-    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert gpu_session.run_part("slow", [sys.executable, "-c", parent], tmp_path, 1.0) == "out of time"
-    time.sleep(2.5)
+def test_a_section_out_of_time_ends_with_what_it_started(tmp_path):
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    section = Section("slow", 9, lambda session: subprocess.run([sys.executable, "-c", child], check=False), "")
+    assert run_section(section, tmp_path, 1.0) == "out of time"
+    time.sleep(3)
     assert not (tmp_path / "late").exists()
 
 
-def test_a_stopped_run_goes_on_row_by_row(tmp_path):
-    path = tmp_path / "rows.csv"
-    command = [
-        sys.executable,
-        "-m",
-        "bench.run",
-        "--device",
-        "cpu",
-        "--scale",
-        "1024",
-        "--repeats",
-        "1",
-        "--providers",
-        "torch",
-    ]
-    command += ["--resume", "--formats", "Q8_0", "--dtype", "float32", "--write", str(path)]
-    for calls, rows in (("1", 1), ("2", 2), ("2", 2)):
-        subprocess.run([*command, "--calls", calls], cwd=ROOT, check=True, capture_output=True)
-        assert len(read_csv(path)) == rows
+def test_the_archive_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_ARCHIVE_BYTES", 1000)
+    out = tmp_path / "rows"
+    out.mkdir()
+    (out / "rows.csv").write_text("a\n" * 100)
+    (out / "large.trace.json.gz").write_bytes(b"0" * 5000)
+    archive(out, tmp_path / "results.tar.gz")
+    with tarfile.open(tmp_path / "results.tar.gz") as tar:
+        assert tar.getnames() == ["rows.csv"]
 
 
-def test_the_session_measures_every_peer():
-    assert {one.name for one in PROVIDERS.values() if one.group == "peer"} == set(gpu_session.PEERS.split(",")) - {
-        "diffusers compiled"
-    }
-
-
-def test_the_roof_is_the_nearer_ceiling():
-    """100 GFLOP and 1 GB in 2 s, where the device does 100 GFLOP/s and 1 GB/s, are half of the operations' roof and of the copy's."""
-    shares = Ceilings(1.0, 0.1, "float32").shares(2000.0, 100e9, 0.5e9)
-    assert shares == dict(share_of_matmul=0.5, share_of_copy=0.25)
-    row = MEASURED | dict(provider="ours exact", device="a", dtype="float32", commit="b", date="c")
-    compute, memory, own = roofline(
-        [
-            row | shares,
-            row | dict(share_of_matmul="0.1", share_of_copy="0.8"),
-            row | dict(share_of_matmul="0.1", share_of_copy=""),
-            row | dict(share_of_matmul="", share_of_copy=""),
-            row | dict(p50_ms="", share_of_matmul="0.1", share_of_copy="0.1"),
-        ]
-    )
-    assert (compute["bound"], compute["share"]) == ("compute", 0.5)
-    assert (memory["bound"], memory["share"]) == ("memory", 0.8)
-    assert own["bound"] == "?"
-    assert "80.0%" in table([memory])
-
-
-def test_a_prediction_stands_beside_the_measurement_of_the_same_call():
-    record = read_csv(RECORD)
-    rows = [MEASURED | dict(provider=name) for name in ("ours exact", "ours int8", "torch", "ours fused")]
-    exact, int8 = calibrate(rows, MODELS[0], record)
-    assert (exact["compute"], int8["compute"]) == ("exact", "int8")
-    ratio = float(exact["measured_ms"]) / float(exact["predicted_ms"])
-    assert float(exact["measured_over_predicted"]) == pytest.approx(ratio, rel=1e-3)
-    assert not calibrate([MEASURED | dict(provider="ours exact", p50_ms="")], MODELS[0], record)
+def test_predictions_are_those_of_the_card():
+    h100, h200 = rates_of("NVIDIA H100 80GB HBM3"), rates_of("NVIDIA H200")
+    assert (h100.name, h200.name) == ("H100", "H200")
+    assert product_ms(h100, 4608, 12288, 3072) == pytest.approx(2 * 4608 * 12288 * 3072 / 790e9, rel=0.1)
+    whole, strided = (two_stage_ms(h100, "Q4_K", 4608, 3072, 3072, copied_bias=one) for one in (False, True))
+    assert strided - whole == pytest.approx(4 * 4608 * 3072 / 2900e6, rel=0.2)
+    assert modelled_ms(h200, "exact", "Q4_K", 4608, 3072, 3072) < modelled_ms(h100, "exact", "Q4_K", 4608, 3072, 3072)

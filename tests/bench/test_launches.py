@@ -12,7 +12,8 @@ from .test_stand_in import run
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton's NVIDIA backend compiles the kernels")
 
-MOST = {"small m": 15.0, "fused": 15.0, "fp16_accumulate": 25.0, "two-stage": 25.0, "int8": 25.0}  # us above nn.Linear
+MOST = {"small m": 15.0, "fused": 15.0, "fp16_accumulate": 25.0, "two-stage": 25.0, "int8": 25.0}  # us above nn.Linear ...
+PLAIN = 3.8  # ... where nn.Linear itself takes so many (8 x 8, a quiet core); limits grow as it does on a slower or busy one
 
 
 def test_launches_on_the_stand_in():
@@ -30,4 +31,5 @@ def test_python_costs_little_more_than_nn_linear(card, tmp_path):
     least = float(rows["nn.Linear"]["least_us"])
     above = {name: float(row["least_us"]) - least for name, row in rows.items() if name in MOST}
     assert {"small m", "fused", "int8"} <= above.keys()
-    assert {name: us for name, us in above.items() if us > MOST[name]} == {}
+    slower = max(1.0, least / PLAIN)
+    assert {name: us for name, us in above.items() if us > MOST[name] * slower} == {}

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flux_kernels.benchmark.linears import make_problem, measure, relative_errors, summary
-from flux_kernels.benchmark.providers import PROVIDERS, Provider
+from bench.run import one_of_each_height_first
+from flux_kernels.benchmark import linears
+from flux_kernels.benchmark.linears import is_broken, make_problem, measure, relative_errors, summary
+from flux_kernels.benchmark.providers import PROVIDERS, Provider, default_providers
 from flux_kernels.benchmark.shapes import whole_step
 from flux_kernels.clock import balanced_order, interleaved, percentiles
+from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import STEPS, Call, step_calls
 
 CPU = torch.device("cpu")
@@ -63,6 +66,41 @@ def test_no_speed_is_reported_for_a_wrong_result(monkeypatch):
     assert row["p50_ms"] == "" and "wrong result" in row["note"]
 
 
+def raising(error: Exception):
+    def call(x):
+        raise error
+
+    return lambda problem: call
+
+
+def test_a_side_of_ours_that_fails_is_a_row_and_a_status_and_the_others_stay(monkeypatch):
+    """One kernel that a card refuses must not take the measurements of a rented hour along."""
+    monkeypatch.setitem(PROVIDERS, "ours int8", Provider("ours int8", raising(RuntimeError("out of resource")), 0.02, "ours"))
+    failed, other = measure("Q8_0", SMALL, ["ours int8", "torch"], CPU, torch.float32, repeats=2)
+    assert failed["note"] == "failed: RuntimeError: out of resource" and is_broken(failed)
+    assert failed["p50_ms"] == "" and other["p50_ms"] and not is_broken(other)
+
+
+def test_a_mode_that_a_card_refuses_is_no_failure(monkeypatch):
+    """fp16_accumulate on A100 and H100: it is in the default list, and ended the run with a traceback there."""
+    refused = raising(BackendUnavailable("This card has no such unit."))
+    monkeypatch.setitem(PROVIDERS, "ours fp16_accumulate", Provider("ours fp16_accumulate", refused, 0.02, "ours"))
+    row, other = measure("Q8_0", SMALL, ["ours fp16_accumulate", "torch"], CPU, torch.float32, repeats=2)
+    assert row["note"] == "This card has no such unit." and not is_broken(row)
+    assert row["p50_ms"] == "" and other["p50_ms"]
+
+
+def test_a_side_that_some_calls_leave_out_has_no_time_of_a_step():
+    """The small-M kernel is timed at M = 1 alone: its sum beside torch's of all calls would read as a hundred times as fast."""
+
+    def row(provider: str, m: int) -> dict:
+        times = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), "1.0")
+        return dict(format="Q4_K", size="", provider=provider, m=m, calls=1, repeats=3) | times
+
+    said = summary([row("torch", 1), row("torch", 512), row("ours small_m", 1)])
+    assert "torch" in said and "small_m" not in said
+
+
 def test_every_other_library_cites_whose_call_it_is_and_rows_say_the_version():
     """Also those that are not installed: where the documented call is to be read, and whose version counts."""
     others = [one for one in PROVIDERS.values() if one.group == "peer" or one.name.startswith("diffusers")]
@@ -101,3 +139,34 @@ def test_runs_alternate_and_percentiles_are_ordered():
     assert "".join(order) == "ab" * 4  # one warm-up each
     assert {len(found) for found in times.values()} == {3}
     assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0])[1] == 3.0
+
+
+def test_the_column_of_graphs_is_the_median_of_replays(monkeypatch):
+    """No graph on a CPU; on a GPU the sides that share a call share it, and one that cannot be captured has none."""
+    (row,) = measure("Q8_0", SMALL, ["torch"], CPU, torch.float32, repeats=2)
+    assert row["graph_ms"] == "" and list(row).index("graph_ms") == list(row).index("p80_ms") + 1
+    replays = {"torch": None, "ours exact": [3.0, 1.0, 2.0]}
+    monkeypatch.setattr(linears, "graph_replayed", lambda functions, *_: {name: replays[name] for name in functions})
+    call = Call(1, 64, 256, 1, "a test")
+    rows = measure("Q8_0", call, ["torch", "ours exact", "ours int8"], CPU, torch.float32, repeats=1)
+    assert [row["graph_ms"] for row in rows] == ["", "2.0000", "2.0000"]
+
+
+def test_single_algorithms_are_timed_where_they_could_be_chosen():
+    def kernels(m: int, dtype=torch.bfloat16, capability=(8, 6)) -> set[str]:
+        return {name for name in default_providers(m, dtype, capability) if PROVIDERS[name].group == "kernels"}
+
+    assert kernels(1) == {"ours small_m", "ours fused"}
+    assert kernels(512) == kernels(4608) == {"ours fused", "ours two_stage"}
+    assert kernels(512, capability=(9, 0)) == {"ours fused", "ours two_stage"}
+    assert kernels(4608, capability=(9, 0)) == {"ours two_stage"}
+    assert kernels(512, torch.float32) == {"ours two_stage"}
+
+
+def test_the_most_informative_sides_and_calls_come_first():
+    names = default_providers(512, torch.bfloat16, (8, 6))
+    assert names[:2] == ["torch", "ours exact"] and names[-1] in ("ours fused", "ours two_stage")
+    assert not [name for name in names if PROVIDERS[name].group == "peer" or "compiled" in name]
+    calls = one_of_each_height_first(step_calls())
+    assert [call.m for call in calls[:4]] == [4608, 4096, 512, 1]
+    assert sorted(map(str, calls)) == sorted(map(str, step_calls()))

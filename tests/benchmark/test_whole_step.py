@@ -173,6 +173,45 @@ def test_a_failure_of_another_library_is_a_note_and_one_of_ours_an_error(monkeyp
         measure(("torch", "ours exact"))
 
 
+def test_a_row_is_there_as_soon_as_its_provider_is_timed(monkeypatch):
+    """A run that stops at the second provider has the first one's row; only the first blocks are checked, and those are."""
+    checked = []
+    made = step_timing.build_reference
+
+    def noted(weights, *more, **options):
+        checked.append(weights.config)
+        return made(weights, *more, **options)
+
+    monkeypatch.setattr(step_timing, "build_reference", noted)
+    rows = measure_format(replace(CASE, at_once=True), "Q8_0", ["torch", *MODES], CPU, torch.float32, 2, lambda _: None)
+    first = next(rows)
+    assert first["provider"] == "torch" and first["p50_ms"]
+    assert {(config.num_layers, config.num_single_layers) for config in checked} == {(1, 1)}
+    assert [row["provider"] for row in rows if row["p50_ms"]] == list(MODES)
+
+
+def test_a_wrong_first_block_has_no_time_when_rows_are_made_at_once(monkeypatch):
+    made = step_timing.build
+
+    def wrong(weights, provider, first_blocks_only=False):
+        model = made(weights, provider, first_blocks_only)
+        if provider == "ours exact":
+            model.single_transformer_blocks[0].proj_out.register_forward_hook(lambda _m, _x, y: 1.5 * y)
+        return model
+
+    monkeypatch.setattr(step_timing, "build", wrong)
+    rows = measure(("torch", "ours exact"), case=replace(CASE, at_once=True), dtype=torch.bfloat16)
+    assert rows["torch"]["p50_ms"] and rows["ours exact"]["note"].startswith("wrong result: relative error")
+
+
+def test_the_first_blocks_are_the_same_tensors():
+    weights = small_weights("Q4_K")
+    first = weights.first_blocks()
+    assert set(first.packed) == {name for name in weights.packed if "blocks.0." in name}
+    assert all(one is weights.packed[name] for name, one in first.packed.items())
+    assert set(linear_shapes(first.config)) == set(first.packed) | set(first.plain)
+
+
 def test_sizes_are_read_and_wrong_ones_refused():
     case = true_size("768x1360 batch 2")
     assert (case.height, case.width, case.batch, case.config) == (768, 1360, 2, StepConfig())

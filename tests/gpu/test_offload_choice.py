@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("diffusers", reason="pipelines are diffusers' own")
+
 from flux_kernels import load_flux, load_t5, swap_linear
 from flux_kernels.base_pipeline import load_pipeline
 from flux_kernels.demo import Variant, write_variant

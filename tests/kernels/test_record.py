@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -45,8 +46,8 @@ def card(tmp_path, monkeypatch):
     choice.forget()
 
 
-def chosen(m: int = 512, n: int = 3072, k: int = 3072) -> choice.Choice:
-    return choice.choose("exact", Q4_K, m, n, k, GPU)
+def chosen(m: int = 512, n: int = 3072, k: int = 3072, dtype=torch.bfloat16, branch: bool = False) -> choice.Choice:
+    return choice.choose("exact", Q4_K, m, n, k, GPU, dtype, branch)
 
 
 def test_a_record_survives_the_file(tmp_path):
@@ -83,6 +84,57 @@ def test_a_record_of_the_same_capability_serves_after_the_cards_own(card):
     assert chosen().why.startswith("measured on RTX 3060")
 
 
+def test_a_16_bit_row_never_serves_float32(card):
+    """Its tile may take twice the shared memory there, more than the card has."""
+    of(row()).save(record.record_path(CARD))
+    choice.forget()
+    assert chosen().algorithm == chosen(dtype=torch.float16).algorithm == "split_k"
+    assert chosen(dtype=torch.float32).algorithm == "two_stage"
+    of(row(), row(dtype="float32", algorithm="fused")).save(record.record_path(CARD))
+    choice.forget()
+    assert (chosen(dtype=torch.float32).algorithm, chosen().algorithm) == ("fused", "split_k")
+
+
+def test_the_own_dtype_comes_before_the_other_of_16_bits(card):
+    of(row(), row(dtype="float16", algorithm="fused", m=600)).save(record.record_path(CARD))
+    choice.forget()
+    assert (chosen().algorithm, chosen(dtype=torch.float16).algorithm) == ("split_k", "fused")
+
+
+def test_a_branch_has_rows_of_its_own(card):
+    """Except where torch's product adds it: that has no tile which could spill with one."""
+    other = replace(TILE, block_m=128)
+    of(row()).save(record.record_path(CARD))
+    choice.forget()
+    assert chosen(branch=True).algorithm == "fused" and chosen(branch=True).why.startswith("decodes")
+    of(row(), row(branch=True, tile=other)).save(record.record_path(CARD))
+    choice.forget()
+    assert (chosen(branch=True).tile, chosen().tile) == (other, TILE)
+    of(row(algorithm="two_stage", tile=None)).save(record.record_path(CARD))
+    choice.forget()
+    assert chosen(branch=True).algorithm == "two_stage"
+
+
+def test_rows_of_the_weight_are_part_of_the_choice(card):
+    of(row(algorithm="two_stage", tile=None, rows=1536)).save(record.record_path(CARD))
+    choice.forget()
+    assert (chosen().algorithm, chosen().rows) == ("two_stage", 1536)
+    assert "in chunks of 1536 rows" in str(chosen())
+
+
+def test_records_of_the_first_schema_are_read(card):
+    """They say nothing of branch and rows."""
+    path = record.record_path(CARD)
+    of(row()).save(path)
+    data = json.loads(path.read_text()) | dict(schema="flux_kernels.tuning/1")
+    for old in data["rows"]:
+        del old["branch"], old["rows"]
+    path.write_text(json.dumps(data))
+    assert TuningRecord.load(path) == of(row())
+    choice.forget()
+    assert (chosen().algorithm, chosen().rows, chosen(branch=True).algorithm) == ("split_k", None, "fused")
+
+
 @pytest.mark.parametrize("change", [dict(triton="2.0"), dict(kernel_hash="0")], ids=["Triton", "kernel"])
 def test_an_old_row_is_used_with_one_warning(card, change):
     of(row(**change)).save(record.record_path(CARD))
@@ -105,6 +157,14 @@ def test_an_old_row_is_used_with_one_warning(card, change):
         lambda data: data["rows"][0]["tile"].update(splits=5),
         lambda data: data["rows"][0]["tile"].update(block_m="many"),
         lambda data: data["rows"][0].pop("ms"),
+        lambda data: data["rows"][0].update(m=0),
+        lambda data: data["rows"][0].update(m="512"),
+        lambda data: data["rows"][0].update(n=True),
+        lambda data: data["rows"][0].update(algorithm="five_stage"),
+        lambda data: data["rows"][0].update(dtype="float64"),
+        lambda data: data["rows"][0].update(branch="no"),
+        lambda data: data["rows"][0].update(rows=0),
+        lambda data: data["rows"][0].update(rows="all"),
     ],
 )
 def test_a_broken_record_is_left_out_with_a_sentence(card, break_it):
@@ -124,3 +184,13 @@ def test_the_kernel_hash_follows_mode_and_format():
     for files in record._KERNELS.values():
         for name in files:
             assert (record._PACKAGED.parent / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("mode", record._KERNELS)
+def test_what_kernels_call_is_hashed_with_them(mode):
+    """A change of a function that a kernel inlines makes its measurements old; where a tile lies on the grid does not count."""
+    folder, listed = record._PACKAGED.parent, record._KERNELS[mode]
+    for name in listed:
+        for found in re.finditer(r"^from \.(\w+) import (.+)$", (folder / f"{name}.py").read_text(), re.MULTILINE):
+            inlined = "@jit" in (folder / f"{found[1]}.py").read_text() and not found[2].endswith("_kernel")
+            assert not inlined or found[1] in listed or found[2] == "tile_position", (name, found[0])

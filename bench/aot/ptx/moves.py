@@ -1,4 +1,4 @@
-"""mov, selp, ld.param and shfl: values that move between registers and threads.
+"""mov, selp, ld.param, shfl and redux: values that move between registers and threads.
 
 A mov alone may read a register that nobody wrote: LLVM leaves undefined what nobody looks at, such as the second half of a pair
 of which the first is reduced. It gets poison there; every other instruction faults.
@@ -108,5 +108,20 @@ def _shuffle(instruction: Instruction) -> Step:
         }[mode](read_lane(threads).astype(np.int64) & 31)
         place = np.arange(threads.count) - own + other
         threads.write(destination, threads.spread(read(threads))[place])
+
+    return step
+
+
+@form("redux.sync.max.s32")
+def _largest_of_warp(instruction: Instruction) -> Step:
+    """Give every lane the largest of its warp."""
+    destination, source, members = instruction.operands
+    read, read_members = reader(source, "s32"), reader(members, "u32")
+
+    def step(threads: Threads, mask: Mask) -> None:
+        if mask is not None or (threads.spread(read_members(threads)) != 0xFFFFFFFF).any():
+            raise Fault(f"only whole warps are reduced, {instruction}")
+        largest = threads.spread(read(threads)).reshape(-1, WARP).max(1)
+        threads.write(destination, np.repeat(largest, WARP), None)
 
     return step

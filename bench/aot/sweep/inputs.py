@@ -20,7 +20,7 @@ K = 1024
 RANK = 20  # of a branch: not a multiple of 16
 # (M, N) of which no tile is whole: with N a multiple of 16, and not (which decides how wide y is stored)
 _SHAPES = {
-    "narrow": ((5, 80), (16, 77)),
+    "narrow": ((13, 80), (16, 77)),  # up to eight rows small M has the call
     "medium": ((33, 80), (17, 77)),
     **dict.fromkeys(("wide", "split_k"), ((70, 144), (65, 133))),
     "int8": ((70, 144), (33, 133)),

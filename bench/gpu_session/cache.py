@@ -1,0 +1,158 @@
+"""Compile ahead what the session will launch, into an archive that travels with the repository; no GPU is needed.
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d out triton==3.6.0
+    PYTHONPATH=out/triton-3.6.0 python -m bench.gpu_session.cache --wheel out/triton-3.6.0-cp312-....whl
+
+Compile with the Triton that the GPU machine has, from the very commit that will run there (names of cache entries depend on
+both); --wheel names the file that is installed there, whose key the entries get. A second run compiles only what changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import triton
+from triton.runtime import cache as triton_cache
+
+from bench.gpu_session.kernels import Kernel, compile_all, distinct, load, save
+from bench.gpu_session.key import short, triton_key_of
+from flux_kernels.benchmark.record import commit
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "out" / "gpu_session"
+ARCHIVE = FOLDER / "cache.tar.xz"
+_ENTRIES, _KERNELS, _MANIFEST = "triton", "kernels.pickle", "manifest.json"
+
+
+@contextmanager
+def keyed(key: str, folder: Path) -> Iterator[None]:
+    """Let Triton read and write a cache folder under a key of our own."""
+    before, directory = triton_cache.triton_key, triton.knobs.cache.dir
+    triton_cache.triton_key = lambda: key
+    triton.knobs.cache.dir = str(folder)
+    try:
+        yield
+    finally:
+        triton_cache.triton_key, triton.knobs.cache.dir = before, directory
+
+
+def collect(cards: list[str], folder: Path, sections: str | None = None) -> list[Kernel]:
+    """Return what the session, or some sections of it, launches on each card, by dry runs."""
+    found = []
+    for card in cards:
+        out = folder / f"dry_{card}"
+        command = [sys.executable, "-m", "bench.gpu_session", "--dry-run", "--card", card, "--out", str(out)]
+        shutil.rmtree(out / "kernels", ignore_errors=True)
+        command += ["--sections", sections] if sections else []
+        subprocess.run(command, cwd=ROOT, check=True)
+        found += [kernel for path in sorted(out.glob("kernels/*.pickle")) for kernel in load(path)]
+    return found
+
+
+def pack(kernels: list[Kernel], folder: Path, manifest: dict, archive: Path) -> None:
+    """Write the archive: cache entries, the list of kernels, and where they come from."""
+    save(kernels, folder / _KERNELS)
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:xz") as tar:
+        for name in (_MANIFEST, _KERNELS):
+            tar.add(folder / name, name)
+        for entry in sorted(kernel.folder for kernel in kernels):
+            if (folder / _ENTRIES / entry).is_dir():
+                tar.add(folder / _ENTRIES / entry, f"{_ENTRIES}/{entry}")
+
+
+def unpack(archive: Path, folder: Path) -> dict:
+    """Unpack the archive where the session's cache will be; return its manifest.
+
+    Triton writes whole paths into the list of each entry's files: they become those of this folder.
+    """
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    for group in (folder / _ENTRIES).glob("*/__grp__*.json"):
+        names = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps(dict(child_paths={name: str(group.parent / name) for name in names})))
+    return json.loads((folder / _MANIFEST).read_text())
+
+
+def take_over(archive: Path, folder: Path, seconds: float, processes: int = os.cpu_count() or 1) -> dict:
+    """Make the archive's kernels this machine's cache, and compile what is missing in parallel; return the manifest.
+
+    Call it before anything asks for a GPU: it forks. The environment it sets is for this process and those it starts.
+    """
+    started, own = time.monotonic(), triton_cache.triton_key()
+    os.environ.pop("TRITON_PTXAS_PATH", None)  # another ptxas would be another key
+    os.environ["TRITON_CACHE_DIR"] = str(folder / _ENTRIES)
+    print(f"Triton {triton.__version__}, own key {short(own)}", flush=True)
+    if not archive.exists():
+        print(f"no archive {archive}: kernels compile as they are launched", flush=True)
+        return {}
+    manifest = unpack(archive, folder)
+    key = manifest["key"]
+    print(f"archive key {short(key)} of commit {manifest['commit']}, Triton {manifest['triton']}", flush=True)
+    if key != own:
+        _use_key(key, folder)
+    kernels = load(folder / _KERNELS)
+    missing = [kernel for kernel in kernels if not kernel.cached(folder / _ENTRIES)]
+    print(f"{len(kernels) - len(missing)} of {len(kernels)} kernels found", flush=True)
+    done, failed = compile_all(missing, processes, seconds - (time.monotonic() - started))
+    print(
+        f"{done} compiled here, {len(failed)} failed, {time.monotonic() - started:.1f} s", *failed[:5], sep="\n  ", flush=True
+    )
+    return manifest
+
+
+def _use_key(key: str, folder: Path) -> None:
+    """Use the archive's key in this process and in those it starts."""
+    (folder / "triton_key").write_text(key)
+    os.environ["TRITON_KEY_FILE"] = str(folder / "triton_key")
+    on_start = str(Path(__file__).with_name("on_start"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [on_start, os.environ.get("PYTHONPATH")]))
+    triton_cache.triton_key = lambda: key
+
+
+def main() -> int:
+    """Collect, compile and pack; return 1 where kernels failed to compile."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--wheel", type=Path, required=True, help="the triton wheel of the GPU machine, or a folder of it unpacked"
+    )
+    parser.add_argument("--archive", type=Path, default=ARCHIVE)
+    parser.add_argument("--cards", default="H100,H200", help="whose choices are compiled for")
+    parser.add_argument("--sections", help="comma-separated; default: all")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    key, folder = triton_key_of(options.wheel), FOLDER / "build"
+    if not key.startswith(triton.__version__):
+        parser.error(f"the wheel is not of Triton {triton.__version__}, which runs here; put that version first on PYTHONPATH")
+    print(f"own key {short(triton_cache.triton_key())}, the wheel's {short(key)}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = collect(options.cards.split(","), folder, options.sections)
+    with keyed(key, folder / _ENTRIES):
+        kernels = distinct(found)
+        missing = [kernel for kernel in kernels if not kernel.cached(folder / _ENTRIES)]
+        print(f"{len(kernels)} distinct kernels, {len(missing)} to compile", flush=True)
+        started = time.monotonic()
+        done, failed = compile_all(missing, options.processes)
+        made = dict(key=key, triton=triton.__version__, commit=commit(), kernels=len(kernels), failed=failed)
+        pack(kernels, folder, made, options.archive)
+    size = options.archive.stat().st_size
+    print(
+        f"{done} compiled in {time.monotonic() - started:.0f} s, {len(failed)} failed; {options.archive}: {size / 1e6:.1f} MB"
+    )
+    print(*failed, sep="\n")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

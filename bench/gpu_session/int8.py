@@ -1,0 +1,109 @@
+"""Ablate int8: each kernel alone, the product with groups, rows and no scales over tiles, and the rivals of the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu_session.plain_int8 import plain_int8
+from bench.gpu_session.predict import modelled_ms, moved_ms, product_ms, read_ms
+from bench.gpu_session.session import Session
+from bench.gpu_session.timing import Case, time_cases
+from flux_kernels import kernels
+from flux_kernels.compute import group_width
+from flux_kernels.formats import FORMATS
+from flux_kernels.kernels import int8
+from flux_kernels.kernels.tuning import Tile
+
+KEY = ("what", "format", "m", "n", "k", "scales", "tile")
+_SHAPES = ((4608, 3072, 3072), (4608, 12288, 3072), (4608, 3072, 15360))
+_TILES = tuple(
+    Tile(block_m, block_n, 128, warps, stages)
+    for block_m, block_n, warps in ((128, 128, 8), (128, 128, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4))
+    for stages in (3, 4)
+)
+# Clocks of a multiprocessor for a 128 x 128 x 128 step, read off the machine code: products alone, and with the conversions that
+# wait for them (docs/decisions/gpu-session.md).
+_CLOCKS = {"none": 512, "rows": 860, "groups": 1170}
+_GHZ = 1.755
+_FORMAT = "Q4_K"
+
+
+def run(session: Session) -> None:
+    """Write int8.csv."""
+    table = session.table("int8", KEY)
+    for m, n, k in _SHAPES:
+        for cases in (_pieces, _whole, _products):
+            if session.late():
+                return
+            time_cases(session, table, list(cases(session, m, n, k)))
+
+
+def product_clock_ms(session: Session, m: int, n: int, k: int, scales: str) -> float:
+    """Predict the int8 product by the clocks of its loop and whole waves of tiles."""
+    tiles = -(-m // 128) * -(-n // 128)
+    waves = -(-tiles // session.rates.processors)
+    return waves * (k / 128) * _CLOCKS[scales] / _GHZ / 1e6
+
+
+def _key(what: str, m: int, n: int, k: int, scales: str = "", tile: Tile | str = "") -> dict:
+    return dict(what=what, format=_FORMAT, m=m, n=n, k=k, scales=scales, tile=str(tile))
+
+
+def _pieces(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
+    rates, fmt = session.rates, FORMATS[_FORMAT]
+    x, turns, group = session.activations(m, k), cycle(session.weights(_FORMAT, n, k)), group_width(k)
+    written = read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
+    yield Case(_key("quantize x", m, n, k), lambda: int8.quantize_activation(x, group), moved_ms(rates, 3 * m * k))
+    for scales, rows in (("groups", False), ("rows", True)):
+        call = _unpack(turns, fmt, group, rows)
+        yield Case(_key("unpack w", m, n, k, scales), call, written + (read_ms(rates, _FORMAT, n, k) if rows else 0.0))
+
+
+def _unpack(turns, fmt, group: int, rows: bool) -> Callable[[], object]:
+    return lambda: int8.unpack_weight(next(turns), fmt, group, fmt.planes, rows)
+
+
+def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
+    """Time the mode as shipped beside its rivals: bf16 and int8 products of torch's own."""
+    rates, fmt = session.rates, FORMATS[_FORMAT]
+    x, w, bias = session.activations(m, k), session.activations(n, k), session.bias(n)
+    turns = cycle(session.weights(_FORMAT, n, k))
+    x8, w8 = _codes(session, m, n, k)
+    around = moved_ms(rates, 3 * m * k) + read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
+    shipped = modelled_ms(rates, "int8", _FORMAT, m, n, k) or product_clock_ms(session, m, n, k, "rows") + around
+    yield Case(_key("shipped", m, n, k), lambda: kernels.linear(x, next(turns), bias, fmt, "int8", fmt.planes), shipped)
+    yield Case(_key("bf16 torch", m, n, k), lambda: F.linear(x, w, bias), product_ms(rates, m, n, k))
+    yield Case(_key("_int_mm", m, n, k, "none"), lambda: torch._int_mm(x8, w8.T), product_ms(rates, m, n, k, speed=1.5))
+
+
+def _products(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
+    x8, w8 = _codes(session, m, n, k)
+    group = group_width(k)
+    x_scale = torch.ones(k // group, m, device=session.device)
+    for scales, count in (("groups", k // group), ("rows", 1), ("none", 0)):
+        w_scale = torch.ones(count, n, device=session.device)
+        predicted = product_clock_ms(session, m, n, k, scales)
+        for tile in _TILES:
+            yield Case(_key("product", m, n, k, scales, tile), _product(x8, x_scale, w8, w_scale, tile), predicted)
+
+
+def _product(x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, tile: Tile) -> Callable[[], object]:
+    if not w_scale.shape[0]:
+        return lambda: plain_int8(x8, w8, tile)
+
+    def call() -> Tensor:
+        y = torch.empty(x8.shape[0], w8.shape[0], dtype=torch.bfloat16, device=x8.device)
+        int8._gemm(x8, x_scale, w8, w_scale, None, None, None, y, tile)
+        return y
+
+    return call
+
+
+def _codes(session: Session, m: int, n: int, k: int) -> tuple[Tensor, Tensor]:
+    codes = tuple(torch.empty(rows, k, dtype=torch.int8, device=session.device) for rows in (m, n))
+    return codes if session.dry else tuple(torch.randint_like(one, -127, 128) for one in codes)

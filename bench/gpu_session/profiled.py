@@ -1,0 +1,79 @@
+"""Launch each kernel of interest once between the profiler's start and stop, for Nsight Compute to read its counters.
+
+ncu --profile-from-start off --clock-control none ... python -m bench.gpu_session.profiled
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bench.gpu_session import int8, sweep
+from bench.gpu_session.session import Session
+from flux_kernels.compute import group_width
+from flux_kernels.formats import FORMATS
+from flux_kernels.kernels import int8 as int8_mode
+from flux_kernels.kernels import two_stage
+from flux_kernels.kernels.choice import Choice, choose
+from flux_kernels.kernels.launching import capability_of
+from flux_kernels.kernels.tuning import INT8_TILE, fused_tile
+
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
+_K = _N = 3072
+
+
+def command(out: Path, python: list[str]) -> list[str]:
+    """Return the command that profiles this module with Nsight Compute, its report a CSV on standard output."""
+    chosen = [part for section in SECTIONS for part in ("--section", section)]
+    ours = ["--profile-from-start", "off", "--clock-control", "none", "--target-processes", "application-only"]
+    return ["ncu", *ours, *chosen, "--csv", "--page", "details", *python, "-m", "bench.gpu_session.profiled", "--out", str(out)]
+
+
+def launches(session: Session) -> dict[str, Callable[[], object]]:
+    """Return what is launched, by name."""
+    x, large, one = (session.activations(m, _K) for m in (512, 4608, 1))
+    bias, dense = session.bias(_N), session.activations(_N, _K)
+    found: dict[str, Callable[[], object]] = {"cuBLAS": lambda: F.linear(large, dense, bias)}
+    for format in ("Q4_K", "Q6_K"):
+        fmt, weights = FORMATS[format], session.weights(format, _N, _K)[:1]
+        tile = fused_tile(fmt, 512, _N, _K, capability_of(session.device))
+        found[f"fused {format}"] = sweep.exact_call(x, weights, bias, format, Choice("fused", tile, ""))
+        found[f"unpack {format}"] = lambda fmt=fmt, w=weights[0]: two_stage.unpack(w, fmt, torch.bfloat16, fmt.planes)
+        small = choose("exact", fmt, 1, _N, _K, session.device)
+        found[f"small M {format}"] = sweep.exact_call(one, weights, bias, format, small)
+    x8, w8 = int8._codes(session, 4608, _N, _K)
+    x_scale = torch.ones(_K // group_width(_K), 4608, device=session.device)
+    for scales, count in (("rows", 1), ("groups", _K // group_width(_K))):
+        w_scale = torch.ones(count, _N, device=session.device)
+        found[f"int8 product {scales}"] = int8._product(x8, x_scale, w8, w_scale, INT8_TILE)
+    fmt, packed = FORMATS["Q4_K"], session.weights("Q4_K", _N, _K)[0]
+    found["int8 unpack rows"] = lambda: int8_mode.unpack_weight(packed, fmt, group_width(_K), fmt.planes, True)
+    found["quantize x"] = lambda: int8_mode.quantize_activation(large, group_width(_K))
+    return found
+
+
+def main(arguments: list[str] | None = None, dry: bool = False) -> None:
+    """Launch everything once to load it, then once more for the profiler."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    session = Session(options.out, dry, time.monotonic() + 600)
+    calls = launches(session)
+    for call in calls.values():
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for call in calls.values():
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+    print("launched:", ", ".join(calls))
+
+
+if __name__ == "__main__":
+    main()

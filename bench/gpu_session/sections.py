@@ -1,0 +1,98 @@
+"""The sections, in order of what they decide, each with its limit in seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.gpu_session import ceilings, int8, profiled, small_m, step, sweep, tuning, two_stage
+from bench.gpu_session.session import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+_TESTS = "tests/gpu/test_on_gpu.py"  # the others need diffusers
+_WORKERS = 12  # pytest processes: cores are 16, and each takes a CUDA context
+
+
+@dataclass(frozen=True)
+class Section:
+    """Name one part of the session: its most seconds, what runs it, and what it decides."""
+
+    name: str
+    seconds: float
+    run: Callable[[Session], None]
+    decides: str
+
+
+def correctness(session: Session) -> None:
+    """Run the tests that a bare machine can in parallel, to the end; the report is a JUnit file."""
+    report = f"--junitxml={session.out / 'junit.xml'}"
+    wanted = ["-m", "gpu and not slow", _TESTS, "--no-header", "-p", "no:cacheprovider", report]
+    if session.dry:
+        from bench.gpu_session.dry import tests
+
+        tests(session, [*wanted, *(["-k", "Q4_K"] if session.reduced else [])])
+        return
+    check([sys.executable, "-m", "pytest", "-q", *wanted, "-n", str(_WORKERS), "--dist", "worksteal"])
+
+
+def linears(session: Session) -> None:
+    """Time every call of a step, the rows of the README's table."""
+    formats = "Q4_K" if session.reduced else "Q4_K,Q8_0,Q6_K"
+    options = ["--formats", formats, "--providers", "torch,ours exact,ours int8", "--resume"]
+    options += ["--write", str(session.out / "linear.csv")]
+    if session.dry:
+        from bench.gpu_session.dry import module
+
+        module("bench.run", [*options, "--repeats", "1", *(["--calls", "2"] if session.reduced else [])])
+        return
+    check([sys.executable, "-m", "bench.run", *options, "--repeats", "10"])
+
+
+def ncu(session: Session) -> None:
+    """Read the hardware counters of each kernel once."""
+    if session.dry:
+        profiled.main(["--out", str(session.out)], dry=True)
+        return
+    if shutil.which("ncu") is None:
+        print("ncu is not installed")
+        return
+    with (session.out / "ncu.csv").open("w") as file:
+        check(profiled.command(session.out, [sys.executable]), stdout=file)
+
+
+def racecheck(session: Session) -> None:
+    """Look for races in shared memory with compute-sanitizer, in a few small kernels."""
+    if session.dry or shutil.which("compute-sanitizer") is None:
+        print("compute-sanitizer is not run here")
+        return
+    tests = ["-m", "pytest", "-q", "-x", _TESTS, "-k", "racecheck", "-p", "no:cacheprovider"]
+    check(["compute-sanitizer", "--tool", "racecheck", "--target-processes", "all", sys.executable, *tests])
+
+
+def check(command: list[str], **more) -> None:
+    """Run a command in the repository's root; raise where it fails."""
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, check=False, **more)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode} of {' '.join(command[:6])}")
+
+
+SECTIONS = (
+    Section("ceilings", 25, ceilings.run, "what the card does at best; whether int8 has a rival in cuBLAS"),
+    Section("correctness", 70, correctness, "whether anything else is worth a look"),
+    Section("two_stage", 40, two_stage.run, "rows at a time, bias, scratch"),
+    Section("int8", 50, int8.run, "what scales in the loop cost, and the bound without them"),
+    Section("sweep", 45, sweep.run, "up to how many rows fused decoding wins"),
+    Section("small_m", 25, small_m.run, "the tile for one to eight rows"),
+    Section("tuning", 80, tuning.run, "the card's record"),
+    Section("step", 120, step.run, "gaps between kernels, host time, the whole step"),
+    Section("ncu", 60, ncu, "stall reasons, L2 rates"),
+    Section("linears", 45, linears, "the README's rows"),
+    Section("step_q6_k", 60, lambda session: step.run(session, ("Q6_K",)), "the type of most quality files"),
+    Section("step_512", 60, lambda session: step.run(session, ("Q4_K",), "512x512"), "where the host's time shows"),
+    Section("racecheck", 60, racecheck, "races that no result shows"),
+)

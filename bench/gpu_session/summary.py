@@ -1,0 +1,98 @@
+"""The last lines of a session: every table in few characters, measured beside predicted, the largest misses first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.gpu_session.kernels import load
+from bench.gpu_session.sections import SECTIONS, Section
+from flux_kernels.benchmark.record import read_csv
+
+MOST_CHARACTERS = 11_500
+_HIDDEN = {
+    "least_ms",
+    "note",
+    "device",
+    "capability",
+    "driver",
+    "torch",
+    "triton",
+    "libggml",
+    "commit",
+    "date",
+    "error",
+    "gate",
+}
+_ROWS = {"ceilings": 26, "two_stage": 30, "int8": 24, "sweep": 36, "small_m": 20, "tuning": 12, "step": 16}
+_COMPILE_SECONDS = 0.9  # of a kernel on one core, the mean of 60 for sm_90
+_PROCESSES = 16
+_START_SECONDS = 3.0  # of a section's process: CUDA, cuBLAS
+
+
+def write(out: Path, path: Path, ended: dict[str, str]) -> str:
+    """Write the summary and return it: outcomes, then each table's rows, as many as fit."""
+    parts = [" ".join(f"{name}={outcome}" for name, outcome in ended.items())]
+    for name, most in _ROWS.items():
+        file = out / f"{name}.csv"
+        if file.exists():
+            parts.append(table(name, read_csv(file), most))
+    text = "\n".join(parts)
+    path.write_text(text)
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 40] + "\n... the rest is in summary.txt"
+
+
+def table(name: str, rows: list[dict], most: int) -> str:
+    """Return a table's rows in lines of words, those farthest from their prediction first; rows without a time are counted."""
+    timed = [row for row in rows if row.get("p50_ms")]
+    failed = [row for row in rows if not row.get("p50_ms")]
+    timed.sort(key=lambda row: -_miss(row))
+    shown = [column for column in (rows[0] if rows else ()) if column not in _HIDDEN]
+    lines = [f"## {name}: {len(timed)} timed, {len(failed)} not; of {' '.join(shown)}"]
+    lines += [" ".join(row[column] or "-" for column in shown) for row in timed[:most]]
+    lines += [f"! {row.get('note', '')[:110]}" for row in failed[:3]]
+    return "\n".join(lines)
+
+
+def _miss(row: dict) -> float:
+    ratio = float(row.get("measured_over_predicted") or 1.0)
+    return max(ratio, 1 / ratio) if ratio > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Hold what a dry run tells of a section: distinct kernels, seconds of the GPU, of this machine's Python, and its limit."""
+
+    name: str
+    kernels: int
+    gpu: float
+    host: float
+    limit: float
+
+    @classmethod
+    def read(cls, out: Path, section: Section) -> Expected:
+        """Read what the section's process left; nothing where it failed."""
+        facts, kernels = out / "facts" / f"{section.name}.json", out / "kernels" / f"{section.name}.pickle"
+        found = json.loads(facts.read_text()) if facts.exists() else dict(expected=0.0, seconds=0.0)
+        count = len({kernel.folder for kernel in load(kernels)}) if kernels.exists() else 0
+        return cls(section.name, count, found["expected"], found["seconds"], section.seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Return what the section takes where its kernels are carried."""
+        return _START_SECONDS + self.gpu + self.host
+
+
+def expectations(rows: list[Expected]) -> str:
+    """Return the dry run's table; "compile" is what is saved by carrying the kernels, on 16 cores."""
+    lines = [f"{'section':14} {'kernels':>7} {'compile s':>9} {'GPU s':>7} {'host s':>7} {'in all':>7} {'limit':>6}"]
+    for row in rows:
+        compile_seconds = row.kernels * _COMPILE_SECONDS / _PROCESSES
+        late = "  over its limit" if row.seconds > row.limit else ""
+        lines.append(
+            f"{row.name:14} {row.kernels:7} {compile_seconds:9.1f} {row.gpu:7.1f} {row.host:7.1f} {row.seconds:7.1f} {row.limit:6.0f}{late}"
+        )
+    total = sum(row.seconds for row in rows)
+    lines.append(f"in all {sum(row.kernels for row in rows)} kernels, {total:.0f} s; {len(SECTIONS)} sections")
+    return "\n".join(lines)

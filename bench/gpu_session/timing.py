@@ -1,0 +1,113 @@
+"""Time cases against each other: graph replays in turn, so that Python's part of a launch is not in the numbers, and eager beside.
+
+A case that fails becomes a row that says why; the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from bench.gpu_session.session import Session, Table
+from flux_kernels.clock import balanced_order
+
+_ROUNDS = 7
+_GRAPH_MS = 2.0  # of work in a graph where it takes several calls to fill it
+_MOST_CALLS = 76  # in one graph: the modulation layers of a step
+_SLEEP = 2_000_000  # clocks, about a millisecond: every launch of an eager call is queued before the GPU reaches it
+_CAPTURE_SECONDS = 0.02  # a case's warm-ups, capture and first replay
+
+
+@dataclass(frozen=True)
+class Case:
+    """Name one thing to time: key columns, what runs it, and the predicted milliseconds of a call (None: no prediction).
+
+    `reference` is the result it has to equal within `tolerance` (relative error), where there is one.
+    """
+
+    key: dict
+    call: Callable[[], object]
+    predicted_ms: float | None = None
+    reference: Tensor | None = None
+    tolerance: float = 0.03
+
+
+def time_cases(session: Session, table: Table, cases: Sequence[Case], rounds: int = _ROUNDS) -> None:
+    """Time the cases that the table has not, in turn, and write a row for each."""
+    ready: list[tuple[Case, torch.cuda.CUDAGraph, int, float]] = []
+    for case in cases:
+        if table.has(case.key):
+            continue
+        try:
+            note = _wrong(session, case)
+            if note:
+                table.add(_row(case, [], None, note))
+                continue
+            ready.append((case, *_captured(session, case)))
+        except Exception as problem:  # noqa: BLE001 - a failure is a result: it becomes the row's note
+            table.add(_row(case, [], None, f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"))
+    times: list[list[float]] = [[] for _ in ready]
+    for turn in range(rounds):
+        for index in balanced_order(len(ready), turn):
+            _, graph, calls, _ = ready[index]
+            times[index].append(milliseconds(graph.replay) / calls)
+    for (case, _, calls, eager), found in zip(ready, times, strict=True):
+        table.add(_row(case, found, eager, ""))
+        session.expected += _CAPTURE_SECONDS + (rounds * calls + 5) * (case.predicted_ms or 0.1) / 1e3
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    """Return the GPU's time for what a function queues, without the host's: the GPU is kept busy while it is queued."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_SLEEP)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def captured(call: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """Capture so many calls in a row, after one outside: first uses load kernels and make workspaces."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    return graph
+
+
+def _captured(session: Session, case: Case) -> tuple[torch.cuda.CUDAGraph, int, float]:
+    """Return a graph of several calls, their number, and the median milliseconds of an eager call."""
+    case.call()
+    eager = median(milliseconds(case.call) for _ in range(3))
+    estimate = case.predicted_ms or 0.1 if session.dry else max(eager, 1e-3)
+    calls = 1 if session.dry else max(1, min(_MOST_CALLS, round(_GRAPH_MS / estimate)))
+    return captured(case.call, calls), calls, eager
+
+
+def _wrong(session: Session, case: Case) -> str:
+    if case.reference is None or session.dry:
+        return ""
+    y, right = case.call().double(), case.reference.double()
+    error = ((y - right).norm() / right.norm()).item()
+    return "" if error <= case.tolerance else f"wrong result: relative error {error:.2g}"
+
+
+def _row(case: Case, times: list[float], eager: float | None, note: str) -> dict:
+    predicted = case.predicted_ms
+    p50 = median(times) if times else None
+    return case.key | dict(
+        p50_ms="" if p50 is None else f"{p50:.5f}",
+        least_ms=f"{min(times):.5f}" if times else "",
+        predicted_ms="" if predicted is None else f"{predicted:.5f}",
+        measured_over_predicted=f"{p50 / predicted:.2f}" if p50 is not None and predicted else "",
+        eager_ms="" if eager is None else f"{eager:.5f}",
+        note=note,
+    )

@@ -1,0 +1,101 @@
+"""Ablate the two-stage path: rows at a time, where the bias is added, and whether the chunk before is freed first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu_session.ceilings import shapes
+from bench.gpu_session.predict import product_ms, two_stage_ms
+from bench.gpu_session.session import Session
+from bench.gpu_session.timing import Case, time_cases
+from flux_kernels import kernels
+from flux_kernels.formats import FORMATS, BlockFormat
+from flux_kernels.kernels import two_stage
+from flux_kernels.kernels.chunks import chunks_of
+
+FORMAT_NAMES = ("Q4_K", "Q6_K", "Q8_0")
+KEY = ("format", "m", "n", "k", "rows", "bias", "scratch")
+_TILE = 128
+_VARIANTS = (  # rows, bias, scratch
+    ("whole", "none", "freed"),
+    ("whole", "epilogue", "freed"),
+    ("whole", "strided y", "freed"),
+    ("half", "none", "freed"),
+    ("half", "strided y", "freed"),
+    ("third of L2", "none", "freed"),
+    ("third of L2", "strided y", "freed"),
+    ("third of L2", "strided y", "kept"),
+)
+
+
+def run(session: Session) -> None:
+    """Write two_stage.csv: M of 512 is left to the sweep."""
+    table = session.table("two_stage", KEY)
+    for format in FORMAT_NAMES:
+        for m, n, k in (shape for shape in shapes() if shape[0] > 512):
+            if session.late():
+                return
+            time_cases(session, table, _cases(session, format, m, n, k))
+
+
+def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
+    fmt, rates, x, bias = FORMATS[format], session.rates, session.activations(m, k), session.bias(n)
+    weights = session.weights(format, n, k)
+    turns, shape = cycle(weights), dict(format=format, m=m, n=n, k=k)
+    dense = two_stage.unpack(weights[0], fmt, x.dtype, fmt.planes)
+    right = F.linear(x, dense, bias)
+    cases = [
+        Case(
+            shape | dict(rows="torch", bias="epilogue", scratch=""),
+            lambda: F.linear(x, dense, bias),
+            product_ms(rates, m, n, k),
+        ),
+        Case(
+            shape | dict(rows="shipped", bias="", scratch=""),
+            lambda: kernels.linear(x, next(turns), bias, fmt, "exact", fmt.planes),
+            two_stage_ms(rates, format, m, n, k),
+            right,
+        ),
+    ]
+    for rows, added, scratch in _VARIANTS:
+        count = _rows(rows, n, k, rates.l2_bytes)
+        call = _variant(x, turns, bias if added != "none" else None, fmt, count, added == "strided y", scratch == "kept")
+        predicted = two_stage_ms(rates, format, m, n, k, count, copied_bias=added == "strided y")
+        cases.append(Case(shape | dict(rows=rows, bias=added, scratch=scratch), call, predicted, right))
+    return cases
+
+
+def _rows(name: str, n: int, k: int, l2_bytes: int) -> int | None:
+    if name == "whole":
+        return None
+    if name == "half":
+        return -(-n // (2 * _TILE)) * _TILE
+    return max(1, l2_bytes // 3 // (2 * k) // _TILE) * _TILE
+
+
+def _variant(x: Tensor, turns, bias: Tensor | None, fmt: BlockFormat, rows: int | None, strided: bool, kept: bool) -> Callable:
+    """Return one way to unpack and multiply; y is a column slice of a wider one where it is `strided`."""
+    m, planes = x.shape[0], fmt.planes
+
+    def call() -> Tensor:
+        data = next(turns)
+        n = data.shape[0]
+        y = torch.empty(m, n + _TILE if strided else n, dtype=x.dtype, device=x.device)[:, :n]
+        before = None
+        for chunk in chunks_of(n, rows):
+            weight = two_stage.unpack(data[chunk], fmt, x.dtype, planes)
+            if bias is None:
+                torch.mm(x, weight.T, out=y[:, chunk])
+            else:
+                torch.addmm(bias[chunk], x, weight.T, out=y[:, chunk])
+            before = weight if kept else None
+            del weight
+        del before
+        return y
+
+    return call

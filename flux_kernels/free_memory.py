@@ -1,0 +1,89 @@
+"""Tell how much memory is free for this process: of a GPU, or of the computer within the limits of its control groups.
+
+Source: the kernel's documentation, proc.rst (MemAvailable), cgroup-v1/memory.rst and cgroup-v2.rst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# hierarchy -> its folder, limit, usage, and the keys of memory.stat that count pages of files, which are given back on demand
+_V2 = ("", "memory.max", "memory.current", ("active_file", "inactive_file"))
+_V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device, None where the system does not tell.
+
+    Args:
+        device: a GPU, whose unused share of what torch holds counts as free, or the CPU.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    system = _meminfo("MemAvailable")
+    if system is None:
+        return _elsewhere("available")
+    return max(0, min([system, *(limit - used for limit, used in _limits())]))
+
+
+def total_bytes() -> int | None:
+    """Return the bytes of memory that this process may ever have, None where the system does not tell."""
+    system = _meminfo("MemTotal")
+    return _elsewhere("total") if system is None else min([system, *(limit for limit, _ in _limits())])
+
+
+def _meminfo(key: str) -> int | None:
+    try:
+        lines = (_PROC / "meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _elsewhere(what: str) -> int | None:
+    """Ask psutil, which accelerate brings."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return getattr(psutil.virtual_memory(), what)
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Yield (limit, bytes in use that are not given back on demand) of this process's control groups and those around them."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, *names = _V1 if controllers else _V2
+        root = _CGROUPS / folder
+        group = root / path.lstrip("/")
+        for place in (group, *group.parents):  # a container may see its own group as the root, whatever the path says
+            if not place.is_relative_to(root):
+                break
+            found = _limit(place, *names)
+            if found is not None:
+                yield found
+
+
+def _limit(group: Path, limit: str, usage: str, files: tuple[str, ...]) -> tuple[int, int] | None:
+    """Return (limit, bytes in use without pages of files) of a group, None where it has no limit or tells none."""
+    try:
+        most = (group / limit).read_text().strip()
+        used = int((group / usage).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if most == "max":
+        return None
+    return int(most), max(0, used - sum(int(stat.get(name, 0)) for name in files))

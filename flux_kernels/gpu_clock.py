@@ -1,0 +1,118 @@
+"""Time what a CUDA device takes for a function, and not what Python takes to issue it.
+
+A call of this library issues its kernels in tens of microseconds and may run in ten. Two events around it would measure the host.
+So a sleep is queued on the device first; while it lasts, all launches of the function and both events are queued behind it, and the
+device runs them back to back. The start event tells whether that worked: it must not have been reached when the last launch is issued.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import cuda
+
+_SLEEP = 1.0  # milliseconds at first
+_LONGEST = 64.0  # beyond, a function waits for the device or fills the driver's launch queue, and no sleep is long enough
+_WARM_UPS = 3  # before a capture: compiling, and the lazy initialisation of libraries, cannot be captured
+_PROBE_CYCLES = 1_000_000
+_RATES = (2e5, 4e6)  # cycles a millisecond of any GPU's clock
+
+log = logging.getLogger(__name__)
+
+
+class GpuClock:
+    """Time functions on one device; how long a sleep each needs is learnt and kept."""
+
+    def __init__(self, device: torch.device):
+        """Measure the clock rate, in which sleeps are counted."""
+        self._device = device
+        self._sleeps: dict[Callable[[], object], float] = {}
+        with cuda.device(device):
+            self._cycles = _cycles_a_millisecond()
+
+    def milliseconds(self, function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+        """Return the device's time of one run of `function`; `before` runs between the sleep and the start event.
+
+        A run whose start event was reached before the last launch is repeated behind a longer sleep. A function that no sleep
+        serves is timed without one, with a log line: its time includes the host's.
+        """
+        with cuda.device(self._device):
+            while True:
+                sleep = self._sleeps.get(function, _SLEEP)
+                milliseconds, issuing, ahead = self._run(function, before, sleep)
+                if ahead or not sleep:
+                    return milliseconds
+                longer = 2 * max(sleep, issuing)
+                if longer > _LONGEST:
+                    longer = 0.0
+                    log.warning(
+                        "A function is not queued ahead of the device within %g ms: its time includes the host's", _LONGEST
+                    )
+                self._sleeps[function] = longer
+
+    def _run(self, function: Callable[[], object], before: Callable[[], object], sleep: float) -> tuple[float, float, bool]:
+        """Return milliseconds on the device, milliseconds of issuing, and whether all was issued before the device began."""
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        if sleep:
+            cuda._sleep(int(sleep * self._cycles))
+        issued = perf_counter()
+        before()
+        start.record()
+        function()
+        end.record()
+        ahead = not start.query()
+        issuing = 1e3 * (perf_counter() - issued)
+        end.synchronize()
+        return start.elapsed_time(end), issuing, ahead
+
+
+def _cycles_a_millisecond() -> float:
+    """Return the device's clock rate, from a sleep that is timed after another has woken it."""
+    start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+    cuda._sleep(_PROBE_CYCLES)
+    start.record()
+    cuda._sleep(_PROBE_CYCLES)
+    end.record()
+    end.synchronize()
+    slowest, fastest = _RATES
+    return min(max(_PROBE_CYCLES / max(start.elapsed_time(end), 1e-3), slowest), fastest)
+
+
+class Replay:
+    """Hold a function as a captured CUDA graph; calling it replays the graph. Used as a context, which frees the graph's memory."""
+
+    def __init__(self, function: Callable[[], object], device: torch.device):
+        """Warm up on a side stream, then capture one run there; raise what the function raises where it cannot be captured."""
+        with cuda.device(device):
+            cuda.synchronize()
+            side = cuda.Stream()
+            side.wait_stream(cuda.current_stream())
+            with cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    function()
+            cuda.current_stream().wait_stream(side)
+            cuda.synchronize()
+            self._graph = cuda.CUDAGraph()
+            with cuda.graph(self._graph, stream=side):
+                self._made = function()  # kept: the graph writes to this memory
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        cuda.synchronize()
+        self._graph.reset()
+        self._made = None
+
+
+def no_capture(name: str, error: Exception) -> None:
+    """Log why a function has no graph time."""
+    log.warning("%s is not captured in a CUDA graph: %s: %s", name, type(error).__name__, " ".join(str(error).split())[:200])
