@@ -41,6 +41,12 @@ def main(
         bool, typer.Option("--warps", help="Run warps one by one between barriers, in random order (slower).")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of warps.")] = 0,
+    unfenced_copies: Annotated[
+        bool,
+        typer.Option(
+            "--unfenced-copies", help="Let sm_90's products read asynchronous copies without a proxy fence (Triton 3.6)."
+        ),
+    ] = False,
     jobs: Annotated[int, typer.Option(help="Processes that compile and run.")] = 2,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with every outcome instead of a table.")
@@ -62,7 +68,7 @@ def main(
     if small:
         wanted = set(work)
         work = [case for case in cases.small(chosen["kernels"], cards) if case in wanted]
-    outcomes = _run(work, warps, seed, jobs, quiet=as_json)
+    outcomes = _run(work, (warps, seed, unfenced_copies), jobs, quiet=as_json)
     if as_json:
         print(json.dumps({"outcomes": [one.as_dict() for one in outcomes]}))
     else:
@@ -84,7 +90,7 @@ def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
             raise typer.BadParameter(f"--{option}: unknown {', '.join(sorted(unknown))}; known: {', '.join(known[option])}")
 
 
-def _run(work: list, warps: bool, seed: int, jobs: int, quiet: bool) -> list:
+def _run(work: list, options: tuple, jobs: int, quiet: bool) -> list:
     """Run all cases, with a progress bar on stderr, and print each problem when it is found."""
     from .sweep.outcome import run_case
 
@@ -92,7 +98,7 @@ def _run(work: list, warps: bool, seed: int, jobs: int, quiet: bool) -> list:
     outcomes = []
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress, ProcessPoolExecutor(jobs) as pool:
         task = progress.add_task("compiling and running", total=len(work))
-        for case, outcome in zip(work, pool.map(run_case, work, [warps] * len(work), [seed] * len(work)), strict=True):
+        for case, outcome in zip(work, pool.map(run_case, work, *([option] * len(work) for option in options)), strict=True):
             progress.update(task, advance=1, description=str(case).ljust(44))
             if outcome.problem and not quiet:
                 progress.console.print(f"{case}: {outcome.problem}", style="red", markup=False)

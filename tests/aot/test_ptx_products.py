@@ -146,19 +146,21 @@ def swizzled(address: int, width: int) -> int:
     return address ^ (address >> 3 & {128: 0x70, 64: 0x30, 32: 0x10}[width])
 
 
-def wgmma_body(
-    width: int, left_in_registers: bool, fence: str, wait: str, proxy: str = "fence.proxy.async.shared::cta;"
-) -> str:
+FENCE, WAIT, PROXY = "wgmma.fence.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "fence.proxy.async.shared::cta;"
+FILL = {  # how 2 KiB come to shared memory
+    "store": "ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd11+{0}];\nst.shared.v4.b32 [%r10+{0}], {{%r1, %r2, %r3, %r4}};",
+    "async": "cp.async.cg.shared.global [%r10+{0}], [%rd11+{0}], 16;\ncp.async.wait_all;",
+}
+
+
+def wgmma_body(width: int, left_in_registers: bool, fence: str, wait: str, proxy: str, fill: str) -> str:
     """Return PTX that copies 16 KiB to shared memory, multiplies 64 x 16 by 16 x 16, and stores the sums."""
     mode = {128: 1, 64: 2, 32: 3}[width]
     descriptor = mode << 62 | (8 * width // 16) << 32
     left = "{%r20, %r21, %r22, %r23}" if left_in_registers else "%rd20"
     modifiers = "1, 1, 0" if left_in_registers else "1, 1, 0, 0"
     sums = ", ".join(f"%r{i}" for i in range(30, 38))
-    copies = "\n".join(
-        f"ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd11+{2048 * i}];\nst.shared.v4.b32 [%r10+{2048 * i}], {{%r1, %r2, %r3, %r4}};"
-        for i in range(8)
-    )
+    copies = "\n".join(FILL[fill].format(2048 * i) for i in range(8))
     return f"""
     mul.wide.u32 %rd10, %r100, 16;
     add.s64 %rd11, %rd1, %rd10;
@@ -181,9 +183,7 @@ def wgmma_body(
     """
 
 
-def wgmma_run(
-    width: int, left_in_registers: bool, fence="wgmma.fence.sync.aligned;", wait="wgmma.wait_group.sync.aligned 0;", **more
-):
+def wgmma_run(width: int, left_in_registers: bool, fence=FENCE, wait=WAIT, proxy=PROXY, fill="store", **options):
     """Return (got, expected) [64, 16] of twice a product."""
     random = np.random.default_rng(5)
     a, b = random.integers(-8, 9, (64, 16)), random.integers(-8, 9, (16, 16))  # b is [N, K]
@@ -195,8 +195,8 @@ def wgmma_run(
                 shared[at : at + 2] = bf16(matrix[row, k]).reshape(1).view(np.uint8)
     warps = [fragments(bf16(a[16 * w : 16 * w + 16]), 8, lambda lane, i: left_place(lane, i, 16)) for w in range(4)]
     out = Buffer.empty((128, 8), np.float32)
-    body = wgmma_body(width, left_in_registers, fence, wait, **more)
-    run(body, out, shared, np.concatenate(warps), threads=128, shared=16384)
+    body = wgmma_body(width, left_in_registers, fence, wait, proxy, fill)
+    run(body, out, shared, np.concatenate(warps), threads=128, shared=16384, **options)
     got = np.zeros((64, 16))
     for thread in range(128):
         for i in range(8):
@@ -226,6 +226,15 @@ def test_wgmma_without_its_fences():
         wgmma_run(128, True, fence="")
     with pytest.raises(Fault, match=r"written after the last fence\.proxy"):
         wgmma_run(128, False, proxy="")
+
+
+def test_wgmma_reads_asynchronous_copies():
+    """Triton 3.6 leaves the proxy fence between cp.async and wgmma out, which is a fault unless it is said to be allowed."""
+    with pytest.raises(Fault, match=r"written after the last fence\.proxy"):
+        wgmma_run(128, False, proxy="", fill="async")
+    for options in (dict(proxy="", copies_need_fence=False), {}):
+        got, expected = wgmma_run(128, False, fill="async", **options)
+        assert (got == expected).all()
 
 
 def test_wgmma_whose_memory_is_overwritten():

@@ -73,7 +73,7 @@ def _wait(instruction: Instruction) -> Step:
             threads.copies.append([])
         while len(threads.copies) - 1 > pending:
             for copy in threads.copies.pop(0):
-                threads.races.write(copy.targets, 4 * copy.values.shape[1], copy.warps)
+                threads.races.land(copy.targets, 4 * copy.values.shape[1], copy.warps)
                 threads.shared.store(copy.targets, copy.values, 4)
 
     return step

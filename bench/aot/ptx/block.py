@@ -62,12 +62,13 @@ class Launch:
     memory: Memory
     counts: Counts
     division_error: int = 0
+    copies_need_fence: bool = True
 
 
 def run_block(launch: Launch, block: tuple[int, int, int], order: np.random.Generator | None = None) -> None:
     """Run one block, in step, or with `order` warp by warp in the order it draws anew at each barrier."""
     shared = Memory(launch.shared_bytes, inside=True)
-    races = Races(launch.shared_bytes)
+    races = Races(launch.shared_bytes, launch.copies_need_fence)
     threads = launch.code.program.threads
     unit = threads if order is None else min(launch.code.unit, threads)
     running = [_start(launch, block, first, unit, shared, races) for first in range(0, threads, unit)]

@@ -36,6 +36,7 @@ class AbsentCard:
     Attributes:
         order: draws the order of warps between barriers; None runs the threads of a block in step.
         division_error: units in the last place by which div.full.f32 is off.
+        count_banks, copies_need_fence: see `launch`.
         launches: (kernel name, Counts) of every launch so far.
         allocations: the tensors that kernels saw; `allocations.check(y)` faults where y holds what nobody wrote.
     """
@@ -45,6 +46,7 @@ class AbsentCard:
         self.order = order
         self.division_error = division_error
         self.count_banks = False
+        self.copies_need_fence = True
         self.launches: list[tuple[str, Counts]] = []
         self.allocations = Allocations()
         self.launcher_cls = _Launcher
@@ -69,7 +71,8 @@ class AbsentCard:
         pointers = self.allocations.pointers(tensors)
         places = iter(pointers)
         bound = [next(places) if isinstance(one, torch.Tensor) else one for one in arguments]
-        counts = launch(code, grid, bound, shared_bytes, self.order, self.division_error, self.count_banks)
+        options = dict(count_banks=self.count_banks, copies_need_fence=self.copies_need_fence)
+        counts = launch(code, grid, bound, shared_bytes, self.order, self.division_error, **options)
         self.launches.append((name, counts))
         self.allocations.after_launch(pointers)
 

@@ -65,6 +65,7 @@ def launch(
     order: np.random.Generator | None = None,
     division_error: int = 0,
     count_banks: bool = False,
+    copies_need_fence: bool = True,
 ) -> Counts:
     """Run a grid of blocks, one after the other, and update the buffers in place.
 
@@ -77,6 +78,7 @@ def launch(
         order: draws the order of warps between barriers; None runs all threads of a block in step.
         division_error: units in the last place by which div.full.f32 is off, -2 to 2.
         count_banks: whether shared-memory wavefronts are counted.
+        copies_need_fence: whether wgmma faults on what cp.async wrote and no fence.proxy.async followed.
 
     Returns:
         What ran.
@@ -89,7 +91,7 @@ def launch(
     buffers = list({id(pointer.buffer): pointer.buffer for pointer in pointers}.values())
     memory = _place(buffers)
     counts = Counts(bank_conflicts={} if count_banks else None)
-    whole = Launch(code, _bind(code, arguments), shared_bytes, memory, counts, division_error)
+    whole = Launch(code, _bind(code, arguments), shared_bytes, memory, counts, division_error, copies_need_fence)
     across, down, deep = (*grid, 1, 1)[:3]
     if across >= 1 << 31 or max(down, deep) > _LONGEST_AXIS:
         raise Fault(f"a grid of {grid} blocks: a GPU takes {_LONGEST_AXIS} along y and z")

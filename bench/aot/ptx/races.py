@@ -16,9 +16,13 @@ _SEVERAL = _WARPS - 1
 
 
 class Races:
-    """Watch the `size` bytes of one block's shared memory; `pass_barrier` starts a new interval."""
+    """Watch the `size` bytes of one block's shared memory; `pass_barrier` starts a new interval.
 
-    def __init__(self, size: int):
+    `copies_need_fence` tells whether wgmma needs a fence.proxy.async after asynchronous copies, too, as PTX says.
+    """
+
+    def __init__(self, size: int, copies_need_fence: bool = True):
+        self.copies_need_fence = copies_need_fence
         padded = -(-size // 16) * 16 + 16
         self._writer = np.zeros(padded, np.int32)  # _WARPS * interval + warp
         self._reader = np.zeros(padded, np.int32)
@@ -59,6 +63,12 @@ class Races:
         self._writer[at] = np.broadcast_to(tag, at.shape)
         self._unfenced[at] = True
         self._refuse(self._writer[at], tag, addresses, "is a write of two warps to one place", agreed)
+
+    def land(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
+        """Note that asynchronous copies of `warps` land, `size` bytes each; raise Fault as `write` does."""
+        self.write(addresses, size, warps)
+        if not self.copies_need_fence:
+            self._unfenced[self._at(addresses, size)] = False
 
     def fence(self, warps: np.ndarray) -> None:
         """Let wgmma see what was written before the last barrier, or by the warps that execute this fence."""

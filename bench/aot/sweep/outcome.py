@@ -38,14 +38,18 @@ class Outcome:
         return asdict(self)
 
 
-def run_case(case: Case, warps: bool = False, seed: int = 0) -> Outcome:
-    """Compile and run one case; `warps` runs the warps of a block one by one, in an order drawn from `seed`."""
+def run_case(case: Case, warps: bool = False, seed: int = 0, unfenced_copies: bool = False) -> Outcome:
+    """Compile and run one case; `warps` runs the warps of a block one by one, in an order drawn from `seed`.
+
+    `unfenced_copies` lets wgmma read what cp.async wrote without a proxy fence: Triton 3.6 leaves the fence out.
+    """
     torch.set_num_threads(1)
     began = time.perf_counter()
     order = np.random.default_rng(seed) if warps else None
     ratio, what, problem = float("inf"), "", ""
     inputs = make(case)
     with absent_card(case.capability, order) as card:
+        card.copies_need_fence = not unfenced_copies
         try:
             worst = max(check(case, inputs, card), key=lambda one: one.ratio)
             ratio, what = worst.ratio, worst.what

@@ -77,10 +77,14 @@ def test_nan_and_inf_activations_spoil_their_own_row_alone(capability):
     assert torch.equal(half.isfinite().logical_not().all(1), bad) and half[~bad].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("units", [-2, 0, 2])
-def test_codes_are_the_twins_whatever_an_approximate_division_gives(units):
-    """Compiled code multiplies and rounds in one fused step, as the twin does, and divides as IEEE says."""
-    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1))
+def test_codes_are_the_twins_whatever_an_approximate_division_gives(units, dtype):
+    """Compiled code multiplies and rounds in one fused step, as the twin does, and divides as IEEE says.
+
+    Quotients of bfloat16 x often meet a tie, where any other order of rounding gives another code.
+    """
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(1)).to(dtype)
     with absent_card(89, division_error=units) as card:
         codes, scale = int8.quantize_activation(x, 128)
         counts = card.launches[0][1]
@@ -99,8 +103,7 @@ def test_weight_codes_against_the_twin_with_divisions_off():
         assert found[1].ratio <= 1
 
 
-@pytest.mark.parametrize("name, row_bytes", [("Q6_K", 2520), ("Q3_K", 1320)])
-@pytest.mark.parametrize("m", [2, 5, 70])
+@pytest.mark.parametrize("name, row_bytes, m", [("Q6_K", 2520, 2), ("Q6_K", 2520, 5), ("Q3_K", 1320, 33)])
 def test_rows_that_start_at_8_byte_addresses(name, row_bytes, m):
     """Every second row of these starts between two 16-byte addresses, and no wide load may assume otherwise."""
     fmt, k = FORMATS[name], 3072
