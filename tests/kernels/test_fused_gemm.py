@@ -96,9 +96,9 @@ def test_no_rows_of_x_and_an_output_no_store_may_miss(device, monkeypatch):
     fmt = FORMATS["Q8_0"]
     data, _ = finite_rows("Q8_0", 19)
     assert launch(torch.empty(0, 512), data, fmt, device=device).shape == (0, 19)
-    guarded = torch.full((3 * 19 + 64,), float("nan"), device=device)
+    guarded = torch.full((3 * 19 + 64,), float("nan"), dtype=torch.float16, device=device)
     monkeypatch.setattr(kernels.torch, "empty", lambda *shape, **_: guarded[: 3 * 19].view(3, 19))
-    kernels.linear(torch.ones(3, 512, device=device), data.to(device), None, fmt, "exact")
+    kernels.linear(torch.ones(3, 512, dtype=torch.float16, device=device), data.to(device), None, fmt, "exact")
     assert guarded[: 3 * 19].isfinite().all()
     assert guarded[3 * 19 :].isnan().all()
 
