@@ -82,13 +82,20 @@ def test_both_ways_to_load_x_are_tried(name, card):
 SHAPES = [(128, 256), (256, 128)]
 SPILLS = """
 import json
-from bench.aot.compile import compile_fused, compile_int8
+from bench.aot.compile import compile_launch
+from bench.aot.launches import launched
+from flux_kernels.formats import FORMATS
+from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tuning import Tile
 
+def spills(compute, name, capability, algorithm, tile):
+    found = launched(compute, FORMATS[name], (4608, 3072, 3072), "bf16", False, Choice(algorithm, tile, ""))
+    return max(compile_launch(one, capability).code.spills for one in found if "gemm" in one.name)
+
 print(json.dumps([
-    *(compile_int8(capability, Tile(*shape, 128, 8, 3), row_scales=rows).code.spills
-      for capability in (86, 90) for shape in {shapes} for rows in (False, True)),
-    compile_fused("Q8_0", 86, Tile(128, 256, 128, 8, 2, ldmatrix=True)).code.spills,
+    *(spills("int8", "Q4_K", capability, algorithm, Tile(*shape, 128, 8, 3))
+      for capability in (86, 90) for shape in {shapes} for algorithm in ("two_stage", "row_scales")),
+    spills("exact", "Q8_0", 86, "fused", Tile(128, 256, 128, 8, 2, ldmatrix=True)),
 ]))
 """
 
