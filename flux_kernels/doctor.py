@@ -27,6 +27,7 @@ class Package:
     needed: bool = True
 
 
+_FENCED_TRITON = (3, 7)
 _ALL = install_command()
 PACKAGES = (
     Package("torch", "everything", _ALL),
@@ -199,9 +200,23 @@ def _device_fact(device: torch.device) -> DeviceFact:
 def _advice(packages: list[PackageFact]) -> list[str]:
     advice = [f"{p.name} is missing ({p.purpose}): {p.command}" for p in packages if p.version is None and p.needed]
     if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
-        return advice
+        return [*advice, *_compiler_advice()]
     if torch.version.cuda or torch.version.hip:
         why = "this torch was built for one, so the driver is missing, too old, or the card is hidden (CUDA_VISIBLE_DEVICES)"
     else:
         why = "this torch is a CPU build; for an NVIDIA card install the CUDA build that torch's own installation page names"
     return [*advice, f"No GPU is seen, everything runs on the torch backend on the CPU: {why}."]
+
+
+def _compiler_advice() -> list[str]:
+    """Warn of a Triton whose code for the card at hand is known to lack something (docs/decisions/ptx-interpreter.md)."""
+    triton = _version("triton")
+    if triton is None or torch.version.hip or not torch.cuda.is_available():
+        return []
+    major_minor = tuple(int(part) for part in triton.split(".")[:2])
+    if torch.cuda.get_device_capability()[0] != 9 or major_minor >= _FENCED_TRITON:
+        return []
+    return [
+        f"Triton {triton} leaves out a memory fence that Hopper asks for between a copy and a product, so results could be wrong there: "
+        "install 3.7.1 or newer with the torch that goes with it."
+    ]

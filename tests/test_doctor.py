@@ -54,3 +54,21 @@ def test_no_gpu_says_why(monkeypatch, cuda, reason):
 
 def test_diagnosis_is_plain_data():
     assert json.loads(json.dumps(asdict(doctor.diagnose())))["python"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "warned"),
+    [
+        ((9, 0), "3.6.0", True),
+        ((9, 0), "3.7.1", False),
+        ((9, 0), "3.10.0", False),
+        ((8, 9), "3.6.0", False),
+        ((9, 0), None, False),
+    ],
+)
+def test_a_triton_that_leaves_out_hoppers_fence_is_named(monkeypatch, capability, triton, warned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(doctor, "_version", lambda name: triton)
+    assert bool(doctor._compiler_advice()) == warned
+    assert all(f"Triton {triton}" in line and "3.7.1" in line for line in doctor._compiler_advice())
