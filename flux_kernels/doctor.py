@@ -216,7 +216,8 @@ def _compiler_advice() -> list[str]:
     major_minor = tuple(int(part) for part in triton.split(".")[:2])
     if torch.cuda.get_device_capability()[0] != 9 or major_minor >= _FENCED_TRITON:
         return []
-    return [
+    line = (
         f"Triton {triton} leaves out a memory fence that Hopper asks for between a copy and a product, so results could be wrong there: "
         "install 3.7.1 or newer with the torch that goes with it."
-    ]
+    )
+    return [line]
