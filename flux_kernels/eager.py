@@ -21,6 +21,7 @@ from .compute import WEIGHT_ONLY_M
 
 _WIDEST_LOAD = 16  # bytes
 _DEVICES = frozenset({"cpu", "cuda", "xpu"})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _MOST = 4096  # kinds of calls that are remembered
 
 Call = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -37,7 +38,7 @@ def linear(
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute what `torch.ops.flux_kernels.linear` computes, with the same errors; row_scale is the layer's own."""
-    if not torch.compiler.is_compiling() and not watched(x, bias) and data.data_ptr() % _WIDEST_LOAD == 0:
+    if not torch.compiler.is_compiling() and not watched(x, bias, data) and data.data_ptr() % _WIDEST_LOAD == 0:
         call = prepared(x, data, bias, format, backend, compute, planes)
         if call is not None:
             return call(x, data, bias, row_scale)
@@ -59,10 +60,12 @@ def dispatched(
     return torch.ops.flux_kernels.linear(x, *packed, None, None, None, None, row_scale)
 
 
-def watched(x: Tensor, bias: Tensor | None) -> bool:
+def watched(x: Tensor, bias: Tensor | None, data: Tensor) -> bool:
     """Tell whether anything but the result could depend on the op being called."""
     return (
         type(x) is not Tensor
+        or type(data) not in _PLAIN
+        or (bias is not None and type(bias) not in _PLAIN)
         or x.device.type not in _DEVICES
         or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         or torch.is_autocast_enabled(x.device.type)
@@ -87,7 +90,7 @@ class Prepared:
     ) -> Call | None:
         """Return what computes calls like this one."""
         about_bias = None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device)
-        key = (x.shape, x.stride(), x.dtype, x.device, data.shape, data.stride(), data.device, about_bias)
+        key = (x.shape, x.stride(), x.dtype, x.device, data.shape, data.stride(), data.dtype, data.device, about_bias)
         key += (format, backend, compute, planes)
         try:
             return self._calls[key]

@@ -79,6 +79,9 @@ class KeepsRowScale(nn.Module):
                 held.copy_(scale)  # where CUDA graphs captured before read it
             else:
                 self._set_row_scale(scale)
+            if scale is not None and scale.device.type == "cuda":
+                # The next call may be on a stream that does not wait for this one.
+                torch.cuda.current_stream(scale.device).synchronize()
 
 
 def _state(qweight: Tensor) -> tuple[int, int] | None:

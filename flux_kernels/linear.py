@@ -78,6 +78,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
         else:
             self.bias = nn.Parameter(bias, requires_grad=False)
         self.qweight = nn.Parameter(qweight, requires_grad=False)
+        _upload_table(fmt, qweight)
         self._no_branch()
 
     @classmethod
@@ -200,8 +201,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
         """
         fmt = get_format(self.format)
         wanted = wants_planes(self.backend, self.qweight.device, fmt)
-        if fmt.table is not None and self.qweight.device.type == "cuda":
-            fmt.table_on(self.qweight.device)  # now, not at a first call inside a CUDA graph's private pool
+        _upload_table(fmt, self.qweight)
         if wanted != self.planes and self.qweight.device.type != "meta":
             rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
             self.qweight = nn.Parameter(rearrange(self.qweight.detach()), requires_grad=False)
@@ -313,3 +313,9 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
             return f" ({resolve(self.backend, self.compute, device, get_format(self.format)).name} on {device})"
         except BackendUnavailable:
             return f" (none on {device})"
+
+
+def _upload_table(fmt: BlockFormat, qweight: Tensor) -> None:
+    """Put a format's lookup table where the rows are: now, not at a first call inside a CUDA graph's private pool."""
+    if fmt.table is not None and qweight.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        fmt.table_on(qweight.device)

@@ -102,6 +102,13 @@ def tune(
                     log.warning("%s", error)
                     failed = error
                     continue
+                except Exception as error:  # noqa: BLE001  no memory for the operands, a launch that ends the device
+                    log.warning("%s: %s", job, said(error))
+                    failed = BackendUnavailable(f"{job} could not be measured on {device}: {said(error)}")
+                    if _device_is_lost(device):
+                        log.warning("%s answers no more; the rows measured so far are saved. Start again to go on.", device)
+                        break
+                    continue
                 row = found[0]
                 _replace(record, found)
                 record.save(path)
@@ -111,6 +118,17 @@ def tune(
     if failed is not None and not done:
         raise failed
     return path
+
+
+def _device_is_lost(device: torch.device) -> bool:
+    """Tell whether an earlier error, such as an illegal address, has ended this process's use of the device."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:  # noqa: BLE001
+        return True
+    return False
 
 
 def _replace(record: TuningRecord, rows: list[TuningRow]) -> None:
@@ -253,11 +271,14 @@ class _Operands:
         """Return what computes the call in one way."""
         module, chosen = _MODULES[self.job.compute], Choice(candidate.algorithm, candidate.tile, "", candidate.rows)
         added = self.branch if branch else None
+        kept = {}
+        if candidate.algorithm == "row_scales":  # a layer finds them once and keeps them
+            kept = dict(row_scale=int8.row_scale(self.weight, self.fmt, self.fmt.planes))
 
         def run() -> Tensor:
             y = torch.empty(self.job.m, self.job.n, dtype=self.dtype, device=self.device)
             with device_of(y):
-                module.linear(self.x, self.weight, self.bias, y, self.fmt, self.fmt.planes, added, choice=chosen)
+                module.linear(self.x, self.weight, self.bias, y, self.fmt, self.fmt.planes, added, choice=chosen, **kept)
             return y
 
         return run

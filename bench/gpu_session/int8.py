@@ -28,8 +28,8 @@ _TILES = tuple(
     for stages in (3, 4)
 )
 # Clocks of a multiprocessor for a 128 x 128 x 128 step, read off the machine code: products alone, and with the conversions that
-# wait for them (docs/decisions/gpu-session.md).
-_CLOCKS = {"none": 512, "rows": 860, "groups": 1170}
+# wait for them (docs/decisions/predictions.md).
+_CLOCKS = {"none": 512, "rows": 956, "groups": 1300}
 _GHZ = 1.755
 _FORMAT = "Q4_K"
 
@@ -78,11 +78,18 @@ def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     """Time the mode as shipped beside its rivals: bf16 and int8 products of torch's own."""
     rates, fmt = session.rates, FORMATS[_FORMAT]
     x, w, bias = session.activations(m, k), session.activations(n, k), session.bias(n)
-    turns = cycle(session.weights(_FORMAT, n, k))
+    weights = session.weights(_FORMAT, n, k)
+    turns = cycle(weights)
     x8, w8 = _codes(session, m, n, k)
     around = moved_ms(rates, 3 * m * k) + read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
     shipped = modelled_ms(rates, "int8", _FORMAT, m, n, k) or product_clock_ms(session, m, n, k, "rows") + around
-    yield Case(_key("shipped", m, n, k), lambda: kernels.linear(x, next(turns), bias, fmt, "int8", fmt.planes), shipped)
+    kept = {id(one): kernels.row_scale(one, fmt, fmt.planes) for one in weights}  # as a layer keeps them
+
+    def layer() -> torch.Tensor:
+        one = next(turns)
+        return kernels.linear(x, one, bias, fmt, "int8", fmt.planes, row_scale=kept[id(one)])
+
+    yield Case(_key("shipped", m, n, k), layer, shipped)
     yield Case(_key("bf16 torch", m, n, k), lambda: F.linear(x, w, bias), product_ms(rates, m, n, k))
     yield Case(_key("_int_mm", m, n, k, "none"), lambda: torch._int_mm(x8, w8.T), product_ms(rates, m, n, k, speed=1.5))
 

@@ -29,7 +29,7 @@ class Section:
 
 
 def correctness(session: Session) -> None:
-    """Run the tests that a bare machine can in parallel, to the end; the report is a JUnit file."""
+    """Run the tests that a bare machine can in parallel, to the end. Outcomes are lines of the log as they come; the report is a JUnit file."""
     report = f"--junitxml={session.out / 'junit.xml'}"
     wanted = ["-m", "gpu and not slow", _TESTS, "--no-header", "-p", "no:cacheprovider", report]
     if session.dry:
@@ -37,7 +37,7 @@ def correctness(session: Session) -> None:
 
         tests(session, [*wanted, *(["-k", "Q4_K"] if session.reduced else [])])
         return
-    check([sys.executable, "-m", "pytest", "-q", *wanted, "-n", str(_WORKERS), "--dist", "worksteal"])
+    check([sys.executable, "-m", "pytest", "-v", "--tb=line", *wanted, "-n", str(_WORKERS), "--dist", "worksteal"])
 
 
 def linears(session: Session) -> None:

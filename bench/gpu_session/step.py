@@ -102,8 +102,8 @@ def _checked(session: Session, oracle: Oracle, provider: str) -> tuple[float, fl
 
 def _profile(session: Session, call: Callable[[], object], name: str) -> None:
     """Write the profiler's table of kernels by GPU time, and the trace."""
-    # torch.profiler.profile would do the same and import torch's compiler first, which takes seconds.
-    with torch.autograd.profiler.profile(use_device=None if session.dry else "cuda") as profiler:
+    # What torch.profiler.profile uses, without importing torch's compiler first, which takes seconds; kernels are Kineto's to see.
+    with torch.autograd.profiler.profile(use_device=None if session.dry else "cuda", use_kineto=True) as profiler:
         call()
         torch.cuda.synchronize()
     by = "self_cpu_time_total" if session.dry else "self_device_time_total"

@@ -26,6 +26,7 @@ _HIDDEN = {
     "gate",
 }
 _ROWS = {"ceilings": 26, "two_stage": 30, "int8": 24, "sweep": 36, "small_m": 20, "tuning": 12, "step": 16}
+_TESTS_SHOWN = 20
 _COMPILE_SECONDS = 0.9  # of a kernel on one core, the mean of 60 for sm_90
 _PROCESSES = 16
 _START_SECONDS = 3.0  # of a section's process: CUDA, cuBLAS
@@ -34,6 +35,7 @@ _START_SECONDS = 3.0  # of a section's process: CUDA, cuBLAS
 def write(out: Path, path: Path, ended: dict[str, str]) -> str:
     """Write the summary and return it: outcomes, then each table's rows, as many as fit."""
     parts = [" ".join(f"{name}={outcome}" for name, outcome in ended.items())]
+    parts += _failed_tests(out)
     for name, most in _ROWS.items():
         file = out / f"{name}.csv"
         if file.exists():
@@ -41,6 +43,15 @@ def write(out: Path, path: Path, ended: dict[str, str]) -> str:
     text = "\n".join(parts)
     path.write_text(text)
     return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 40] + "\n... the rest is in summary.txt"
+
+
+def _failed_tests(out: Path) -> list[str]:
+    """Return the names of the tests that failed, as the log of the correctness section has them while it runs."""
+    logs = sorted(out.glob("correctness*.log"))
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    failed = dict.fromkeys(words[-1] for line in lines if "FAILED" in line and (words := line.split()))
+    shown = list(failed)[:_TESTS_SHOWN]
+    return [f"## {len(failed)} tests failed", *(f"! {name[-110:]}" for name in shown)] if failed else []
 
 
 def table(name: str, rows: list[dict], most: int) -> str:

@@ -24,7 +24,7 @@ def jobs() -> list[Job]:
 
 
 def run(session: Session) -> None:
-    """Write tuning.json, the record, and tuning.csv with a row for each call."""
+    """Write records/tuning.json, and tuning.csv with a row for each call."""
     table = session.table("tuning", KEY)
     count = 40
 
@@ -53,4 +53,4 @@ def run(session: Session) -> None:
     options, todo = (dict(limit=2), jobs()[:3]) if session.reduced else ({}, jobs())
     # Processes that compile take a quarter of a minute to start: only where kernels were not carried.
     options["processes"] = 1 if session.dry or session.carried else os.cpu_count()
-    tune(todo, torch.device("cuda"), path=session.out / "tuning.json", minutes=minutes, on_row=show, **options)
+    tune(todo, torch.device("cuda"), path=session.out / "records" / "tuning.json", minutes=minutes, on_row=show, **options)

@@ -128,16 +128,10 @@ def _diffusers_compiled(problem: Problem):
 
 def _ours(compute: str):
     def make(problem: Problem):
-        from .. import ops
+        from ..linear import GGUFLinear
 
-        backend = "torch" if problem.data.device.type == "cpu" else "triton"
-
-        def call(x: Tensor) -> Tensor:
-            return ops.linear(
-                x, problem.data, problem.fmt.name, problem.bias, backend=backend, compute=compute, planes=problem.planes
-            )
-
-        return call
+        names = dict(backend="torch" if problem.data.device.type == "cpu" else "triton", compute=compute, planes=problem.planes)
+        return GGUFLinear.from_packed(problem.data, problem.fmt, problem.bias, **names)  # which keeps what a layer keeps
 
     return make
 

@@ -179,6 +179,11 @@ class BlockFormat:
             raise FormatError(f"{self.name} has no lookup table.")
         if device in tables:
             return tables[device]
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise FormatError(
+                f"{self.name}'s lookup table is not on {device} yet and cannot be copied there while a CUDA graph is captured. "
+                "Call the layer once before the capture."
+            )
         table = tables[torch.device("cpu")].to(device)
         if type(table) is Tensor:  # and not the fake one of a trace
             tables[device] = table
