@@ -125,7 +125,11 @@ def generate(
     ] = False,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.", rich_help_panel=_RUN)] = "auto",
     compute: Annotated[
-        str, typer.Option(help="exact, fp16_accumulate or int8: less exact, meant to be faster.", rich_help_panel=_RUN)
+        str,
+        typer.Option(
+            help="exact, fp16_accumulate or int8: less exact, meant to be faster on GeForce cards (int8 of Q6_K and Q8_0 may be slower on an H100).",
+            rich_help_panel=_RUN,
+        ),
     ] = "exact",
     dtype: Annotated[Dtype, typer.Option(help="Of activations, text encoders and VAE.", rich_help_panel=_RUN)] = Dtype.bfloat16,
     out: Annotated[
