@@ -13,7 +13,7 @@ from flux_kernels.kernels.choice import default_choice
 from flux_kernels.kernels.launching import format_constants
 from flux_kernels.kernels.small_m_codes import code_constants, small_m_codes_kernel
 from flux_kernels.kernels.tuning import CODES_M, small_m_tile
-from flux_kernels.tune_candidates import candidates
+from flux_kernels.tune_candidates import Call, candidates
 
 from .samples import finite_rows
 
@@ -139,8 +139,8 @@ def test_where_codes_are_multiplied():
 
 def test_tuning_tries_both_kernels_and_codes_on_tensor_cores_only():
     def heights(capability) -> set[int]:
-        tried = candidates("exact", FORMATS["Q4_K"], 1, 18432, 3072, capability, 82)
-        return {tile.block_m for algorithm, tile in tried if algorithm == "small_m"}
+        tried = candidates("exact", Call(FORMATS["Q4_K"], 1, 18432, 3072, capability, 82))
+        return {one.tile.block_m for one in tried if one.algorithm == "small_m"}
 
     assert heights((8, 6)) == {1, CODES_M}
     assert heights((7, 5)) == {1}
