@@ -86,6 +86,8 @@ _BRANCH_CHANGES: dict[tuple, dict] = {
     ("fp16_gemm", "Q4_K", (8, 0)): dict(block_m=128, block_n=64),
     ("fp16_gemm", "Q5_K", (8, 0)): dict(block_m=128, block_n=64),
 }
+# Where it makes the narrow tile spill (2 to 4 accesses on sm_80 to sm_89), and on sm_80 the medium one: (format, rows of x) -> warps.
+_LOW_BRANCH_WARPS = {("IQ1_S", 16): 8, ("IQ2_XS", 16): 8, ("TQ1_0", 16): 8, ("IQ1_S", 64): 8}
 # As a part of split-K IQ4_XS's wide tile spills on sm_120.
 _SPLIT_K_EXCEPTIONS = {"IQ4_XS": Tile(block_m=128, block_n=64, tile_k=256, num_warps=8, num_stages=2)}
 
@@ -188,6 +190,9 @@ def _wide_tile(fmt: BlockFormat) -> Tile:
 def branch_tile(kernel: str, fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None) -> Tile:
     """Return the tile with which "fused_gemm" or "fp16_gemm" runs with a low-rank branch where it has `tile` without one."""
     changes = _BRANCH_CHANGES.get((kernel, fmt.name, capability), {})
+    low = _LOW_BRANCH_WARPS.get((fmt.name, tile.block_m)) if kernel == "fused_gemm" and tile.num_stages == 2 else None
+    if low is not None:
+        return replace(tile, num_warps=low)
     if tile.block_m < _MEDIUM.block_m or tile.tile_k < changes.get("tile_k", 0):
         return tile
     return replace(tile, **changes)
