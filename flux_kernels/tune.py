@@ -30,7 +30,7 @@ from .kernels.launching import capability_of, device_of
 from .kernels.record import TuningRecord, TuningRow, kernel_hash, record_path
 from .random_rows import random_rows
 from .tune_candidates import Call, Candidate, candidates
-from .tune_compile import Compilers, Spills, said
+from .tune_compile import Compilers, Spills, device_is_lost, said
 
 WRONG = 0.03  # relative error above which a candidate is broken; int8's own error on gaussian data is 0.01
 BRANCH_RANK = 16
@@ -105,7 +105,7 @@ def tune(
                 except Exception as error:  # noqa: BLE001  no memory for the operands, a launch that ends the device
                     log.warning("%s: %s", job, said(error))
                     failed = BackendUnavailable(f"{job} could not be measured on {device}: {said(error)}")
-                    if _device_is_lost(device):
+                    if device_is_lost(device):
                         log.warning("%s answers no more; the rows measured so far are saved. Start again to go on.", device)
                         break
                     continue
@@ -118,17 +118,6 @@ def tune(
     if failed is not None and not done:
         raise failed
     return path
-
-
-def _device_is_lost(device: torch.device) -> bool:
-    """Tell whether an earlier error, such as an illegal address, has ended this process's use of the device."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except Exception:  # noqa: BLE001
-        return True
-    return False
 
 
 def _replace(record: TuningRecord, rows: list[TuningRow]) -> None:

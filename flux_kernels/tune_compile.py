@@ -10,6 +10,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from .kernels.fp16_gemm import fp16_gemm_kernel
 from .kernels.fused_gemm import fused_gemm_kernel
 from .kernels.int8_gemm import int8_gemm_kernel
@@ -78,6 +80,17 @@ def _outcome(future: Future[str]) -> str:
 def said(error: BaseException) -> str:
     """Return an error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def device_is_lost(device: torch.device) -> bool:
+    """Tell whether an earlier error, such as an illegal address, has ended this process's use of the device."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:  # noqa: BLE001
+        return True
+    return False
 
 
 class Spills:

@@ -311,3 +311,22 @@ def test_a_winner_that_is_slow_with_a_branch_has_no_row_for_it(monkeypatch):
     monkeypatch.setattr(tuning, "_working", lambda _, tried, *__, **___: dict.fromkeys(tried))
     monkeypatch.setattr(tuning, "_race", lambda runs, *_: {key: 1.0 for key in runs if key != best})
     assert tuning._with_branch(operands, best, Spills()) is None
+
+
+def test_an_error_outside_a_candidate_costs_its_call_alone(tmp_path, monkeypatch):
+    """No memory for a call's operands: one log line, the other calls are measured; a device that is lost ends the run, its rows saved."""
+    made = tuning._Operands
+
+    def operands(job, *rest):
+        if job.m == 17:
+            raise torch.OutOfMemoryError("no memory")
+        return made(job, *rest)
+
+    monkeypatch.setattr(tuning, "_Operands", operands)
+    jobs = [Job("exact", "Q8_0", m, 32, 64) for m in (17, 1)]
+    path = tune(jobs, torch.device("cpu"), path=tmp_path / "record.json", dtype=torch.float32, processes=1)
+    assert {row.m for row in TuningRecord.load(path).rows.values()} == {1}
+    monkeypatch.setattr(tuning, "device_is_lost", lambda device: True)
+    with pytest.raises(BackendUnavailable, match="could not be measured"):
+        tune(jobs, torch.device("cpu"), path=tmp_path / "other.json", dtype=torch.float32, processes=1)
+    assert not (tmp_path / "other.json").exists()
