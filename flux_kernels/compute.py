@@ -16,6 +16,7 @@ GROUP = 128  # weights and activations that share one int8 scale along K, where 
 PROMOTE_K = 64  # products summed in fp16 before they are added in float32
 # Calls of so few rows (modulation, time embedding) are bound by reading the weight: every mode runs them as "exact".
 WEIGHT_ONLY_M = 16
+WIDEST_LOAD = 16  # bytes: what kernels assume of the address of the first packed row
 TENSOR_CORE_CAPABILITY = (8, 0)  # NVIDIA compute capability from which Triton has tensor-core code
 # Cards whose tensor cores leave few arithmetic instructions per product, so that a fused decode cannot hide at large M, and which
 # multiply fp16 as fast with float32 accumulation as with fp16: A100, H100 and H200, B200, B300, Thor.

@@ -17,46 +17,28 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from . import ops
 from .backends import resolve
-from .compute import WEIGHT_ONLY_M
+from .compute import WIDEST_LOAD
 
-_WIDEST_LOAD = 16  # bytes
 _DEVICES = frozenset({"cpu", "cuda", "xpu"})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _MOST = 4096  # kinds of calls that are remembered
 
-Call = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+Packed = tuple[Tensor, Tensor | None, str, str, str, bool]  # data, bias, format, backend, compute, planes, as the op takes them
+Call = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]  # x, data, bias, row_scale
 
 
-def linear(
-    x: Tensor,
-    data: Tensor,
-    bias: Tensor | None,
-    format: str,
-    backend: str,
-    compute: str,
-    planes: bool,
-    row_scale: Tensor | None = None,
-) -> Tensor:
+def linear(x: Tensor, packed: Packed, row_scale: Tensor | None = None) -> Tensor:
     """Compute what `torch.ops.flux_kernels.linear` computes, with the same errors; row_scale is the layer's own."""
-    if not torch.compiler.is_compiling() and not watched(x, bias, data) and data.data_ptr() % _WIDEST_LOAD == 0:
-        call = prepared(x, data, bias, format, backend, compute, planes)
+    data, bias, *_ = packed
+    if not torch.compiler.is_compiling() and not watched(x, bias, data) and data.data_ptr() % WIDEST_LOAD == 0:
+        call = prepared(x, packed)
         if call is not None:
             return call(x, data, bias, row_scale)
-    return dispatched(x, data, bias, format, backend, compute, planes, row_scale)
+    return dispatched(x, packed, row_scale)
 
 
-def dispatched(
-    x: Tensor,
-    data: Tensor,
-    bias: Tensor | None,
-    format: str,
-    backend: str,
-    compute: str,
-    planes: bool,
-    row_scale: Tensor | None = None,
-) -> Tensor:
+def dispatched(x: Tensor, packed: Packed, row_scale: Tensor | None) -> Tensor:
     """Call the op."""
-    packed = (data, bias, format, backend, compute, planes)
     return torch.ops.flux_kernels.linear(x, *packed, None, None, None, None, row_scale)
 
 
@@ -85,17 +67,15 @@ class Prepared:
         self._calls: dict[tuple, Call | None] = {}
         self.cache_clear = self._calls.clear
 
-    def __call__(
-        self, x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: str, compute: str, planes: bool
-    ) -> Call | None:
+    def __call__(self, x: Tensor, packed: Packed) -> Call | None:
         """Return what computes calls like this one."""
+        data, bias, *names = packed
         about_bias = None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device)
-        key = (x.shape, x.stride(), x.dtype, x.device, data.shape, data.stride(), data.dtype, data.device, about_bias)
-        key += (format, backend, compute, planes)
+        key = (x.shape, x.stride(), x.dtype, x.device, data.shape, data.stride(), data.dtype, data.device, about_bias, *names)
         try:
             return self._calls[key]
         except KeyError:
-            call = _prepare(x, data, bias, format, backend, compute, planes)
+            call = _prepare(x, packed)
             if len(self._calls) >= _MOST:
                 self.cache_clear()
             self._calls[key] = call
@@ -105,9 +85,8 @@ class Prepared:
 prepared = Prepared()
 
 
-def _prepare(
-    x: Tensor, data: Tensor, bias: Tensor | None, format: str, backend: str, compute: str, planes: bool
-) -> Call | None:
+def _prepare(x: Tensor, packed: Packed) -> Call | None:
+    data, bias, format, backend, compute, planes = packed
     fmt, n = ops.check_linear(x, data, bias, format, backend, compute)
     k = x.shape[-1]
     m = x.numel() // k
@@ -126,13 +105,10 @@ def _prepare(
         run = kernels.prepare(problem, compute)
     shape, dtype, device, flat = (*x.shape[:-1], n), x.dtype, x.device, x.dim() == 2
 
-    takes_scale = compute == "int8" and m > WEIGHT_ONLY_M
-
     def call(x: Tensor, data: Tensor, bias: Tensor | None, row_scale: Tensor | None) -> Tensor:
         y = torch.empty((m, n), dtype=dtype, device=device)
         with device_of(data):
-            tensors = (x if flat else x.view(m, k), data, bias, y, None)
-            run(*tensors, row_scale) if takes_scale else run(*tensors)
+            run(x if flat else x.view(m, k), data, bias, y, None, row_scale)
         return y if flat else y.view(shape)
 
     return call

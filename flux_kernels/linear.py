@@ -162,7 +162,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
         """Compute x @ W.T + bias + branch: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
         packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
         if self.low_rank_down is None and self.outlier_index is None:
-            return eager.linear(input, *packed, self._kept_row_scale())
+            return eager.linear(input, packed, self._kept_row_scale())
         hidden = self._hidden(input)
         up = None if self.low_rank_up is None or hidden is None else self.low_rank_up.to(hidden.dtype)
         extra = (hidden, up, self.outlier_index, self.outlier_weight, self._kept_row_scale())

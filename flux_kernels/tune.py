@@ -98,13 +98,11 @@ def tune(
                 refused = _compile_all(compilers, job, device, dtype, limit) if compilers else frozenset()
                 try:
                     found = tune_call(job, device, dtype, limit, refused, spills)
-                except BackendUnavailable as error:
-                    log.warning("%s", error)
-                    failed = error
-                    continue
                 except Exception as error:  # noqa: BLE001  no memory for the operands, a launch that ends the device
-                    log.warning("%s: %s", job, said(error))
-                    failed = BackendUnavailable(f"{job} could not be measured on {device}: {said(error)}")
+                    failed = error
+                    if not isinstance(error, BackendUnavailable):
+                        failed = BackendUnavailable(f"{job} could not be measured on {device}: {said(error)}")
+                    log.warning("%s", failed)
                     if device_is_lost(device):
                         log.warning("%s answers no more; the rows measured so far are saved. Start again to go on.", device)
                         break

@@ -115,7 +115,7 @@ def _fused(call: Call) -> Iterator[Candidate]:
 
 
 def _splits(call: Call, tile: Tile) -> Iterator[Candidate]:
-    tiles = -(-call.m // tile.block_m) * -(-call.n // tile.block_n)
+    tiles = tile.programs(call.m, call.n)
     if tile.num_stages > _LEAST_STAGES or tiles >= _FEW_WAVES * call.processors:
         return
     for splits in _SPLITS:

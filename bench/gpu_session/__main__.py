@@ -138,9 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * options.minutes
     for folder in (options.out, options.results):
         folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault(
-        "FLUX_KERNELS_TUNING", str(options.out.resolve() / "records")
-    )  # so that what is tuned here is used here
+    records = options.out.resolve() / "records"
+    os.environ.setdefault("FLUX_KERNELS_TUNING", str(records))  # so that what is tuned here is used here
     if options.dry_run:
         return dry_run(options)
     manifest = cache.take_over(options.archive, cache.FOLDER, seconds=60)

@@ -17,6 +17,7 @@ from flux_kernels import kernels
 from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8
+from flux_kernels.kernels.chunks import waves
 from flux_kernels.kernels.problem import Problem
 from flux_kernels.kernels.tuning import Tile
 
@@ -46,9 +47,7 @@ def run(session: Session) -> None:
 
 def product_clock_ms(session: Session, m: int, n: int, k: int, scales: str) -> float:
     """Predict the int8 product by the clocks of its loop and whole waves of tiles."""
-    tiles = -(-m // 128) * -(-n // 128)
-    waves = -(-tiles // session.rates.processors)
-    return waves * (k / 128) * _CLOCKS[scales] / _GHZ / 1e6
+    return waves(m, n, None, session.rates.processors) * (k / 128) * _CLOCKS[scales] / _GHZ / 1e6
 
 
 def _key(what: str, m: int, n: int, k: int, scales: str = "", tile: Tile | str = "") -> dict:

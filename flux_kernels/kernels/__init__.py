@@ -26,7 +26,6 @@ from ..formats import BlockFormat
 from ..low_rank import Branch
 from . import exact, fp16_accumulate, int8, two_stage
 from .choice import choose
-from .exact import Run
 from .launching import aligned, device_of
 from .problem import Problem
 
@@ -81,12 +80,13 @@ def row_scale(data: Tensor, fmt: BlockFormat, planes: bool = False) -> Tensor | 
         return int8.row_scale(aligned(data), fmt, planes)
 
 
-def prepare(problem: Problem, compute: str) -> Run:
-    """Return what writes x [M, K] @ decode(data).T + bias to y [M, N] in a compute mode, M and N at least 1.
+def prepare(problem: Problem, compute: str) -> int8.Run:
+    """Return what writes x [M, K] @ decode(data).T + bias + branch to y [M, N] in a compute mode, M and N at least 1.
 
-    The tensors it is given later are what `problem` says, contiguous, data at a 16-byte address, on the current device.
+    It takes (x, data, bias, y, branch, row_scale), whatever the mode makes of the last. The tensors it is given later are what `problem` says, contiguous, data at a 16-byte address, on the current device.
     """
     compute = compute if problem.m > WEIGHT_ONLY_M else "exact"
     shape = problem.m, problem.n, problem.k
     choice = choose(compute, problem.fmt, *shape, problem.device, problem.dtype, problem.rank > 0)
-    return _MODES[compute].prepare(problem, choice)
+    run = _MODES[compute].prepare(problem, choice)
+    return run if compute == "int8" else lambda x, data, bias, y, branch, _: run(x, data, bias, y, branch)

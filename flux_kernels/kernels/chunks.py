@@ -8,8 +8,6 @@ docs/decisions/chunks.md). So chunks only bound the scratch's memory.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 MOST_SCRATCH = 256 << 20  # bytes of one unpacked weight: twice the largest of FLUX.1 in 16 bit (fused linear1, 126 MiB)
 _TILE = 128  # rows and columns of y that a multiprocessor computes at a time, here and in cuBLAS
 
@@ -70,7 +68,6 @@ def _balanced(n: int, parts: int) -> int:
     return -(-n // (parts * _TILE)) * _TILE
 
 
-@lru_cache
-def _wave_rows(m: int, processors: int | None, least_waves: int = 2) -> int:
-    """Return the fewest rows whose tiles fill `least_waves` waves."""
-    return _TILE * -(-least_waves * (processors or 1) // tiles(m))
+def _wave_rows(m: int, processors: int | None) -> int:
+    """Return the fewest rows whose tiles fill two waves."""
+    return _TILE * -(-2 * (processors or 1) // tiles(m))

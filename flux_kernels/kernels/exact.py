@@ -14,7 +14,7 @@ from ..low_rank import Branch
 from . import two_stage
 from .choice import Choice, choose
 from .fused_gemm import fused_gemm_kernel
-from .launching import Launch, all_aligned, pointers
+from .launching import Launch, all_aligned, pointers, table_of
 from .problem import Problem
 from .small_m import small_m_kernel
 from .small_m_codes import code_constants, small_m_codes_kernel
@@ -49,19 +49,13 @@ def prepare(problem: Problem, choice: Choice) -> Run:
 
 
 def _small_m(problem: Problem, choice: Choice) -> Run:
-    tile, table = choice.tile, problem.table
+    tile = choice.tile
     if tile.block_m > 1 and problem.dtype != torch.float32:
         return _small_m_codes(problem, tile)
     grid = (triton.cdiv(problem.n, tile.block_n), problem.m)
     constants = problem.format_constants | dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
     integers = (problem.n, problem.rank, problem.stride)
-    launch = Launch(small_m_kernel, grid, integers, constants, dict(num_warps=tile.num_warps))
-
-    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
-        hidden, up, _ = pointers(branch)
-        launch(all_aligned(x, data, bias, hidden, up, y), x, data, data if table is None else table, bias, hidden, up, y)
-
-    return run
+    return _one_launch(Launch(small_m_kernel, grid, integers, constants, dict(num_warps=tile.num_warps)), problem.fmt)
 
 
 def _small_m_codes(problem: Problem, tile: Tile) -> Run:
@@ -74,7 +68,7 @@ def _small_m_codes(problem: Problem, tile: Tile) -> Run:
     )
 
     def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
-        hidden, up, _ = pointers(branch)
+        hidden, up = pointers(branch)
         launch = strided
         if x.data_ptr() % _PAIR or problem.stride % 2:
             x, launch = x.clone(memory_format=torch.contiguous_format), whole
@@ -84,29 +78,33 @@ def _small_m_codes(problem: Problem, tile: Tile) -> Run:
 
 
 def _fused(problem: Problem, choice: Choice) -> Run:
-    table = problem.table
-    integers = (problem.m, problem.n, problem.rank, problem.stride)
-    launch = Launch(fused_gemm_kernel, (_tiles(problem, choice.tile),), integers, *_constants(problem, choice.tile))
+    tile, integers = choice.tile, (problem.m, problem.n, problem.rank, problem.stride)
+    grid = (tile.programs(problem.m, problem.n),)
+    return _one_launch(Launch(fused_gemm_kernel, grid, integers, _constants(problem, tile), tile.options), problem.fmt)
+
+
+def _one_launch(launch: Launch, fmt: BlockFormat) -> Run:
+    """Return what computes a product by one launch that decodes in registers."""
 
     def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
-        hidden, up, _ = pointers(branch)
-        launch(all_aligned(x, data, bias, hidden, up, y), x, data, data if table is None else table, bias, hidden, up, y)
+        hidden, up = pointers(branch)
+        launch(all_aligned(x, data, bias, hidden, up, y), x, data, table_of(fmt, data), bias, hidden, up, y)
 
     return run
 
 
 def _split_k(problem: Problem, choice: Choice) -> Run:
-    m, n, tile, table = problem.m, problem.n, choice.tile, problem.table
-    constants, options = _constants(problem, tile)
-    grid, integers = (_tiles(problem, tile), tile.splits), (m, n, problem.rank, problem.stride)
-    launch = Launch(split_k_kernel, grid, integers, constants | dict(SPLITS=tile.splits), options)
+    m, n, fmt, tile = problem.m, problem.n, problem.fmt, choice.tile
+    constants = _constants(problem, tile) | dict(SPLITS=tile.splits)
+    grid, integers = (tile.programs(m, n), tile.splits), (m, n, problem.rank, problem.stride)
+    launch = Launch(split_k_kernel, grid, integers, constants, tile.options)
     add_grid = (m, triton.cdiv(n, _ADD_BLOCK))
     add = Launch(add_splits_kernel, add_grid, (m, n), dict(SPLITS=tile.splits, BLOCK=_ADD_BLOCK))
 
     def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
-        hidden, up, _ = pointers(branch)
+        hidden, up = pointers(branch)
         partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device)
-        launch(all_aligned(x, data, hidden, up), x, data, data if table is None else table, hidden, up, partial)
+        launch(all_aligned(x, data, hidden, up), x, data, table_of(fmt, data), hidden, up, partial)
         add(all_aligned(bias, y), partial, bias, y)
 
     return run
@@ -116,15 +114,11 @@ def _two_stage(problem: Problem, choice: Choice) -> Run:
     return two_stage.prepare(problem, choice.rows)
 
 
-def _constants(problem: Problem, tile: Tile) -> tuple[dict, dict]:
-    """Return constexprs and options of a fused kernel."""
+def _constants(problem: Problem, tile: Tile) -> dict:
+    """Return the constexprs of a fused kernel."""
     ldmatrix = tile.ldmatrix and problem.dtype != torch.float32  # there are no tensor-core products in float32
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=ldmatrix)
-    return problem.format_constants | blocks, dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-
-
-def _tiles(problem: Problem, tile: Tile) -> int:
-    return triton.cdiv(problem.m, tile.block_m) * triton.cdiv(problem.n, tile.block_n)
+    return problem.format_constants | blocks
 
 
 ALGORITHMS: dict[str, Callable[[Problem, Choice], Run]] = {

@@ -7,14 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .._triton import triton
 from ..formats import BlockFormat
 from ..low_rank import Branch
 from .activations import scale_to_fp16_kernel
 from .choice import Choice, choose
 from .exact import Run
 from .fp16_gemm import fp16_gemm_kernel
-from .launching import Launch, all_aligned, pointers
+from .launching import Launch, all_aligned, pointers, table_of
 from .problem import Problem
 from .tuning import SCALE_BLOCK
 
@@ -37,19 +36,18 @@ def linear(
 @lru_cache(maxsize=4096)
 def prepare(problem: Problem, choice: Choice) -> Run:
     """Return what scales x and multiplies as chosen: everything but the tensors is looked up once."""
-    m, n, k, tile, table = problem.m, problem.n, problem.k, choice.tile, problem.table
+    m, n, k, fmt, tile = problem.m, problem.n, problem.k, problem.fmt, choice.tile
     scaling = Launch(scale_to_fp16_kernel, (m,), (problem.stride,), dict(K=k, BLOCK_K=SCALE_BLOCK))
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     blocks = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TILE_K=tile.tile_k, LDMATRIX=tile.ldmatrix)
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    gemm = Launch(fp16_gemm_kernel, grid, (m, n, problem.rank), problem.format_constants | blocks, options)
+    constants, integers = problem.format_constants | blocks, (m, n, problem.rank)
+    gemm = Launch(fp16_gemm_kernel, (tile.programs(m, n),), integers, constants, tile.options)
 
     def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
-        hidden, up, _ = pointers(branch)
+        hidden, up = pointers(branch)
         scaled = torch.empty(m, k, dtype=torch.float16, device=x.device)
         scale = torch.empty(m, dtype=torch.float32, device=x.device)
         scaling(all_aligned(x), x, scaled, scale)
-        operands = (scaled, scale, data, data if table is None else table, bias, hidden, up, y)
+        operands = (scaled, scale, data, table_of(fmt, data), bias, hidden, up, y)
         gemm(all_aligned(data, bias, hidden, up, y), *operands)
 
     return run

@@ -21,7 +21,7 @@ from .activations import quantize_activation_kernel
 from .choice import Choice, choose
 from .chunks import chunks_of
 from .int8_gemm import int8_gemm_kernel
-from .launching import Launch, all_aligned, pointers
+from .launching import Launch, all_aligned, pointers, table_of
 from .problem import Problem
 from .tuning import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
 from .unpack_int8 import row_largest_kernel, row_scale_kernel, unpack_int8_kernel
@@ -80,7 +80,7 @@ def prepare(problem: Problem, choice: Choice, outliers: bool = False) -> Run:
         row_scale: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> None:
-        hidden, up, _ = pointers(branch)
+        hidden, up = pointers(branch)
         quantized = quantize(x, keep)
         if find_row_scale is not None:
             row_scale = find_row_scale(data) if row_scale is None else row_scale
@@ -125,7 +125,7 @@ def _quantizing(
 
 def _scaling(problem: Problem) -> Callable[[Tensor], Tensor]:
     """Return what finds the scale of each packed row: float32 [N], its largest magnitude / 127, NaN for NaN and Inf."""
-    n, tile_k, table = problem.n, largest_tile_k(problem.fmt, problem.k), problem.table
+    n, fmt, tile_k = problem.n, problem.fmt, largest_tile_k(problem.fmt, problem.k)
     parts = problem.k // tile_k
     constants = problem.format_constants | dict(BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
     find_largest = Launch(row_largest_kernel, (triton.cdiv(n, UNPACK_ROWS), parts), (n,), constants)
@@ -134,7 +134,7 @@ def _scaling(problem: Problem) -> Callable[[Tensor], Tensor]:
     def run(data: Tensor) -> Tensor:
         largest = torch.empty(parts, n, dtype=torch.float32, device=data.device)
         scale = torch.empty(n, dtype=torch.float32, device=data.device)
-        find_largest(all_aligned(data), data, data if table is None else table, largest)
+        find_largest(all_aligned(data), data, table_of(fmt, data), largest)
         put_together(True, largest, scale)
         return scale
 
@@ -145,8 +145,8 @@ def _unpacking(
     problem: Problem, rows: int, group: int, rowwise: bool
 ) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """Return what unpacks packed rows to int8 codes [rows, K] and their scales, float32 [K // group, rows] or the rows' own."""
-    k, table = problem.k, problem.table
-    tile_k = max(group, largest_tile_k(problem.fmt, k))
+    k, fmt = problem.k, problem.fmt
+    tile_k = max(group, largest_tile_k(fmt, k))
     constants = problem.format_constants | dict(GROUP=group, BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
     launch = Launch(unpack_int8_kernel, (triton.cdiv(rows, UNPACK_ROWS), k // tile_k), (rows,), constants)
 
@@ -154,7 +154,7 @@ def _unpacking(
         codes = torch.empty(rows, k, dtype=torch.int8, device=data.device)
         scale = None if rowwise else torch.empty(k // group, rows, dtype=torch.float32, device=data.device)
         given = row_scale if rowwise else None
-        launch(all_aligned(data, given), data, data if table is None else table, given, codes, scale)
+        launch(all_aligned(data, given), data, table_of(fmt, data), given, codes, scale)
         return codes, given if scale is None else scale
 
     return run
@@ -163,9 +163,8 @@ def _unpacking(
 def _multiplying(problem: Problem, rows: int, tile: Tile, rowwise: bool) -> Run:
     """Return what writes the product of quantized x and `rows` rows of the weight, bias and branch to y [M, rows]."""
     constants = dict(K=problem.k, GROUP=group_width(problem.k), ROW_SCALES=rowwise, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
-    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    grid = (triton.cdiv(problem.m, tile.block_m) * triton.cdiv(rows, tile.block_n),)
-    launch = Launch(int8_gemm_kernel, grid, (problem.m, rows, problem.rank, problem.n), constants, options)
+    integers = problem.m, rows, problem.rank, problem.n
+    launch = Launch(int8_gemm_kernel, (tile.programs(problem.m, rows),), integers, constants, tile.options)
 
     def run(x_codes, x_scale, w_codes, w_scale, bias, hidden, up, y: Tensor) -> None:
         aligned = all_aligned(w_scale, bias, hidden, up, y)

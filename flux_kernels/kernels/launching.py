@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .._triton import interpreting
+from ..compute import WIDEST_LOAD
 from ..formats import BlockFormat
 from ..low_rank import Branch
 
-_WIDEST_LOAD = 16  # bytes
 _HERE = nullcontext()
 
 
@@ -56,7 +56,7 @@ class Launch:
 def all_aligned(*tensors: Tensor | None) -> bool:
     """Tell whether every tensor starts at an address that the widest load can take."""
     for tensor in tensors:  # a generator would take twice as long
-        if tensor is not None and tensor.data_ptr() % _WIDEST_LOAD:
+        if tensor is not None and tensor.data_ptr() % WIDEST_LOAD:
             return False
     return True
 
@@ -66,7 +66,7 @@ def aligned(data: Tensor) -> Tensor:
 
     Decoders read words where a block's own size allows it, which assumes that the first row is aligned; GPUs fault otherwise.
     """
-    return data if data.data_ptr() % _WIDEST_LOAD == 0 else data.clone()
+    return data if data.data_ptr() % WIDEST_LOAD == 0 else data.clone()
 
 
 def table_of(fmt: BlockFormat, data: Tensor) -> Tensor:
@@ -74,19 +74,12 @@ def table_of(fmt: BlockFormat, data: Tensor) -> Tensor:
     return fmt.table_on(data.device) if fmt.table is not None else data
 
 
-def format_constants(fmt: BlockFormat, row_bytes: int, planes: bool) -> dict:
-    """Return the constexprs of packed rows of `row_bytes` bytes."""
-    num_blocks = row_bytes // fmt.type_size
-    k = num_blocks * fmt.block_size
-    return dict(K=k, DECODE=fmt.decode_tile, NUM_BLOCKS=num_blocks, ROW_BYTES=row_bytes, PLANES=planes)
-
-
-def pointers(branch: Branch | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """Return the hidden [M, r] and up [N, r] of a branch, contiguous, and r; (None, None, 0) without one."""
+def pointers(branch: Branch | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the hidden [M, r] and up [N, r] of a branch, contiguous; (None, None) without one."""
     if branch is None:
-        return None, None, 0
+        return None, None
     hidden, up = branch
-    return hidden.contiguous(), up.contiguous(), hidden.shape[1]
+    return hidden.contiguous(), up.contiguous()
 
 
 @cache

@@ -48,11 +48,6 @@ class Problem(NamedTuple):
         )
 
     @property
-    def table(self) -> Tensor | None:
-        """The format's lookup table on the device, None where it has none."""
-        return self.fmt.table_on(self.device) if self.fmt.table is not None else None
-
-    @property
     def format_constants(self) -> dict:
         """The constexprs that a kernel takes from the format's row."""
         return dict(

@@ -26,6 +26,15 @@ class Tile:
     splits: int = 1
     ldmatrix: bool = False
 
+    def programs(self, m: int, n: int) -> int:
+        """Return how many programs compute y [M, N]."""
+        return -(-m // self.block_m) * -(-n // self.block_n)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is compiled with beside its constants."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
+
     def __str__(self) -> str:
         split = f" split {self.splits}" if self.splits > 1 else ""
         ldmatrix = " ldmatrix" if self.ldmatrix else ""
@@ -86,7 +95,7 @@ _BRANCH_CHANGES: dict[tuple, dict] = {
     ("fp16_gemm", "Q4_K", (8, 0)): dict(block_m=128, block_n=64),
     ("fp16_gemm", "Q5_K", (8, 0)): dict(block_m=128, block_n=64),
 }
-# Where it makes the narrow tile spill (2 to 4 accesses on sm_80 to sm_89), and on sm_80 the medium one: (format, rows of x) -> warps.
+# Where it makes the narrow or medium tile of two stages spill (2 to 4 accesses on sm_80 to sm_89): (format, rows of x) -> warps.
 _LOW_BRANCH_WARPS = {("IQ1_S", 16): 8, ("IQ2_XS", 16): 8, ("TQ1_0", 16): 8, ("IQ1_S", 64): 8}
 # As a part of split-K IQ4_XS's wide tile spills on sm_120.
 _SPLIT_K_EXCEPTIONS = {"IQ4_XS": Tile(block_m=128, block_n=64, tile_k=256, num_warps=8, num_stages=2)}

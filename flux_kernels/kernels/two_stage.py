@@ -17,7 +17,7 @@ from ..formats import BlockFormat
 from ..low_rank import Branch
 from .chunks import chunks_of
 from .dequantize import dequantize_kernel
-from .launching import Launch, all_aligned
+from .launching import Launch, all_aligned, table_of
 from .problem import Problem
 from .tuning import UNPACK_ROWS, largest_tile_k
 
@@ -66,13 +66,13 @@ def unpack(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool) -> 
 
 def _unpacking(problem: Problem, rows: int) -> Callable[[Tensor], Tensor]:
     """Return what decodes `rows` packed rows to [rows, K] of the problem's dtype."""
-    tile_k, table = largest_tile_k(problem.fmt, problem.k), problem.table
+    fmt, tile_k = problem.fmt, largest_tile_k(problem.fmt, problem.k)
     grid = (triton.cdiv(rows, UNPACK_ROWS), problem.k // tile_k)
     launch = Launch(dequantize_kernel, grid, (rows,), problem.format_constants | dict(BLOCK_N=UNPACK_ROWS, TILE_K=tile_k))
 
     def run(data: Tensor) -> Tensor:
         y = torch.empty(rows, problem.k, dtype=problem.dtype, device=data.device)
-        launch(all_aligned(data), data, data if table is None else table, y)
+        launch(all_aligned(data), data, table_of(fmt, data), y)
         return y
 
     return run

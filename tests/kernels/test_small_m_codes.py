@@ -10,7 +10,7 @@ from flux_kernels._triton import triton
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import exact
 from flux_kernels.kernels.choice import default_choice
-from flux_kernels.kernels.launching import format_constants
+from flux_kernels.kernels.problem import Problem
 from flux_kernels.kernels.small_m_codes import code_constants, small_m_codes_kernel
 from flux_kernels.kernels.tuning import CODES_M, small_m_tile
 from flux_kernels.tune_candidates import Call, candidates
@@ -66,7 +66,8 @@ def test_sums_are_those_of_float32(name, dtype, mean, device):
     torch.manual_seed(0)
     x = (torch.randn(3, 1024) + mean).to(dtype)
     tile = small_m_tile(fmt, 1024, codes=True)
-    constants = code_constants(fmt, format_constants(fmt, data.shape[1], False), tile, packed=device.type != "cpu")
+    problem = Problem.of(x, data, None, fmt, False, None)
+    constants = code_constants(fmt, problem.format_constants, tile, packed=device.type != "cpu")
     y = torch.empty(3, 37, device=device)
     grid = (triton.cdiv(37, tile.block_n), 1)
     operands = (x.to(device), data.to(device), None, None, None, y, 3, 37, 0, 1024)
