@@ -17,7 +17,7 @@ from flux_kernels.compute import DATACENTER, WEIGHT_ONLY_M, group_width
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, default_choice
-from flux_kernels.kernels.chunks import chunk_sizes, tiles
+from flux_kernels.kernels.chunks import chunk_sizes, wave_efficiency
 from flux_kernels.kernels.tuning import Tile
 
 from .cards import CARDS, CONVERT_RATES
@@ -25,7 +25,7 @@ from .cards import CARDS, CONVERT_RATES
 MODES = ("exact", "fp16_accumulate", "int8")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ANY = "any"
-_TILE = 128  # rows and columns of y that cuBLAS is taken to compute at a time
+_LEAST_K = 128  # rows of no more weights leave no loop to predict from
 _KERNELS = {"fused": "fused_gemm", "split_k": "split_k"}
 
 
@@ -82,7 +82,7 @@ class Record:
                 (kernel, _ANY, capability, dtype),
             )
             for row in self._rows.get(key, [])
-            if tile in ("", row["tile"]) and (int(row["k"]) == 0 or int(row["k"]) > _TILE)
+            if tile in ("", row["tile"]) and (int(row["k"]) == 0 or int(row["k"]) > _LEAST_K)
         ]
         if not found:
             raise LookupError(f"the record has no {kernel} {tile} of {format} with {dtype} x for capability {capability}")
@@ -210,8 +210,8 @@ def _unpack_ms(case: Case, kernel: str, call: Call, rows: int, itemsize: float) 
 
 
 def _torch_product_ms(case: Case, m: int, n: int, k: int) -> float:
-    waves = ceil(tiles(m) * tiles(n) / case.model.processors)
-    padded = 2 * waves * case.model.processors * _TILE**2 * k  # operations of the multiprocessors, busy or not
+    # Operations of the multiprocessors, busy or not.
+    padded = 2 * m * n * k / wave_efficiency(m, n, None, case.model.processors)
     card = CARDS[case.model.capability]
     slower = card.fp32_sums / card.fp32_rate if case.dtype == "fp32" else 1
     return max(slower * padded / case.model.bf16_tflops / 1e9, case.moving(case.itemsize * (m * k + n * k + m * n)))
