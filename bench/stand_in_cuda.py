@@ -299,7 +299,8 @@ class _Event:
         self.cuda.synchronize()
 
     def query(self) -> bool:
-        return True
+        """Return that the device, busy with what was queued before, has not come to this event."""
+        return False
 
     def elapsed_time(self, other: _Event) -> float:
         """Return milliseconds."""

@@ -17,7 +17,6 @@ import torch
 
 from bench.gpu_session.predict import Rates, modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
 from bench.gpu_session.session import Session
-from bench.gpu_session.timing import captured, milliseconds
 from flux_kernels.benchmark.providers import PROVIDERS, Unavailable
 from flux_kernels.benchmark.step_inputs import step_inputs
 from flux_kernels.benchmark.step_jobs import true_size
@@ -27,6 +26,7 @@ from flux_kernels.benchmark.step_weights import StepWeights, build, make_weights
 from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
+from flux_kernels.gpu_clock import GpuClock, Replay
 
 KEY = ("format", "provider", "size", "what")
 _PROVIDERS = ("torch", "ours exact", "ours int8", "dequantize")
@@ -83,12 +83,13 @@ def _provider(session: Session, table, weights: StepWeights, oracle: Oracle, pro
         table.add(_row(_key(format, provider, size, "graph"), [], predicted, "wrong result", **found))
         return
     rounds = 1 if session.dry else _ROUNDS
-    eager = [milliseconds(call) for _ in range(rounds)]
+    clock = GpuClock(session.device)
+    eager = [clock.milliseconds(call) for _ in range(rounds)]
     found["peak_gb"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
     table.add(_row(_key(format, provider, size, "eager"), eager, predicted, "", **found))
     _profile(session, call, f"{format}_{provider.replace(' ', '_')}_{size}")
-    graph = captured(call)
-    times = [milliseconds(graph.replay) for _ in range(rounds)]
+    with Replay(call, session.device) as replay:
+        times = [clock.milliseconds(replay) for _ in range(rounds)]
     table.add(_row(_key(format, provider, size, "graph"), times, predicted, "", **found))
 
 

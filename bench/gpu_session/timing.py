@@ -6,19 +6,19 @@ A case that fails becomes a row that says why; the others go on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 
-import torch
 from torch import Tensor
 
 from bench.gpu_session.session import Session, Table
 from flux_kernels.clock import balanced_order
+from flux_kernels.gpu_clock import GpuClock, Replay
 
 _ROUNDS = 7
 _GRAPH_MS = 2.0  # of work in a graph where it takes several calls to fill it
 _MOST_CALLS = 76  # in one graph: the modulation layers of a step
-_SLEEP = 2_000_000  # clocks, about a millisecond: every launch of an eager call is queued before the GPU reaches it
 _CAPTURE_SECONDS = 0.02  # a case's warm-ups, capture and first replay
 
 
@@ -38,7 +38,13 @@ class Case:
 
 def time_cases(session: Session, table: Table, cases: Sequence[Case], rounds: int = _ROUNDS) -> None:
     """Time the cases that the table has not, in turn, and write a row for each."""
-    ready: list[tuple[Case, torch.cuda.CUDAGraph, int, float]] = []
+    with ExitStack() as graphs:
+        _time_cases(session, table, cases, rounds, graphs)
+
+
+def _time_cases(session: Session, table: Table, cases: Sequence[Case], rounds: int, graphs: ExitStack) -> None:
+    clock = GpuClock(session.device)
+    ready: list[tuple[Case, Replay, int, float]] = []
     for case in cases:
         if table.has(case.key):
             continue
@@ -47,49 +53,32 @@ def time_cases(session: Session, table: Table, cases: Sequence[Case], rounds: in
             if note:
                 table.add(_row(case, [], None, note))
                 continue
-            ready.append((case, *_captured(session, case)))
+            replay, calls, eager = _captured(session, case, clock)
+            ready.append((case, graphs.enter_context(replay), calls, eager))
         except Exception as problem:  # noqa: BLE001 - a failure is a result: it becomes the row's note
             table.add(_row(case, [], None, f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"))
     times: list[list[float]] = [[] for _ in ready]
     for turn in range(rounds):
         for index in balanced_order(len(ready), turn):
-            _, graph, calls, _ = ready[index]
-            times[index].append(milliseconds(graph.replay) / calls)
+            _, replay, calls, _ = ready[index]
+            times[index].append(clock.milliseconds(replay) / calls)
     for (case, _, calls, eager), found in zip(ready, times, strict=True):
         table.add(_row(case, found, eager, ""))
         session.expected += _CAPTURE_SECONDS + (rounds * calls + 5) * (case.predicted_ms or 0.1) / 1e3
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    """Return the GPU's time for what a function queues, without the host's: the GPU is kept busy while it is queued."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_SLEEP)
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def captured(call: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
-    """Capture so many calls in a row, after one outside: first uses load kernels and make workspaces."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    graph.replay()
-    return graph
-
-
-def _captured(session: Session, case: Case) -> tuple[torch.cuda.CUDAGraph, int, float]:
-    """Return a graph of several calls, their number, and the median milliseconds of an eager call."""
+def _captured(session: Session, case: Case, clock: GpuClock) -> tuple[Replay, int, float]:
+    """Return several calls as a graph, their number, and the median milliseconds of an eager call."""
     case.call()
-    eager = median(milliseconds(case.call) for _ in range(3))
+    eager = median(clock.milliseconds(case.call) for _ in range(3))
     estimate = case.predicted_ms or 0.1 if session.dry else max(eager, 1e-3)
     calls = 1 if session.dry else max(1, min(_MOST_CALLS, round(_GRAPH_MS / estimate)))
-    return captured(case.call, calls), calls, eager
+
+    def several() -> None:  # results go as they come: a graph that kept them all would fill the card
+        for _ in range(calls):
+            case.call()
+
+    return Replay(several, session.device), calls, eager
 
 
 def _wrong(session: Session, case: Case) -> str:
