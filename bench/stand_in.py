@@ -95,13 +95,20 @@ def stand_in(card: Card, compiler: Callable | None = None) -> Iterator[StandIn]:
 def forget() -> None:
     """Make kernels and the library forget the card they saw last: what they keep holds for one card."""
     triton.compiler.compiler.max_shared_mem.cache_clear()
-    for name, module in list(sys.modules.items()):
-        ours = name.partition(".")[0] == "flux_kernels"
+    for module in list(sys.modules.values()):
         for value in list(getattr(module, "__dict__", {}).values()):
             if issubclass(type(value), JITFunction):
                 value.device_caches.clear()
-            elif ours and callable(getattr(value, "cache_clear", None)):
-                value.cache_clear()
+    forget_choices()
+
+
+def forget_choices() -> None:
+    """Empty the library's caches: a choice or a prepared launch of one card must not meet another."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "flux_kernels":
+            for value in list(vars(module).values()):
+                if not issubclass(type(value), JITFunction) and callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
 
 
 class _Driver(DriverBase):

@@ -19,6 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from bench.stand_in import forget_choices
+
 from ..cards import CARDS
 from .allocations import Allocations
 from .block import Executable
@@ -130,7 +132,7 @@ def absent_card(capability: int, order: np.random.Generator | None = None, divis
         torch.empty = card.allocations.recording(empty)
         for module in replaced:
             module.capability_of = lambda device: divmod(capability, 10)
-        _forget_launches(modules)
+        forget_choices()
         yield card
     finally:
         driver._active = before
@@ -138,13 +140,4 @@ def absent_card(capability: int, order: np.random.Generator | None = None, divis
         torch.empty = empty
         for module in replaced:
             module.capability_of = own_capability
-        _forget_launches(modules)
-
-
-def _forget_launches(modules: list) -> None:
-    """Empty the library's caches: a choice or a prepared launch of one card must not meet another."""
-    for module in modules:
-        if module.__name__.startswith("flux_kernels.kernels") or module.__name__ == "flux_kernels.ops":
-            for value in list(vars(module).values()):
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
+        forget_choices()
