@@ -122,6 +122,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     options = parser.parse_args(arguments)
     made_at = origin(torch.device("cpu"))
     keep_memory()
+    print(f"On a stand-in for {CARDS[options.card].name}: nothing is launched, Python's part of a call is timed.", flush=True)
     with stand_in(CARDS[options.card]) as card, torch.no_grad():
         calls = cases(card, options.format, getattr(torch, options.dtype), options.entry)
         kernels = {name: launched(card, call) for name, call in calls.items()}

@@ -188,6 +188,17 @@ def test_inspect_of_a_refused_file(tmp_path):
     assert result.exit_code == 1 and json.loads(result.stdout)["refused"]
 
 
+def test_doctor_prints_commands_that_can_be_copied(monkeypatch):
+    """The extra in square brackets is no markup, and a narrow terminal folds the command instead of cutting it."""
+    from flux_kernels import doctor
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    column = [line.split("│")[2].strip() for line in ok("doctor").splitlines() if line.count("│") == 4]
+    cells = "".join(column).replace(" ", "")  # a cell's lines are cut anywhere and padded
+    assert "missing:" + install_command("bench").replace(" ", "") in cells
+
+
 def test_doctor_for_people_and_machines():
     assert torch.__version__ in ok("doctor")
     assert json.loads(ok("doctor", "--json"))["packages"][0]["name"] == "torch"

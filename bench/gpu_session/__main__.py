@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+
 import bench.gpu_session
 from bench.gpu_session import cache, summary
 from bench.gpu_session.kernels import Kernel, save
@@ -142,6 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("FLUX_KERNELS_TUNING", str(records))  # so that what is tuned here is used here
     if options.dry_run:
         return dry_run(options)
+    if not gpu_is_here():
+        print("No GPU is seen here: `--dry-run` runs every section on a stand-in. Nothing was run or marked as done.")
+        return 2
     manifest = cache.take_over(options.archive, cache.FOLDER, seconds=60)
     has_git = shutil.which("git") is not None and (CHECKOUT / ".git").exists()
     told = options.commit or (None if has_git else manifest.get("commit"))
@@ -161,6 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
     archive(options.out, options.results / "results.tar.gz")
     print(text, flush=True)
     return int(any(outcome.startswith("failed") for outcome in state.ended.values()))
+
+
+def gpu_is_here() -> bool:
+    """Tell whether torch could use a GPU, without starting CUDA: sections are forked from this process."""
+    return torch.version.cuda is not None and torch.cuda.device_count() > 0
 
 
 def dry_run(options: argparse.Namespace) -> int:

@@ -10,12 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu_session import ceilings, int8, profiled, small_m, step, sweep, tuning, two_stage
+from bench.gpu_session import ceilings, host, int8, profiled, rates, small_m, step, sweep, tuning, two_stage
 from bench.gpu_session.session import Session
+from flux_kernels.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
 _TESTS = "tests/gpu/test_on_gpu.py"  # the others need diffusers
 _WORKERS = 12  # pytest processes: cores are 16, and each takes a CUDA context
+_TABLE = ("Q4_K", "Q8_0", "Q6_K")
+_COMMON = ("Q5_K", "Q3_K", "Q2_K", "Q4_0", "Q5_0", "Q4_1", "Q5_1", "IQ4_NL", "IQ4_XS")
+_PEERS = {  # file of rows -> providers
+    "peers": (
+        *("dequantize", "diffusers", "bitsandbytes nf4", "bitsandbytes int8", "bitsandbytes int8 no outliers"),
+        *("quanto int8", "vllm-gguf-plugin triton", "vllm-gguf-plugin"),
+    ),
+    "peers_compiled": ("diffusers compiled", "torchao fp8 dynamic", "torchao int8 dynamic", "sdnq int8"),
+    "peers_autotuned": ("gemlite int8 weight-only", "gemlite int8 dynamic"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,15 +53,34 @@ def correctness(session: Session) -> None:
 
 def linears(session: Session) -> None:
     """Time every call of a step, the rows of the README's table."""
-    formats = "Q4_K" if session.reduced else "Q4_K,Q8_0,Q6_K"
-    options = ["--formats", formats, "--providers", "torch,ours exact,ours int8", "--resume"]
-    options += ["--write", str(session.out / "linear.csv")]
+    _linears(session, "Q4_K" if session.reduced else ",".join(_TABLE), "torch,ours exact,ours int8,dequantize", "linear")
+
+
+def other_linears(session: Session) -> None:
+    """Time every call of a step in the types that the README's table leaves out, those of files first."""
+    names = [*_COMMON, *(name for name in FORMATS if name not in (*_TABLE, *_COMMON))]
+    _linears(session, "Q5_K" if session.reduced else ",".join(names), "torch,ours exact", "linear_others")
+
+
+def _linears(session: Session, formats: str, providers: str, file: str, **more: object) -> None:
+    options = ["--formats", formats, "--providers", providers, "--resume", "--write", str(session.out / f"{file}.csv")]
     if session.dry:
         from bench.gpu_session.dry import module
 
         module("bench.run", [*options, "--repeats", "1", *(["--calls", "2"] if session.reduced else [])])
         return
-    check([sys.executable, "-m", "bench.run", *options, "--repeats", "10"])
+    check([sys.executable, "-m", "bench.run", *options, "--repeats", "10"], **more)
+
+
+def peers(session: Session) -> None:
+    """Time other libraries beside ours, those that compile nothing first; FLUX_KERNELS_PEERS names the folder they are in."""
+    if session.dry:
+        print("peers run on a GPU alone")
+        return
+    paths = filter(None, [os.environ.get("PYTHONPATH"), os.environ.get("FLUX_KERNELS_PEERS")])
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join(paths))
+    for file, others in _PEERS.items():
+        _linears(session, "Q4_K,Q8_0", ",".join(("torch", "ours exact", "ours int8", *others)), file, env=environment)
 
 
 def ncu(session: Session) -> None:
@@ -76,7 +106,7 @@ def racecheck(session: Session) -> None:
 
 def check(command: list[str], **more) -> None:
     """Run a command in the repository's root; raise where it fails."""
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, check=False, **more)
+    done = subprocess.run(command, cwd=ROOT, check=False, **more)
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode} of {' '.join(command[:6])}")
 
@@ -90,9 +120,13 @@ SECTIONS = (
     Section("small_m", 25, small_m.run, "the tile for one to eight rows"),
     Section("tuning", 80, tuning.run, "the card's record"),
     Section("step", 120, step.run, "gaps between kernels, host time, the whole step"),
+    Section("host", 15, host.run, "what a launch costs with a driver"),
+    Section("linears", 75, linears, "the README's rows"),
     Section("ncu", 60, ncu, "stall reasons, L2 rates"),
-    Section("linears", 45, linears, "the README's rows"),
+    Section("rates", 20, rates.run, "whether the model counts with the right rates"),
     Section("step_q6_k", 60, lambda session: step.run(session, ("Q6_K",)), "the type of most quality files"),
     Section("step_512", 60, lambda session: step.run(session, ("Q4_K",), "512x512"), "where the host's time shows"),
+    Section("peers", 100, peers, "whom a user would otherwise take"),
+    Section("other_linears", 120, other_linears, "the other types' rows"),
     Section("racecheck", 60, racecheck, "races that no result shows"),
 )

@@ -25,8 +25,18 @@ _HIDDEN = {
     "error",
     "gate",
 }
-_ROWS = {"ceilings": 26, "two_stage": 30, "int8": 24, "sweep": 36, "small_m": 20, "tuning": 12, "step": 16}
-_TESTS_SHOWN = 20
+_ROWS = {
+    "ceilings": 26,
+    "two_stage": 30,
+    "int8": 24,
+    "sweep": 36,
+    "small_m": 20,
+    "tuning": 12,
+    "step": 16,
+    "host": 9,
+    "rates": 16,
+}
+_TESTS_SHOWN, _TOTALS_SHOWN = 20, 40
 _COMPILE_SECONDS = 0.9  # of a kernel on one core, the mean of 60 for sm_90
 _PROCESSES = 16
 _START_SECONDS = 3.0  # of a section's process: CUDA, cuBLAS
@@ -36,6 +46,7 @@ def write(out: Path, path: Path, ended: dict[str, str]) -> str:
     """Write the summary and return it: outcomes, then each table's rows, as many as fit."""
     parts = [" ".join(f"{name}={outcome}" for name, outcome in ended.items())]
     parts += _failed_tests(out)
+    parts += _totals(out)
     for name, most in _ROWS.items():
         file = out / f"{name}.csv"
         if file.exists():
@@ -52,6 +63,13 @@ def _failed_tests(out: Path) -> list[str]:
     failed = dict.fromkeys(words[-1] for line in lines if "FAILED" in line and (words := line.split()))
     shown = list(failed)[:_TESTS_SHOWN]
     return [f"## {len(failed)} tests failed", *(f"! {name[-110:]}" for name in shown)] if failed else []
+
+
+def _totals(out: Path) -> list[str]:
+    """Return what the sections that time a step's linears printed of a whole step."""
+    logs = [out / f"{name}.log" for name in ("linears", "peers", "other_linears")]
+    lines = [line for log in logs if log.exists() for line in log.read_text(errors="replace").splitlines()]
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines if " ms a step" in line))[-_TOTALS_SHOWN:]
 
 
 def table(name: str, rows: list[dict], most: int) -> str:

@@ -21,6 +21,7 @@ from flux_kernels.kernels.chunks import chunks_of
 FORMAT_NAMES = ("Q4_K", "Q6_K", "Q8_0")
 KEY = ("format", "m", "n", "k", "rows", "bias", "scratch")
 _TILE = 128
+_BESIDE = "beside"  # each chunk is unpacked on a stream beside, while the one before is multiplied
 _VARIANTS = (  # rows, bias, scratch
     ("whole", "none", "freed"),
     ("whole", "epilogue", "freed"),
@@ -30,6 +31,8 @@ _VARIANTS = (  # rows, bias, scratch
     ("third of L2", "none", "freed"),
     ("third of L2", "strided y", "freed"),
     ("third of L2", "strided y", "kept"),
+    ("half", "none", _BESIDE),
+    ("third of L2", "none", _BESIDE),
 )
 
 
@@ -64,7 +67,10 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
     ]
     for rows, added, scratch in _VARIANTS:
         count = _rows(rows, n, k, rates.l2_bytes)
-        call = _variant(x, turns, bias if added != "none" else None, fmt, count, added == "strided y", scratch == "kept")
+        if scratch == _BESIDE:
+            call = _overlapped(x, turns, fmt, count)
+        else:
+            call = _variant(x, turns, bias if added != "none" else None, fmt, count, added == "strided y", scratch == "kept")
         predicted = two_stage_ms(rates, format, m, n, k, count, copied_bias=added == "strided y")
         cases.append(Case(shape | dict(rows=rows, bias=added, scratch=scratch), call, predicted, right))
     return cases
@@ -96,6 +102,27 @@ def _variant(x: Tensor, turns, bias: Tensor | None, fmt: BlockFormat, rows: int 
             before = weight if kept else None
             del weight
         del before
+        return y
+
+    return call
+
+
+def _overlapped(x: Tensor, turns, fmt: BlockFormat, rows: int | None) -> Callable:
+    """Return a way that unpacks every chunk but the first while the one before it is multiplied."""
+    m, planes, beside = x.shape[0], fmt.planes, torch.cuda.Stream()
+
+    def call() -> Tensor:
+        data = next(turns)
+        y = torch.empty(m, data.shape[0], dtype=x.dtype, device=x.device)
+        chunks = list(chunks_of(data.shape[0], rows))
+        main, weights = torch.cuda.current_stream(), [two_stage.unpack(data[chunks[0]], fmt, x.dtype, planes)]
+        for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
+            beside.wait_stream(main)
+            torch.mm(x, weights[-1].T, out=y[:, chunk])
+            if after is not None:
+                with torch.cuda.stream(beside):
+                    weights.append(two_stage.unpack(data[after], fmt, x.dtype, planes))
+            main.wait_stream(beside)
         return y
 
     return call

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def doctor(
     for device, found in calls.items():
         console.print(_call_table(f"One 1024 x 1024 step of FLUX.1-dev in {format}, compute={compute}, on {device}", found))
     for line in diagnosis.advice:
-        console.print(f"[yellow]![/] {line}", soft_wrap=True)
+        console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
     if not diagnosis.advice:
         console.print("[green]Nothing is missing.[/]")
 
@@ -88,9 +89,9 @@ def _call_table(title: str, calls: list[CallFact]) -> Table:
 def _packages(diagnosis: Diagnosis) -> Table:
     table = Table()
     for heading in ("package", "version", "for"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # a command that is cut cannot be copied
     for package in diagnosis.packages:
-        missing = f"[{'red' if package.needed else 'dim'}]missing[/]: {package.command}"
+        missing = f"[{'red' if package.needed else 'dim'}]missing[/]: {escape(package.command)}"
         table.add_row(package.name, package.version or missing, package.purpose)
     return table
 

@@ -77,11 +77,11 @@ def test_every_section_runs_on_a_bare_machine(rehearsed):
     """No section fails for a file, an import or an option, and each tells the seconds and kernels it expects."""
     out, text = rehearsed
     assert [line for line in text.splitlines() if line.endswith(": done")] == [f"{one.name}: done" for one in SECTIONS]
-    for name in ("ceilings", "two_stage", "int8", "sweep", "small_m", "tuning", "step", "linear"):
+    for name in ("ceilings", "two_stage", "int8", "sweep", "small_m", "tuning", "step", "host", "linear", "linear_others"):
         rows = read_csv(out / f"{name}.csv")
         assert rows and all(row["device"] == "NVIDIA H100 80GB HBM3" and row["commit"] and row["date"] for row in rows), name
         assert all(row["p50_ms"] for row in rows), [row["note"] for row in rows if not row["p50_ms"]]
-        assert name == "linear" or any(row["predicted_ms"] for row in rows)
+        assert name.startswith("linear") or any(row["predicted_ms"] for row in rows)
     lines = [line.split() for line in text.splitlines() if len(line.split()) > 3 and not line.startswith(("in all", "section"))]
     expected = {name: (int(kernels), float(gpu), float(limit)) for name, kernels, _, gpu, _, _, limit, *_ in lines}
     assert len(expected) == len(SECTIONS) and sum(kernels for kernels, _, _ in expected.values()) > 100
@@ -165,6 +165,9 @@ def test_a_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "take_over", lambda *_, **__: {})
     arguments = ["--out", str(tmp_path / "rows"), "--results", str(tmp_path)]
     monkeypatch.setenv("FLUX_KERNELS_TUNING", str(tmp_path))
+    assert command.main(arguments) == 2 and not ran.exists() and not (tmp_path / "rows" / "state.json").exists()  # no GPU here
+    assert "No GPU is seen" in capsys.readouterr().out
+    monkeypatch.setattr(command, "gpu_is_here", lambda: True)
     assert command.main([*arguments, "--minutes", "0.1"]) == 0  # too little for anything
     assert "good: no time left" in capsys.readouterr().out
     assert command.main(arguments) == 1

@@ -1,0 +1,77 @@
+"""Measure what a call costs the host before the GPU has it, driver included: calls are issued into an idle queue and only then waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+import flux_kernels as fk
+from bench.gpu_session.session import Session
+from flux_kernels.benchmark.record import read_csv
+from flux_kernels.clock import balanced_order
+from flux_kernels.formats import FORMATS
+
+KEY = ("case", "m", "entry")
+_N = _K = 3072
+_CALLS = 60  # whose launches, up to five each, fit the driver's queue of about a thousand
+_ROUNDS = 15
+_CASES = {"small m": ("exact", 1), "fused": ("exact", 256), "two-stage": ("exact", 640), "int8": ("int8", 640)}
+_RECORDED = Path(__file__).parents[1] / "results" / "launch_cost.csv"
+
+
+def run(session: Session) -> None:
+    """Write host.csv."""
+    table = session.table("host", KEY)
+    with torch.no_grad():
+        calls = {key: call for key, call in _calls(session) if not table.has(_key(*key))}
+        times: dict[tuple, list[float]] = {key: [] for key in calls}
+        for call in calls.values():
+            _issue(call)
+        for turn in range(1 if session.dry else _ROUNDS):
+            for index in balanced_order(len(calls), turn):
+                key = list(calls)[index]
+                times[key].append(_issue(calls[key]))
+    for key, found in times.items():
+        predicted = _predicted(key[0])
+        p50 = median(found)
+        more = dict(p50_ms=f"{p50:.5f}", least_ms=f"{min(found):.5f}", predicted_ms=f"{predicted:.5f}")
+        table.add(_key(*key) | more | dict(measured_over_predicted=f"{p50 / predicted:.2f}", note=""))
+
+
+def _key(case: str, m: int, entry: str) -> dict:
+    return dict(case=case, m=m, entry=entry)
+
+
+def _calls(session: Session) -> Iterator[tuple[tuple, Callable[[], object]]]:
+    fmt, data, bias = FORMATS["Q4_K"], session.weights("Q4_K", _N, _K)[0], session.bias(_N)
+    plain = nn.Linear(_K, _N, device=session.device, dtype=torch.bfloat16).requires_grad_(False)
+    x = session.activations(640, _K)
+    yield ("nn.Linear", 640, "layer"), lambda: plain(x)
+    for name, (compute, m) in _CASES.items():
+        x = session.activations(m, _K)
+        layer = fk.GGUFLinear.from_packed(data, "Q4_K", bias, planes=fmt.planes, backend="triton", compute=compute)
+        yield (name, m, "layer"), lambda layer=layer, x=x: layer(x)
+        function = lambda x=x, compute=compute: fk.linear(x, data, "Q4_K", bias, compute=compute, planes=fmt.planes)
+        yield (name, m, "function"), function
+
+
+def _issue(call: Callable[[], object]) -> float:
+    """Return the host's milliseconds a call."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(_CALLS):
+        call()
+    took = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return 1e3 * took / _CALLS
+
+
+def _predicted(case: str) -> float:
+    """Return the milliseconds that the stand-in driver's record has for an H100's choices; the driver's own part is not in them."""
+    rows = [row for row in read_csv(_RECORDED) if row["card"] == "H100" and row["case"] == case]
+    return float(rows[-1]["us"]) / 1e3
