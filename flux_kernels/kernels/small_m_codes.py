@@ -49,12 +49,10 @@ def sum_of_x(x_even, x_odd, TIMES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: 
 
 
 @jit
-def load_x(x_ptrs, HALF: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr):
-    """Load the even and the odd weights' x of a slice, [SPLITS, 16, COLUMNS] each, zeros for the half with another scale."""
-    if HALVES == 1:
-        pairs = tl.load(x_ptrs)
-    else:
-        pairs = tl.load(x_ptrs, mask=(tl.arange(0, 16) // 8 == HALF)[None, None, :], other=0)
+def pairs_to_x(pairs, HALF: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the even and the odd weights' x of a slice, [SPLITS, 16, COLUMNS] each, zeros for the half with another scale."""
+    if HALVES > 1:
+        pairs = tl.where((tl.arange(0, 16) // 8 == HALF)[None, None, :], pairs, 0)
     pairs = tl.permute(pairs, (0, 2, 1))
     return (pairs & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True), (pairs >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
 
@@ -99,6 +97,9 @@ def small_m_codes_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     rows_n, rows_m = tl.minimum(offs_n, N - 1), tl.minimum(offs_m, M - 1)
+    # Rows beyond M are not asked for. Every program reads all of x, past L1, and about in step with the others: with the last row
+    # in their place an H200 took 1.4 times as long for one row as for eight (docs/decisions/first-gpu.md).
+    here = (offs_m < M)[None, :, None]
     row_ptr = (w_ptr + rows_n.to(tl.int64) * ROW_BYTES)[None, :]
     x_row = x_ptr + rows_m.to(tl.int64)[None, :] * stride_xm + split[:, None] * TILE_K
     x_ptrs = x_row.to(tl.pointer_type(tl.uint32))[:, :, None] + tl.arange(0, 16)[None, None, :]
@@ -111,8 +112,9 @@ def small_m_codes_kernel(
         shifted = zeros
         for i in tl.static_range(TILE_K // 32):
             codes = CODES(row_ptr, block, i, NUM_BLOCKS, PLANES, PACKED)
+            pairs = tl.load(x_ptrs + (step * (TILE_K * SPLITS // 2) + 16 * i), mask=here, other=0)
             for h in tl.static_range(HALVES):
-                x_even, x_odd = load_x(x_ptrs + (step * (TILE_K * SPLITS // 2) + 16 * i), h, HALVES, DTYPE)
+                x_even, x_odd = pairs_to_x(pairs, h, HALVES, DTYPE)
                 sums = sum_of_x(x_even, x_odd, TIMES, SPLITS, BLOCK_N, BLOCK_N if OFFSETS else 16)
                 acc = code_product(codes, x_even, x_odd, sums if EXCESS > 0 else zeros, CODE_BITS, PACKED)
                 scale, offset = SCALES(row_ptr, block, i * HALVES + h, NUM_BLOCKS, PLANES)

@@ -108,7 +108,10 @@ SCALE_BLOCK = 1024  # of a token at a time when it is scaled to fp16
 
 
 _A100 = (8, 0)
-_DATACENTER_FUSED_M = 512  # up to here writing the unpacked weight costs as much as the exposed decode (estimated)
+# Rows up to which a data-center card decodes in the product. On an H200 two_stage takes 0.21 to 0.97 of fused's time from 128 rows up
+# and 0.39 to 1.19 at 64, whose tile serves 17 to 64 (bench/results/nvidia-h200/sweep.csv); its successors are taken for alike. A100's
+# is estimated.
+_HOPPER_FUSED_M, _A100_FUSED_M = 16, 512
 
 
 def choose_algorithm(
@@ -128,8 +131,9 @@ def choose_algorithm(
         )
     if capability is not None and capability < TENSOR_CORE_CAPABILITY:
         return "two_stage", "Triton has no tensor-core code for this card"
-    if capability in DATACENTER and m > _DATACENTER_FUSED_M:
-        return "two_stage", f"tensor cores too fast for a fused decode above {_DATACENTER_FUSED_M} rows (estimated)"
+    most = _A100_FUSED_M if capability == _A100 else _HOPPER_FUSED_M
+    if capability in DATACENTER and m > most:
+        return "two_stage", f"tensor cores too fast for a fused decode above {most} rows"
     return "fused", "decodes in registers, no scratch in memory"
 
 

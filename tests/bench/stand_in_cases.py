@@ -43,7 +43,7 @@ def test_another_card_makes_its_own_choices(name, kernel):
 
 def test_distinct_kernels_are_counted_without_compiling():
     names: Counter[str] = Counter()
-    with stand_in(CARDS["H100"], counting_compiler(names)) as card:
+    with stand_in(CARDS["RTX 3090"], counting_compiler(names)) as card:
         for m in (128, 256, 257):  # two that 16 divides are one kernel, 257 is another
             product(m)
         assert names == {"fused_gemm_kernel": 2}
@@ -60,11 +60,11 @@ def staged_kernel(x_ptr, BLOCK: triton.language.constexpr):
 
 def test_too_much_shared_memory_is_refused_as_the_driver_does(monkeypatch):
     """The fused kernel on a card that has less than it needs; without the limit the same call runs."""
-    with stand_in(CARDS["H100"]):
+    with stand_in(CARDS["RTX 3090"]):
         product(128)
-    monkeypatch.setattr(type(CARDS["H100"]), "shared_bytes", 16384)
+    monkeypatch.setattr(type(CARDS["RTX 3090"]), "shared_bytes", 16384)
     with (
-        stand_in(CARDS["H100"]),
+        stand_in(CARDS["RTX 3090"]),
         pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory, Required: .* 16384"),
     ):
         product(128)
