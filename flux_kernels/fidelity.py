@@ -122,8 +122,9 @@ def fidelity(
             to find the channels that stand out, once to measure; layers where no share of at most this pays are measured without.
             Channels that `keep_outliers` has set are measured in any case.
 
-    Modes are measured as the device at hand runs them. On an A100 or H100 int8 has one scale per weight row for types of up to 6
-    bits, elsewhere one per group of 128: weights with heavy tails cost more there, so measure on the kind of card that will run.
+    Modes are measured as the device at hand runs them. On an H100 and newer data-center cards int8 has one scale per weight
+    row for types of up to 6 bits, elsewhere one per group of 128: weights with heavy tails cost more there, so measure on the
+    kind of card that will run.
     Calls of up to 16 rows run as "exact" whatever the mode; here they show what the mode itself would cost.
 
     Raises:

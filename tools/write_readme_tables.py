@@ -20,6 +20,7 @@ from flux_kernels.benchmark.record import origin_text, read_csv
 from flux_kernels.benchmark.totals import TWINS, Total, by_step, marked, totals
 from flux_kernels.compute import COMPUTE_MODES
 from flux_kernels.formats import FORMATS, PLAIN_TYPES, BlockFormat
+from tools.gpu_tables import gpu_section
 
 
 def format_table() -> str:
@@ -80,6 +81,11 @@ def _beside_torch(found: dict[str, Total], side: str) -> str:
     return marked(found[side], found["torch"])
 
 
+def gpu_table() -> str:
+    """Return the tables of the GPUs that bench/results has a folder of."""
+    return gpu_section(RESULTS)
+
+
 def prediction_table() -> str:
     """Return the markdown table of bench/results/predictions.csv: milliseconds of a step's linears by card, type and mode."""
     rows = read_csv(RESULTS / "predictions.csv")
@@ -100,7 +106,7 @@ def _predicted(row: dict[str, str]) -> str:
 
 
 PAGES = {
-    README: {"formats": format_table, "modes": mode_table, "linears": linear_table},
+    README: {"formats": format_table, "modes": mode_table, "gpus": gpu_table, "linears": linear_table},
     PREDICTED: {"predictions": prediction_table},
 }
 

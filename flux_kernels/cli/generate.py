@@ -127,7 +127,7 @@ def generate(
     compute: Annotated[
         str,
         typer.Option(
-            help="exact, fp16_accumulate or int8: less exact, meant to be faster on GeForce cards (int8 of Q6_K and Q8_0 may be slower on an H100).",
+            help="exact, fp16_accumulate or int8: less exact, meant to be faster on GeForce cards (not measured there); on an H200 int8 is slower than exact.",
             rich_help_panel=_RUN,
         ),
     ] = "exact",

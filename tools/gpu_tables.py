@@ -1,0 +1,208 @@
+"""Write what was measured on GPUs as markdown: a table for each folder of bench/results with a GPU's rows, and size of step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from flux_kernels.benchmark.record import origin_text, read_csv
+from flux_kernels.benchmark.totals import MARKS, Total, by_step, marked, totals
+from flux_kernels.compute import COMPUTE_MODES
+from flux_kernels.flux.calls import STEPS, step_calls
+from flux_kernels.formats import get_format
+
+Rows = list[dict[str, str]]
+Cell = Callable[[str], str]
+SIDES = {
+    "torch": "torch, 16 bit",
+    **{f"ours {mode}": mode for mode in COMPUTE_MODES},
+    "diffusers": "diffusers' GGUF layers",
+    "dequantize": "decode in torch, then multiply",
+}
+NONE, WRONG = "not measured", "wrong result"
+LEGEND = (
+    "Beside a time is the speed with unquantized torch as 1: more is faster. Linear calls: all of one step, every weight from "
+    "memory. Whole step: these layers in a transformer of plain torch, random weights{graph}. Peak: GPU memory of that step; "
+    "torch's is without the packed weights that its own were decoded from."
+)
+_FILES = ("linear", "step", "sweep", "int8")
+
+
+class Changed(NamedTuple):
+    """Name what exact mode ran at some rows of x when a commit was measured, and what it runs by default since."""
+
+    capability: str
+    rows: range
+    then: str
+    now: str
+    said: str
+
+
+# By commit of the rows; an entry serves until the card is measured again.
+CHANGED = {"e096d77": Changed("9.0", range(17, 513), "fused", "two_stage", "decode to memory, then cuBLAS, from 17 rows on")}
+
+
+def gpu_section(results: Path) -> str:
+    """Return the tables of every folder of `results` with a GPU's linear.csv or step.csv, one after another."""
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    return "\n\n".join(part for folder in folders for part in card_parts(folder))
+
+
+def card_parts(folder: Path) -> list[str]:
+    """Return one card's tables, each with the lines below it; none where there are no rows of linear calls or steps."""
+    files = {name: _gpu_rows(folder / f"{name}.csv") for name in _FILES}
+    sizes = {row["size"] for row in files["linear"] + files["step"]}
+    return [_part(size, *(_of_size(rows, size) for rows in files.values())) for size in STEPS if size in sizes]
+
+
+def _gpu_rows(path: Path) -> Rows:
+    return [row for row in read_csv(path) if row.get("capability")] if path.exists() else []
+
+
+def _of_size(rows: Rows, size: str) -> Rows:
+    return [row for row in rows if row.get("size", size) == size]
+
+
+def _part(size: str, linears: Rows, steps: Rows, sweep: Rows, int8: Rows) -> str:
+    rows = linears + steps
+    sides = [side for side in SIDES if side == "torch" or any(row["provider"] == side for row in rows)]
+    lines = [f"| type | | {' | '.join(SIDES[side] for side in sides)} |", "|---" * (len(sides) + 2) + "|"]
+    for name in sorted({row["format"] for row in rows}, key=lambda name: -get_format(name).bits_per_weight):
+        mine, ran = ([row for row in some if row["format"] == name] for some in (linears, steps))
+        kinds = {"linear calls": linear_cells(mine, size), "whole step": step_cells(ran), "peak": peak_cells(ran, size, name)}
+        lines += [f"| {name} | {kind} | {' | '.join(map(cell, sides))} |" for kind, cell in kinds.items()]
+    marks = [f"{mark} {said}." for mark, said in MARKS.items() if any(f", {mark}" in line for line in lines)]
+    legend = LEGEND.format(graph=", as a CUDA graph" if any(row["what"] == "graph" for row in steps) else "")
+    derived = filter(None, [decoding_line(steps), int8_line(int8), changed_line(linears, sweep, size)])
+    made = dict.fromkeys(origin_text(row) for row in [*rows, *sweep, *int8])
+    below = [*derived, f"Measured on: {'; '.join(made)}."]
+    title = f"**{rows[0]['device']}, one step of FLUX.1-dev, {size}**"
+    return "\n".join([title, "", *lines, "", " ".join([legend, *marks]), "", *(f"- {line}" for line in below)])
+
+
+def linear_cells(rows: Rows, size: str) -> Cell:
+    """Return side -> milliseconds and speed of the linear calls of one type."""
+    found = _linear_totals(rows, size)
+
+    def cell(side: str) -> str:
+        if side not in found:
+            return _missing(rows, side)
+        beside = f", {marked(found[side], found['torch'])}" if side != "torch" and "torch" in found else ""
+        return f"{found[side].p50:.1f} ms{beside}"
+
+    return cell
+
+
+def _linear_totals(rows: Rows, size: str) -> dict[str, Total]:
+    """Return the sums of the sides that were right in every call; none where calls of the step are missing."""
+    if not {call.where for call in step_calls(**STEPS[size])} <= {row["where"] for row in rows}:
+        return {}
+    return totals([row | {"p50_ms": "" if _is_wrong(row) else row["p50_ms"]} for row in rows])
+
+
+def step_cells(rows: Rows) -> Cell:
+    """Return side -> milliseconds and speed of a whole step: a session's as a CUDA graph, `whole_step`'s as it issues it."""
+    times = _step_times(rows)
+
+    def cell(side: str) -> str:
+        if side not in times:
+            return _missing(rows, side)
+        beside = f", {times['torch'] / times[side]:.2f}" if side != "torch" and "torch" in times else ""
+        return f"{times[side]:.1f} ms{beside}"
+
+    return cell
+
+
+def _step_times(rows: Rows) -> dict[str, float]:
+    wrong = {row["provider"] for row in rows if _is_wrong(row)}
+    right = [row for row in rows if row["what"] in ("graph", "step") and row["p50_ms"] and row["provider"] not in wrong]
+    return {row["provider"]: float(row["p50_ms"]) for row in right}
+
+
+def peak_cells(rows: Rows, size: str, name: str) -> Cell:
+    """Return side -> peak memory of a step, torch's without the packed weights that its own were decoded from."""
+    calls, fmt = step_calls(**STEPS[size]), get_format(name)
+    packed = sum(call.calls * call.n * fmt.row_bytes(call.k) for call in calls) / 1e9
+    plain = sum(call.calls * call.n * call.k for call in calls) * 2 / 1e9
+    peaks = {row["provider"]: _peak_gb(row) for row in rows if _peak_gb(row) and not _is_wrong(row)}
+    if peaks.get("torch", 0.0) > plain + packed:  # a session holds both, a user would not
+        peaks["torch"] -= packed
+    return lambda side: f"{peaks[side]:.1f} GB" if side in peaks else _missing(rows, side)
+
+
+def _peak_gb(row: dict[str, str]) -> float:
+    return (
+        float(row.get("peak_gb") or 0) or float(row.get("peak_bytes") or 0) / 1e9
+    )  # a session's rows, or those of `whole_step`
+
+
+def _is_wrong(row: dict[str, str]) -> bool:
+    return row["note"].startswith(WRONG) or bool(row.get("gate") and not float(row["error"] or "nan") <= float(row["gate"]))
+
+
+def _missing(rows: Rows, side: str) -> str:
+    return WRONG if any(_is_wrong(row) for row in rows if row["provider"] == side) else NONE
+
+
+def decoding_line(steps: Rows) -> str:
+    """Compare exact mode with decoding in torch at every call, in the whole step."""
+    times = {name: _step_times(rows) for (_, name), rows in by_step(steps).items()}
+    both = {name: one for name, one in times.items() if {"ours exact", "dequantize"} <= one.keys()}
+    said = ", ".join(f"{name} {one['dequantize'] / one['ours exact']:.2f}" for name, one in both.items())
+    return f"Speed of the whole step in exact mode, with decoding in torch at every call as 1: {said}." if said else ""
+
+
+def int8_line(rows: Rows) -> str:
+    """Say what the scales cost int8's product at the widest weight that was taken apart: the best tile with and without."""
+    shape = lambda row: (int(row["n"]), int(row["k"]), int(row["m"]))
+    timed = [row for row in rows if row["p50_ms"] and not _is_wrong(row)]
+    widest = [row for row in timed if shape(row) == max(map(shape, timed))]
+    best: dict[str, float] = {}
+    for row in widest:
+        kind = {"none": "bare", "": "whole"}.get(row["scales"], "scaled")
+        if row["what"] in ("product", "bf16 torch"):
+            best[kind] = min(float(row["p50_ms"]), best.get(kind, float("inf")))
+    if best.keys() != {"scaled", "bare", "whole"}:
+        return ""
+    n, k, m = shape(widest[0])
+    where = f"{m} x {n} x {k} ({widest[0]['format']})"
+    return (
+        f"int8's product alone, {where}: {best['scaled']:.2f} ms, without its scales {best['bare']:.2f} ms; "
+        f"torch's in bfloat16 {best['whole']:.2f} ms."
+    )
+
+
+def changed_line(linears: Rows, sweep: Rows, size: str) -> str:
+    """Add up the linear calls of exact mode with a default that changed after they were timed, where `sweep` has both ways."""
+    said, change = [], CHANGED.get(linears[0]["commit"]) if linears else None
+    for (_, name), rows in by_step(linears).items():
+        found = _linear_totals(rows, size)
+        saved = saved_ms(rows, sweep, change) if change and {"torch", "ours exact"} <= found.keys() else None
+        if saved:
+            left = found["ours exact"].p50 - saved
+            said.append(f"{name} {left:.1f} ms, {found['torch'].p50 / left:.2f}")
+    if not change or not said:
+        return ""
+    return (
+        f"**Arithmetic, not a measurement**: exact mode has another default since ({change.said}). The same linear calls, "
+        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(said)}."
+    )
+
+
+def saved_ms(rows: Rows, sweep: Rows, change: Changed) -> float | None:
+    """Return what the step's changed calls save, both ways timed alike; None where the sweep lacks one of them.
+
+    tuning.csv of 2026-11-28 timed some of them call by call, as linear.csv does: its totals are within 0.1 ms of these.
+    """
+    shape = lambda row: (row["format"], row["m"], row["n"], row["k"])
+    times = {(*shape(row), row["algorithm"]): float(row["p50_ms"]) for row in sweep if row["p50_ms"] and not _is_wrong(row)}
+    saved = 0.0
+    for row in rows:
+        if row["provider"] != "ours exact" or row["capability"] != change.capability or int(row["m"]) not in change.rows:
+            continue
+        then, now = (times.get((*shape(row), algorithm)) for algorithm in (change.then, change.now))
+        if then is None or now is None:
+            return None
+        saved += int(row["calls"]) * (then - now)
+    return saved
