@@ -7,6 +7,7 @@ from the device it runs on, and never retries after a failure.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,10 @@ from .formats import BlockFormat
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (7, 5)  # Turing: Triton unpacks, cuBLAS multiplies
 _AMD_MATRIX_CORES = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # CDNA 2 and RDNA 3 on; AMD's instruction set manuals
+_HOPPER = (9, 0)
 _EVERYWHERE = 'Use backend="auto" with compute="exact", which runs everywhere'
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,18 @@ def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) 
     for candidate in named:
         reason = _mode_refusal(candidate, compute, device) or candidate.refusal(device, fmt)
         if reason is None:
+            if compute == "int8" and _is_hopper(candidate, device):
+                log.warning(
+                    'compute="int8" is slower than "exact" on %s for now, and less accurate: docs/decisions/first-gpu.md has the times',
+                    torch.cuda.get_device_name(device),
+                )
             return candidate
         reasons.append(f'backend="{candidate.name}" cannot run: {reason}.')
     raise BackendUnavailable(" ".join([*reasons, f"{_EVERYWHERE}."]))
+
+
+def _is_hopper(backend: Backend, device: torch.device) -> bool:
+    return backend.name == "triton" and device.type == "cuda" and not torch.version.hip and _capability(device) == _HOPPER
 
 
 def _mode_refusal(backend: Backend, compute: str, device: torch.device) -> str | None:

@@ -124,3 +124,14 @@ def test_tensors_say_where_they_would_be():
         assert resolve("auto", "int8", torch.device("cuda", 0), Q8).name == "triton"
         with pytest.raises(RuntimeError, match="cannot be multiplied"):
             torch.mm(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("name", "said"), [("H200", 1), ("A100", 0), ("RTX 4090", 0)])
+def test_int8_says_where_it_was_measured_to_be_slower(name, said, caplog):
+    """Once a device and type, and only where it was measured."""
+    resolve.cache_clear()
+    with stand_in(CARDS[name], counting_compiler(Counter())):
+        for compute in ("exact", "int8", "int8"):
+            resolve("auto", compute, torch.device("cuda", 0), Q8)
+    resolve.cache_clear()
+    assert [record.message.count('slower than "exact"') for record in caplog.records] == [1] * said
