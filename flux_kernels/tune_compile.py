@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,24 +21,25 @@ from .kernels.small_m_codes import small_m_codes_kernel
 from .kernels.split_k import split_k_kernel
 
 _PRODUCTS = (fused_gemm_kernel, split_k_kernel, small_m_kernel, small_m_codes_kernel, fp16_gemm_kernel, int8_gemm_kernel)
-KILLED = "the process that compiled it was killed"
+KILLED = "the process that compiled it was killed, or took too long"
+LONGEST = 300  # seconds that one may compile; the slowest kernel known took 50, on a busy core
 
 
 class Compilers:
     """Hold processes that compile; used as a context, which ends them."""
 
-    def __init__(self, processes: int, executor: Callable[[int], Executor] | None = None):
-        """Start no process yet; `executor` makes what runs tasks in so many processes."""
+    def __init__(self, processes: int, executor: Callable[[int], Executor] | None = None, longest: int = LONGEST):
+        """Start no process yet; `executor` makes what runs tasks in so many processes, `longest` are the seconds of one."""
         spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
-        self._processes = processes
+        self._processes, self._longest = processes, longest
         self._executor = executor or partial(ProcessPoolExecutor, mp_context=spawn)
         self._pool: Executor | None = None
 
     def failures(self, function: Callable[..., str], tasks: Sequence[tuple]) -> list[str]:
         """Run function(*task) for each task and return for each why it failed, "" where it did not.
 
-        A task that kills its process takes the others of the pool along. Those are run again, one at a time in a new pool, and
-        only what kills that one has failed.
+        A task that kills its process, or takes so long that its process is ended, takes the others of the pool along. Those are
+        run again, one at a time in a new pool, and only what ends that one has failed.
         """
         found = self._together(function, tasks)
         for index, outcome in enumerate(found):
@@ -48,7 +50,7 @@ class Compilers:
     def _together(self, function: Callable[..., str], tasks: Sequence[tuple]) -> list[str]:
         try:
             self._pool = self._pool or self._executor(self._processes)
-            futures = [self._pool.submit(function, *task) for task in tasks]
+            futures = [self._pool.submit(_within, self._longest, function, *task) for task in tasks]
             found = [_outcome(future) for future in futures]
         except BrokenProcessPool:  # a process died while tasks were still being handed over
             found = [KILLED] * len(tasks)
@@ -66,6 +68,18 @@ class Compilers:
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self._end()
+
+
+def _within(seconds: int, function: Callable[..., str], *task: object) -> str:
+    """Run function(*task); the process ends where that takes longer (a compiler that hangs in C++ answers no exception)."""
+    if not hasattr(signal, "alarm"):  # Windows
+        return function(*task)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
+    try:
+        return function(*task)
+    finally:
+        signal.alarm(0)
 
 
 def _outcome(future: Future[str]) -> str:

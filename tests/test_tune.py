@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
@@ -216,7 +217,7 @@ class _Pool:
         future: Future = Future()
         if self.dead:
             raise BrokenProcessPool
-        self.dead = task == ("kills",)
+        self.dead = task[-1:] == ("kills",)
         if self.dead:
             future.set_exception(BrokenProcessPool())
         else:
@@ -245,6 +246,19 @@ def _die_or_not(kill: bool) -> str:
 def test_a_process_that_is_really_killed():
     with Compilers(2) as compilers:
         assert compilers.failures(_die_or_not, [(False,), (True,), (False,)]) == ["", KILLED, ""]
+
+
+def _take(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="this system has no alarms: a compiler that hangs is waited for")
+def test_a_compiler_that_hangs_is_ended():
+    """And costs its own candidate only."""
+    with Compilers(2, longest=2) as compilers:
+        assert compilers.failures(_take, [(0.0,), (60.0,), (0.0,)]) == ["", KILLED, ""]
 
 
 class _Here:
