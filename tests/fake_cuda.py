@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from flux_kernels import gpu_clock
 
 CYCLES = 1500  # a microsecond
+QUEUE = 1022  # launches outstanding at most, as on an H200; the host waits where one more is issued
 
 
 class FakeCuda:
@@ -17,6 +19,7 @@ class FakeCuda:
     def __init__(self):
         self.host = 0.0  # now, on the host
         self.free = 0.0  # when the device is done with all that is queued
+        self.ends: deque[float] = deque(maxlen=QUEUE)  # of the last launches
         self.calls: list[str] = []
         self.recording: list[float] | None = None
         self.Event = lambda enable_timing: Event(self)
@@ -29,7 +32,14 @@ class FakeCuda:
         if self.recording is not None:
             self.recording.append(device)
             return
+        self.queue(device)
+
+    def queue(self, device: float) -> None:
+        """Queue a launch for the device, and wait for room first where there is none."""
+        if len(self.ends) == QUEUE:
+            self.host = max(self.host, self.ends[0])
         self.free = max(self.free, self.host) + device
+        self.ends.append(self.free)
 
     def _sleep(self, cycles: int) -> None:
         self.launch(2, cycles / CYCLES, "sleep")
@@ -89,13 +99,16 @@ class Event:
 
 
 class Graph:
-    """Hold the work of a capture; a replay is one launch."""
+    """Hold the work of a capture; a replay is one launch, whose kernels go through the same queue."""
 
     def __init__(self, fake: FakeCuda):
         self.fake, self.work = fake, []
 
     def replay(self) -> None:
-        self.fake.launch(8, sum(self.work), "replay")
+        self.fake.calls.append("replay")
+        self.fake.host += 8
+        for device in self.work:
+            self.fake.queue(device)
 
     def reset(self) -> None:
         self.fake.calls.append("reset")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux_kernels.clock import graph_replayed, interleaved
-from flux_kernels.gpu_clock import GpuClock
+from flux_kernels.gpu_clock import GpuClock, Replay
 
 from .fake_cuda import CYCLES, use
 
@@ -70,7 +70,7 @@ def test_a_function_that_waits_for_the_device_is_timed_without_a_sleep_and_said_
         cuda.synchronize()
 
     assert [clock.milliseconds(run) for _ in range(3)] == pytest.approx([0.061] * 3)
-    assert len(caplog.records) == 1 and "includes the host's" in caplog.text
+    assert len(caplog.records) == 1 and "may include the host's" in caplog.text
     cuda.calls.clear()
     clock.milliseconds(run)
     assert "sleep" not in cuda.calls
@@ -81,6 +81,43 @@ def test_a_function_too_slow_to_be_queued_is_run_twice_not_seven_times(cuda):
     cuda.calls.clear()
     clock.milliseconds(launching(cuda, 1, 40_000, 10))
     assert cuda.calls.count("launch") == 2
+
+
+def test_a_function_that_waits_for_the_device_is_run_four_times_not_eight(cuda):
+    """Three sleeps, each twice what issuing took before, and a run without: a longer one could not serve either."""
+    clock = GpuClock(GPU)
+
+    def run():
+        cuda.launch(10, 50)
+        cuda.synchronize()
+
+    cuda.calls.clear()
+    clock.milliseconds(run)
+    assert (cuda.calls.count("sleep"), cuda.calls.count("launch")) == (3, 4)
+
+
+@pytest.mark.parametrize("device", [5.0, 50.0])
+def test_a_graph_that_fills_the_queue_is_timed_rightly_soon_and_without_a_warning(cuda, caplog, device):
+    """A replay of 3,342 kernels cannot be queued behind a sleep, but no host is between its kernels."""
+    with Replay(launching(cuda, 3342, 8, device), GPU) as replay:
+        clock = GpuClock(GPU)
+        cuda.calls.clear()
+        with caplog.at_level("INFO"):
+            assert clock.milliseconds(replay) == pytest.approx(3342 * device / 1e3)
+        assert cuda.calls.count("replay") <= 4
+        assert [record.levelname for record in caplog.records] == ["INFO"] and "to issue behind a sleep" in caplog.text
+        cuda.calls.clear()
+        assert clock.milliseconds(replay) == pytest.approx(3342 * device / 1e3)
+        assert cuda.calls.count("replay") == 1
+
+
+def test_an_eager_function_that_fills_the_queue_is_warned_of(cuda, caplog):
+    """The host may be late in it: nothing tells that it was not."""
+    clock = GpuClock(GPU)
+    cuda.calls.clear()
+    assert clock.milliseconds(launching(cuda, 3342, 8, 50)) == pytest.approx(3342 * 0.05, rel=1e-3)
+    assert cuda.calls.count("launch") == 2 * 3342
+    assert len(caplog.records) == 1 and "may include the host's" in caplog.text
 
 
 def test_graphs_are_captured_once_and_replayed_behind_a_flush(cuda):
