@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import logging
 import os
 import shutil
 import signal
@@ -26,6 +28,8 @@ from bench.stand_in import CARDS
 from flux_kernels.benchmark.record import CHECKOUT
 
 _MARGIN, _LEAST_SECONDS, _LATE = 2.0, 12.0, 3
+_STACK_SECONDS = 1.0  # before its limit, a section that did not stop by itself writes where it is
+_HUNG = "out of time, no rows"
 _DRY_SECONDS = 900.0
 _ARCHIVE_BYTES = 14 << 20  # of what the archive takes in
 
@@ -48,13 +52,15 @@ class State:
         self.path.write_text(json.dumps(self.ended, indent=1))
 
     def order(self, sections: tuple[Section, ...]) -> list[Section]:
-        """Return what is left to do: what was not reached or ran out of time, then what failed."""
-        left = [section for section in sections if self.ended.get(section.name) != "done"]
-        return sorted(left, key=lambda section: self.ended.get(section.name, "").startswith("failed"))
+        """Return what is left to do: what was not reached or ran out of time, what may have hung, then what failed."""
+        ended = {section: self.ended.get(section.name, "") for section in sections}
+        left = [section for section in sections if ended[section] != "done"]
+        return sorted(left, key=lambda section: 2 if ended[section].startswith("failed") else ended[section] == _HUNG)
 
 
 def run_section(section: Section, out: Path, seconds: float, card: str | None = None, reduced: bool = False) -> str:
-    """Run a section in a process of its own, its output in a log; return "done", "out of time" or what failed."""
+    """Run a section in a process of its own, its output in a log; return "done", "out of time" (and no rows) or what failed."""
+    before = _results(out, section)
     process = get_context("fork").Process(target=_inside, args=(section, out, seconds, card, reduced))
     process.start()
     process.join(seconds)
@@ -65,11 +71,19 @@ def run_section(section: Section, out: Path, seconds: float, card: str | None = 
         pass
     process.join()
     if late or process.exitcode == _LATE:
-        return "out of time"
+        return "out of time" if _results(out, section) > before else _HUNG
     if process.exitcode == 0:
         return "done"
     last = (out / f"{section.name}.log").read_text().strip().splitlines()[-1:]
     return f"failed: {' '.join(last)[:150]}"
+
+
+def _results(out: Path, section: Section) -> int:
+    """Count the rows that all sections have written, and the outcomes of tests in the log of one."""
+    rows = sum(len(path.read_bytes().splitlines()) for path in out.glob("*.csv"))
+    log = out / f"{section.name}.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return rows + sum("PASSED" in line or "FAILED" in line for line in lines)
 
 
 def _inside(section: Section, out: Path, seconds: float, card: str | None, reduced: bool) -> None:
@@ -79,6 +93,12 @@ def _inside(section: Section, out: Path, seconds: float, card: str | None, reduc
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - it lives as long as the process
     sys.stderr = sys.stdout
+    faulthandler.dump_traceback_later(max(seconds - _STACK_SECONDS, _STACK_SECONDS / 2), file=2)
+    # If this process's parent ever computed on several threads, OpenMP would wait here for that team, which no fork has. One
+    # thread makes operands as fast as many; what a section starts anew, such as tests, has all of them.
+    torch.set_num_threads(1)
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("flux_kernels").setLevel(logging.INFO)
     session, code = Session(out, card is not None, time.monotonic() + seconds - _MARGIN, reduced=reduced), 1
     started = time.monotonic()
     try:

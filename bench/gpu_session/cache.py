@@ -17,11 +17,15 @@ import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 from triton.runtime import cache as triton_cache
 
 from bench.gpu_session.kernels import Kernel, compile_all, distinct, load, save
@@ -75,14 +79,23 @@ def pack(kernels: list[Kernel], folder: Path, manifest: dict, archive: Path) -> 
 def unpack(archive: Path, folder: Path) -> dict:
     """Unpack the archive where the session's cache will be; return its manifest.
 
-    Triton writes whole paths into the list of each entry's files: they become those of this folder.
+    Triton writes whole paths into an entry: of its files in their list, and of libdevice in the metadata. They become those of here.
     """
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     for group in (folder / _ENTRIES).glob("*/__grp__*.json"):
         names = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps(dict(child_paths={name: str(group.parent / name) for name in names})))
+        for file in (group.parent / name for name in names if name.endswith(".json")):
+            metadata = json.loads(file.read_text())
+            file.write_text(json.dumps(metadata | dict(extern_libs=_libraries(**metadata["target"]))))
     return json.loads((folder / _MANIFEST).read_text())
+
+
+@cache
+def _libraries(**target: object) -> tuple[tuple[str, str], ...]:
+    """Return the names and paths of the device libraries that this machine's Triton links."""
+    return make_backend(GPUTarget(**target)).parse_options({}).extern_libs
 
 
 def take_over(archive: Path, folder: Path, seconds: float, processes: int = os.cpu_count() or 1) -> dict:
@@ -90,27 +103,44 @@ def take_over(archive: Path, folder: Path, seconds: float, processes: int = os.c
 
     Call it before anything asks for a GPU: it forks. The environment it sets is for this process and those it starts.
     """
-    started, own = time.monotonic(), triton_cache.triton_key()
+    own = triton_cache.triton_key()
     os.environ.pop("TRITON_PTXAS_PATH", None)  # another ptxas would be another key
     os.environ["TRITON_CACHE_DIR"] = str(folder / _ENTRIES)
     print(f"Triton {triton.__version__}, own key {short(own)}", flush=True)
     if not archive.exists():
         print(f"no archive {archive}: kernels compile as they are launched", flush=True)
         return {}
-    manifest = unpack(archive, folder)
-    key = manifest["key"]
-    print(f"archive key {short(key)} of commit {manifest['commit']}, Triton {manifest['triton']}", flush=True)
-    if key != own:
-        _use_key(key, folder)
-    os.environ["TRITON_KERNELS_CARRIED"] = "1"
-    kernels = load(folder / _KERNELS)
-    missing = [kernel for kernel in kernels if not kernel.cached(folder / _ENTRIES)]
-    print(f"{len(kernels) - len(missing)} of {len(kernels)} kernels found", flush=True)
-    done, failed = compile_all(missing, processes, seconds - (time.monotonic() - started))
-    print(
-        f"{done} compiled here, {len(failed)} failed, {time.monotonic() - started:.1f} s", *failed[:5], sep="\n  ", flush=True
-    )
+    manifest: dict = {}
+    try:
+        with _phase("unpacked"):
+            manifest.update(unpack(archive, folder))
+        print(f"archive key {short(manifest['key'])} of commit {manifest['commit']}, Triton {manifest['triton']}", flush=True)
+        if manifest["key"] != own:
+            _use_key(manifest["key"], folder)
+        os.environ["TRITON_KERNELS_CARRIED"] = "1"
+        _complete(load(folder / _KERNELS), folder / _ENTRIES, seconds, processes)
+    except Exception:  # noqa: BLE001 - whatever is wrong with an archive, kernels can still compile as they are launched
+        traceback.print_exc(file=sys.stdout)
+        print("the archive is not used any further: what it lacks compiles as it is launched", flush=True)
     return manifest
+
+
+def _complete(kernels: list[Kernel], entries: Path, seconds: float, processes: int) -> None:
+    """Compile in parallel what a cache lacks."""
+    with _phase("looked for"):
+        missing = [kernel for kernel in kernels if not kernel.cached(entries)]
+    print(f"{len(kernels) - len(missing)} of {len(kernels)} kernels found", flush=True)
+    with _phase("compiled"):
+        done, failed = compile_all(missing, processes, seconds)
+    print(f"{done} compiled here, {len(failed)} failed", *failed[:5], sep="\n  ", flush=True)
+
+
+@contextmanager
+def _phase(name: str) -> Iterator[None]:
+    """Print how long a phase took."""
+    started = time.monotonic()
+    yield
+    print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
 
 
 def _use_key(key: str, folder: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -21,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """Hold what `triton.compile` is called with."""
+    """Hold what `triton.compile` is called with; `options` are those that differ from the backend's defaults."""
 
     fn: JITFunction
     signature: dict
@@ -32,8 +33,10 @@ class Kernel:
 
     @classmethod
     def of(cls, source: ASTSource, target: GPUTarget, options: dict) -> Kernel:
-        """Take a source apart."""
-        return cls(source.fn, source.signature, source.constants, source.attrs, target, options)
+        """Take a source apart. What the backend sets by itself is left out: it is of this machine, such as libdevice's path."""
+        own = vars(make_backend(target).parse_options({}))
+        asked = {name: value for name, value in options.items() if name not in own or value != own[name]}
+        return cls(source.fn, source.signature, source.constants, source.attrs, target, asked)
 
     @property
     def source(self) -> ASTSource:
@@ -120,7 +123,9 @@ def compile_all(kernels: list[Kernel], processes: int = os.cpu_count() or 1, sec
         return 0, []
     _WORK[:] = kernels
     failed, done, end = [], 0, time.monotonic() + seconds
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(
+        processes, torch.set_num_threads, (1,)
+    ) as pool:  # for want of the parent's threads
         for problem in pool.imap_unordered(_compile, range(len(kernels))):
             done += not problem
             failed += [problem] if problem else []

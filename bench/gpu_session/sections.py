@@ -100,7 +100,7 @@ def racecheck(session: Session) -> None:
     if session.dry or shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not run here")
         return
-    tests = ["-m", "pytest", "-q", "-x", _TESTS, "-k", "racecheck", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", "-v", "-x", _TESTS, "-k", "racecheck", "-p", "no:cacheprovider"]
     check(["compute-sanitizer", "--tool", "racecheck", "--target-processes", "all", sys.executable, *tests])
 
 

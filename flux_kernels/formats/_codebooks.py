@@ -50,7 +50,9 @@ class Grid:
         entries = words.to(torch.int64).bitwise_and(0xFFFF).cumsum(0)
         width = 16 // self.length
         numbers = entries[:, None] >> torch.arange(0, 16, width, device="cpu") & (1 << width) - 1
-        return torch.tensor(self.values, dtype=torch.int8, device="cpu")[numbers].flatten().view(torch.uint8)
+        # Not `values[numbers]`, which would start torch's threads, and a process that imported the library could not be forked.
+        values = torch.tensor(self.values, dtype=torch.int8, device="cpu")
+        return values.index_select(0, numbers.flatten()).view(torch.uint8)
 
 
 def value_table(values: tuple[int, ...]) -> Tensor:

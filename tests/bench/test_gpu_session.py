@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -48,7 +49,34 @@ BLOCKED = (
     "safetensors",
     "libggml",
 )
-SLOW = Section("slow", 9, lambda session: time.sleep(9), "")
+TAKE_OVER = """
+import sys
+from pathlib import Path
+from bench.gpu_session import cache
+print(cache.take_over(*map(Path, sys.argv[1:]), 60, 1))
+"""
+THREADS = """
+import os
+import torch
+torch.set_num_threads(4)
+before = len(os.listdir("/proc/self/task"))
+import bench.gpu_session.__main__
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+HANGS = """
+import sys
+from pathlib import Path
+import torch
+from bench.gpu_session.__main__ import run_section
+from bench.gpu_session.sections import Section
+
+def compute(session=None):
+    return torch.ones(1 << 22).add(1)  # on all threads
+
+torch.set_num_threads(4)
+compute()
+print(run_section(Section("computes", 20, compute, ""), Path(sys.argv[1]), 20.0))
+"""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -102,30 +130,55 @@ def test_the_summary_fits_the_last_lines(rehearsed, tmp_path):
 
 
 def test_kernels_are_compiled_ahead_and_found_again(rehearsed, tmp_path):
-    """A kernel collected by the dry run, compiled under another build's key and carried to another folder, is a hit there."""
+    """A kernel collected by the dry run, compiled under another build's key and carried to another folder, is a hit there.
+
+    The Triton that compiles has its libdevice at a path that is not there any more when the archive is taken over.
+    """
     script = """
 import sys
+from dataclasses import replace
 from pathlib import Path
+from triton.compiler import make_backend
 from bench.gpu_session import cache
-from bench.gpu_session.kernels import compile_all, load
+from bench.gpu_session.kernels import Kernel, compile_all, load
 rows, folder, archive = map(Path, sys.argv[1:])
-kernels = [k for k in load(rows / "kernels" / "two_stage.pickle") if k.fn.fn.__name__ == "dequantize_kernel"][:1]
+found = next(k for k in load(rows / "kernels" / "two_stage.pickle") if k.fn.fn.__name__ == "dequantize_kernel")
+launched = vars(make_backend(found.target).parse_options(found.options | dict(extern_libs=None)))  # as the library's launches give them
+assert dict(launched["extern_libs"])["libdevice"] == sys.argv[2] + "/libdevice.bc"
+kernels = [Kernel.of(found.source, found.target, launched)]
+assert kernels[0].folder == replace(kernels[0], options=launched).folder  # what a launch looks for
 with cache.keyed("a key", folder / "triton"):
     assert not kernels[0].cached(folder / "triton")
     assert compile_all(kernels, 1) == (1, [])
     cache.pack(kernels, folder, dict(key="a key", commit="abc", triton="3"), archive)
 """
-    made, there = tmp_path / "cache.tar.xz", tmp_path / "elsewhere"
-    python("-c", script, str(rehearsed[0]), str(tmp_path / "build"), str(made))
+    made, there, build = tmp_path / "cache.tar.xz", tmp_path / "elsewhere", tmp_path / "build"
+    build.mkdir()
+    own = Path(triton.__file__).parent / "backends" / "nvidia" / "lib" / "libdevice.10.bc"
+    shutil.copy(own, build / "libdevice.bc")
+    python("-c", script, str(rehearsed[0]), str(build), str(made), TRITON_LIBDEVICE_PATH=str(build / "libdevice.bc"))
+    shutil.rmtree(build)
     with tarfile.open(made) as tar:
         assert any(name.endswith(".cubin") for name in tar.getnames()) and not any(
             name.endswith(".ptx") for name in tar.getnames()
         )
-    take = "import sys; from pathlib import Path; from bench.gpu_session import cache; cache.take_over(*map(Path, sys.argv[1:]), 60, 1)"
-    said = python("-c", take, str(made), str(there))
+        pickled = tar.extractfile("kernels.pickle")
+        assert pickled is not None and b"libdevice" not in pickled.read()
+    said = python("-c", TAKE_OVER, str(made), str(there))
     assert "1 of 1 kernels found" in said and "0 compiled here" in said
+    assert [line.split(":")[0] for line in said.splitlines() if line.endswith(" s")] == ["unpacked", "looked for", "compiled"]
     group = json.loads(next((there / "triton").glob("*/__grp__*.json")).read_text())
     assert all(Path(path).parent.parent == there / "triton" for path in group["child_paths"].values())
+    metadata = json.loads(next((there / "triton").glob("*/dequantize_kernel.json")).read_text())
+    assert metadata["extern_libs"] == [["libdevice", str(own)]]
+
+
+def test_an_archive_that_is_of_no_use_does_not_end_the_session(tmp_path):
+    """Whatever is wrong with it is printed, and kernels compile as they are launched."""
+    (tmp_path / "cache.tar.xz").write_bytes(b"half an archive")
+    said = python("-c", TAKE_OVER, str(tmp_path / "cache.tar.xz"), str(tmp_path / "there"))
+    assert "ReadError" in said and said.splitlines()[-2].startswith("the archive is not used any further")
+    assert said.splitlines()[-1] == "{}"
 
 
 def test_processes_that_a_session_starts_use_the_archives_key(tmp_path):
@@ -183,9 +236,42 @@ def test_a_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 def test_a_section_out_of_time_ends_with_what_it_started(tmp_path):
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
     section = Section("slow", 9, lambda session: subprocess.run([sys.executable, "-c", child], check=False), "")
-    assert run_section(section, tmp_path, 1.0) == "out of time"
+    assert run_section(section, tmp_path, 1.0) == "out of time, no rows"
     time.sleep(3)
     assert not (tmp_path / "late").exists()
+
+
+def test_a_section_that_hangs_is_told_from_a_slow_one_and_says_where(tmp_path):
+    """One that wrote rows, or outcomes of tests, before its time was up was slow; the log of either has its stack."""
+
+    def hang(session):
+        time.sleep(9)
+
+    def slow(session):
+        (session.out / "some.csv").write_text("a\n1\n")
+        time.sleep(9)
+
+    def tests(session):
+        print("[gw3] PASSED tests/one.py", flush=True)
+        time.sleep(9)
+
+    outcomes = [run_section(Section(run.__name__, 9, run, ""), tmp_path, 1.5) for run in (hang, slow, tests, tests)]
+    assert outcomes == ["out of time, no rows", *["out of time"] * 3]
+    assert "in hang\n" in (tmp_path / "hang.log").read_text() and "in slow\n" in (tmp_path / "slow.log").read_text()
+    sections = tuple(Section(name, 9, hang, "") for name in ("broke", "hung", "slow", "new"))
+    state = State(tmp_path / "s", dict(broke="failed: x", hung=outcomes[0], slow=outcomes[1]))
+    assert [one.name for one in state.order(sections)] == ["slow", "new", "hung", "broke"]
+
+
+def test_a_section_computes_where_its_parent_computed_on_several_threads(tmp_path):
+    """A fork has none of its parent's threads, and OpenMP would wait for them forever."""
+    assert python("-c", HANGS, str(tmp_path), OMP_NUM_THREADS="4").strip() == "done"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
+def test_importing_what_a_session_runs_starts_no_threads():
+    """Where one of torch's operations runs in parallel at import, its team is in every process that imported the library."""
+    assert python("-c", THREADS, OMP_NUM_THREADS="4").strip() == "0"
 
 
 def test_the_archive_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
