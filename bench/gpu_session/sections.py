@@ -31,12 +31,13 @@ _PEERS = {  # file of rows -> providers
 
 @dataclass(frozen=True)
 class Section:
-    """Name one part of the session: its most seconds, what runs it, and what it decides."""
+    """Name one part of the session: its most seconds, what runs it, what it decides, and the seconds it took on an H200."""
 
     name: str
     seconds: float
     run: Callable[[Session], None]
     decides: str
+    took: float | None = None
 
 
 def correctness(session: Session) -> None:
@@ -112,21 +113,21 @@ def check(command: list[str], **more) -> None:
 
 
 SECTIONS = (
-    Section("ceilings", 25, ceilings.run, "what the card does at best; whether int8 has a rival in cuBLAS"),
-    Section("correctness", 70, correctness, "whether anything else is worth a look"),
-    Section("two_stage", 40, two_stage.run, "rows at a time, bias, scratch"),
-    Section("int8", 50, int8.run, "what scales in the loop cost, and the bound without them"),
-    Section("sweep", 45, sweep.run, "up to how many rows fused decoding wins"),
-    Section("small_m", 25, small_m.run, "the tile for one to eight rows"),
-    Section("tuning", 80, tuning.run, "the card's record"),
-    Section("step", 120, step.run, "gaps between kernels, host time, the whole step"),
-    Section("host", 15, host.run, "what a launch costs with a driver"),
-    Section("linears", 75, linears, "the README's rows"),
-    Section("ncu", 60, ncu, "stall reasons, L2 rates"),
-    Section("rates", 20, rates.run, "whether the model counts with the right rates"),
+    Section("ceilings", 15, ceilings.run, "what the card does at best; whether int8 has a rival in cuBLAS", 2),
+    Section("correctness", 75, correctness, "whether anything else is worth a look", 43),
+    Section("two_stage", 25, two_stage.run, "rows at a time, bias, scratch", 14),
+    Section("int8", 15, int8.run, "what scales in the loop cost, and the bound without them", 6),
+    Section("sweep", 40, sweep.run, "up to how many rows fused decoding wins", 24),
+    Section("small_m", 20, small_m.run, "the tile for one to eight rows", 8),
+    Section("tuning", 25, tuning.run, "the card's record", 10),
+    Section("step", 120, step.run, "gaps between kernels, host time, the whole step", 86),
+    Section("host", 15, host.run, "what a launch costs with a driver", 2),
+    Section("linears", 50, linears, "the README's rows", 29),
+    Section("ncu", 35, ncu, "stall reasons, L2 rates", 17),
+    Section("rates", 15, rates.run, "whether the model counts with the right rates", 2),
+    Section("peers", 80, peers, "whom a user would otherwise take"),
+    Section("other_linears", 100, other_linears, "the other types' rows"),
+    Section("racecheck", 45, racecheck, "races that no result shows"),
     Section("step_q6_k", 60, lambda session: step.run(session, ("Q6_K",)), "the type of most quality files"),
-    Section("step_512", 60, lambda session: step.run(session, ("Q4_K",), "512x512"), "where the host's time shows"),
-    Section("peers", 100, peers, "whom a user would otherwise take"),
-    Section("other_linears", 120, other_linears, "the other types' rows"),
-    Section("racecheck", 60, racecheck, "races that no result shows"),
+    Section("step_512", 45, lambda session: step.run(session, ("Q4_K",), "512x512"), "where the host's time shows"),
 )

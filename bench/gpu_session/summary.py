@@ -91,13 +91,14 @@ def _miss(row: dict) -> float:
 
 @dataclass(frozen=True)
 class Expected:
-    """Hold what a dry run tells of a section: distinct kernels, seconds of the GPU, of this machine's Python, and its limit."""
+    """Hold what a dry run tells of a section: distinct kernels, seconds of the GPU, of this machine's Python, its limit, and an H200's."""
 
     name: str
     kernels: int
     gpu: float
     host: float
     limit: float
+    took: float | None
 
     @classmethod
     def read(cls, out: Path, section: Section) -> Expected:
@@ -105,7 +106,7 @@ class Expected:
         facts, kernels = out / "facts" / f"{section.name}.json", out / "kernels" / f"{section.name}.pickle"
         found = json.loads(facts.read_text()) if facts.exists() else dict(expected=0.0, seconds=0.0)
         count = len({kernel.folder for kernel in load(kernels)}) if kernels.exists() else 0
-        return cls(section.name, count, found["expected"], found["seconds"], section.seconds)
+        return cls(section.name, count, found["expected"], found["seconds"], section.seconds, section.took)
 
     @property
     def seconds(self) -> float:
@@ -115,13 +116,15 @@ class Expected:
 
 def expectations(rows: list[Expected]) -> str:
     """Return the dry run's table; "compile" is what is saved by carrying the kernels, on 16 cores."""
-    lines = [f"{'section':14} {'kernels':>7} {'compile s':>9} {'GPU s':>7} {'host s':>7} {'in all':>7} {'limit':>6}"]
+    lines = [
+        f"{'section':14} {'kernels':>7} {'compile s':>9} {'GPU s':>7} {'host s':>7} {'in all':>7} {'limit':>6} {'H200 s':>7}"
+    ]
     for row in rows:
         compile_seconds = row.kernels * _COMPILE_SECONDS / _PROCESSES
         late = "  over its limit" if row.seconds > row.limit else ""
-        lines.append(
-            f"{row.name:14} {row.kernels:7} {compile_seconds:9.1f} {row.gpu:7.1f} {row.host:7.1f} {row.seconds:7.1f} {row.limit:6.0f}{late}"
-        )
+        took = "" if row.took is None else f"{row.took:.0f}"
+        times = f"{compile_seconds:9.1f} {row.gpu:7.1f} {row.host:7.1f} {row.seconds:7.1f} {row.limit:6.0f} {took:>7}"
+        lines.append(f"{row.name:14} {row.kernels:7} {times}{late}")
     total = sum(row.seconds for row in rows)
     lines.append(f"in all {sum(row.kernels for row in rows)} kernels, {total:.0f} s; {len(SECTIONS)} sections")
     return "\n".join(lines)
