@@ -66,4 +66,4 @@ def test_the_planned_calls_are_those_of_a_step():
     calls = planned_calls("Q8_0", "int8", capability=(8, 9))
     assert sum(call.calls for call in calls) == 494  # 504 with the ten of embedders and final layer
     assert {call.algorithm for call in calls} == {"two_stage", "small_m"}
-    assert {call.algorithm for call in planned_calls("Q8_0", "exact", capability=(9, 0))} == {"two_stage", "fused", "small_m"}
+    assert {call.algorithm for call in planned_calls("Q8_0", "exact", capability=(9, 0))} == {"two_stage", "small_m"}
