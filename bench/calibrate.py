@@ -70,7 +70,9 @@ def measured_card(linear: list[dict], counters: list[dict]) -> Model:
     model = next(model for model in MODELS if model.name in linear[0]["device"])
     long = {row["what"] for row in counters if row["metric"] == "Duration" and float(row["value"]) > _LONG_NS}
     hertz = [float(row["value"]) for row in counters if row["metric"] == "SM Frequency" and row["what"] in long]
-    matmul, copy = (max(linear, key=lambda row, name=name: float(row[name] or 0)) for name in ("share_of_matmul", "share_of_copy"))
+    matmul, copy = (
+        max(linear, key=lambda row, name=name: float(row[name] or 0)) for name in ("share_of_matmul", "share_of_copy")
+    )
     moved = least_bytes(copy["format"], copy["provider"], _call(copy), torch.bfloat16.itemsize)
     return replace(
         model,
@@ -108,7 +110,7 @@ def summarize(found: list[dict]) -> list[dict]:
     """Return a row for each kernel or algorithm, format and table: how many times, and median and range of measured / predicted."""
     groups: dict[tuple, list[dict]] = {}
     for row in found:
-        groups.setdefault((row["table"], row["ran"].split(" ")[0].replace("_", " "), row["format"], row["dtype"]), []).append(row)
+        groups.setdefault((row["table"], row["ran"].split(" ")[0], row["format"], row["dtype"]), []).append(row)
     return [
         dict(zip(("table", "ran", "format", "dtype"), key, strict=True))
         | dict(rows=len(mine), **_spread(mine, "over_bound"), **_spread(mine, "over_waiting"), model=mine[0]["model"])
@@ -117,7 +119,9 @@ def summarize(found: list[dict]) -> list[dict]:
     ]
 
 
-def fitted_wait(rows: list[dict], model: Model, record: list[dict], format: str = "Q4_K", n: int = 3072, k: int = 3072) -> float:
+def fitted_wait(
+    rows: list[dict], model: Model, record: list[dict], format: str = "Q4_K", n: int = 3072, k: int = 3072
+) -> float:
     """Return the clocks that one program waits for a shared-memory instruction: SHARED_WAIT of bench/aot/cards.py.
 
     The median over the fused rows of one format and shape in sweep.csv, of its wide tile: one program a multiprocessor, so that all that is
@@ -220,7 +224,9 @@ def main() -> None:
     parser.add_argument("measured", type=Path, help="CSV of bench.run, or a folder of bench.gpu_session")
     parser.add_argument("--write", type=Path, required=True, help="CSV of medians and ranges")
     parser.add_argument("--rows", type=Path, help="CSV of every time")
-    parser.add_argument("--model", choices=[model.name for model in MODELS], help="rates by a card's data sheet, instead of measured ones")
+    parser.add_argument(
+        "--model", choices=[model.name for model in MODELS], help="rates by a card's data sheet, instead of measured ones"
+    )
     arguments = parser.parse_args()
     (model, tables), record = _inputs(arguments.measured, arguments.model), read_csv(RECORD)
     found = [row for name, rows in tables.items() for row in calibrate(rows, model, record, name)]
@@ -232,8 +238,13 @@ def main() -> None:
     write_csv(summary, arguments.write)
     print(f"{model.name}: {model.bf16_tflops} TFLOP/s, {model.memory_gb_s} GB/s, {model.ghz} GHz; measured / predicted")
     for row in summary:
-        sides = (f"{row[f'{side}_median']} ({row[f'{side}_least']} to {row[f'{side}_most']})" for side in ("over_bound", "over_waiting"))
-        print(f"{row['table']:10} {row['ran']:20} {row['format']:6} {row['rows']:4}  bound {next(sides):22} waiting {next(sides)}")
+        sides = (
+            f"{row[f'{side}_median']} ({row[f'{side}_least']} to {row[f'{side}_most']})"
+            for side in ("over_bound", "over_waiting")
+        )
+        print(
+            f"{row['table']:10} {row['ran']:20} {row['format']:6} {row['rows']:4}  bound {next(sides):22} waiting {next(sides)}"
+        )
     if "sweep" in tables:
         print(f"a wait, fitted: {fitted_wait(tables['sweep'], model, record):.1f} clocks")
 

@@ -10,6 +10,7 @@ beside measurements on a bare GPU machine.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 
 import torch
@@ -174,7 +175,9 @@ def _rest(row: dict, convert_rate: int) -> int:
 
 def pipes_of(row: dict, convert_rate: int) -> dict[str, int]:
     """Return the clocks of one iteration by pipe, all but the tensor cores."""
-    return {name: int(row[f"{name}_clocks"]) for name in ("issue", "int")} | dict(convert=int(row[f"convert_clocks_{convert_rate}"]))
+    return {name: int(row[f"{name}_clocks"]) for name in ("issue", "int")} | dict(
+        convert=int(row[f"convert_clocks_{convert_rate}"])
+    )
 
 
 def busiest_pipe(row: dict, convert_rate: int) -> str:
@@ -189,7 +192,7 @@ def busiest_pipe(row: dict, convert_rate: int) -> str:
 def tile_from(text: str) -> Tile:
     """Read what str(Tile) wrote."""
     sizes, *words = text.split()
-    given = dict(zip(words, words[1:], strict=False))
+    given = dict(pairwise(words))
     whole = {name: int(given[name]) for name in ("warps", "stages")}
     return Tile(*map(int, sizes.split("x")), *whole.values(), int(given.get("split", 1)), "ldmatrix" in words)
 

@@ -73,7 +73,9 @@ def modelled_ms(rates: Rates, compute: str, format: str, m: int, n: int, k: int,
     card = next(card for card in compile_time.MODELS if card.name == rates.name)
     card = replace(card, bf16_tflops=rates.bf16_tflops, memory_gb_s=rates.memory_gb_s, ghz=rates.ghz)
     try:
-        return compile_time.call_ms(compile_time.Case(card, _record(), format, waits=True), compute, Call(m, n, k, 1, ""), choice)
+        return compile_time.call_ms(
+            compile_time.Case(card, _record(), format, waits=True), compute, Call(m, n, k, 1, ""), choice
+        )
     except LookupError:
         return None
 
