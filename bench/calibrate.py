@@ -1,12 +1,14 @@
 """Put the compile-time model's predictions beside measured kernels of the same card, with the error of each.
 
-    python -m bench.calibrate results/linear.csv --write results/calibration.csv                                 # on the card itself
-    python -m bench.calibrate bench/results/nvidia-h200 --write bench/results/nvidia-h200/calibration.csv        # without a GPU
+    python -m bench.calibrate results/linear.csv --write results/calibration.csv     # on the card itself
+    python -m bench.calibrate bench/results/nvidia-h200 --write calibration.csv      # without a GPU
 
-The model (bench/aot/model.py) gives a bound, and a time in which programs wait for shared memory; measured / predicted tells how far a card
-is from each. Like is compared with like: a row of a mode with what the default table runs for its call, a row of one algorithm with
-that algorithm and tile, torch's own product with torch's. What bench/results/aot.csv lacks is left out. Given a folder of
-`bench.gpu_session`, the card's rates are those measured there.
+The model (bench/aot/model.py) gives a bound, and a time in which programs wait for shared memory; measured / predicted tells how
+far a card is from each. Like is compared with like: a row of a mode with what the default table runs for its call, a row of one
+algorithm with that algorithm and tile, torch's own product with torch's. What bench/results/aot.csv lacks is left out. Given a
+folder of `bench.gpu_session`, the card's rates are those measured there.
+
+Predictions are for the kernels and the table of today: rows of an older `commit` may have run others.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def this_card() -> Model:
 
 
 def measured_card(linear: list[dict], counters: list[dict]) -> Model:
-    """Describe the card of a session by what it measured: the ceilings behind its linear calls, the clock of its longer kernels.
+    """Describe the card of a session by what it measured: ceilings behind its linear calls, the clock of its longer kernels.
 
     Args:
         linear: rows of linear.csv, whose shares are of a copy's GB/s and of a large product's TFLOP/s.
@@ -84,7 +86,7 @@ def measured_card(linear: list[dict], counters: list[dict]) -> Model:
 
 
 def calibrate(rows: list[dict], model: Model, record: list[dict], table: str = "linear") -> list[dict]:
-    """Return a row for each measured time that the model predicts: what ran, measured, bound, waiting, and where they come from."""
+    """Return a row for each measured time that the model predicts: what ran, measured, bound, waiting, and their origin."""
     recorded, found = Record(record), []
     for row in rows:
         dtype = _DTYPES.get(row.get("dtype") or "bfloat16")
@@ -107,7 +109,7 @@ def calibrate(rows: list[dict], model: Model, record: list[dict], table: str = "
 
 
 def summarize(found: list[dict]) -> list[dict]:
-    """Return a row for each kernel or algorithm, format and table: how many times, and median and range of measured / predicted."""
+    """Return a row for each kernel or algorithm, format and table: how many times, median and range of measured / predicted."""
     groups: dict[tuple, list[dict]] = {}
     for row in found:
         groups.setdefault((row["table"], row["ran"].split(" ")[0], row["format"], row["dtype"]), []).append(row)
@@ -124,8 +126,8 @@ def fitted_wait(
 ) -> float:
     """Return the clocks that one program waits for a shared-memory instruction: SHARED_WAIT of bench/aot/cards.py.
 
-    The median over the fused rows of one format and shape in sweep.csv, of its wide tile: one program a multiprocessor, so that all that is
-    measured beyond the bound is wait.
+    The median over the fused rows of one format and shape in sweep.csv, of its wide tile: one program a multiprocessor, so that
+    all that is measured beyond the bound is wait.
     """
     case, found = Case(model, Record(record), format), []
     for row in rows:

@@ -2,9 +2,9 @@
 
 A call is what the library runs for it: the default choice's algorithm with its tile and chunks, the kernels around the product
 (unpacking the weight, quantizing activations) and their traffic. Where a loop waits for all its products, products and
-instructions add up; elsewhere they overlap. That is a bound. A case that `waits` adds what a program that is alone on its multiprocessor
-waits for shared memory, as an H200 was measured to. It needs neither typer nor rich, so that `bench.calibrate` can put its predictions
-beside measurements on a bare GPU machine.
+instructions add up; elsewhere they overlap. That is a bound. A case that `waits` adds what a program that is alone on its
+multiprocessor waits for shared memory, as an H200 was measured to. It needs neither typer nor rich, so that `bench.calibrate`
+can put its predictions beside measurements on a bare GPU machine.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ class Record:
     def waits(self, row: dict) -> int:
         """Count the shared-memory instructions of a warp's loop, without those that load operands of mma.sync.
 
-        Such operands are loaded ahead of the product, so they are no waits; on capability 90, whose products read shared memory
-        themselves, there are none. So of a product for another capability count those of the same kernel there, per decoded weight.
+        Such operands are loaded ahead of the product, so they are no waits; on capability 90, whose products read shared
+        memory themselves, there are none. So a product for another capability has those of the same kernel there, in proportion
+        to the weights that a warp decodes.
         """
         if row["kernel"] not in _PRODUCTS or int(row["capability"]) == _MEASURED:
             return int(row["loop_shared"])
@@ -110,10 +111,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Case:
-    """Hold what a prediction is for: a product, the record, a format, x's dtype, and how much goes wrong.
+    """Hold what a prediction is for: a product, the record, a format, x's dtype, and what is assumed of the card.
 
-    convert_rate: results of conversions a clock and SM, where nobody measured them. waits: whether programs wait for shared memory, and
-    products of a warp's own instruction (mma.sync) do not overlap with decoding either.
+    convert_rate: results of conversions a clock and SM, where nobody measured them. waits: whether programs wait for shared
+    memory, and products of a warp's own instruction (mma.sync) do not overlap with decoding either.
     """
 
     model: Model
@@ -323,7 +324,7 @@ def both_cases(model: Model, record: Record, format: str, dtype: str = "bf16") -
 
 
 def predict(model: Model, mode: str, format: str, record: Record) -> dict:
-    """Predict the linears of one 1024 x 1024 step of FLUX.1-dev in a mode: the bound, and with conversions at their slower rate and waits.
+    """Predict the linears of one 1024 x 1024 step of FLUX.1-dev in a mode: the bound, and with slow conversions and waits.
 
     Raises:
         LookupError: where the record lacks a kernel, or the card refuses the mode.

@@ -3,9 +3,9 @@
     python -m bench.aot.predict --formats Q4_K,Q8_0 --write bench/results/predictions.csv
 
 Each time stands twice. `predicted_ms` is a bound: everything overlaps that the code lets, and conversions run at 64 a clock and
-multiprocessor where nobody measured them. `predicted_ms_waiting` is for conversions at 16, products and decoding in turn, and programs that wait
-for shared memory as long as they did on an H200, where the kernels so predicted took 0.8 to 1.3 of it. Torch's own product is predicted
-at the same peaks, for the ratio; launch gaps are in neither.
+multiprocessor where nobody measured them. `predicted_ms_waiting` is for conversions at 16, products and decoding in turn, and
+programs that wait for shared memory as long as they did on an H200, where the large products took 0.8 to 1.3 of it. Torch's own
+product is predicted at the same peaks, for the ratio; launch gaps are in neither.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def read_ms(rates: Rates, format: str, n: int, k: int) -> float:
 
 
 def modelled_ms(rates: Rates, compute: str, format: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
-    """Return the compile-time model's prediction of a call at these rates, waits among it, None where its record lacks a kernel of it."""
+    """Return the compile-time model's prediction of a call at these rates, with waits, None where its record lacks a kernel."""
     card = next(card for card in compile_time.MODELS if card.name == rates.name)
     card = replace(card, bf16_tflops=rates.bf16_tflops, memory_gb_s=rates.memory_gb_s, ghz=rates.ghz)
     try:

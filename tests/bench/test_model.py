@@ -1,4 +1,4 @@
-"""The model that predicts from compiled code: its rates are the vendors', its calls are those that the library runs, its error is known."""
+"""The model that predicts from compiled code: its rates are the vendors', its calls the library's own, its error known."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_programs_share_pipes_and_wait_together(record):
 
 
 def test_loads_of_mma_sync_operands_are_no_waits(record):
-    """GeForce code of the fused kernel has six times Hopper's shared-memory instructions: its operands; what decodes waits the same."""
+    """GeForce code of the fused kernel has six times Hopper's shared-memory instructions: its operands."""
     tile = "128x128x256 warps 8 stages 2"
     hopper, geforce = (Case(BY_NAME[name], record, "Q4_K").row("fused_gemm", tile) for name in ("H200", "RTX 4090"))
     assert int(geforce["loop_shared"]) > 4 * int(hopper["loop_shared"])
@@ -206,7 +206,7 @@ def measured() -> dict[str, list[dict]]:
 
 
 def test_the_card_is_what_its_session_measured(measured):
-    """Without a GPU: the ceilings behind the shares of linear.csv, and the clock that the profiler saw in kernels of 50 us and more."""
+    """Without a GPU: the ceilings behind the shares of linear.csv, and the clock that the profiler saw in long kernels."""
     card = measured_card(measured["linear"], measured["ncu"])
     assert card.bf16_tflops == H200_MEASURED.bf16_tflops
     assert card.memory_gb_s == pytest.approx(H200_MEASURED.memory_gb_s, rel=0.002)
@@ -223,7 +223,7 @@ def test_the_wait_is_the_one_that_was_measured(measured):
     "table, kernel", [("sweep", "fused"), ("sweep", "split_k"), ("int8", "int8_gemm"), ("int8", "int8_gemm_rows")]
 )
 def test_what_the_wait_was_not_fitted_to_is_within_a_third(measured, table: str, kernel: str):
-    """The bound is missed by up to 4.1; with waits no row of another format, tile, shape or kernel is off by more than a third."""
+    """The bound is missed by up to 4.1; with waits no row of another format, tile, shape or kernel is off by a third."""
     rows = [
         row for row in calibrate(measured[table], H200_MEASURED, read_csv(RECORD), table) if row["ran"].split()[0] == kernel
     ]
