@@ -99,10 +99,12 @@ def prediction_table() -> str:
 
 
 def _predicted(row: dict[str, str]) -> str:
-    """Write a prediction, with the one for slow conversions where it differs by a hundredth."""
-    best, worst = float(row["ratio"]), float(row["ratio_slow_convert"])
-    ratio = f"{best:.2f}x" if abs(best - worst) < 0.01 else f"{worst:.2f} to {best:.2f}x"
-    return f"{float(row['predicted_ms']):.0f} ms ({ratio})"
+    """Write a prediction as bound and, where it differs by a hundredth, the one in which programs wait: milliseconds and ratios."""
+    best, worst = float(row["ratio"]), float(row["ratio_waiting"])
+    milliseconds, most = (f"{float(row[name]):.0f}" for name in ("predicted_ms", "predicted_ms_waiting"))
+    if abs(best - worst) < 0.01:
+        return f"{milliseconds} ms ({best:.2f}x)"
+    return f"{milliseconds} to {most} ms ({worst:.2f} to {best:.2f}x)"
 
 
 PAGES = {

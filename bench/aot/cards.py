@@ -11,8 +11,14 @@ from dataclasses import dataclass
 
 QUADRANTS = 4  # schedulers of a multiprocessor, each with a tensor core and one instruction of 32 threads a clock
 LANES = 32
-# Conversions between integers and floats: the two rates in circulation for capability 8.x, neither measured here.
+# Results of I2F and F2I a clock and SM: the two rates in circulation. An H200 ran I2F.U8, I2F.F16 and F2I at 16
+# (bench/results/nvidia-h200/rates.csv); what our loops have is I2F.U16, .S16 and .S8, which are taken to be alike. I2FP and F2FP,
+# which count as integer arithmetic here, ran at 62 of 64.
 CONVERT_RATES = (16, 64)
+MEASURED_CONVERT_RATES = {90: 16}
+# Clocks that a program waits for each shared-memory instruction of a warp's loop, whatever else runs on its multiprocessor: fitted
+# to the fused kernel of Q4_K on an H200 (`bench.calibrate.fitted_wait`), checked on other rows (docs/decisions/predictions.md).
+SHARED_WAIT = 84
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 A call is what the library runs for it: the default choice's algorithm with its tile and chunks, the kernels around the product
 (unpacking the weight, quantizing activations) and their traffic. Where a loop waits for all its products, products and
-instructions add up; elsewhere they overlap. It needs neither typer nor rich, so that `bench.calibrate` can put its predictions beside
-measurements on a bare GPU machine.
+instructions add up; elsewhere they overlap. That is a bound. A case that `waits` adds what a program that is alone on its
+multiprocessor waits for shared memory, as an H200 was measured to. It needs neither typer nor rich, so that `bench.calibrate`
+can put its predictions beside measurements on a bare GPU machine.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 
 import torch
@@ -20,13 +22,16 @@ from flux_kernels.kernels.choice import Choice, default_choice
 from flux_kernels.kernels.chunks import chunk_sizes, wave_efficiency
 from flux_kernels.kernels.tuning import Tile
 
-from .cards import CARDS, CONVERT_RATES
+from .cards import CARDS, CONVERT_RATES, MEASURED_CONVERT_RATES, SHARED_WAIT
 
 MODES = ("exact", "fp16_accumulate", "int8")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ANY = "any"
 _LEAST_K = 128  # rows of no more weights leave no loop to predict from
 _KERNELS = {"fused": "fused_gemm", "split_k": "split_k"}
+# Kernels whose operands both pass shared memory, and what decodes alike on the capability that was measured.
+_PRODUCTS = {name: name for name in ("fused_gemm", "split_k", "int8_gemm", "int8_gemm_rows")} | dict(fp16_gemm="fused_gemm")
+_MEASURED = 90  # the capability that SHARED_WAIT was measured on
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ MODELS = (
     Model("H100", 90, 132, 1.83, 989, 989, 1979, 3350),
     Model("H200", 90, 132, 1.83, 989, 989, 1979, 4800),
 )
+_H200 = MODELS[-1]
+# As `bench.run` measured it, and the clock of its longer kernels (bench/results/nvidia-h200/linear.csv, ncu.csv).
+H200_MEASURED = replace(_H200, name="H200 as measured", ghz=1.746, bf16_tflops=787, memory_gb_s=4255)
 
 
 class Record:
@@ -88,16 +96,33 @@ class Record:
             raise LookupError(f"the record has no {kernel} {tile} of {format} with {dtype} x for capability {capability}")
         return max(found, key=lambda row: (int(row["k"]), _sizes(row)[-1]))
 
+    def waits(self, row: dict) -> int:
+        """Count the shared-memory instructions of a warp's loop, without those that load operands of mma.sync.
+
+        Such operands are loaded ahead of the product, so they are no waits; on capability 90, whose products read shared
+        memory themselves, there are none. So a product for another capability has those of the same kernel there, in proportion
+        to the weights that a warp decodes.
+        """
+        if row["kernel"] not in _PRODUCTS or int(row["capability"]) == _MEASURED:
+            return int(row["loop_shared"])
+        twin = self.find(_PRODUCTS[row["kernel"]], row["format"], _MEASURED, row["dtype"])
+        return round(int(twin["loop_shared"]) * _weights_of_a_warp(row) / _weights_of_a_warp(twin))
+
 
 @dataclass(frozen=True)
 class Case:
-    """Hold what a prediction is for: a product, the record, a format, x's dtype, and results of conversions a clock and SM."""
+    """Hold what a prediction is for: a product, the record, a format, x's dtype, and what is assumed of the card.
+
+    convert_rate: results of conversions a clock and SM, where nobody measured them. waits: whether programs wait for shared
+    memory, and products of a warp's own instruction (mma.sync) do not overlap with decoding either.
+    """
 
     model: Model
     record: Record
     format: str
     dtype: str = "bf16"
     convert_rate: int = max(CONVERT_RATES)
+    waits: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -116,25 +141,61 @@ class Case:
         """Return the milliseconds of moving bytes to or from memory."""
         return nbytes / self.model.memory_gb_s / 1e6
 
+    @property
+    def converts(self) -> int:
+        """Return the results of conversions a clock and SM: as measured, else as the case assumes."""
+        return MEASURED_CONVERT_RATES.get(self.model.capability, self.convert_rate)
+
     def running(self, row: dict, programs: int, steps: int = 1) -> float:
-        """Return the milliseconds of the multiprocessor that has the most programs of a kernel."""
-        return ceil(programs / self.model.processors) * steps * clocks(row, self.convert_rate) / (self.model.ghz * 1e6)
+        """Return the milliseconds of the multiprocessor that has the most programs of a kernel.
+
+        Programs that are there at a time share its pipes, and wait together.
+        """
+        most = ceil(programs / self.model.processors)
+        turns = ceil(most / max(1, int(row["programs_per_sm"])))
+        return steps * (most * clocks(row, self.converts) + turns * self.waited(row)) / (self.model.ghz * 1e6)
+
+    def waited(self, row: dict) -> int:
+        """Return the clocks that one iteration of a program alone takes beyond those of its busiest pipe."""
+        if not self.waits:
+            return 0
+        products, rest = int(row["tensor_clocks"]), _rest(row, self.converts)
+        in_turn = 0 if int(row["mma_waits"]) else min(products, rest)
+        return in_turn + SHARED_WAIT * self.record.waits(row)
 
 
 def clocks(row: dict, convert_rate: int) -> int:
     """Return the clocks of one iteration of a kernel's loop: of its busiest pipe, or of products and then the rest."""
-    tensor, issue = int(row["tensor_clocks"]), int(row["issue_clocks"])
-    together = tensor + issue if int(row["mma_waits"]) else max(tensor, issue)
-    return max(together, int(row["int_clocks"]), int(row[f"convert_clocks_{convert_rate}"]))
+    products, rest = int(row["tensor_clocks"]), _rest(row, convert_rate)
+    return products + rest if int(row["mma_waits"]) else max(products, rest)
+
+
+def _rest(row: dict, convert_rate: int) -> int:
+    return max(pipes_of(row, convert_rate).values())
+
+
+def pipes_of(row: dict, convert_rate: int) -> dict[str, int]:
+    """Return the clocks of one iteration by pipe, all but the tensor cores."""
+    return {name: int(row[f"{name}_clocks"]) for name in ("issue", "int")} | dict(
+        convert=int(row[f"convert_clocks_{convert_rate}"])
+    )
 
 
 def busiest_pipe(row: dict, convert_rate: int) -> str:
-    """Name the pipe that decides: "tensor + issue" where a loop waits for its products."""
-    pipes = {name: int(row[f"{name}_clocks"]) for name in ("tensor", "issue", "int")}
-    pipes["convert"] = int(row[f"convert_clocks_{convert_rate}"])
+    """Name the pipe that decides: "tensor + issue", say, where a loop waits for its products."""
+    pipes, products = pipes_of(row, convert_rate), int(row["tensor_clocks"])
+    busiest = max(pipes, key=pipes.__getitem__)
     if int(row["mma_waits"]):
-        pipes["tensor + issue"] = pipes.pop("tensor") + pipes.pop("issue")
-    return max(pipes, key=pipes.__getitem__)
+        return f"tensor + {busiest}"
+    return "tensor" if products >= pipes[busiest] else busiest
+
+
+def tile_from(text: str) -> Tile:
+    """Read what str(Tile) wrote."""
+    sizes, *words = text.split()
+    given = dict(pairwise(words))
+    whole = {name: int(given[name]) for name in ("warps", "stages")}
+    return Tile(*map(int, sizes.split("x")), *whole.values(), int(given.get("split", 1)), "ldmatrix" in words)
 
 
 def choice_of(case: Case, mode: str, call: Call) -> tuple[str, Choice]:
@@ -184,24 +245,30 @@ def _sizes(row: dict) -> list[int]:
     return [int(size) for size in row["tile"].split()[0].split("x")]
 
 
+def _weights_of_a_warp(row: dict) -> float:
+    *_, rows, k = _sizes(row)
+    return rows * k / tile_from(row["tile"]).num_warps
+
+
 def _product_ms(case: Case, call: Call, row: dict, tile: Tile, x_bytes: int) -> float:
     """Return the time of a kernel that reads packed rows: its programs, or its traffic."""
     shared_k = tile.splits if row["kernel"] == "split_k" else 1  # programs; small M's splits are warps of one program
     programs = ceil(call.m / tile.block_m) * ceil(call.n / tile.block_n) * shared_k
     traffic = case.packed(call) + x_bytes * call.m * call.k + case.itemsize * call.m * call.n
-    return max(case.running(row, programs, ceil(call.k / tile.tile_k / tile.splits)), case.moving(traffic))
+    sums = 2 * 4 * shared_k * call.m * call.n if shared_k > 1 else 0  # float32, written by one kernel and read by another
+    return max(case.running(row, programs, ceil(call.k / tile.tile_k / tile.splits)), case.moving(traffic)) + case.moving(sums)
 
 
 def _two_stage_ms(case: Case, call: Call, choice: Choice) -> float:
     """Return the time of unpacking a weight to x's dtype, and of torch's product, chunk by chunk."""
     total = 0.0
     for rows in chunk_sizes(call.n, choice.rows):
-        total += _unpack_ms(case, "dequantize", call, rows, case.itemsize)
+        total += unpack_ms(case, "dequantize", call, rows, case.itemsize)
         total += _torch_product_ms(case, call.m, rows, call.k)
     return total
 
 
-def _unpack_ms(case: Case, kernel: str, call: Call, rows: int, itemsize: float) -> float:
+def unpack_ms(case: Case, kernel: str, call: Call, rows: int, itemsize: float) -> float:
     """Return the time of decoding `rows` rows of a weight, `itemsize` bytes written for each weight."""
     row = case.row(kernel)
     block_n, tile_k = _sizes(row)
@@ -222,33 +289,49 @@ def _int8_ms(case: Case, call: Call, choice: Choice, row: dict) -> float:
 
     The scales of weight rows are found once per layer, not in each call.
     """
-    block_m, block_n, group = _sizes(row)
-    unpack, written = ("unpack_int8_rows", 1) if choice.algorithm == "row_scales" else ("unpack_int8", 1 + 4 / group)
-    total = _quantizer_ms(case, call)
+    total = quantizer_ms(case, call)
     for rows in chunk_sizes(call.n, choice.rows):
-        total += _unpack_ms(case, unpack, call, rows, written)
-        programs = ceil(call.m / block_m) * ceil(rows / block_n)
-        traffic = call.m * call.k + rows * call.k + case.itemsize * call.m * rows
-        total += max(case.running(row, programs, ceil(call.k / group)), case.moving(traffic))
+        total += unpack_int8_ms(case, call, rows, choice.algorithm == "row_scales") + int8_product_ms(case, call, rows, row)
     return total
 
 
-def _quantizer_ms(case: Case, call: Call) -> float:
+def unpack_int8_ms(case: Case, call: Call, rows: int, row_scales: bool) -> float:
+    """Return the time of decoding `rows` rows of a weight to int8, with a scale for each group or each row."""
+    kernel, written = ("unpack_int8_rows", 1) if row_scales else ("unpack_int8", 1 + 4 / group_width(call.k))
+    return unpack_ms(case, kernel, call, rows, written)
+
+
+def int8_product_ms(case: Case, call: Call, rows: int, row: dict) -> float:
+    """Return the time of the int8 product with `rows` rows of the weight."""
+    block_m, block_n, group = _sizes(row)
+    programs = ceil(call.m / block_m) * ceil(rows / block_n)
+    traffic = call.m * call.k + rows * call.k + case.itemsize * call.m * rows
+    return max(case.running(row, programs, ceil(call.k / group)), case.moving(traffic))
+
+
+def quantizer_ms(case: Case, call: Call) -> float:
+    """Return the time of quantizing x to int8."""
     row = case.row("quantize_activation")
     block_m, group = _sizes(row)
     programs = ceil(call.m / block_m) * ceil(call.k / group_width(call.k))
     return max(case.running(row, programs), case.moving(call.m * call.k * (case.itemsize + 1 + 4 / group)))
 
 
+def both_cases(model: Model, record: Record, format: str, dtype: str = "bf16") -> tuple[Case, Case]:
+    """Return the case of the bound, and the one in which programs wait."""
+    slow, fast = CONVERT_RATES
+    return Case(model, record, format, dtype, fast), Case(model, record, format, dtype, slow, waits=True)
+
+
 def predict(model: Model, mode: str, format: str, record: Record) -> dict:
-    """Predict the linears of one 1024 x 1024 step of FLUX.1-dev in a mode, with both rates of conversion.
+    """Predict the linears of one 1024 x 1024 step of FLUX.1-dev in a mode: the bound, and with slow conversions and waits.
 
     Raises:
         LookupError: where the record lacks a kernel, or the card refuses the mode.
     """
     if mode == "fp16_accumulate" and divmod(model.capability, 10) in DATACENTER:
         raise LookupError(f"{mode} is refused on {model.name}")
-    cases = [Case(model, record, format, convert_rate=rate) for rate in sorted(CONVERT_RATES, reverse=True)]
+    cases = both_cases(model, record, format)
     best, worst = (sum(call.calls * call_ms(case, mode, call) for call in step_calls()) for case in cases)
     torch_total = sum(call.calls * torch_ms(cases[0], call) for call in step_calls())
     compute, choice = choice_of(cases[0], mode, max(step_calls(), key=lambda call: call.flops))
@@ -259,11 +342,11 @@ def predict(model: Model, mode: str, format: str, record: Record) -> dict:
         compute=mode,
         runs=str(choice),
         predicted_ms=round(best, 1),
-        predicted_ms_slow_convert=round(worst, 1),
+        predicted_ms_waiting=round(worst, 1),
         bf16_ms=round(torch_total, 1),
         ratio=round(torch_total / best, 2),
-        ratio_slow_convert=round(torch_total / worst, 2),
-        busiest_pipe=busiest_pipe(row, cases[0].convert_rate) if row else "torch",
+        ratio_waiting=round(torch_total / worst, 2),
+        busiest_pipe=busiest_pipe(row, cases[0].converts) if row else "torch",
         triton=record.triton,
     )
 

@@ -21,17 +21,19 @@ _RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
 
 @dataclass(frozen=True)
 class Rates:
-    """Hold what a card is assumed to reach: TFLOP/s of cuBLAS in bf16, GB/s of a copy, multiprocessors, bytes of L2."""
+    """Hold what a card reaches: TFLOP/s of cuBLAS in bf16, GB/s of a copy, GHz under load, multiprocessors, bytes of L2."""
 
     name: str
     bf16_tflops: float
     memory_gb_s: float
+    ghz: float
     processors: int
     l2_bytes: int
 
 
-# bf16 products of 8192 cubed and device-to-device copies as measured on such cards before.
-_H100, _H200 = Rates("H100", 790, 2900, 132, 50 << 20), Rates("H200", 790, 4200, 132, 60 << 20)
+_MEASURED = compile_time.H200_MEASURED
+_H200 = Rates("H200", _MEASURED.bf16_tflops, _MEASURED.memory_gb_s, _MEASURED.ghz, _MEASURED.processors, 60 << 20)
+_H100 = Rates("H100", 790, 2900, 1.755, 132, 50 << 20)  # assumed: none was measured
 _LAUNCH_MS = 0.0012  # a launch in a full queue or a graph
 
 
@@ -67,11 +69,13 @@ def read_ms(rates: Rates, format: str, n: int, k: int) -> float:
 
 
 def modelled_ms(rates: Rates, compute: str, format: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
-    """Return the compile-time model's prediction of a call at these rates, None where its record lacks a kernel of it."""
+    """Return the compile-time model's prediction of a call at these rates, with waits, None where its record lacks a kernel."""
     card = next(card for card in compile_time.MODELS if card.name == rates.name)
-    card = replace(card, bf16_tflops=rates.bf16_tflops, memory_gb_s=rates.memory_gb_s)
+    card = replace(card, bf16_tflops=rates.bf16_tflops, memory_gb_s=rates.memory_gb_s, ghz=rates.ghz)
     try:
-        return compile_time.call_ms(compile_time.Case(card, _record(), format), compute, Call(m, n, k, 1, ""), choice)
+        return compile_time.call_ms(
+            compile_time.Case(card, _record(), format, waits=True), compute, Call(m, n, k, 1, ""), choice
+        )
     except LookupError:
         return None
 
