@@ -33,7 +33,7 @@ _SPLITS = (2, 3, 4, 6)
 _MOST_WAVES = 4  # and only until it makes so many: then no wave is left that is mostly empty
 _LEAST_STAGES = 2
 _FEW_WAVES = 3  # splitting K is tried where one tile per program makes fewer waves than this
-# Rows up to which split-K may win where the default unpacks first: on an H200 at 64 by up to 1.4, at 128 by 1.1, at 256 nowhere.
+# Rows up to which split-K may win on a data-center card that unpacks by default: on an H200 at 64 by up to 1.4, at 128 by 1.1, at 256 nowhere.
 _SPLIT_K_WINS_M = 128
 _HOPPER = (9, 0)
 _SHARED_BYTES = {  # that one program may have; CUDA C++ Programming Guide, technical specifications per compute capability
@@ -106,7 +106,8 @@ def _codes(fmt: BlockFormat, k: int) -> Iterator[Candidate]:
 
 
 def _fused(call: Call) -> Iterator[Candidate]:
-    if choose_algorithm(call.m, call.capability)[0] == "two_stage" and call.m > _SPLIT_K_WINS_M:
+    unpacks = choose_algorithm(call.m, call.capability)[0] == "two_stage"
+    if unpacks and call.m > _SPLIT_K_WINS_M and call.capability in DATACENTER:
         # The decode is expected not to hide: look once whether that is so, with the default's tile and a third stage.
         tile = fused_tile(call.fmt, call.m, call.n, call.k, call.capability)
         yield from (Candidate("fused", replace(tile, num_stages=stages)) for stages in (tile.num_stages, tile.num_stages + 1))
