@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu_session import ceilings, host, int8, profiled, rates, small_m, step, sweep, tuning, two_stage
+from bench.gpu_session import ceilings, geforce, host, int8, profiled, rates, small_m, step, sweep, tuning, two_stage
 from bench.gpu_session.session import Session
 from flux_kernels.formats import FORMATS
 
@@ -119,6 +119,7 @@ SECTIONS = (
     Section("int8", 15, int8.run, "what scales in the loop cost, and the bound without them", 6),
     Section("sweep", 40, sweep.run, "up to how many rows fused decoding wins", 24),
     Section("small_m", 20, small_m.run, "the tile for one to eight rows", 8),
+    Section("geforce", 30, geforce.run, "whether GeForce's default may decode in the product"),
     Section("tuning", 25, tuning.run, "the card's record", 10),
     Section("step", 120, step.run, "gaps between kernels, host time, the whole step", 86),
     Section("host", 15, host.run, "what a launch costs with a driver", 2),

@@ -31,6 +31,7 @@ _ROWS = {
     "int8": 24,
     "sweep": 36,
     "small_m": 20,
+    "geforce": 14,
     "tuning": 12,
     "step": 16,
     "host": 9,

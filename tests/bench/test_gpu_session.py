@@ -106,7 +106,19 @@ def test_every_section_runs_on_a_bare_machine(rehearsed):
     """No section fails for a file, an import or an option, and each tells the seconds and kernels it expects."""
     out, text = rehearsed
     assert [line for line in text.splitlines() if line.endswith(": done")] == [f"{one.name}: done" for one in SECTIONS]
-    for name in ("ceilings", "two_stage", "int8", "sweep", "small_m", "tuning", "step", "host", "linear", "linear_others"):
+    for name in (
+        "ceilings",
+        "two_stage",
+        "int8",
+        "sweep",
+        "small_m",
+        "geforce",
+        "tuning",
+        "step",
+        "host",
+        "linear",
+        "linear_others",
+    ):
         rows = read_csv(out / f"{name}.csv")
         assert rows and all(row["device"] == "NVIDIA H100 80GB HBM3" and row["commit"] and row["date"] for row in rows), name
         assert all(row["p50_ms"] for row in rows), [row["note"] for row in rows if not row["p50_ms"]]
