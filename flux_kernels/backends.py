@@ -115,13 +115,18 @@ def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) 
         reason = _mode_refusal(candidate, compute, device) or candidate.refusal(device, fmt)
         if reason is None:
             if compute == "int8" and _is_hopper(candidate, device):
-                log.warning(
-                    'compute="int8" is slower than "exact" on %s for now, and less accurate: docs/decisions/first-gpu.md has the times',
-                    torch.cuda.get_device_name(device),
-                )
+                _say_slower(device)
             return candidate
         reasons.append(f'backend="{candidate.name}" cannot run: {reason}.')
     raise BackendUnavailable(" ".join([*reasons, f"{_EVERYWHERE}."]))
+
+
+@cache
+def _say_slower(device: torch.device) -> None:
+    log.warning(
+        'compute="int8" took longer than "exact" on an H200, with bfloat16 x (docs/decisions/first-gpu.md); %s is %s',
+        *(device, torch.cuda.get_device_name(device)),
+    )
 
 
 def _is_hopper(backend: Backend, device: torch.device) -> bool:

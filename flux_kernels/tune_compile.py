@@ -74,12 +74,13 @@ def _within(seconds: int, function: Callable[..., str], *task: object) -> str:
     """Run function(*task); the process ends where that takes longer (a compiler that hangs in C++ answers no exception)."""
     if not hasattr(signal, "alarm"):  # Windows
         return function(*task)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
     try:
         return function(*task)
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _outcome(future: Future[str]) -> str:

@@ -168,7 +168,7 @@ def int8_line(rows: Rows) -> str:
     n, k, m = shape(widest[0])
     where = f"{m} x {n} x {k} ({widest[0]['format']})"
     return (
-        f"int8's product alone, {where}: {best['scaled']:.2f} ms, without its scales {best['bare']:.2f} ms; "
+        f"int8's product alone, {where}, with the best tile each: {best['scaled']:.2f} ms, without its scales {best['bare']:.2f} ms; "
         f"torch's in bfloat16 {best['whole']:.2f} ms."
     )
 
@@ -186,7 +186,7 @@ def changed_line(linears: Rows, sweep: Rows, size: str) -> str:
         return ""
     return (
         f"**Arithmetic, not a measurement**: exact mode has another default since ({change.said}). The same linear calls, "
-        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(said)}."
+        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(said)}. The whole step above has the old one."
     )
 
 

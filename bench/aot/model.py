@@ -18,7 +18,7 @@ import torch
 from flux_kernels.compute import DATACENTER, WEIGHT_ONLY_M, group_width
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
-from flux_kernels.kernels.choice import Choice, default_choice
+from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 from flux_kernels.kernels.chunks import chunk_sizes, wave_efficiency
 from flux_kernels.kernels.tuning import Tile
 
@@ -323,23 +323,31 @@ def both_cases(model: Model, record: Record, format: str, dtype: str = "bf16") -
     return Case(model, record, format, dtype, fast), Case(model, record, format, dtype, slow, waits=True)
 
 
-def predict(model: Model, mode: str, format: str, record: Record) -> dict:
+def predict(model: Model, mode: str, format: str, record: Record, fused: bool = False) -> dict:
     """Predict the linears of one 1024 x 1024 step of FLUX.1-dev in a mode: the bound, and with slow conversions and waits.
+
+    fused: whether exact mode decodes inside the product in every call of many rows, whatever the default.
 
     Raises:
         LookupError: where the record lacks a kernel, or the card refuses the mode.
     """
     if mode == "fp16_accumulate" and divmod(model.capability, 10) in DATACENTER:
         raise LookupError(f"{mode} is refused on {model.name}")
-    cases = both_cases(model, record, format)
-    best, worst = (sum(call.calls * call_ms(case, mode, call) for call in step_calls()) for case in cases)
+    cases, named = both_cases(model, record, format), {}
+    if fused:
+        fmt, capability = FORMATS[format], divmod(model.capability, 10)
+        many = [call for call in step_calls() if call.m > WEIGHT_ONLY_M]
+        named = {call: Choice("fused", tile_of("fused", fmt, call.m, call.n, call.k, capability), "named") for call in many}
+    best, worst = (sum(call.calls * call_ms(case, mode, call, named.get(call)) for call in step_calls()) for case in cases)
     torch_total = sum(call.calls * torch_ms(cases[0], call) for call in step_calls())
-    compute, choice = choice_of(cases[0], mode, max(step_calls(), key=lambda call: call.flops))
+    largest = max(step_calls(), key=lambda call: call.flops)
+    compute, choice = choice_of(cases[0], mode, largest)
+    choice = named.get(largest, choice)
     row = product_row(cases[0], compute, choice)
     return dict(
         card=model.name,
         format=format,
-        compute=mode,
+        compute=f"{mode}, fused" if fused else mode,
         runs=str(choice),
         predicted_ms=round(best, 1),
         predicted_ms_waiting=round(worst, 1),

@@ -33,9 +33,9 @@ def main(
     record, found = Record(read_csv(RESULTS / "aot.csv")), []
     for model in (*MODELS, H200_MEASURED):
         for name in formats.split(","):
-            for mode in MODES:
+            for mode, fused in (("exact", False), ("exact", True), *((mode, False) for mode in MODES[1:])):
                 try:
-                    found.append(predict(model, mode, name, record))
+                    found.append(predict(model, mode, name, record, fused))
                 except LookupError as lacking:
                     Console(stderr=True).print(f"left out: {lacking}")
     if not found:

@@ -51,7 +51,7 @@ def _calls(session: Session) -> Iterator[tuple[tuple, Callable[[], object]]]:
     fmt, data, bias = FORMATS["Q4_K"], session.weights("Q4_K", _N, _K)[0], session.bias(_N)
     plain = nn.Linear(_K, _N, device=session.device, dtype=torch.bfloat16).requires_grad_(False)
     x = session.activations(640, _K)
-    yield ("nn.Linear", 640, "layer"), lambda: plain(x)
+    yield ("nn.Linear", 640, "layer"), lambda x=x: plain(x)
     for name, (compute, m) in _CASES.items():
         x = session.activations(m, _K)
         layer = fk.GGUFLinear.from_packed(data, "Q4_K", bias, planes=fmt.planes, backend="triton", compute=compute)

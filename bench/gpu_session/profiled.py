@@ -23,20 +23,25 @@ from flux_kernels.kernels.choice import Choice, choose
 from flux_kernels.kernels.launching import capability_of
 from flux_kernels.kernels.tuning import fused_tile, int8_tile
 
-SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "Occupancy")
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis", "Occupancy")
+# Why warps wait, and sectors that L2 was asked for: not in those sections' tables.
+_METRICS = (
+    "regex:smsp__average_warps_issue_stalled_.*_per_issue_active,lts__t_sectors_op_read.sum,lts__t_requests_srcunit_tex.sum"
+)
 _K = _N = 3072
+_MODULATION = 18432  # N that fills the card in a call of few rows
 
 
 def command(out: Path, python: list[str]) -> list[str]:
     """Return the command that profiles this module with Nsight Compute, its report a CSV on standard output."""
-    chosen = [part for section in SECTIONS for part in ("--section", section)]
+    chosen = [part for section in SECTIONS for part in ("--section", section)] + ["--metrics", _METRICS]
     ours = ["--profile-from-start", "off", "--clock-control", "none", "--target-processes", "application-only"]
     return ["ncu", *ours, *chosen, "--csv", "--page", "details", *python, "-m", "bench.gpu_session.profiled", "--out", str(out)]
 
 
 def launches(session: Session) -> dict[str, Callable[[], object]]:
     """Return what is launched, by name."""
-    x, large, one = (session.activations(m, _K) for m in (512, 4608, 1))
+    x, large, few = (session.activations(m, _K) for m in (512, 4608, 8))
     bias, dense = session.bias(_N), session.activations(_N, _K)
     found: dict[str, Callable[[], object]] = {"cuBLAS": lambda: F.linear(large, dense, bias)}
     for format in ("Q4_K", "Q6_K"):
@@ -44,8 +49,10 @@ def launches(session: Session) -> dict[str, Callable[[], object]]:
         tile = fused_tile(fmt, 512, _N, _K, capability_of(session.device))
         found[f"fused {format}"] = sweep.exact_call(x, weights, bias, format, Choice("fused", tile, ""))
         found[f"unpack {format}"] = lambda fmt=fmt, w=weights[0]: two_stage.unpack(w, fmt, torch.bfloat16, fmt.planes)
-        small = choose("exact", fmt, 1, _N, _K, session.device)
-        found[f"small M {format}"] = sweep.exact_call(one, weights, bias, format, small)
+        modulation, wide_bias = session.weights(format, _MODULATION, _K)[:1], session.bias(_MODULATION)
+        for m in (1, 8):
+            small = choose("exact", fmt, m, _MODULATION, _K, session.device)
+            found[f"small M {format}, {m}"] = sweep.exact_call(few[:m], modulation, wide_bias, format, small)
     x8, w8 = int8._codes(session, 4608, _N, _K)
     problem = int8._problem(session, 4608, _N, _K)
     x_scale = torch.ones(_K // group_width(_K), 4608, device=session.device)

@@ -20,7 +20,7 @@ from flux_kernels.kernels.launching import capability_of
 from flux_kernels.kernels.tuning import Tile, fused_tile, split_k_tile
 
 KEY = ("format", "m", "n", "k", "algorithm", "tile")
-_ROWS = (64, 128, 256, 512, 768, 1024, 2048, 4608)
+_ROWS = (17, 32, 64, 128, 256, 512, 1024, 4608)
 _SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288))
 _SPLITS, _MOST_SPLIT_ROWS = (2, 4), 512
 _FUSED = 0.7  # of cuBLAS's speed, where the model has no row: issue slots of the decode on a Hopper

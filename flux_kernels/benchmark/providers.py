@@ -172,7 +172,7 @@ for _name in ("fused", "two_stage", "small_m"):
 
 # The order of a default comparison, what tells most first: a run may be cut short.
 _FIRST = ("torch", "ours exact", "ours int8", "ours fp16_accumulate")
-# Rows up to which fused or two-stage is to be measured on a data-center card; the default's switch is at 512 on an A100, lower on others.
+# Rows up to which fused or two-stage is to be measured on a data-center card, whose default switches below.
 _OPEN_QUESTION = 1024
 
 
@@ -195,9 +195,7 @@ def pointless(provider: str, m: int, dtype: torch.dtype, capability: tuple[int, 
     if provider == "ours fused" and m > WEIGHT_ONLY_M and dtype == torch.float32:
         return "its tiles are for 16-bit activations: in float32 they spill, and pass a GeForce's shared memory"
     if provider == "ours fused" and m > _OPEN_QUESTION and capability in DATACENTER:
-        return (
-            "its decode cannot hide behind tensor cores as fast as these: 0.23 to 0.36 of cuBLAS's speed, measured on an H200"
-        )
+        return "its decode cannot hide behind tensor cores as fast as these: on an H200 it had 0.23 to 0.36 of cuBLAS's speed"
     return ""
 
 

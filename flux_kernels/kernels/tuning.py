@@ -109,20 +109,13 @@ SCALE_BLOCK = 1024  # of a token at a time when it is scaled to fp16
 
 
 _A100 = (8, 0)
-# Rows up to which a card decodes inside the product (capability -> rows). Above, the weight is unpacked and torch multiplies, which
-# costs the unpacked weight's bytes: a share of the product that falls with M.
-# On an H200 two_stage takes 0.21 to 0.97 of fused's time from 128 rows up and 0.39 to 1.19 at 64, whose tile serves 17 to 64
-# (bench/results/nvidia-h200/sweep.csv); its successors are taken for alike. A100 and GeForce are estimated: what fused takes
-# there is known to 0.6 to 1.0 of torch's speed (docs/decisions/predictions.md), two_stage's share of bytes at 1,024 rows is 9 to 17 %.
-_DATACENTER_FUSED_M, _A100_FUSED_M, _GEFORCE_FUSED_M = 16, 512, 1024
-
-
-def _fused_rows(capability: tuple[int, int] | None) -> float:
-    if capability is None:  # another maker's card: never measured, and its libraries' products neither
-        return inf
-    if capability == _A100:
-        return _A100_FUSED_M
-    return _DATACENTER_FUSED_M if capability in DATACENTER else _GEFORCE_FUSED_M
+# Rows of x from which a card unpacks the weight and lets torch multiply, by capability. That costs the unpacked weight's bytes, a share
+# of the product that falls with M; a decode inside the product may be free, or waited for.
+# 9.0 is measured, on an H200 (bench/results/nvidia-h200/sweep.csv): two_stage takes 0.21 to 0.97 of fused's time from 128 rows up, and 0.39
+# to 1.19 at 64, whose tile serves 17 to 64. The others are estimated: the rows from which unpacking is the smaller of the two worst regrets
+# (docs/decisions/first-gpu.md, tests/bench/test_model.py). Cards that are not here have slow memory (Orin, Thor, Spark) or another maker.
+_UNPACKED_FROM = {(8, 0): 256, (8, 6): 512, (8, 9): 1024, (9, 0): 17, (10, 0): 512, (10, 3): 512, (12, 0): 512}
+_HOPPER = (9, 0)
 
 
 def choose_algorithm(
@@ -142,9 +135,12 @@ def choose_algorithm(
         )
     if capability is not None and capability < TENSOR_CORE_CAPABILITY:
         return "two_stage", "Triton has no tensor-core code for this card"
-    most = _fused_rows(capability)
-    if m > most:
-        return "two_stage", f"above {most} rows unpacking costs less than a decode that the product waits for"
+    if m >= _UNPACKED_FROM.get(capability, inf):
+        known = "measured" if capability == _HOPPER else "estimated"
+        return (
+            "two_stage",
+            f"from {_UNPACKED_FROM[capability]} rows unpacking costs less than a decode that is waited for ({known})",
+        )
     return "fused", "decodes in registers, no scratch in memory"
 
 

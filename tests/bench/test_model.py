@@ -26,7 +26,9 @@ from bench.aot.model import (
 from bench.calibrate import RECORD, TABLES, calibrate, fitted_wait, measured_card, summarize
 from flux_kernels.benchmark.record import read_csv
 from flux_kernels.flux.calls import Call, step_calls
-from flux_kernels.kernels.tuning import Tile
+from flux_kernels.formats import FORMATS
+from flux_kernels.kernels.choice import Choice, tile_of
+from flux_kernels.kernels.tuning import _UNPACKED_FROM, Tile
 
 H200 = RECORD.parent / "nvidia-h200"
 LINEAR = Call(4608, 12288, 3072, 1, "single proj_mlp")
@@ -146,6 +148,32 @@ def test_the_call_that_really_runs_is_predicted(record):
     assert choice_of(float32, "exact", LINEAR)[1].algorithm == "two_stage"
 
 
+def _worst_regrets(model: Model, record: Record, m: int) -> tuple[float, float]:
+    """Return how much longer unpacking and decoding in the product take than the other, at worst, over types and shapes of FLUX.1."""
+    unpacking, decoding = [], []
+    for name in ("Q4_K", "Q6_K", "Q8_0"):
+        cases = both_cases(model, record, name)
+        for n, k in ((3072, 3072), (12288, 3072), (3072, 12288)):
+            tile = tile_of("fused", FORMATS[name], m, n, k, divmod(model.capability, 10))
+            two, fused = (
+                [call_ms(case, "exact", Call(m, n, k, 1, ""), choice) for case in cases]
+                for choice in (Choice("two_stage", None, ""), Choice("fused", tile, ""))
+            )
+            unpacking += [ours / other for ours, other in zip(two, fused, strict=True)]
+            decoding += [ours / other for ours, other in zip(fused, two, strict=True)]
+    return max(unpacking), max(decoding)
+
+
+@pytest.mark.parametrize("name", ["RTX 3060", "RTX 3090", "RTX 4090", "RTX 5090", "A100"])
+def test_cards_unpack_from_the_rows_at_which_that_is_the_smaller_worst_regret(record, name):
+    model = BY_NAME[name]
+    rows = _UNPACKED_FROM[divmod(model.capability, 10)]
+    unpacking, decoding = _worst_regrets(model, record, rows)
+    assert unpacking < decoding
+    unpacking, decoding = _worst_regrets(model, record, rows // 2)
+    assert unpacking > decoding
+
+
 def test_waves_are_counted_over_the_chunks(record):
     """128 rows at a time are 36 tiles on an RTX 3090's 82 multiprocessors: 96 waves where the whole weight has 43."""
     case = Case(BY_NAME["RTX 3090"], record, "Q4_K")
@@ -185,7 +213,7 @@ MEASURED = dict(format="Q4_K", m="4608", n="3072", k="3072", calls="1", where="a
 
 
 def test_like_is_calibrated_with_like():
-    """On an H200 exact mode is compared with two-stage at M = 4608, on an A100 with the fused kernel at 512, torch with torch."""
+    """On an H200 exact mode is compared with two-stage at M = 4608, on an RTX 4090 with the fused kernel at 512, torch with torch."""
     names = ("ours exact", "ours fused", "ours int8", "torch", "ours two_stage", "bitsandbytes NF4")
     rows = [MEASURED | dict(provider=name) for name in names]
     found = {row["provider"]: row for row in calibrate(rows, BY_NAME["H200"], read_csv(RECORD))}
@@ -194,7 +222,7 @@ def test_like_is_calibrated_with_like():
     assert found["ours exact"]["bound_ms"] == found["ours two_stage"]["bound_ms"]
     assert found["ours fused"]["ran"].startswith("fused 128x128")
     assert found["ours int8"]["ran"].startswith("int8 row_scales")
-    few = calibrate([MEASURED | dict(provider="ours exact", m="512")], BY_NAME["A100"], read_csv(RECORD))
+    few = calibrate([MEASURED | dict(provider="ours exact", m="512")], BY_NAME["RTX 4090"], read_csv(RECORD))
     assert few[0]["ran"].startswith("fused 128x128")
     assert not calibrate([MEASURED | dict(provider="ours exact", p50_ms="")], BY_NAME["H200"], read_csv(RECORD))
 

@@ -212,7 +212,7 @@ def test_code_for_geforce_runs_here_through_its_ptx(card, name, compute):
 
     if torch.cuda.get_device_capability() < CARDS[card].capability:
         pytest.skip("an older GPU cannot run code for a newer one")
-    x, data, weight, bias, oracle = operands(name, 512, 256)
+    x, data, weight, bias, oracle = operands(name, 256, 256)  # fewer rows than those from which such cards unpack
     fmt = FORMATS[name]
     if compute == "exact":
         allowed = 2 * compare.error(torch.nn.functional.linear(x, weight.to(x.dtype), bias), oracle)

@@ -148,12 +148,12 @@ def test_split_k_equals_one_program_per_tile(name, splits, dtype, device, monkey
 
 
 def test_the_algorithm_is_chosen_by_rows_and_card():
-    """Few rows: small-M. Turing has no tensor-core code. Above some rows, by card, unpacking costs less than a decode that is waited for."""
-    choices = {(1, (8, 6)): "small_m", (64, (7, 5)): "two_stage"}
-    choices |= {(m, card): found for card in ((8, 6), (8, 9), (12, 0)) for m, found in ((1024, "fused"), (1025, "two_stage"))}
-    choices |= {(4608, (9, 0)): "two_stage", (17, (9, 0)): "two_stage", (16, (9, 0)): "fused"}
-    choices |= {(512, (8, 0)): "fused", (513, (8, 0)): "two_stage", (4608, None): "fused"}
+    """Few rows: small-M. Turing has no tensor-core code. From some rows, by card, unpacking costs less than a decode that is waited for."""
+    choices = {(1, (8, 6)): "small_m", (64, (7, 5)): "two_stage", (4608, None): "fused", (4608, (11, 0)): "fused"}
+    for card, rows in {(8, 0): 256, (8, 6): 512, (8, 9): 1024, (9, 0): 17, (10, 0): 512, (12, 0): 512}.items():
+        choices |= {(rows - 1, card): "fused", (rows, card): "two_stage"}
     assert {key: choose_algorithm(*key)[0] for key in choices} == choices
+    assert "measured" in choose_algorithm(512, (9, 0))[1] and "estimated" in choose_algorithm(4608, (8, 9))[1]
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
