@@ -158,7 +158,8 @@ def test_int8_is_taken_apart_at_the_widest_weight(write):
         for shape in shapes
         for (what, scales), ms in times.items()
     ]
-    assert "4608 x 12288 x 3072 (Q4_K), with the best tile each: 4.00 ms, without its scales 2.00 ms; torch's in bfloat16 3.00 ms." in write(
-        linear=linear("torch", 2), int8=rows
+    assert (
+        "4608 x 12288 x 3072 (Q4_K), with the best tile each: 4.00 ms, without its scales 2.00 ms; torch's in bfloat16 3.00 ms."
+        in write(linear=linear("torch", 2), int8=rows)
     )
     assert "int8's product" not in write(int8=[row for row in rows if row["scales"] != "none"])

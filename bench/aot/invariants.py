@@ -16,9 +16,8 @@ TENSOR_CORE_KERNELS = (
     "small_m_codes_branch",
     *(f"int8_gemm{kind}" for kind in ("", "_branch", "_rows", "_rows_branch")),
 )
-UNCOUNTED = frozenset(
-    {("fp16_gemm", "Q1_0"), ("fp16_gemm_branch", "Q1_0")}
-)  # weights of +d and -d: the compiler flips a sign, no rounding is left to count
+# Weights of +d and -d as fp16: the compiler flips a sign, no rounding is left to count. fp16_gemm multiplies fp16 whatever x is.
+UNCOUNTED = frozenset({("Q1_0", "fp16")})
 RATCHET = 1.05  # main-loop instructions may grow by this factor before the record must be changed on purpose
 # Instructions per decoded weight at most, by kernel and format, for x in 16 bit. Q6_K has two scales to a slice of 32 weights, each
 # with its half of x: selecting the halves of one copy (0.8) costs less than a second copy, whose requests an H200 waited for.
@@ -56,7 +55,8 @@ def _products(row: Row) -> list[str]:
         found.append(f"{row.mma} rounds float32 products")
     if row.kernel not in FUSED_KERNELS or not is_looped(row):  # without a loop the epilogue would be counted, too
         return found
-    if row.decodes_per_weight != 1.0 and not plain and (row.kernel, row.format) not in UNCOUNTED:
+    operands = "fp16" if row.kernel.startswith("fp16") else row.dtype
+    if row.decodes_per_weight != 1.0 and not plain and (row.format, operands) not in UNCOUNTED:
         found.append(f"every weight is decoded {row.decodes_per_weight} times")
     if row.loop_global and row.format not in GRID_FORMATS:
         found.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")

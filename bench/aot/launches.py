@@ -20,8 +20,8 @@ from triton.runtime.jit import JITFunction
 from flux_kernels.compute import DATACENTER, PROMOTE_K, WEIGHT_ONLY_M
 from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.kernels import exact, fp16_accumulate, int8
-from flux_kernels.kernels.choice import Choice, default_choice
-from flux_kernels.kernels.tuning import INT8_TILE, row_scales_serve, split_k_tile
+from flux_kernels.kernels.choice import Choice, default_choice, tile_of
+from flux_kernels.kernels.tuning import int8_tile, row_scales_serve, split_k_tile
 
 from .code_of import code_of
 
@@ -49,7 +49,7 @@ class Launch:
     Attributes:
         name: of the kernel, and what it was given: "_rows" (scales of weight rows), "_outliers", "_branch".
         format, dtype: of the weight and of x, ANY where the kernel is the same for all.
-        k: weights of a row, a constant of every kernel but the sum of split-K (0).
+        k: weights of a row, a constant of every kernel but the sum of split-K (0) and row_scale (parts of a row).
         tile: sizes, warps and stages as text.
         signature: argument -> type.
         constants: argument -> constexpr.
@@ -115,7 +115,7 @@ def launched(
     factors = (empty(m, RANK), empty(n, RANK)) if branch else None
     with _recorded(fmt.name, dtype) as written:
         _MODES[compute](x, data, bias, y, fmt, fmt.planes, factors, choice=choice)
-        if compute == "int8":
+        if compute == "int8" and branch:  # which outlier channels join, where there is one, or are: chosen for alike
             outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
             int8.linear(x, data, bias, y, fmt, fmt.planes, factors, outliers, choice=choice)
     return written
@@ -157,16 +157,20 @@ def _calls(capability: tuple[int, int], rows: tuple[int, ...]) -> Iterator[tuple
                     for compute in _modes(capability, k):
                         for m, choice in _choices(compute, fmt, (rows, n, k), capability, dtype, branch):
                             yield compute, fmt, (m, n, k), dtype, branch, choice
-                    for compute, choice in _tuned(fmt, n, k, capability, dtype) if n == k else ():
+                    for compute, choice in _tuned(fmt, n, k, capability, dtype, branch) if n == k else ():
                         yield compute, fmt, (512, n, k), dtype, branch, choice
 
 
-def _tuned(fmt: BlockFormat, n: int, k: int, capability: tuple[int, int], dtype: str) -> Iterator[tuple[str, Choice]]:
-    """Yield what the default table does not choose and tuning may: split-K, int8 with the other kind of scales."""
+def _tuned(
+    fmt: BlockFormat, n: int, k: int, capability: tuple[int, int], dtype: str, branch: bool
+) -> Iterator[tuple[str, Choice]]:
+    """Yield what the default table does not choose and tuning may: fused at any M, split-K, int8 with the other kind of scales."""
     if dtype != "fp32":
+        for m in (64, 512):
+            yield "exact", Choice("fused", tile_of("fused", fmt, m, n, k, capability, branch), "")
         yield "exact", Choice("split_k", replace(split_k_tile(fmt, 512, n, k, capability), splits=SPLITS), "")
     for algorithm in ("two_stage", *["row_scales"] * row_scales_serve(fmt)):
-        yield "int8", Choice(algorithm, INT8_TILE, "")
+        yield "int8", Choice(algorithm, int8_tile(512, capability, DTYPES[dtype], branch), "")
 
 
 def _modes(capability: tuple[int, int], k: int) -> list[str]:
@@ -198,7 +202,7 @@ def _launch(kernel: JITFunction, arguments: tuple, named: dict, format: str, dty
         _name(kernel, constants, signature),
         format,
         dtype,
-        constants.get("K", 0),
+        constants.get("K", constants.get("PARTS", 0)),
         _tile(constants, options),
         kernel,
         tuple(sorted(signature.items())),

@@ -101,7 +101,7 @@ def default_choice(
     """Return the default table's choice for a card of `capability` (None: not an NVIDIA card)."""
     if compute == "int8":
         algorithm, why = choose_int8_algorithm(fmt, capability)
-        tile = int8_tile(m)
+        tile = int8_tile(m, capability, dtype, branch)
     elif compute == "fp16_accumulate":
         algorithm, why = "fused", "decodes in registers"
         tile = fp16_tile(fmt, k, capability)

@@ -64,8 +64,12 @@ _GRID_TILES = {
     "IQ3_S": _MEDIUM,
 }
 GRID_FORMATS = frozenset(_GRID_TILES)
-# IQ4_XS stages more of a superblock than _WIDE has shared memory for.
-_WIDE_EXCEPTIONS = {"IQ4_XS": _WIDE_STAGED, **_GRID_TILES}
+# IQ4_XS stages more of a superblock than _WIDE has shared memory for; Q1_0 spills with fp16 x, its signs being registers.
+_WIDE_EXCEPTIONS = {
+    "IQ4_XS": _WIDE_STAGED,
+    "Q1_0": Tile(block_m=128, block_n=64, tile_k=128, num_warps=8, num_stages=2),
+    **_GRID_TILES,
+}
 
 # The medium tile spills for Q3_K on sm_120 and for IQ2_XXS on sm_80.
 _MEDIUM_EXCEPTIONS = {
@@ -73,7 +77,10 @@ _MEDIUM_EXCEPTIONS = {
     "Q3_K": Tile(block_m=64, block_n=64, tile_k=256, num_warps=8, num_stages=2),
 }
 
-_SMALL = Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)
+# An H200 took 0.83 to 0.86 of the time of 64 rows in Q4_K, Q6_K and Q8_0 (bench/results/nvidia-h200/small_m.csv); 64 rows spill
+# in three formats with float32 x, 32 in Q6_K.
+_SMALL = Tile(block_m=1, block_n=32, tile_k=256, num_warps=4, num_stages=1)
+_SMALL_EXCEPTIONS = {"Q6_K": Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)}
 SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
 # The kernel that multiplies codes: 32 rows of w a warp, K shared by the warps of a program. Triton keeps a stage less than it is
 # told, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
@@ -81,6 +88,7 @@ _CODES = Tile(block_m=8, block_n=32, tile_k=256, num_warps=2, num_stages=3, spli
 CODES_M = _CODES.block_m  # rows it multiplies at the price of one
 
 _FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
+_SHORT_K = 64  # steps so short that 64 x 128 spills in seven formats on sm_120 (rows of 64 weights: FLUX.1's image embedder)
 _FP16_EXCEPTIONS = dict.fromkeys(_GRID_TILES, _MEDIUM) | {
     # The tile above spills, Q8_0 on sm_80 and MXFP4 everywhere.
     name: Tile(block_m=128, block_n=64, tile_k=128, num_warps=8, num_stages=2)
@@ -91,7 +99,10 @@ _FP16_EXCEPTIONS = dict.fromkeys(_GRID_TILES, _MEDIUM) | {
 _BRANCH_CHANGES: dict[tuple, dict] = {
     ("fused_gemm", "IQ2_S", (8, 0)): dict(block_n=128, num_warps=8),
     ("fused_gemm", "IQ3_S", (8, 0)): dict(block_n=128, num_warps=8),
+    ("fused_gemm", "Q5_0", (12, 0)): dict(tile_k=128),
     ("fused_gemm", "Q5_1", (12, 0)): dict(tile_k=64),
+    ("fp16_gemm", "IQ2_XS", (12, 0)): dict(num_warps=8),
+    **{("fp16_gemm", name, (12, 0)): dict(block_m=128, block_n=64) for name in ("Q4_0", "Q4_1")},
     ("fp16_gemm", "IQ1_S", (8, 0)): dict(num_warps=8),
     ("fp16_gemm", "Q4_K", (8, 0)): dict(block_m=128, block_n=64),
     ("fp16_gemm", "Q5_K", (8, 0)): dict(block_m=128, block_n=64),
@@ -103,17 +114,19 @@ _SPLIT_K_EXCEPTIONS = {"IQ4_XS": Tile(block_m=128, block_n=64, tile_k=256, num_w
 
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 _INT8_LOW = Tile(block_m=64, block_n=128, tile_k=128, num_warps=8, num_stages=3)
+_INT8_BRANCH_SPILLS = {(9, 0), (12, 0)}  # with float32 x, 92 and 12 times; the low tile spills on sm_80
 UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
 QUANTIZE_ROWS = 16  # tokens a program of the int8 activation quantizer takes
 SCALE_BLOCK = 1024  # of a token at a time when it is scaled to fp16
 
 
 _A100 = (8, 0)
-# Rows of x from which a card unpacks the weight and lets torch multiply, by capability. That costs the unpacked weight's bytes, a share
-# of the product that falls with M; a decode inside the product may be free, or waited for.
-# 9.0 is measured, on an H200 (bench/results/nvidia-h200/sweep.csv): two_stage takes 0.21 to 0.97 of fused's time from 128 rows up, and 0.39
-# to 1.19 at 64, whose tile serves 17 to 64. The others are estimated: the rows from which unpacking is the smaller of the two worst regrets
-# (docs/decisions/first-gpu.md, tests/bench/test_model.py). Cards that are not here have slow memory (Orin, Thor, Spark) or another maker.
+# Rows of x from which a card unpacks the weight and lets torch multiply, by capability. That costs the unpacked weight's bytes,
+# a share of the product that falls with M; a decode inside the product may be free, or waited for.
+# 9.0 is measured, on an H200 (bench/results/nvidia-h200/sweep.csv): two_stage takes 0.21 to 0.97 of fused's time from 128 rows
+# up, and 0.39 to 1.19 at 64, whose tile serves 17 to 64. The others are estimated: the rows from which unpacking is the smaller
+# of the two worst regrets (docs/decisions/first-gpu.md, tests/bench/test_model.py). Cards that are not here have slow memory
+# (Orin, Thor, Spark) or another maker.
 _UNPACKED_FROM = {(8, 0): 256, (8, 6): 512, (8, 9): 1024, (9, 0): 17, (10, 0): 512, (10, 3): 512, (12, 0): 512}
 _HOPPER = (9, 0)
 
@@ -164,9 +177,12 @@ def choose_int8_algorithm(fmt: BlockFormat, capability: tuple[int, int] | None) 
     return "two_stage", "unpack to int8, then one GEMM for all formats"
 
 
-def int8_tile(m: int) -> Tile:
-    """Choose the int8 GEMM's tile: half as high where M fills no more than half of the high one."""
-    return _INT8_LOW if m <= _INT8_LOW.block_m else INT8_TILE
+def int8_tile(
+    m: int, capability: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16, branch: bool = False
+) -> Tile:
+    """Choose the int8 GEMM's tile: half as high where M fills no more than half of the high one, or where that spills."""
+    spills = branch and dtype == torch.float32 and capability in _INT8_BRANCH_SPILLS
+    return _INT8_LOW if spills or m <= _INT8_LOW.block_m else INT8_TILE
 
 
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
@@ -233,7 +249,7 @@ def codes_serve(fmt: BlockFormat, capability: tuple[int, int] | None, dtype: tor
 
 def small_m_tile(fmt: BlockFormat, k: int, codes: bool = False) -> Tile:
     """Choose the tile of the small-M kernel, or of the one that multiplies codes (`codes_serve`)."""
-    tile = _CODES if codes else _SMALL
+    tile = _CODES if codes else _SMALL_EXCEPTIONS.get(fmt.name, _SMALL)
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
     return split_by_warps(replace(tile, tile_k=tile_k), k) if codes else replace(tile, tile_k=tile_k)
 
@@ -251,4 +267,6 @@ def fp16_tile(fmt: BlockFormat, k: int, capability: tuple[int, int] | None) -> T
     tile = _FP16_EXCEPTIONS.get(fmt.name, _FP16)
     limit = SUPERBLOCK if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS.tile_k
     tile_k = max(64, largest_tile_k(fmt, k, max(limit, fmt.block_size)))
+    if tile_k == _SHORT_K:
+        tile = replace(tile, block_n=min(tile.block_n, 64))
     return replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))
