@@ -17,7 +17,7 @@ from torch import Tensor
 from flux_kernels import kernels, low_precision
 from flux_kernels.compute import PROMOTE_K, group_width
 from flux_kernels.kernels import exact, int8
-from flux_kernels.kernels.choice import Choice
+from flux_kernels.kernels.choice import Choice, tile_of
 from flux_kernels.kernels.tuning import codes_serve, int8_tile, split_k_tile
 
 from ..ptx.driver import AbsentCard
@@ -104,6 +104,12 @@ def _shipped(case: Case, inputs: Inputs) -> None:
     return None
 
 
+def _fused(case: Case, inputs: Inputs) -> Choice:
+    """Return the fused kernel, which such calls launch on some cards and tuning tries on the others."""
+    shape, capability = (inputs.x.shape[0], inputs.data.shape[0], K), divmod(case.capability, 10)
+    return Choice("fused", tile_of("fused", inputs.fmt, *shape, capability, inputs.branch is not None), "named by the sweep")
+
+
 def _split(case: Case, inputs: Inputs) -> Choice:
     tile = split_k_tile(inputs.fmt, inputs.x.shape[0], inputs.data.shape[0], K, divmod(case.capability, 10))
     return Choice("split_k", replace(tile, splits=SPLITS), "named by the sweep")
@@ -176,7 +182,8 @@ def _quantize_activation(case: Case, inputs: Inputs, card: AbsentCard) -> list[C
 
 _CHECKS = {
     "dequantize": _dequantize,
-    **dict.fromkeys(("narrow", "medium", "wide"), _exact(_mma_roundings, _shipped)),
+    "narrow": _exact(_mma_roundings, _shipped),
+    **dict.fromkeys(("medium", "wide"), _exact(_mma_roundings, _fused)),
     "split_k": _exact(_mma_roundings, _split),
     "small_m": _small_m,
     "fp16": _fp16,
