@@ -50,11 +50,11 @@ def test_fp16_accumulation_is_refused_where_it_has_no_faster_unit(capability, mo
         backends.resolve.cache_clear()
 
 
-def test_the_data_center_cards_unpack_at_large_m():
-    """B300 (10.3) and Thor (11.0) are of the same kind as A100, H100 and B200."""
+def test_cards_whose_memory_is_no_slow_one_unpack_at_large_m():
+    """Thor (11.0) and Spark (12.1) share their memory with a CPU: writing the unpacked weight there costs more than it saves."""
     chosen = {cap: default_choice("exact", FORMATS["Q4_K"], 4608, 3072, 3072, cap).algorithm for cap in CAPABILITIES[1:]}
     assert {cap for cap, algorithm in chosen.items() if algorithm == "two_stage"} == {
-        *((7, 5), (8, 0), (9, 0), (10, 0), (10, 3), (11, 0))
+        *((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))
     }
 
 

@@ -17,7 +17,7 @@ from flux_kernels.kernels.record import TuningRecord, TuningRow, kernel_hash, ne
 from flux_kernels.kernels.tuning import Tile
 
 Q4_K = FORMATS["Q4_K"]
-CARD = "NVIDIA GeForce RTX 3090"
+CARD = "NVIDIA GeForce RTX 4090"
 GPU = torch.device("cuda", 0)
 TILE = Tile(64, 128, 256, 4, 3, 2)
 
@@ -29,18 +29,18 @@ def row(**changes) -> TuningRow:
     return replace(made, **changes)
 
 
-def of(*rows: TuningRow, name: str = CARD, capability=(8, 6)) -> TuningRecord:
+def of(*rows: TuningRow, name: str = CARD, capability=(8, 9)) -> TuningRecord:
     return TuningRecord(dict(name=name, capability=list(capability)), {}, "2026-11-21", {found.key: found for found in rows})
 
 
 @pytest.fixture
 def card(tmp_path, monkeypatch):
-    """Pretend that an RTX 3090 is there, with an empty records folder of its own."""
+    """Pretend that an RTX 4090 is there, with an empty records folder of its own."""
     monkeypatch.setenv(record.FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD)
     for module in (record, choice):
-        monkeypatch.setattr(module, "capability_of", lambda device: (8, 6))
-    monkeypatch.setattr(choice, "processors_of", lambda device: 82)
+        monkeypatch.setattr(module, "capability_of", lambda device: (8, 9))
+    monkeypatch.setattr(choice, "processors_of", lambda device: 128)
     choice.forget()
     yield tmp_path
     choice.forget()
@@ -75,13 +75,13 @@ def test_the_nearest_row_serves():
 
 
 def test_a_record_of_the_same_capability_serves_after_the_cards_own(card):
-    kin, other = of(row(), name="RTX 3060"), of(row(), name="RTX 4090", capability=(8, 9))
+    kin, other = of(row(), name="RTX 4060"), of(row(), name="RTX 3090", capability=(8, 6))
     own = of(row(algorithm="fused"))
-    found = order_records([other, kin, own], CARD, (8, 6))
+    found = order_records([other, kin, own], CARD, (8, 9))
     assert [first for first, _ in found] == [own, kin]
     kin.save(card / "kin.json")
     choice.forget()
-    assert chosen().why.startswith("measured on RTX 3060")
+    assert chosen().why.startswith("measured on RTX 4060")
 
 
 def test_a_16_bit_row_never_serves_float32(card):
