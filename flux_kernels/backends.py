@@ -16,14 +16,13 @@ from types import ModuleType
 import torch
 
 from . import _triton
-from .compute import COMPUTE_MODES, DATACENTER, TENSOR_CORE_CAPABILITY
+from .compute import COMPUTE_MODES, DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY
 from .errors import BackendUnavailable, FormatError
 from .formats import BlockFormat
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (7, 5)  # Turing: Triton unpacks, cuBLAS multiplies
 _AMD_MATRIX_CORES = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # CDNA 2 and RDNA 3 on; AMD's instruction set manuals
-_HOPPER = (9, 0)
 _EVERYWHERE = 'Use backend="auto" with compute="exact", which runs everywhere'
 
 log = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ def _say_slower(device: torch.device) -> None:
 
 
 def _is_hopper(backend: Backend, device: torch.device) -> bool:
-    return backend.name == "triton" and device.type == "cuda" and not torch.version.hip and _capability(device) == _HOPPER
+    return backend.name == "triton" and device.type == "cuda" and not torch.version.hip and _capability(device) == HOPPER
 
 
 def _mode_refusal(backend: Backend, compute: str, device: torch.device) -> str | None:

@@ -18,6 +18,7 @@ PROMOTE_K = 64  # products summed in fp16 before they are added in float32
 WEIGHT_ONLY_M = 16
 WIDEST_LOAD = 16  # bytes: what kernels assume of the address of the first packed row
 TENSOR_CORE_CAPABILITY = (8, 0)  # NVIDIA compute capability from which Triton has tensor-core code
+HOPPER = (9, 0)  # H100, H200
 # Cards whose tensor cores leave few arithmetic instructions per product, and which multiply fp16 as fast with float32 accumulation
 # as with fp16: A100, H100 and H200, B200, B300, Thor.
 DATACENTER = frozenset({(8, 0), (9, 0), (10, 0), (10, 3), (11, 0)})

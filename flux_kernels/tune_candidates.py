@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .compute import DATACENTER, TENSOR_CORE_CAPABILITY, WEIGHT_ONLY_M
+from .compute import DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY, WEIGHT_ONLY_M
 from .formats import SLICE, SUPERBLOCK, BlockFormat
 from .kernels.choice import default_choice
 from .kernels.chunks import candidate_rows
@@ -35,12 +35,11 @@ _LEAST_STAGES = 2
 _FEW_WAVES = 3  # splitting K is tried where one tile per program makes fewer waves than this
 # Rows up to which split-K may win on a data-center card that unpacks by default: on an H200 at 64 by up to 1.4, at 128 by 1.1, at 256 nowhere.
 _SPLIT_K_WINS_M = 128
-_HOPPER = (9, 0)
 _SHARED_BYTES = {  # that one program may have; CUDA C++ Programming Guide, technical specifications per compute capability
     (7, 5): 64 << 10,
     **dict.fromkeys([(8, 0), (8, 7)], 163 << 10),
     **dict.fromkeys([(8, 6), (8, 9), (12, 0), (12, 1)], 99 << 10),
-    **dict.fromkeys([_HOPPER, (10, 0), (10, 3), (11, 0)], 227 << 10),
+    **dict.fromkeys([HOPPER, (10, 0), (10, 3), (11, 0)], 227 << 10),
 }
 
 
@@ -177,7 +176,7 @@ def _sums_fit(call: Call, block_m: int, block_n: int) -> bool:
     On Hopper all do. Elsewhere tiles above 128 x 128 spill 2 to 865 times, but for the high one of small blocks.
     """
     small_blocks = call.fmt.block_size < SUPERBLOCK and block_n <= 128
-    return call.capability == _HOPPER or block_m * block_n <= 128 * 128 or small_blocks
+    return call.capability == HOPPER or block_m * block_n <= 128 * 128 or small_blocks
 
 
 def _near(shapes: Iterable[tuple[int, int]], m: int) -> list[tuple[int, int]]:
@@ -233,7 +232,7 @@ def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int]
     steps = tile.num_stages - 1
     if fmt.name in GRID_FORMATS and tile.num_stages > _LEAST_STAGES:
         steps -= 1
-    x_steps = steps + (capability == _HOPPER and itemsize == 2)
+    x_steps = steps + (capability == HOPPER and itemsize == 2)
     x, w = tile.block_m * tile.tile_k * itemsize, tile.block_n * tile.tile_k // fmt.block_size * fmt.type_size
     layout = tile.block_n * SLICE * itemsize if tile.ldmatrix and fmt.block_size < SUPERBLOCK else 0
     return x_steps * x + steps * w + layout
@@ -241,5 +240,5 @@ def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int]
 
 def int8_shared_bytes(tile: Tile, capability: tuple[int, int] | None) -> int:
     """Return the bytes of shared memory that the int8 GEMM takes at least: the steps of both operands that are on their way."""
-    steps = tile.num_stages - 1 + (capability == _HOPPER)
+    steps = tile.num_stages - 1 + (capability == HOPPER)
     return steps * (tile.block_m + tile.block_n) * tile.tile_k

@@ -84,14 +84,8 @@ def _part(size: str, linears: Rows, steps: Rows, sweep: Rows, int8: Rows) -> str
 def linear_cells(rows: Rows, size: str) -> Cell:
     """Return side -> milliseconds and speed of the linear calls of one type."""
     found = _linear_totals(rows, size)
-
-    def cell(side: str) -> str:
-        if side not in found:
-            return _missing(rows, side)
-        beside = f", {marked(found[side], found['torch'])}" if side != "torch" and "torch" in found else ""
-        return f"{found[side].p50:.1f} ms{beside}"
-
-    return cell
+    times = {side: total.p50 for side, total in found.items()}
+    return _time_cell(rows, times, lambda side: marked(found[side], found["torch"]))
 
 
 def _linear_totals(rows: Rows, size: str) -> dict[str, Total]:
@@ -104,11 +98,14 @@ def _linear_totals(rows: Rows, size: str) -> dict[str, Total]:
 def step_cells(rows: Rows) -> Cell:
     """Return side -> milliseconds and speed of a whole step: a session's as a CUDA graph, `whole_step`'s as it issues it."""
     times = _step_times(rows)
+    return _time_cell(rows, times, lambda side: f"{times['torch'] / times[side]:.2f}")
 
+
+def _time_cell(rows: Rows, times: dict[str, float], beside_torch: Cell) -> Cell:
     def cell(side: str) -> str:
         if side not in times:
             return _missing(rows, side)
-        beside = f", {times['torch'] / times[side]:.2f}" if side != "torch" and "torch" in times else ""
+        beside = f", {beside_torch(side)}" if side != "torch" and "torch" in times else ""
         return f"{times[side]:.1f} ms{beside}"
 
     return cell

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
-from pathlib import Path
 
 import torch.nn.functional as F
 
 from bench.aot import model as compile_time
 from bench.aot.cards import CARDS as LIMITS
 from bench.aot.cards import CONVERT_RATES, occupancy
-from bench.gpu_session.predict import product_ms
+from bench.gpu_session.predict import RECORD, case_ms, product_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.sweep import exact_call
 from bench.gpu_session.timing import Case, time_cases
@@ -25,7 +24,6 @@ from bench.stand_in import CARDS
 from bench.stand_in_ptx import compiled_for
 from flux_kernels import kernels
 from flux_kernels.benchmark.record import read_csv
-from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
@@ -36,7 +34,6 @@ _FORMATS = ("Q4_K", "Q6_K", "Q8_0")
 _SHAPES = ((512, 12288, 3072), (4608, 12288, 3072))
 # How many times as fast as on GeForce mma.sync is here, if it runs as on an A100: 16-bit products with float32 sums, others.
 _FP32_SUMS, _OTHERS = 4, 2
-_RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
 
 
 def run(session: Session) -> None:
@@ -80,15 +77,12 @@ def predicted_ms(
     major, minor = capability
     card = replace(compile_time.H200_MEASURED, capability=10 * major + minor)
     case = compile_time.Case(card, _record(), format, convert_rate=min(CONVERT_RATES), waits=waits)
-    try:
-        return compile_time.call_ms(case, mode, Call(m, n, k, 1, ""), choice)
-    except LookupError:
-        return None
+    return case_ms(case, mode, m, n, k, choice)
 
 
 @cache
 def _record() -> compile_time.Record:
-    return compile_time.Record([_translated(row) for row in read_csv(_RECORD)])
+    return compile_time.Record([_translated(row) for row in read_csv(RECORD)])
 
 
 def _translated(row: dict) -> dict:

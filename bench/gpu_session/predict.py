@@ -16,7 +16,7 @@ from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.chunks import wave_efficiency
 
-_RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
+RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,17 @@ def modelled_ms(rates: Rates, compute: str, format: str, m: int, n: int, k: int,
     """Return the compile-time model's prediction of a call at these rates, with waits, None where its record lacks a kernel."""
     card = next(card for card in compile_time.MODELS if card.name == rates.name)
     card = replace(card, bf16_tflops=rates.bf16_tflops, memory_gb_s=rates.memory_gb_s, ghz=rates.ghz)
+    return case_ms(compile_time.Case(card, _record(), format, waits=True), compute, m, n, k, choice)
+
+
+def case_ms(case: compile_time.Case, compute: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
+    """Return the compile-time model's prediction of a call in a case, None where its record lacks a kernel."""
     try:
-        return compile_time.call_ms(
-            compile_time.Case(card, _record(), format, waits=True), compute, Call(m, n, k, 1, ""), choice
-        )
+        return compile_time.call_ms(case, compute, Call(m, n, k, 1, ""), choice)
     except LookupError:
         return None
 
 
 @cache
 def _record() -> compile_time.Record:
-    return compile_time.Record(read_csv(_RECORD))
+    return compile_time.Record(read_csv(RECORD))

@@ -19,12 +19,12 @@ KEY = ("what",)
 _THREADS, _CHAINS, _TURNS = 1024, 8, 512
 _ROUNDS = 5
 _L2_BYTES, _L2_TURNS = 16 << 20, 40  # a part of L2 that each of its halves could hold
-_WORDS = "int words[CHAINS]; for (int i = 0; i < CHAINS; ++i) words[i] = in[threadIdx.x + i];"
 
 _KERNEL = """
 extern "C" __global__ void rate(const int* in, int* out, long long* clocks, int turns) {
     const int CHAINS = %(chains)d;
-    %(words)s
+    int words[CHAINS];
+    for (int i = 0; i < CHAINS; ++i) words[i] = in[threadIdx.x + i];
     __syncthreads();
     long long start = clock64();
     for (int turn = 0; turn < turns; ++turn)
@@ -87,7 +87,7 @@ def instructions() -> dict[str, Instruction]:
 
 def source(asm: str) -> str:
     """Return the kernel that runs an instruction."""
-    return _KERNEL % dict(chains=_CHAINS, words=_WORDS, asm=asm)
+    return _KERNEL % dict(chains=_CHAINS, asm=asm)
 
 
 def run(session: Session) -> None:

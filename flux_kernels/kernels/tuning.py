@@ -8,7 +8,7 @@ from math import inf
 import torch
 
 from .._triton import interpreting
-from ..compute import DATACENTER, TENSOR_CORE_CAPABILITY
+from ..compute import DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY
 from ..formats import SUPERBLOCK, BlockFormat
 
 
@@ -128,7 +128,6 @@ _A100 = (8, 0)
 # of the two worst regrets (docs/decisions/first-gpu.md, tests/bench/test_model.py). Cards that are not here have slow memory
 # (Orin, Thor, Spark) or another maker.
 _UNPACKED_FROM = {(8, 0): 256, (8, 6): 512, (8, 9): 1024, (9, 0): 17, (10, 0): 512, (10, 3): 512, (12, 0): 512}
-_HOPPER = (9, 0)
 
 
 def choose_algorithm(
@@ -148,11 +147,12 @@ def choose_algorithm(
         )
     if capability is not None and capability < TENSOR_CORE_CAPABILITY:
         return "two_stage", "Triton has no tensor-core code for this card"
-    if m >= _UNPACKED_FROM.get(capability, inf):
-        known = "measured" if capability == _HOPPER else "estimated"
+    rows = inf if capability is None else _UNPACKED_FROM.get(capability, inf)
+    if m >= rows:
+        known = "measured" if capability == HOPPER else "estimated"
         return (
             "two_stage",
-            f"from {_UNPACKED_FROM[capability]} rows unpacking costs less than a decode that is waited for ({known})",
+            f"from {rows} rows unpacking costs less than a decode that is waited for ({known})",
         )
     return "fused", "decodes in registers, no scratch in memory"
 
