@@ -16,10 +16,15 @@ import typer
 from rich.progress import Progress
 
 from bench.record import origin, write_csv
-from flux_kernels.base_pipeline import go_offline_quietly, load_pipeline
 from flux_kernels.compute import COMPUTE_MODES
-from flux_kernels.demo import embedded_transformer
-from flux_kernels.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits
+from flux_kernels.generation.base_pipeline import go_offline_quietly, load_pipeline
+from flux_kernels.generation.embedded import (
+    EMBEDDED_PROMPTS,
+    PIPELINE_KWARGS,
+    embedded_model_path,
+    embedded_transformer,
+    read_digits,
+)
 from flux_kernels.swap import swap_linear
 
 FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K")

@@ -24,9 +24,9 @@ from torch import nn
 import flux_kernels as fk
 from bench.record import origin, write_csv
 from bench.stand_in import CARDS, StandIn, stand_in
-from flux_kernels.clock import balanced_order
 from flux_kernels.formats import FORMATS
-from flux_kernels.random_rows import random_rows
+from flux_kernels.machine.clock import balanced_order
+from flux_kernels.machine.random_rows import random_rows
 
 _CASES = {  # name -> compute mode, M; N and K are those of most of FLUX.1's linears
     "small m": ("exact", 1),

@@ -17,7 +17,7 @@ from flux_kernels.backends import resolve
 from flux_kernels.compute import WEIGHT_ONLY_M
 from flux_kernels.flux.calls import STEPS, step_calls
 from flux_kernels.formats import FORMATS
-from flux_kernels.tune import Job, tune
+from flux_kernels.machine.tune import Job, tune
 
 
 def main() -> None:

@@ -5,27 +5,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .embedding import GGUFEmbedding
+from .calibration.fidelity import fidelity
+from .calibration.fidelity_report import FidelityReport
+from .calibration.outliers import keep_outliers
 from .errors import BackendUnavailable, FormatError, GGUFError
-from .fidelity import FidelityReport, fidelity
-from .footprint import memory_footprint
 from .formats import FORMATS, BlockFormat
-from .fuse import FuseReport, fuse_projections, unfuse_projections
 from .integrations.on_import import after_import
-from .linear import GGUFLinear
+from .layers.embedding import GGUFEmbedding
+from .layers.fuse import FuseReport, fuse_projections, unfuse_projections
+from .layers.linear import GGUFLinear
+from .layers.memory import memory_footprint, pin_memory
 from .ops import dequantize, linear
-from .outliers import keep_outliers
 from .packing import quantize
-from .pinned import pin_memory
 from .swap import swap_linear
-from .swap_report import SwapReport
+from .swap.report import SwapReport
 
 if TYPE_CHECKING:
-    from .compile_ahead import warmup
     from .flux import load_flux, save_gguf
-    from .gguf_file import GGUFFile, read_gguf
+    from .gguf.file import GGUFFile, read_gguf
     from .integrations.config import FluxKernelsConfig
     from .integrations.lora import fuse_lora, unfuse_lora
+    from .machine.warmup import warmup
     from .t5 import load_t5, save_t5
 
 after_import("diffusers.quantizers.auto", lambda: importlib.import_module(f"{__name__}.integrations.registration").register())

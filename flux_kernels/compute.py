@@ -1,9 +1,12 @@
-"""The compute modes as data: what each does, and the numbers that its Triton kernels and torch twin share."""
+"""The compute modes as data: what each does, and what its Triton kernels and torch twin share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
 
 from .errors import FormatError
 
@@ -16,6 +19,7 @@ GROUP = 128  # weights and activations that share one int8 scale along K, where 
 PROMOTE_K = 64  # products summed in fp16 before they are added in float32
 # Calls of so few rows (modulation, time embedding) are bound by reading the weight: every mode runs them as "exact".
 WEIGHT_ONLY_M = 16
+Branch = tuple[Tensor, Tensor]  # hidden [M, r] and up [N, r], both of x's dtype; in a layer down [r, K] and up [N, r]
 WIDEST_LOAD = 16  # bytes: what kernels assume of the address of the first packed row
 TENSOR_CORE_CAPABILITY = (8, 0)  # NVIDIA compute capability from which Triton has tensor-core code
 HOPPER = (9, 0)  # H100, H200
@@ -48,3 +52,16 @@ def compute_of_layer(compute: str, names: Iterable[str]) -> str:
     """Return the mode of a layer of these names under one mode for the whole model."""
     spared = any(fnmatchcase(name, pattern) for name in names for pattern in WEIGHT_ONLY_LAYERS)
     return "exact" if spared else compute
+
+
+def join(first: Branch | None, second: Branch) -> Branch:
+    """Put two branches side by side: their ranks add up."""
+    if first is None:
+        return second
+    return torch.cat([first[0], second[0]], 1), torch.cat([first[1], second[1]], 1)
+
+
+def outlier_branch(x: Tensor, outliers: tuple[Tensor, Tensor]) -> Branch:
+    """Return the branch of the columns of x [M, K] that `outliers` (index [k], weight [N, k]) keeps in x's dtype."""
+    index, weight = outliers
+    return x.index_select(1, index), weight.to(x.dtype)

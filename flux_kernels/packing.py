@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import libggml
 from .errors import FormatError
 from .formats import BlockFormat, get_format
+from .torch_backend import libggml
 
 Engine = Literal["auto", "torch", "libggml"]
 

@@ -65,7 +65,7 @@ def random_packed(format: str, n: int, k: int, seed: int = 0) -> torch.Tensor:
                 data[..., start : start + field.size] = value.half().view(torch.uint8)
         return data.flatten(1)
 
-    from flux_kernels import reference
+    from flux_kernels.torch_backend import reference
 
     rms = reference.dequantize(scaled(0.01), fmt).square().mean().sqrt()
     return scaled(0.01 * 0.05 / float(rms)).clone()

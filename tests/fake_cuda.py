@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
-from flux_kernels import gpu_clock
+from flux_kernels.machine import gpu_clock
 
 CYCLES = 1500  # a microsecond
 QUEUE = 1022  # launches outstanding at most, as on an H200; the host waits where one more is issued

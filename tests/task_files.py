@@ -9,7 +9,7 @@ from flux_files import Architecture, flux_file, layout_types
 from PIL import Image, ImageDraw
 from transformers import T5EncoderModel
 
-from flux_kernels.embedded import embedded_model_path
+from flux_kernels.generation.embedded import embedded_model_path
 
 from .t5_files import type_of, write_t5
 

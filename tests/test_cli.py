@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from flux_kernels import GGUFError
 from flux_kernels.cli import app
-from flux_kernels.demo import Variant, write_variant
-from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.generation.demo import Variant, write_variant
+from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from flux_kernels.install_hints import install_command
 
 PROMPT = "a red seven"
@@ -62,7 +62,7 @@ def generate(gguf_file, out, *more):
 
 
 def test_generate_fuses_q_k_and_v_in_modes_that_scale_activations(gguf_file, tmp_path, monkeypatch):
-    from flux_kernels import generate as module
+    from flux_kernels.generation import generate as module
 
     fused, original = [], module.load_flux
     monkeypatch.setattr(
@@ -190,7 +190,7 @@ def test_inspect_of_a_refused_file(tmp_path):
 
 def test_doctor_prints_commands_that_can_be_copied(monkeypatch):
     """The extra in square brackets is no markup, and a narrow terminal folds the command instead of cutting it."""
-    from flux_kernels import doctor
+    from flux_kernels.machine import doctor
 
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(doctor, "_version", lambda name: None)
@@ -251,7 +251,7 @@ def test_traceback_lets_the_error_through():
 
 
 def test_missing_package_names_the_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flux_kernels.doctor", None)
+    monkeypatch.setitem(sys.modules, "flux_kernels.machine.doctor", None)
     monkeypatch.setitem(sys.modules, "diffusers.utils", None)
     result = invoke("inspect", "x.gguf")
     assert result.exit_code == 1 and f"diffusers is not installed. Run: {install_command()}" in result.stderr

@@ -13,7 +13,7 @@ import pytest
 
 import flux_kernels as fk
 from flux_kernels import install_hints
-from flux_kernels.base_pipeline import check_base
+from flux_kernels.generation.base_pipeline import check_base
 from flux_kernels.install_hints import PIPELINE_DOWNLOAD, install_command
 
 ROOT = Path(fk.__file__).parents[1]

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import flux_kernels as fk
-from flux_kernels.compile_ahead import warmup
-from flux_kernels.doctor import planned_calls
-from flux_kernels.runs import runs_as
+from flux_kernels.machine.doctor import planned_calls
+from flux_kernels.machine.warmup import warmup
+from flux_kernels.swap.runs import runs_as
 
 from .conftest import TINY_FLUX
 

@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 
-from flux_kernels import cpu_decode, cpu_threads, libggml, reference, torch_backend
+from flux_kernels import torch_backend
 from flux_kernels.formats import FORMATS
+from flux_kernels.torch_backend import cpu_decode, cpu_threads, libggml, reference
 
 from . import libggml_oracle as oracle
 from .kernels.samples import finite_rows

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flux_kernels import cpu_decode, cpu_linear, cpu_threads, libggml, reference, torch_backend
+from flux_kernels import torch_backend
 from flux_kernels.formats import FORMATS
-from flux_kernels.random_rows import random_rows
+from flux_kernels.machine.random_rows import random_rows
+from flux_kernels.torch_backend import cpu_decode, cpu_linear, cpu_threads, libggml, reference
 
 TYPES = ["Q4_K", "Q6_K", "Q8_0"]
 needs_decoder = pytest.mark.skipif(not libggml.available(), reason="libggml-python is not installed: only Q6_K has a decoder")

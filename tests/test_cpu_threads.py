@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from flux_kernels import cpu_decode, cpu_threads
 from flux_kernels.formats import FORMATS
+from flux_kernels.torch_backend import cpu_decode, cpu_threads
 
 from .kernels.samples import finite_rows
 

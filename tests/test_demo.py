@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from flux_kernels import FORMATS
-from flux_kernels.base_pipeline import load_pipeline
-from flux_kernels.contact_sheet import LABEL_WIDTH, TILE, contact_sheet
-from flux_kernels.demo import VARIANTS, demo_sheet, demo_steps, embedded_transformer, psnr, run_demo
-from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.generation.base_pipeline import load_pipeline
+from flux_kernels.generation.demo import VARIANTS, demo_sheet, demo_steps, psnr, run_demo
+from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path, embedded_transformer
+from flux_kernels.report.contact_sheet import LABEL_WIDTH, TILE, contact_sheet
 
 PROMPTS = ["a red seven", "a blue three"]
 STEPS = 4

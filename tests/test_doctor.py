@@ -8,9 +8,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from flux_kernels import FORMATS, doctor
+from flux_kernels import FORMATS
 from flux_kernels.backends import resolve
 from flux_kernels.install_hints import install_command
+from flux_kernels.machine import doctor
 
 
 def test_versions_are_those_of_the_imported_packages():

@@ -10,10 +10,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flux_kernels as fk
-from flux_kernels import eager, kernels
+from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import choice
-from flux_kernels.random_rows import random_rows
+from flux_kernels.layers import eager
+from flux_kernels.machine.random_rows import random_rows
 
 OP = torch.ops.flux_kernels.linear
 

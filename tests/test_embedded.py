@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from flux_kernels.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits
+from flux_kernels.generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits
 
 MAX_BYTES = 16_000_000
 SEEDS_PER_DIGIT = 4
@@ -93,6 +93,6 @@ def test_listed_prompts_consist_of_known_words(pipeline):
 
 
 def test_missing_data_is_reported(monkeypatch, tmp_path):
-    monkeypatch.setattr("flux_kernels.embedded.files", lambda _: tmp_path)
+    monkeypatch.setattr("flux_kernels.generation.embedded.files", lambda _: tmp_path)
     with pytest.raises(FileNotFoundError, match="reinstall flux_kernels"):
         embedded_model_path()

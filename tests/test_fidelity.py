@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import flux_kernels as fk
-from flux_kernels.fidelity import SHOWN, FidelityReport, LayerError
+from flux_kernels.calibration.fidelity_report import SHOWN, FidelityReport, LayerError
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import nn
 
 from flux_kernels.errors import BackendUnavailable, FormatError, GGUFError
 from flux_kernels.flux import load_flux, tensor_types
-from flux_kernels.linear import GGUFLinear
+from flux_kernels.layers.linear import GGUFLinear
 
 TINY = Architecture()
 

@@ -20,9 +20,9 @@ from test_flux_types import DEV, SCHNELL
 from flux_kernels.flux import load_flux
 from flux_kernels.flux.config import infer_config
 from flux_kernels.flux.variant import variant_name
-from flux_kernels.gguf_file import read_gguf
-from flux_kernels.inspect_file import inspect_file
-from flux_kernels.linear import GGUFLinear
+from flux_kernels.generation.inspect_file import inspect_file
+from flux_kernels.gguf.file import read_gguf
+from flux_kernels.layers.linear import GGUFLinear
 
 TINY = Architecture()
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from flux_kernels.errors import GGUFError
 from flux_kernels.flux import load_flux, save_gguf
-from flux_kernels.gguf_file import read_gguf
-from flux_kernels.linear import GGUFLinear
+from flux_kernels.gguf.file import read_gguf
+from flux_kernels.layers.linear import GGUFLinear
 
 TINY = Architecture()
 

@@ -9,7 +9,7 @@ from flux_files import Architecture
 
 from flux_kernels.errors import FormatError
 from flux_kernels.flux.types import NAMED_TYPES, file_type, tensor_types
-from flux_kernels.inspect_file import inspect_file
+from flux_kernels.generation.inspect_file import inspect_file
 
 DEV = Architecture(19, 38, width=3072, head=128, text=4096, pooled=768)
 SCHNELL = Architecture(19, 38, guidance=False, width=3072, head=128, text=4096, pooled=768)

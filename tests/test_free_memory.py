@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels import free_memory
-from flux_kernels.free_memory import free_bytes, total_bytes
+from flux_kernels.machine import free_memory
+from flux_kernels.machine.free_memory import free_bytes, total_bytes
 
 CPU, GIB = torch.device("cpu"), 2**30
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import flux_kernels as fk
-from flux_kernels.fused_linear import FusedLinear, FusedPart
+from flux_kernels.layers.fused_linear import FusedLinear, FusedPart
 
 from .conftest import TINY_FLUX, flux_inputs
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import flux_kernels as fk
-from flux_kernels import low_precision
-from flux_kernels.fused_linear import FusedLinear
+from flux_kernels.layers.fused_linear import FusedLinear
+from flux_kernels.torch_backend import low_precision
 
 from .conftest import TINY_FLUX, flux_inputs
 from .test_fuse import CLOSE, KINDS, assert_same, run

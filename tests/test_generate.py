@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from flux_kernels import FormatError, GGUFError
-from flux_kernels.base_pipeline import PARTS, base_sizes, check_base, check_fit
-from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.generate import Job, Lora, Made, Request, call_settings, check_out, save_png
-from flux_kernels.inspect_file import FileFacts
-from flux_kernels.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
+from flux_kernels.generation.base_pipeline import PARTS, base_sizes, check_base, check_fit
+from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.generation.generate import Job, Lora, Made, Request, call_settings, check_out, save_png
+from flux_kernels.generation.inspect_file import FileFacts
+from flux_kernels.generation.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flux_kernels.formats import FORMATS, PLAIN_TYPES
-from flux_kernels.gguf_file import read_gguf, write_gguf
+from flux_kernels.gguf.file import read_gguf, write_gguf
 
 from .test_gguf_write import content
 

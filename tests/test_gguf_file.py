@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from flux_kernels.errors import FormatError, GGUFError
 from flux_kernels.formats import FORMATS, PLAIN_TYPES
-from flux_kernels.gguf_file import read_gguf
+from flux_kernels.gguf.file import read_gguf
 
 from . import gguf_bytes as raw
 
@@ -288,7 +288,7 @@ def test_reading_needs_torch_alone(tmp_path):
     (tmp_path / "file.gguf").write_bytes(raw.small())
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['gguf', 'numpy', 'diffusers', 'triton']))\n"
-        "from flux_kernels.gguf_file import read_gguf\n"
+        "from flux_kernels.gguf.file import read_gguf\n"
         "print(read_gguf(sys.argv[1]).tensors['b'].data.tolist())"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "file.gguf")]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flux_kernels.errors import GGUFError
-from flux_kernels.gguf_file import GGUFFile, read_gguf
+from flux_kernels.gguf.file import GGUFFile, read_gguf
 
 from . import gguf_bytes as raw
 

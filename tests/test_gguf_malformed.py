@@ -12,7 +12,7 @@ import tracemalloc
 import pytest
 
 from flux_kernels.errors import GGUFError
-from flux_kernels.gguf_file import read_gguf
+from flux_kernels.gguf.file import read_gguf
 
 from . import gguf_bytes as raw
 

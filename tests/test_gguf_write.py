@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from flux_kernels.errors import GGUFError
 from flux_kernels.formats import FORMATS, PLAIN_TYPES
-from flux_kernels.gguf_file import planned_size, read_gguf, write_gguf
+from flux_kernels.gguf.file import planned_size, read_gguf, write_gguf
 
 from . import gguf_bytes as raw
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels.clock import graph_replayed, interleaved
-from flux_kernels.gpu_clock import GpuClock, Replay
+from flux_kernels.machine.clock import graph_replayed, interleaved
+from flux_kernels.machine.gpu_clock import GpuClock, Replay
 
 from .fake_cuda import CYCLES, use
 

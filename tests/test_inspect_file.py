@@ -11,7 +11,7 @@ from flux_files import Architecture, FluxFile, flux_file, layout_types
 from test_flux_types import DEV, write_sparse
 
 from flux_kernels.flux import tensor_types
-from flux_kernels.inspect_file import CARDS_GIB, inspect_file
+from flux_kernels.generation.inspect_file import CARDS_GIB, inspect_file
 
 GIB = 2**30
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flux_kernels as fk
-from flux_kernels.lazy_weight import LazyWeight
+from flux_kernels.layers.lazy_weight import LazyWeight
 
 N, K = 12, 512
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux_kernels.formats import FORMATS
-from flux_kernels.low_precision import linear_fp16_accumulate, linear_int8, quantize_groups
+from flux_kernels.torch_backend.low_precision import linear_fp16_accumulate, linear_int8, quantize_groups
 
 from .kernels.samples import finite_rows
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from sparse_files import FLUX_DEV, sparse_base, sparse_safetensors
 
-from flux_kernels import memory_check
 from flux_kernels.errors import FormatError
-from flux_kernels.memory_check import Weights, check_pipeline_memory, companion_files, loaded_weights, require_memory
+from flux_kernels.generation import memory_check
+from flux_kernels.generation.memory_check import Weights, check_pipeline_memory, companion_files, loaded_weights, require_memory
 
 CPU, GPU, GIB = torch.device("cpu"), torch.device("cuda", 0), 2**30
 DEV, COMPANIONS = 11_901_408_320, 123_060_480 + 4_762_310_656 + 83_819_683  # parameters, as published
@@ -113,8 +113,8 @@ def test_pinning_copies_what_is_mapped(tmp_path, monkeypatch):
 
 def test_generate_checks_before_it_loads(tmp_path, monkeypatch):
     """With the embedded pipeline and no memory at all; in float32 its own files, which are 16 bit, would be copied."""
-    from flux_kernels import generate as module
-    from flux_kernels.embedded import embedded_model_path
+    from flux_kernels.generation import generate as module
+    from flux_kernels.generation.embedded import embedded_model_path
 
     class Loaded(Exception):
         pass

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux_kernels.memory_plan import (
+from flux_kernels.flux.calls import image_tokens
+from flux_kernels.generation.memory_plan import (
     GIB,
     MODES,
     SLACK,
@@ -17,7 +18,6 @@ from flux_kernels.memory_plan import (
     companions,
     free_on_card,
     gpu_bytes,
-    image_tokens,
     plan_memory,
     text_working,
     transformer_working,

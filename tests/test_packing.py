@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flux_kernels as fk
-from flux_kernels import libggml
+from flux_kernels.torch_backend import libggml
 
 
 def test_any_leading_shape_and_dtype():

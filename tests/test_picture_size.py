@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels import picture_size
 from flux_kernels.errors import FormatError
-from flux_kernels.memory_plan import Part
-from flux_kernels.picture_size import check_memory, check_positions, longest_side
+from flux_kernels.generation import picture_size
+from flux_kernels.generation.memory_plan import Part
+from flux_kernels.generation.picture_size import check_memory, check_positions, longest_side
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

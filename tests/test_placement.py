@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from flux_kernels import BackendUnavailable, placement
-from flux_kernels.base_pipeline import load_pipeline
-from flux_kernels.demo import Variant, write_variant
-from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels import BackendUnavailable
 from flux_kernels.flux import load_flux
-from flux_kernels.memory_plan import GIB, image_tokens
-from flux_kernels.placement import apply_offload, check_offload, measured_parts, place
+from flux_kernels.flux.calls import image_tokens
+from flux_kernels.generation import placement
+from flux_kernels.generation.base_pipeline import load_pipeline
+from flux_kernels.generation.demo import Variant, write_variant
+from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.generation.memory_plan import GIB
+from flux_kernels.generation.placement import apply_offload, check_offload, measured_parts, place
+from flux_kernels.generation.tasks import KONTEXT
 from flux_kernels.t5 import load_t5
-from flux_kernels.tasks import KONTEXT
 
 from .task_files import write_embedded_t5
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flux_kernels as fk
-from flux_kernels import libggml, packing, quantize
-from flux_kernels.embedded import embedded_model_path
+from flux_kernels import packing, quantize
 from flux_kernels.formats import FORMATS
+from flux_kernels.generation.embedded import embedded_model_path
+from flux_kernels.torch_backend import libggml
 from tools import quantizer_tails
 
 from . import libggml_oracle

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels import reference
 from flux_kernels.formats import FORMATS
-from flux_kernels.random_rows import RMS, random_rows
+from flux_kernels.machine.random_rows import RMS, random_rows
+from flux_kernels.torch_backend import reference
 
 
 @pytest.mark.parametrize("name", FORMATS)

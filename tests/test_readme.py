@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import flux_kernels as fk
-from flux_kernels.demo import embedded_transformer
+from flux_kernels.generation.embedded import embedded_transformer
 
 README = (Path(fk.__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_kernels import FORMATS, FormatError, reference
+from flux_kernels import FORMATS, FormatError
+from flux_kernels.torch_backend import reference
 
 GOLDEN = Path(__file__).parent / "golden"
 

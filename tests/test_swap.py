@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import flux_kernels as fk
-from flux_kernels import swap, swap_plan
+from flux_kernels import swap
+from flux_kernels.swap import plan as swap_plan
 
 K = 256
 

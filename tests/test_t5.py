@@ -14,7 +14,7 @@ from torch import nn
 
 import flux_kernels as fk
 from flux_kernels import GGUFEmbedding, GGUFError, GGUFLinear, load_t5
-from flux_kernels.memory_plan import companions
+from flux_kernels.generation.memory_plan import companions
 from flux_kernels.t5.names import written_name
 
 from .conftest import random_packed
@@ -68,7 +68,8 @@ def test_every_packed_matrix_stays_packed_and_mapped(tmp_path):
 
 
 def test_no_more_than_one_tensor_is_decoded_at_a_time(tmp_path, monkeypatch):
-    from flux_kernels import reference, torch_backend
+    from flux_kernels import torch_backend
+    from flux_kernels.torch_backend import reference
 
     path, _ = written(tmp_path)
 

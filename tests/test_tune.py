@@ -14,14 +14,14 @@ from typing import ClassVar
 import pytest
 import torch
 
-from flux_kernels import tune as tuning
 from flux_kernels._triton import triton
 from flux_kernels.errors import BackendUnavailable
 from flux_kernels.kernels import record
 from flux_kernels.kernels.record import TuningRecord
-from flux_kernels.tune import Job, tune, tune_call
-from flux_kernels.tune_candidates import Candidate
-from flux_kernels.tune_compile import KILLED, Compilers, Spills
+from flux_kernels.machine import tune as tuning
+from flux_kernels.machine.candidates import Candidate
+from flux_kernels.machine.tune import Job, tune, tune_call
+from flux_kernels.machine.tune_compile import KILLED, Compilers, Spills
 
 CPU = torch.device("cpu")
 FEW = 4  # candidates: the interpreter takes a second for each
@@ -180,7 +180,7 @@ def test_spills_are_those_of_the_kernels_that_a_launch_loaded(monkeypatch):
     class Compiled:
         n_spills = 7
 
-    monkeypatch.setattr("flux_kernels.tune_compile._PRODUCTS", (Kernel,))
+    monkeypatch.setattr("flux_kernels.machine.tune_compile._PRODUCTS", (Kernel,))
     spills = Spills()
     assert spills.after("a", lambda: Kernel.device_caches.setdefault(0, ({}, {}))[0].setdefault("key", Compiled())) == 7
     assert spills.after("a", lambda: None) == 7

@@ -15,8 +15,8 @@ from bench.aot.cards import CARDS
 from flux_kernels.benchmark.record import CHECKOUT, read_csv
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import record
-from flux_kernels.kernels.tuning import Tile
-from flux_kernels.tune_candidates import Call, Candidate, candidates, int8_shared_bytes, least_shared_bytes, shared_limit
+from flux_kernels.kernels.tiles import Tile
+from flux_kernels.machine.candidates import Call, Candidate, candidates, int8_shared_bytes, least_shared_bytes, shared_limit
 
 GEFORCE, HOPPER = ((8, 6), 82), ((9, 0), 132)
 RECORDED = [

@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from bench.record import origin, write_csv
-from flux_kernels.base_pipeline import go_offline_quietly, one_thread
+from flux_kernels.generation.base_pipeline import go_offline_quietly, one_thread
+from flux_kernels.measure.measurer import bootstrap, velocity_cost
 from flux_kernels.mixed.cost import CostTable
-from flux_kernels.mixed.measure import bootstrap, velocity_cost
 from tools.mixed_proof import CPU, OWN, UNIFORM, Proof, Remembering, tell
 
 CORRECTED = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")

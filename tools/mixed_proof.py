@@ -19,23 +19,24 @@ import torch
 import typer
 
 from bench.record import origin, write_csv
-from flux_kernels import libggml
-from flux_kernels.base_pipeline import go_offline_quietly, load_pipeline, one_thread
-from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
 from flux_kernels.errors import FormatError
 from flux_kernels.flux.names import block_of
 from flux_kernels.formats import FORMATS
-from flux_kernels.mixed.capture import capture
-from flux_kernels.mixed.constraints import Constraints
+from flux_kernels.generation.base_pipeline import go_offline_quietly, load_pipeline, one_thread
+from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.measure.capture import capture
+from flux_kernels.measure.measured_model import find_source, open_transformer
+from flux_kernels.measure.measurer import Measurer, bootstrap, velocity_cost
+from flux_kernels.measure.states import State
 from flux_kernels.mixed.cost import CostTable
 from flux_kernels.mixed.file_layout import layout_of_shapes, shapes_of_model
-from flux_kernels.mixed.greedy import greedy
-from flux_kernels.mixed.knapsack import Group, solve
-from flux_kernels.mixed.measure import Measurer, bootstrap, velocity_cost
-from flux_kernels.mixed.measured_model import find_source, open_transformer
-from flux_kernels.mixed.plan import NO_CONSTRAINTS, make_problem, options_of, plan_within
-from flux_kernels.mixed.refine import refine
-from flux_kernels.mixed.states import State
+from flux_kernels.plan.choices import Group
+from flux_kernels.plan.constraints import Constraints
+from flux_kernels.plan.greedy import greedy
+from flux_kernels.plan.knapsack import solve
+from flux_kernels.plan.problem import NO_CONSTRAINTS, make_problem, options_of, plan_within
+from flux_kernels.plan.refine import refine
+from flux_kernels.torch_backend import libggml
 
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white"]
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -272,7 +273,7 @@ def main(
 
 def draw(proof: Proof, found: dict[str, tuple[Types, bool]], path: Path) -> None:
     """Draw uniform, greedy and mixed side by side, all weighted by importance."""
-    from flux_kernels.mixed.side_by_side import embedded_side_by_side
+    from flux_kernels.measure.side_by_side import embedded_side_by_side
 
     names = {"uniform Q3_K": "uniform, importance", "greedy by block": "greedy by block, importance", "mixed": "mixed"}
     plans = {title: found[name][0] for title, name in names.items()}

@@ -18,11 +18,12 @@ from pathlib import Path
 from bench.record import write_csv
 from flux_kernels.formats import FORMATS, PLAIN_TYPES
 from flux_kernels.mixed.casting_cost import read_casting_cost
-from flux_kernels.mixed.constraints import Constraints
 from flux_kernels.mixed.file_layout import flux1_shapes, layout_of_shapes
-from flux_kernels.mixed.greedy import greedy
-from flux_kernels.mixed.knapsack import Group, solve
-from flux_kernels.mixed.plan import Problem, make_problem
+from flux_kernels.plan.choices import Group
+from flux_kernels.plan.constraints import Constraints
+from flux_kernels.plan.greedy import greedy
+from flux_kernels.plan.knapsack import solve
+from flux_kernels.plan.problem import Problem, make_problem
 
 # Bits per weight that the published files came to, by the name they have (Hugging Face, MixedQuantFlux).
 _NAMES = ("3_0", "3_8", "5_1", "5_3", "5_9", "6_6", "6_9", "7_3", "7_4", "7_6", "8_2", "8_4", "8_6", "9_2", "9_6")

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 from flux_kernels import dequantize, quantize
-from flux_kernels.embedded import embedded_model_path
 from flux_kernels.formats import FORMATS
+from flux_kernels.generation.embedded import embedded_model_path
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWANCE = 1e-6

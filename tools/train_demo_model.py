@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo_model import autoencoder, export, flow, pictures, reader, text
 
-from flux_kernels.embedded import PIPELINE_KWARGS
+from flux_kernels.generation.embedded import PIPELINE_KWARGS
 
 _HOME = Path(__file__).resolve().parent.parent / "flux_kernels" / "demo_model"
 _READER_SHARE = 0.8

@@ -5,7 +5,7 @@ Predicted clocks are no criterion: a kernel that decodes every weight four times
 
 from __future__ import annotations
 
-from flux_kernels.kernels.tuning import GRID_FORMATS
+from flux_kernels.kernels.tiles import GRID_FORMATS
 
 from .cards import CARDS
 from .report import FUSED_KERNELS, Row, is_looped

@@ -21,7 +21,7 @@ from flux_kernels.compute import DATACENTER, PROMOTE_K, WEIGHT_ONLY_M
 from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.kernels import exact, fp16_accumulate, int8
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
-from flux_kernels.kernels.tuning import int8_tile, row_scales_serve, split_k_tile
+from flux_kernels.kernels.tiles import int8_tile, row_scales_serve, split_k_tile
 
 from .code_of import code_of
 

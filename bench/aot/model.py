@@ -20,7 +20,7 @@ from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 from flux_kernels.kernels.chunks import chunk_sizes, wave_efficiency
-from flux_kernels.kernels.tuning import Tile
+from flux_kernels.kernels.tiles import Tile
 
 from .cards import CARDS, CONVERT_RATES, MEASURED_CONVERT_RATES, SHARED_WAIT
 

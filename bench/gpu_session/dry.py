@@ -16,9 +16,11 @@ from bench.gpu_session.kernels import Kernel, collecting_compiler
 from bench.gpu_session.session import Session
 from bench.stand_in import CARDS, counting_compiler, stand_in
 from bench.stand_in_cuda import without_arithmetic
-from flux_kernels import low_precision, reference, tune
-from flux_kernels.benchmark import ceilings, linears, step_weights
+from flux_kernels.benchmark import ceilings, linears
+from flux_kernels.benchmark.step import weights as step_weights
 from flux_kernels.formats import BlockFormat
+from flux_kernels.machine import tune
+from flux_kernels.torch_backend import low_precision, reference
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from torch import nn
 import flux_kernels as fk
 from bench.gpu_session.session import Session
 from flux_kernels.benchmark.record import read_csv
-from flux_kernels.clock import balanced_order
 from flux_kernels.formats import FORMATS
+from flux_kernels.machine.clock import balanced_order
 
 KEY = ("case", "m", "entry")
 _N = _K = 3072

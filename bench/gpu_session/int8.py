@@ -19,7 +19,7 @@ from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8
 from flux_kernels.kernels.chunks import waves
 from flux_kernels.kernels.problem import Problem
-from flux_kernels.kernels.tuning import Tile
+from flux_kernels.kernels.tiles import Tile
 
 KEY = ("what", "format", "m", "n", "k", "scales", "tile")
 _SHAPES = ((4608, 3072, 3072), (4608, 12288, 3072), (4608, 3072, 15360))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flux_kernels.kernels.tuning import Tile
+from flux_kernels.kernels.tiles import Tile
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from flux_kernels.kernels import int8 as int8_mode
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.choice import Choice, choose
 from flux_kernels.kernels.launching import capability_of
-from flux_kernels.kernels.tuning import fused_tile, int8_tile
+from flux_kernels.kernels.tiles import fused_tile, int8_tile
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis", "Occupancy")
 # Why warps wait, and sectors that L2 was asked for: not in those sections' tables.

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.gpu_session.predict import Rates, rates_of
 from flux_kernels.benchmark.record import append_csv, origin, read_csv
 from flux_kernels.formats import FORMATS
-from flux_kernels.random_rows import random_rows
+from flux_kernels.machine.random_rows import random_rows
 
 _COLD_BYTES = 160 << 20  # of weights that take turns, so that each comes from memory: beyond twice the largest L2 of a Hopper
 _MOST_COPIES = 32

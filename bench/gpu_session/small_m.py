@@ -15,7 +15,7 @@ from bench.gpu_session.two_stage import FORMAT_NAMES
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, choose
 from flux_kernels.kernels.launching import capability_of
-from flux_kernels.tune_candidates import Call, candidates
+from flux_kernels.machine.candidates import Call, candidates
 
 KEY = ("format", "m", "n", "k", "algorithm", "tile")
 _SHAPE = (18432, 3072)

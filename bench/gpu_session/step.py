@@ -18,15 +18,15 @@ import torch
 from bench.gpu_session.predict import Rates, modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
 from bench.gpu_session.session import Session
 from flux_kernels.benchmark.providers import PROVIDERS, Unavailable
-from flux_kernels.benchmark.step_inputs import step_inputs
-from flux_kernels.benchmark.step_jobs import true_size
-from flux_kernels.benchmark.step_timing import Oracle
-from flux_kernels.benchmark.step_timing import run as run_step
-from flux_kernels.benchmark.step_weights import StepWeights, build, make_weights
+from flux_kernels.benchmark.step.inputs import step_inputs
+from flux_kernels.benchmark.step.jobs import true_size
+from flux_kernels.benchmark.step.timing import Oracle
+from flux_kernels.benchmark.step.timing import run as run_step
+from flux_kernels.benchmark.step.weights import StepWeights, build, make_weights
 from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
-from flux_kernels.gpu_clock import GpuClock, Replay
+from flux_kernels.machine.gpu_clock import GpuClock, Replay
 
 KEY = ("format", "provider", "size", "what")
 _PROVIDERS = ("torch", "ours exact", "ours int8", "dequantize")

@@ -17,7 +17,7 @@ from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import exact, two_stage
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.launching import capability_of
-from flux_kernels.kernels.tuning import Tile, fused_tile, split_k_tile
+from flux_kernels.kernels.tiles import Tile, fused_tile, split_k_tile
 
 KEY = ("format", "m", "n", "k", "algorithm", "tile")
 _ROWS = (17, 32, 64, 128, 256, 512, 1024, 4608)

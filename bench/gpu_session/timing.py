@@ -13,8 +13,8 @@ from statistics import median
 from torch import Tensor
 
 from bench.gpu_session.session import Session, Table
-from flux_kernels.clock import balanced_order
-from flux_kernels.gpu_clock import GpuClock, Replay
+from flux_kernels.machine.clock import balanced_order
+from flux_kernels.machine.gpu_clock import GpuClock, Replay
 
 _ROUNDS = 7
 _GRAPH_MS = 2.0  # of work in a graph where it takes several calls to fill it

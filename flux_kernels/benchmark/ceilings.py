@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..clock import interleaved
+from ..machine.clock import interleaved
 
 _COPY_BYTES = {"cuda": 1 << 29, "cpu": 1 << 26}
 _SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024)}  # of square products; which one is fastest depends on the machine

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from .session import Found
-from .step_verdict import step_verdict
+from .step.verdict import step_verdict
 
 _WORDS = ("format", "provider", "size", "where", "what", "dtype", "note", "compute")
 _ORIGIN = ("device", "capability", "driver", "torch", "triton", "libggml", "commit", "date")

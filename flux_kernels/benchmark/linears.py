@@ -9,11 +9,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..clock import cache_flusher, graph_replayed, interleaved, percentiles
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
-from ..random_rows import random_rows
+from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
+from ..machine.random_rows import random_rows
+from ..torch_backend import reference
 from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings
 from .providers import PROVIDERS, Problem, Unavailable, same_call

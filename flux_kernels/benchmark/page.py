@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
-from ..html_page import document, image, table
+from ..report.html_page import document, image, table
 from .plots import memory_against_time, roofline, speed_beside_rows, throughput
 from .prices import prices
 from .providers import PROVIDERS
 from .record import CHECKOUT, origin_text, read_csv
 from .session import Found
-from .step_verdict import step_verdict
+from .step.verdict import step_verdict
 
 _FIDELITY = CHECKOUT / "bench" / "results" / "embedded_fidelity.csv"
 _CAPTIONS = {

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from ..html_page import table
+from ..report.html_page import table
 from .plot_style import label
 from .record import origin_text
 from .session import Found

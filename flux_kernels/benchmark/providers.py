@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
 from ..compute import DATACENTER, WEIGHT_ONLY_M
 from ..formats import BlockFormat
 from ..install_hints import install_command
+from ..torch_backend import reference
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _diffusers_compiled(problem: Problem):
 
 def _ours(compute: str):
     def make(problem: Problem):
-        from ..linear import GGUFLinear
+        from ..layers.linear import GGUFLinear
 
         names = dict(backend="torch" if problem.data.device.type == "cpu" else "triton", compute=compute, planes=problem.planes)
         return GGUFLinear.from_packed(problem.data, problem.fmt, problem.bias, **names)  # which keeps what a layer keeps

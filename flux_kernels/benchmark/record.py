@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .. import libggml
 from .._triton import TRITON_VERSION
+from ..torch_backend import libggml
 
 CHECKOUT = Path(__file__).parents[2]
 _NONE = "none"
@@ -50,7 +50,7 @@ def commit() -> str:
     """
     told = os.environ.get("FLUX_KERNELS_COMMIT")
     if told or not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
-        from ..doctor import own_version
+        from ..version import own_version
 
         return told or f"version {own_version()}"
     changed = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--untracked-files=no", "--", "flux_kernels")

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import FormatError
-from ..html_page import check_writable
+from ..files import check_writable
 from .record import append_csv
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..base_pipeline import one_thread
 from ..errors import FormatError
+from ..generation.base_pipeline import one_thread
 from .ceilings import Ceilings, measure_ceilings
 from .linears import measure
 from .record import origin

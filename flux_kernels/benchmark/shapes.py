@@ -14,7 +14,7 @@ LATENT, TEXT_WIDTH, POOLED, SINUSOID = 64, 4096, 768, 256  # packed latent, T5, 
 
 def around_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
     """List the calls outside the blocks, which published files keep in 16 bit: embedders and final layer."""
-    image = batch * image_tokens(height, width)
+    image = batch * image_tokens(width, height)
     return [
         Call(image, WIDTH, LATENT, 1, "x_embedder"),
         Call(batch * TEXT, WIDTH, TEXT_WIDTH, 1, "context_embedder"),

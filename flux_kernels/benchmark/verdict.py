@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .step_verdict import step_verdict
+from .step.verdict import step_verdict
 from .totals import UNKNOWN, Total, doubt, totals
 
 __all__ = ["step_verdict", "verdict"]

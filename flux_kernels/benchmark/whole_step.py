@@ -19,8 +19,8 @@ import torch
 from ..errors import FormatError
 from ..formats import get_format
 from .record import append_csv, read_csv
-from .step_jobs import Key, denoising_job, step_job
-from .step_timing import COLUMNS
+from .step.jobs import Key, denoising_job, step_job
+from .step.timing import COLUMNS
 
 FORMATS = ("Q4_K", "Q6_K", "Q8_0")
 

@@ -35,7 +35,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from ..doctor import own_version
+        from ..version import own_version
 
         typer.echo(f"flux-kernels {own_version()}")
         raise typer.Exit

@@ -61,7 +61,7 @@ def bench(
     from ..benchmark.json_rows import document, unfinished
     from ..benchmark.page import fidelity_rows, page
     from ..benchmark.row_files import RowFiles
-    from ..html_page import write_whole
+    from ..files import write_whole
 
     if minutes is not None and not minutes >= 0:  # nor a number that is none
         raise typer.BadParameter(f"{minutes:g} is no time. Give 0 or more.", param_hint="--minutes")
@@ -119,7 +119,7 @@ def _measure(plan: Plan, device: torch.device, console: Console, keep: Callable[
 
 def _check_targets(report: Path | None, plot: Path | None) -> None:
     """Raise, before anything is measured, where what is asked for cannot be written."""
-    from ..html_page import check_writable
+    from ..files import check_writable
 
     for option, target in (("--report", report), ("--plot", plot)):
         if target is not None:
@@ -172,7 +172,7 @@ def _print(console: Console, found: Found, plan: Plan, lines: list[str]) -> None
     from ..benchmark.linears import summary
     from ..benchmark.record import origin_text
     from ..benchmark.shapes import size_name
-    from ..benchmark.step_verdict import step_verdict
+    from ..benchmark.step.verdict import step_verdict
 
     console.print(origin_text(found.origin), soft_wrap=True)
     console.print(summary([row for size in plan.sizes for row in found.whole(size_name(size, plan.scale))]), soft_wrap=True)

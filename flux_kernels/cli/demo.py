@@ -38,13 +38,13 @@ def demo(
       flux-kernels demo
       flux-kernels demo -p "a red seven" -p "the digit 4 in blue" --seed 5 --out /tmp/sheet.png
     """
-    from ..base_pipeline import go_offline_quietly
+    from ..generation.base_pipeline import go_offline_quietly
 
     started = time.perf_counter()
     console = Console(stderr=as_json)
     with console.status("loading diffusers and the embedded model"):
         go_offline_quietly()
-        from .. import demo as work
+        from ..generation import demo as work
     prompts = prompt or list(work.PROMPTS)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

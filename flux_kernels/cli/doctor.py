@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..doctor import CallFact, DeviceFact, Diagnosis
+    from ..machine.doctor import CallFact, DeviceFact, Diagnosis
 
 
 def doctor(
@@ -34,8 +34,8 @@ def doctor(
       flux-kernels doctor --json > doctor.json    (to attach to a bug report)
     """
     from ..backends import check_names
-    from ..doctor import diagnose
     from ..formats import get_format
+    from ..machine.doctor import diagnose
 
     check_names("auto", compute)
     get_format(format)
@@ -65,7 +65,7 @@ def _calls(diagnosis: Diagnosis, format: str, compute: str, capability: str | No
     """List the planned calls for each GPU that is here, or for the capability asked for."""
     import torch
 
-    from ..doctor import planned_calls
+    from ..machine.doctor import planned_calls
 
     if capability is not None:
         try:
@@ -106,7 +106,7 @@ def _print_device(console: Console, device: DeviceFact) -> None:
     for backend, formats in device.runs.items():
         console.print(f"  backend auto runs [bold]{backend}[/] for {', '.join(formats)}", soft_wrap=True)
     if device.capability:
-        from ..doctor import tuning_record
+        from ..machine.doctor import tuning_record
 
         record = tuning_record(device.device)
         console.print(

@@ -157,15 +157,15 @@ def generate(
       flux-kernels generate --gguf flux1-depth-Q6_K.gguf --base FLUX.1-dev -p "a robot" --control-image depth.png
       flux-kernels generate --gguf demo-Q4_K.gguf -p "a red seven"
     """
-    from ..base_pipeline import go_offline_quietly
+    from ..generation.base_pipeline import go_offline_quietly
 
     console = Console(stderr=as_json)
     with console.status("loading torch and diffusers"):
         go_offline_quietly()
         import torch
 
-        from .. import generate as work
-        from ..embedded import embedded_model_path
+        from ..generation import generate as work
+        from ..generation.embedded import embedded_model_path
     request = work.Request(
         gguf=gguf,
         base=base or embedded_model_path(),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..inspect_file import FileFacts
+    from ..generation.inspect_file import FileFacts
 
 GIB, MB = 2**30, 1e6
 BLOCK = "block"  # TypeCount.kind of the matrices inside the blocks
@@ -36,10 +36,10 @@ def inspect(
       flux-kernels inspect flux1-dev-Q4_K_S.gguf --tensors
       flux-kernels inspect flux1-dev-Q4_K_S.gguf --json | jq .fits
     """
-    from ..base_pipeline import go_offline_quietly
+    from ..generation.base_pipeline import go_offline_quietly
 
     go_offline_quietly()
-    from ..inspect_file import inspect_file
+    from ..generation.inspect_file import inspect_file
 
     facts = inspect_file(file)
     rows = _tensor_rows(file) if tensors and facts.types else []
@@ -52,7 +52,7 @@ def inspect(
 
 
 def _tensor_rows(file: Path) -> list[dict]:
-    from ..gguf_file import read_gguf
+    from ..gguf.file import read_gguf
 
     return [
         {"name": name, "type": tensor.format, "shape": list(tensor.shape), "bytes": tensor.nbytes}

@@ -87,8 +87,8 @@ def measure(
 
     Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.
     """
-    from ..base_pipeline import go_offline_quietly, one_thread
-    from ..html_page import check_writable
+    from ..files import check_writable
+    from ..generation.base_pipeline import go_offline_quietly, one_thread
 
     check_writable(out, "--out")
     if states_file is not None and not states_file.exists():
@@ -96,11 +96,11 @@ def measure(
     console = Console(stderr=as_json, highlight=False)
     with console.status("loading diffusers"):
         go_offline_quietly()
-        from ..mixed import measure_run as work
-        from ..mixed.capture import read_prompts
-        from ..mixed.measured_model import find_source
-        from ..mixed.plan import options_of
+        from ..measure import run as work
+        from ..measure.capture import read_prompts
+        from ..measure.measured_model import find_source
         from ..mixed.plan_file import Plan
+        from ..plan.problem import options_of
     request = work.Request(
         out=out,
         source=find_source(gguf, model, base),

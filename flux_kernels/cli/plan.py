@@ -15,8 +15,8 @@ from ._own_command import own_command
 
 if TYPE_CHECKING:
     from ..mixed.file_layout import FileLayout
-    from ..mixed.plan import Problem
     from ..mixed.plan_file import Plan
+    from ..plan.problem import Problem
 
 GIB, GB, MB = 2**30, 1e9, 1e6
 
@@ -73,17 +73,17 @@ def plan(
       flux-kernels plan costs.csv --size Q4_K --keep "*.img_mod.*=Q8_0" --at-least "single_blocks.37.*=Q6_K"
       flux-kernels quantize flux1-dev.safetensors flux1-dev_mx5_4.gguf --plan plan.json
     """
-    from ..html_page import check_writable
+    from ..files import check_writable
 
     for path, option in ((out, "--out"), (report, "--report"), (export, "--export-casting-cost")):
         if path is not None:
             check_writable(path, option)
     console = Console(stderr=as_json, highlight=False)
     with console.status("reading the costs"):
-        from ..base_pipeline import go_offline_quietly
+        from ..generation.base_pipeline import go_offline_quietly
 
         go_offline_quietly()
-        from ..mixed.constraints import Constraints, parse_pair
+        from ..plan.constraints import Constraints, parse_pair
 
         _need("scipy", *(["matplotlib"] if report else []))  # before anything is written
 
@@ -124,7 +124,7 @@ def _need(*packages: str) -> None:
 def _read(costs: Path, model: str | None, rule: str, constraints: Any, metric: str) -> tuple[Any, Problem]:
     from ..mixed.casting_cost import is_casting_cost, read_casting_cost
     from ..mixed.cost import CostTable
-    from ..mixed.plan import file_sha256, find_layout, make_problem
+    from ..plan.problem import file_sha256, find_layout, make_problem
 
     if is_casting_cost(costs):
         layout = find_layout(CostTable([]), model or "flux1-dev", rule)
@@ -139,7 +139,7 @@ def _budget(
     console: Console, problem: Problem, size: str | None, bpw: float | None, fits: str | None, at: str, offload: str
 ) -> tuple[int, dict[str, Any]]:
     """Return the bytes of the file and what was asked for."""
-    from ..mixed.budget import parse_card, parse_resolution, parse_size, room_on_card, room_table
+    from ..plan.budget import parse_card, parse_resolution, parse_size, room_on_card, room_table
 
     if sum(value is not None for value in (size, bpw, fits)) != 1:
         raise FormatError("Say the size with exactly one of --size 8GB, --bpw 5.1 and --fits 12GB.")
@@ -162,14 +162,14 @@ def _budget(
 def _plan(
     problem: Problem, budget: int, asked: dict, time_limit: float, rounds: int, costs: Path, model: str | None, console: Console
 ) -> Plan:
-    from ..mixed.plan import plan_within
+    from ..plan.problem import plan_within
 
     if not rounds:
         return plan_within(problem, budget, time_limit=time_limit, about=asked)
     from dataclasses import replace
 
-    from ..mixed.refine import refine
-    from ..mixed.refine_run import joint_measure
+    from ..measure.joint import joint_measure
+    from ..plan.refine import refine
 
     measure = joint_measure(costs, model)
     done = refine(
@@ -186,8 +186,8 @@ def _plan(
 def _report(path: Path, problem: Problem, made: Plan, table: Any, metric: str, pictures: Path | None) -> list[Path]:
     from PIL import Image
 
-    from ..mixed.report import write_report
-    from ..mixed.report_data import gather
+    from ..plan.report import write_report
+    from ..plan.report_data import gather
 
     joint = table.joint if metric == "cost" else ()
     shown = Image.open(pictures) if pictures else None
@@ -199,7 +199,7 @@ def _measured(table: Any, metric: str) -> dict[str, dict[str, float]]:
 
 
 def _print_room(console: Console, rooms: list, card: float, offload: str) -> None:
-    from ..mixed.budget import ROOM
+    from ..plan.budget import ROOM
 
     table = Table(title=f"What a {card:g} GiB card leaves for the file, offload {offload} (GiB)")
     for heading in ("pictures", "activations", "VAE decoding", "beside it", "the file"):
@@ -213,7 +213,7 @@ def _print_room(console: Console, rooms: list, card: float, offload: str) -> Non
 
 def _print(console: Console, problem: Problem, made: Plan, table: Any, metric: str) -> None:
     from ..mixed.file_layout import KEY_VALUE_BYTES
-    from ..mixed.report_data import uniform_files
+    from ..plan.report_data import uniform_files
 
     layout, budget = problem.layout, made.options["budget"]
     console.print(
@@ -239,7 +239,7 @@ def _types_table(layout: FileLayout, made: Plan, problem: Problem) -> Table:
     """Give each class of matrices a row, with how many tensors got each type."""
     from ..flux.names import tensor_class
     from ..mixed.file_layout import option_bits
-    from ..mixed.plan import options_of
+    from ..plan.problem import options_of
 
     options = options_of(made)
     kinds = sorted({options[name] for name in problem.costs}, key=lambda option: (option_bits(option), option))
@@ -263,9 +263,9 @@ def _print_written(console: Console, written: list[Path]) -> None:
 
 def _source_of(table: Any, model: str | None) -> Path | None:
     """Return the measured model's file or folder, None where it is not known."""
-    from ..embedded import embedded_model_path
+    from ..generation.embedded import embedded_model_path
+    from ..measure.measured_model import find_source
     from ..mixed.file_layout import NAMED_MODELS
-    from ..mixed.measured_model import find_source
 
     given = table.source if model is None or model in NAMED_MODELS else model
     if given:

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..mixed.convert import Conversion
+    from ..convert.convert import Conversion
 
 MB = 1e6
 
@@ -86,11 +86,11 @@ def quantize(
     if output is None and not dry_run:
         raise typer.BadParameter("name the file to write, or give --dry-run", param_hint="OUTPUT")
     overrides = [_override(text) for text in tensor_type or ()]
-    from ..base_pipeline import go_offline_quietly
+    from ..generation.base_pipeline import go_offline_quietly
 
     go_offline_quietly()
-    from ..mixed.choose_types import Request
-    from ..mixed.convert import check_target, prepare
+    from ..convert.choose_types import Request
+    from ..convert.convert import check_target, prepare
     from ..mixed.plan_file import Plan
 
     console = Console(highlight=False, stderr=as_json)

@@ -42,7 +42,7 @@ def tune(
     from ..errors import BackendUnavailable
     from ..flux.calls import step_calls
     from ..formats import get_format
-    from ..tune import Job, tune
+    from ..machine.tune import Job, tune
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype not in ("bfloat16", "float16", "float32"):

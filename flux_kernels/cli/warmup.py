@@ -31,11 +31,11 @@ def warmup(
     """
     import torch
 
-    from ..base_pipeline import go_offline_quietly
+    from ..generation.base_pipeline import go_offline_quietly
 
     go_offline_quietly()
-    from ..compile_ahead import warmup
     from ..flux import load_flux
+    from ..machine.warmup import warmup
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PIXELS_A_TOKEN = 16  # in each direction: the VAE shrinks by 8, the transformer takes 2 x 2 of what is left
 WIDTH, MLP, TEXT, DOUBLE, SINGLE = 3072, 12288, 512, 19, 38
 
 
@@ -26,14 +27,14 @@ class Call:
         return 2 * self.m * self.n * self.k
 
 
-def image_tokens(height: int, width: int) -> int:
-    """Return the number of image tokens of a picture: one for 16 x 16 pixels."""
-    return (height // 16) * (width // 16)
+def image_tokens(width: int, height: int) -> int:
+    """Return how many tokens a picture of so many pixels becomes."""
+    return (width // PIXELS_A_TOKEN) * (height // PIXELS_A_TOKEN)
 
 
 def step_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
     """List the calls inside the blocks and their modulation for one step (the embedders and final layer are 0.1 % of it)."""
-    image, text = batch * image_tokens(height, width), batch * TEXT
+    image, text = batch * image_tokens(width, height), batch * TEXT
     both = image + text
     return [
         Call(both, WIDTH, WIDTH + MLP, SINGLE, "single proj_out"),

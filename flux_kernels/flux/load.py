@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..backends import check_activation_dtype, check_names, check_runnable, usable_device
 from ..compute import compute_of_layer
-from ..diffusers_guard import guard
 from ..formats import FORMATS
-from ..fuse import fuse_projections
-from ..linear import GGUFLinear
-from ..takeover import carry_over
+from ..layers.fuse import fuse_projections
+from ..layers.linear import GGUFLinear
+from ..layers.takeover import carry_over
+from ..swap.guard import guard
 from .stored import StoredFlux, empty_model, open_flux
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import GGUFError
 from ..formats import PLAIN_TYPES
 
+RANK_TYPE = "BF16"  # of a low-rank correction: 16 bit, like what it corrects
 DOWN, UP = ".low_rank_down", ".low_rank_up"
 _WEIGHT = ".weight"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -90,3 +91,11 @@ def join_branches(branches: list[tuple[Tensor, Tensor] | None], rows: list[int])
             up[row : row + count, starts[place] : starts[place] + len(downs[place])] = branch[1].to(dtype)
         row += count
     return torch.cat([down.to(dtype) for down in downs]), up
+
+
+def low_rank_shapes(name: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the tensors that hold a rank-r correction of tensor `name`, and their shapes."""
+    if not rank:
+        return {}
+    down, up = correction_names(name)
+    return {down: (rank, shape[1]), up: (shape[0], rank)}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import GGUFError
 from ..formats import PLAIN_TYPES
-from ..gguf_file import write_gguf
-from ..linear import GGUFLinear
+from ..gguf.file import write_gguf
+from ..layers.linear import GGUFLinear
 from .config import CONFIG_KEY, CONFIG_NAMES
 from .low_rank_tensors import correction_names, is_correction, join_branches
 from .names import BFL, NAMINGS, Source, sources, stored_shapes

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import GGUFError
 from ..formats import PlainType
-from ..gguf_file import GGUFFile, GGUFTensor, read_gguf
-from ..reference import dequantize
-from ..tensor_check import check_weight_type, tensor_problems
+from ..gguf.check import check_weight_type, tensor_problems
+from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
+from ..torch_backend.reference import dequantize
 from .config import infer_config
 from .low_rank_tensors import check_corrections, correction_names, is_correction
 from .names import Source, sources, stored_shapes

@@ -54,3 +54,23 @@ def get_format(name: str | BlockFormat) -> BlockFormat:
 
 
 __all__ = ["FORMATS", "PLAIN_TYPES", "SLICE", "SUPERBLOCK", "BlockFormat", "Field", "Layout", "PlainType", "get_format"]
+
+
+def type_row(type_name: str) -> BlockFormat | PlainType:
+    """Return the row of a ggml type; raise FormatError where there is no such type."""
+    row = FORMATS.get(type_name) or PLAIN_TYPES.get(type_name)
+    if row is None:
+        raise FormatError(f"Unknown ggml type {type_name!r}. Known: {', '.join((*PLAIN_TYPES, *FORMATS))}.")
+    return row
+
+
+def block_format(type_name: str) -> BlockFormat | None:
+    """Return the row of a quantized type, None for a plain one; raise FormatError where there is no such type."""
+    row = type_row(type_name)
+    return row if isinstance(row, BlockFormat) else None
+
+
+def stored_types() -> dict[int, BlockFormat | PlainType]:
+    """Map ggml's type numbers to the registered rows a file may store."""
+    rows: list[BlockFormat | PlainType] = [*PLAIN_TYPES.values(), *FORMATS.values()]
+    return {row.ggml_type: row for row in rows}

@@ -14,9 +14,9 @@ from torch import nn
 
 from ..backends import ACTIVATION_DTYPES, check_names
 from ..errors import FormatError
-from ..footprint import dtype_name
 from ..formats import get_format
-from ..swap_plan import Request, first_match
+from ..layers.memory import dtype_name
+from ..swap.plan import Request, first_match
 from .layer_table import describe
 
 _DEFAULTS: dict[str, Any] = {

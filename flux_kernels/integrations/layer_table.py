@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..compute import compute_of_layer
-from ..footprint import dtype_name
-from ..linear import GGUFLinear
-from ..swap_plan import first_match
+from ..layers.linear import GGUFLinear
+from ..layers.memory import dtype_name
+from ..swap.plan import first_match
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a dotted name that is a number
 _OWN_PARAMETERS = ("qweight", "bias")

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import FormatError
 from ..formats import get_format
-from ..fused_linear import FusedPart
-from ..linear import GGUFLinear
+from ..layers.fused_linear import FusedPart
+from ..layers.linear import GGUFLinear
 from ..ops import dequantize
 from ..packing import quantize, quantizer
 from .lora_merge import check_fusable, install, packed_lora_layers

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..linear import GGUFLinear
+from ..layers.linear import GGUFLinear
 
 _OFFLOADED = "is offloaded to disk, where no branch can be added: fuse before enabling disk offload"
 

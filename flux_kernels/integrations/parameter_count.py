@@ -6,7 +6,7 @@ from functools import wraps
 
 from torch import nn
 
-from ..linear import GGUFLinear
+from ..layers.linear import GGUFLinear
 
 
 def count_logical_weights() -> None:

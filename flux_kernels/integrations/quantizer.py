@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from ..backends import check_activation_dtype, check_runnable
 from ..compute import check_mode
-from ..diffusers_guard import decode_layers
 from ..errors import FormatError, GGUFError
 from ..formats import BlockFormat, get_format
-from ..fuse import offer_fusing
-from ..linear import GGUFLinear
+from ..gguf.check import listed
+from ..layers.fuse import offer_fusing
+from ..layers.linear import GGUFLinear
+from ..layers.takeover import carry_over, decode_stored, packed_type, plain_bytes, quantize_layer
 from ..packing import quantize, quantizer
-from ..takeover import carry_over, decode_stored, packed_type, plain_bytes, quantize_layer
-from ..tensor_check import listed
+from ..swap.guard import decode_layers
 from .config import FluxKernelsConfig, Method
 from .layer_table import check_writable
 from .mapped_pages import page_out

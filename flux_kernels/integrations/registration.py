@@ -7,7 +7,7 @@ def register() -> None:
     """Enter the quantizer in diffusers' tables and answer for diffusers' models that get packed layers."""
     from diffusers.quantizers import auto
 
-    from ..diffusers_guard import QUANTIZERS
+    from ..swap.guard import QUANTIZERS
     from .config import FluxKernelsConfig, Method
     from .quantizer import FluxKernelsQuantizer, attach_quantizer
 

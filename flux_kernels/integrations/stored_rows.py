@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import GGUFError
 from ..formats import FORMATS
-from ..linear import GGUFLinear
+from ..layers.linear import GGUFLinear
 
 _ROWS, _DESCRIPTOR = ".qweight", ".weight"
 _ROWS_BY_NUMBER = {row.ggml_type: row for row in FORMATS.values()}

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compute import WEIGHT_ONLY_M
+from ..compute import WEIGHT_ONLY_M, Branch
 from ..formats import BlockFormat
-from ..low_rank import Branch
 from . import exact, fp16_accumulate, int8, two_stage
 from .choice import choose
 from .launching import aligned, device_of

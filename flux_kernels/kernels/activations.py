@@ -1,6 +1,6 @@
 """Prepare activations for the faster matrix units: int8 with group scales, or fp16 with a power-of-two scale per token.
 
-Torch twins of both stand in flux_kernels/low_precision.py. Compiled code has the twins' bits: a code is one fused multiply-add,
+Torch twins of both stand in flux_kernels/torch_backend/low_precision.py. Compiled code has the twins' bits: a code is one fused multiply-add,
 which rounds the exact product once, and the only division is IEEE's. Triton's interpreter rounds the product first, so there
 a product nearer to a tie than 127 * 2^-24 may get the neighbouring code.
 """

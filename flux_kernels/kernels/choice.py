@@ -12,7 +12,7 @@ from ..formats import BlockFormat
 from .chunks import bounded_rows
 from .launching import capability_of, processors_of
 from .record import ALGORITHMS, find, forget_records
-from .tuning import (
+from .tiles import (
     Tile,
     branch_tile,
     choose_algorithm,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .._triton import interpreting, triton
+from ..compute import Branch
 from ..formats import BlockFormat
-from ..low_rank import Branch
 from . import two_stage
 from .choice import Choice, choose
 from .fused_gemm import fused_gemm_kernel
@@ -19,7 +19,7 @@ from .problem import Problem
 from .small_m import small_m_kernel
 from .small_m_codes import code_constants, small_m_codes_kernel
 from .split_k import add_splits_kernel, split_k_kernel
-from .tuning import Tile
+from .tiles import Tile
 
 _PAIR = 4  # bytes: weights are multiplied two by two
 _ADD_BLOCK = 1024  # columns a program of the reduction adds

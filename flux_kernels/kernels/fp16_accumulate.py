@@ -7,15 +7,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..compute import Branch
 from ..formats import BlockFormat
-from ..low_rank import Branch
 from .activations import scale_to_fp16_kernel
 from .choice import Choice, choose
 from .exact import Run
 from .fp16_gemm import fp16_gemm_kernel
 from .launching import Launch, all_aligned, pointers, table_of
 from .problem import Problem
-from .tuning import SCALE_BLOCK
+from .tiles import SCALE_BLOCK
 
 
 def linear(

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from .._triton import triton
-from ..compute import group_width
+from ..compute import Branch, group_width, join, outlier_branch
 from ..formats import BlockFormat
-from ..low_rank import Branch, join, outlier_branch
 from .activations import quantize_activation_kernel
 from .choice import Choice, choose
 from .chunks import chunks_of
 from .int8_gemm import int8_gemm_kernel
 from .launching import Launch, all_aligned, pointers, table_of
 from .problem import Problem
-from .tuning import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
+from .tiles import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
 from .unpack_int8 import row_largest_kernel, row_scale_kernel, unpack_int8_kernel
 
 _SCALE_ROWS = 128  # rows whose scale a program puts together from the parts' largest weights

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .._triton import interpreting
-from ..compute import WIDEST_LOAD
+from ..compute import WIDEST_LOAD, Branch
 from ..formats import BlockFormat
-from ..low_rank import Branch
 
 _HERE = nullcontext()
 

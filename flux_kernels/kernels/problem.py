@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..compute import Branch
 from ..formats import BlockFormat
-from ..low_rank import Branch
 
 
 class Problem(NamedTuple):

@@ -23,7 +23,7 @@ import torch
 from .._triton import TRITON_VERSION
 from ..formats import FORMATS, BlockFormat
 from .launching import capability_of
-from .tuning import Tile
+from .tiles import Tile
 
 SCHEMA = "flux_kernels.tuning/2"
 _READ = ("flux_kernels.tuning/1", SCHEMA)  # rows of the first say nothing of branch and rows, and have neither

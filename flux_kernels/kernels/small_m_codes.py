@@ -16,7 +16,7 @@ from .._triton import jit, tl
 from ..formats import SLICE, BlockFormat
 from ..formats._code_tiles import widen_codes
 from .branch import add_branch
-from .tuning import Tile
+from .tiles import Tile
 
 COLUMNS = tl.constexpr(8)  # rows of x a program multiplies: the narrowest side of a tensor-core product
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .._triton import triton
+from ..compute import Branch
 from ..formats import BlockFormat
-from ..low_rank import Branch
 from .chunks import chunks_of
 from .dequantize import dequantize_kernel
 from .launching import Launch, all_aligned, table_of
 from .problem import Problem
-from .tuning import UNPACK_ROWS, largest_tile_k
+from .tiles import UNPACK_ROWS, largest_tile_k
 
 
 def prepare(problem: Problem, rows: int | None) -> Callable[[Tensor, Tensor, Tensor | None, Tensor, Branch | None], None]:

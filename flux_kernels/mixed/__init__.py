@@ -1,1 +1,1 @@
-"""Mixed-precision files: measured costs of every tensor and type, plans to a byte budget, conversion to GGUF."""
+"""What the commands measure, plan and quantize hand each other: costs, plans, importance, covariance, low-rank fits, and the layout of a file."""

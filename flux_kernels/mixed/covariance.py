@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import FormatError
-from .source import SourceModel
+from ..source.source import SourceModel
 
 
 def covariance_path(costs: Path) -> Path:

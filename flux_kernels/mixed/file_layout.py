@@ -10,17 +10,17 @@ from math import prod
 from pathlib import Path
 
 from ..errors import FormatError
+from ..flux.low_rank_tensors import RANK_TYPE, low_rank_shapes
 from ..flux.names import BFL, sources, stored_shapes, strip_prefix
 from ..flux.types import BLOCK, RULES, tensor_kind, tensor_types
 from ..formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType
-from ..gguf_file import read_gguf
-from ..gguf_spec import DEFAULT_ALIGNMENT, padded, tensor_nbytes
-from ..gguf_write import planned_size
-from .safetensors_header import join_scales, read_safetensors
+from ..gguf.file import read_gguf
+from ..gguf.spec import DEFAULT_ALIGNMENT, padded, tensor_nbytes
+from ..gguf.write import planned_size
+from ..source.safetensors_header import join_scales, read_safetensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 KEY_VALUE_BYTES = 4096  # kept free of a budget for the key-values that tell where a file comes from (see provenance.py)
-RANK_TYPE = "BF16"  # of a low-rank correction: 16 bit, like what it corrects
 _IMAGE_INPUT = {"img_in.weight": "F32"}  # in BF16, diffusers takes its bytes for columns (see flux/save.py)
 _OPTION = re.compile(r"(?P<type>\w+?)(\+r(?P<rank>[1-9]\d*))?")
 _USUAL_KEYS = {
@@ -122,14 +122,6 @@ def option_bits(option: str) -> float:
     return _row(parse_option(option)[0]).bits_per_weight
 
 
-def low_rank_shapes(name: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that hold a rank-r correction of tensor `name`, and their shapes."""
-    if not rank:
-        return {}
-    module = name.removesuffix(".weight")
-    return {f"{module}.low_rank_down": (rank, shape[1]), f"{module}.low_rank_up": (shape[0], rank)}
-
-
 def layout_of_shapes(shapes: Shapes, model: str, rule: str = "new") -> FileLayout:
     """Make the layout of a file; `rule` says how the tensors outside a plan are stored (see flux/types.py)."""
     if rule not in RULES:
@@ -147,7 +139,7 @@ def flux1_shapes(*, guidance: bool = True) -> dict[str, tuple[int, ...]]:
 
 def embedded_shapes() -> dict[str, tuple[int, ...]]:
     """Return the tensors of the embedded model, by BFL name."""
-    from ..embedded import embedded_model_path
+    from ..generation.embedded import embedded_model_path
 
     return shapes_of_model(embedded_model_path() / "transformer")
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..errors import FormatError, GGUFError
 from ..flux.names import strip_prefix
-from ..gguf_file import read_gguf, write_gguf
-from ..gguf_spec import MAGIC, shown
+from ..gguf.file import read_gguf, write_gguf
+from ..gguf.spec import MAGIC, shown
 
 LEGACY_SUFFIX = ".dat"
 _SUMS, _COUNTS = ".in_sum2", ".counts"

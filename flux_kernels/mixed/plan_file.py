@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import FormatError
 from ..formats import FORMATS, PLAIN_TYPES
-from ..tensor_check import listed
+from ..gguf.check import listed
 
 SCHEMA = "flux_kernels.plan/1"
 _HASH = re.compile(r"[0-9a-f]{64}")

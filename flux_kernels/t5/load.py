@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import check_activation_dtype, check_names, check_runnable, usable_device
-from ..diffusers_guard import guard
-from ..embedding import GGUFEmbedding
 from ..errors import GGUFError
 from ..formats import FORMATS, PlainType
-from ..gguf_file import GGUFFile, GGUFTensor, read_gguf
-from ..linear import GGUFLinear
-from ..reference import dequantize
-from ..takeover import carry_over
-from ..tensor_check import check_weight_type, tensor_problems
+from ..gguf.check import check_weight_type, tensor_problems
+from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
+from ..layers.embedding import GGUFEmbedding
+from ..layers.linear import GGUFLinear
+from ..layers.takeover import carry_over
+from ..swap.guard import guard
+from ..torch_backend.reference import dequantize
 from .config import infer_config
 from .names import TABLE, parameter_names
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..embedding import GGUFEmbedding
 from ..errors import GGUFError
 from ..formats import FORMATS, PLAIN_TYPES, get_format
-from ..gguf_file import write_gguf
-from ..linear import GGUFLinear
+from ..gguf.file import write_gguf
+from ..layers.embedding import GGUFEmbedding
+from ..layers.linear import GGUFLinear
 from ..packing import quantize, quantizer
 from .names import TABLE, written_name
 

@@ -13,8 +13,8 @@ from bench.stand_in import CARDS, counting_compiler, stand_in
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import exact, fp16_accumulate, int8, two_stage
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
-from flux_kernels.kernels.tuning import split_k_tile
-from flux_kernels.random_rows import random_rows
+from flux_kernels.kernels.tiles import split_k_tile
+from flux_kernels.machine.random_rows import random_rows
 
 CAPABILITY = (8, 9)
 TALL = 70_000  # rows of x, more than a grid's second axis takes

@@ -14,7 +14,7 @@ from flux_kernels import backends
 from flux_kernels.backends import resolve
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.launching import capability_of
-from flux_kernels.random_rows import random_rows
+from flux_kernels.machine.random_rows import random_rows
 
 Q8 = FORMATS["Q8_0"]
 

@@ -28,7 +28,7 @@ from flux_kernels.benchmark.record import read_csv
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, tile_of
-from flux_kernels.kernels.tuning import _UNPACKED_FROM, Tile
+from flux_kernels.kernels.tiles import _UNPACKED_FROM, Tile
 
 H200 = RECORD.parent / "nvidia-h200"
 LINEAR = Call(4608, 12288, 3072, 1, "single proj_mlp")

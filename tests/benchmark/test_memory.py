@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels import cpu_threads
 from flux_kernels.benchmark.memory import extra_peak
+from flux_kernels.torch_backend import cpu_threads
 
 CPU = torch.device("cpu")
 MB = 250_000  # float32 numbers in 10^6 bytes

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from flux_kernels.benchmark.linears import measure
 from flux_kernels.benchmark.providers import PROVIDERS
 from flux_kernels.benchmark.record import CHECKOUT
-from flux_kernels.benchmark.step_jobs import denoising_job
+from flux_kernels.benchmark.step.jobs import denoising_job
 from flux_kernels.cli import app
 from flux_kernels.flux.calls import Call
 from flux_kernels.install_hints import install_command

@@ -17,7 +17,7 @@ from flux_kernels.benchmark.page import page
 from flux_kernels.benchmark.prices import prices
 from flux_kernels.benchmark.verdict import verdict
 from flux_kernels.errors import FormatError
-from flux_kernels.html_page import check_writable, write_whole
+from flux_kernels.files import check_writable, write_whole
 
 from .made_rows import ORIGIN, SIZE, found, linear_rows, step_row
 

@@ -7,9 +7,9 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from flux_kernels import libggml
 from flux_kernels.benchmark import record
 from flux_kernels.benchmark.record import CHECKOUT, origin, origin_text, read_csv
+from flux_kernels.torch_backend import libggml
 
 CPU = torch.device("cpu")
 

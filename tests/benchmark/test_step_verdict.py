@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flux_kernels.benchmark.step_timing import COLUMNS
+from flux_kernels.benchmark.step.timing import COLUMNS
 from flux_kernels.benchmark.verdict import step_verdict
 
 

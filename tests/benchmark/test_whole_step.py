@@ -7,19 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flux_kernels.base_pipeline import one_thread
-from flux_kernels.benchmark import step_jobs, step_timing, whole_step
+from flux_kernels.benchmark import whole_step
 from flux_kernels.benchmark.providers import PROVIDERS, Unavailable
 from flux_kernels.benchmark.record import read_csv
-from flux_kernels.benchmark.step_inputs import StepConfig, step_inputs
-from flux_kernels.benchmark.step_jobs import Job, true_size
-from flux_kernels.benchmark.step_timing import COLUMNS, StepCase, measure_format, relative, run
-from flux_kernels.benchmark.step_weights import build, build_reference, linear_shapes, make_weights
+from flux_kernels.benchmark.step import jobs as step_jobs
+from flux_kernels.benchmark.step import timing as step_timing
+from flux_kernels.benchmark.step.inputs import StepConfig, step_inputs
+from flux_kernels.benchmark.step.jobs import Job, true_size
+from flux_kernels.benchmark.step.timing import COLUMNS, StepCase, measure_format, relative, run
+from flux_kernels.benchmark.step.weights import build, build_reference, linear_shapes, make_weights
 from flux_kernels.benchmark.whole_step import main, measure_steps, row_key
-from flux_kernels.embedded import PIPELINE_KWARGS
 from flux_kernels.errors import FormatError
 from flux_kernels.formats import FORMATS
-from flux_kernels.linear import GGUFLinear
+from flux_kernels.generation.base_pipeline import one_thread
+from flux_kernels.generation.embedded import PIPELINE_KWARGS
+from flux_kernels.layers.linear import GGUFLinear
 
 CPU = torch.device("cpu")
 MODES = ("ours exact", "ours fp16_accumulate", "ours int8")
@@ -269,7 +271,7 @@ def test_a_denoising_run_is_timed_and_says_what_offload_needs(monkeypatch):
     """Three float32 sides of a run of two steps on the embedded model: where layers agree to float32, so do the steps."""
     pytest.importorskip("diffusers")
     monkeypatch.setitem(PIPELINE_KWARGS, "num_inference_steps", 2)
-    from flux_kernels.benchmark.denoising import measure_denoising
+    from flux_kernels.benchmark.step.denoising import measure_denoising
 
     rows = measure_denoising("Q8_0", ["torch", "ours exact", "ours int8"], CPU, torch.float32, 1, lambda _: None)
     assert len(rows) == 6 and all(tuple(row) == COLUMNS for row in rows)

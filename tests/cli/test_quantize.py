@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import flux_kernels as fk
 from flux_kernels.cli import app
-from flux_kernels.embedded import embedded_model_path
+from flux_kernels.generation.embedded import embedded_model_path
 from flux_kernels.mixed.plan_file import Plan
 
 SOURCE = embedded_model_path()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flux_kernels import reference
 from flux_kernels.formats import FORMATS
+from flux_kernels.torch_backend import reference
 
 from .. import libggml_oracle
 from .bits import assert_same_bits

@@ -9,11 +9,11 @@ import torch
 pytest.importorskip("diffusers", reason="pipelines are diffusers' own")
 
 from flux_kernels import load_flux, load_t5, swap_linear
-from flux_kernels.base_pipeline import load_pipeline
-from flux_kernels.demo import Variant, write_variant
-from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.memory_plan import MODES
-from flux_kernels.placement import STREAMED, measured_parts, place
+from flux_kernels.generation.base_pipeline import load_pipeline
+from flux_kernels.generation.demo import Variant, write_variant
+from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.generation.memory_plan import MODES
+from flux_kernels.generation.placement import STREAMED, measured_parts, place
 from tests.task_files import write_embedded_t5
 
 pytestmark = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels.benchmark.step_inputs import StepConfig
-from flux_kernels.benchmark.step_timing import StepCase, measure_format
+from flux_kernels.benchmark.step.inputs import StepConfig
+from flux_kernels.benchmark.step.timing import StepCase, measure_format
 
 pytestmark = [
     pytest.mark.gpu,

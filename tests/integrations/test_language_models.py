@@ -10,8 +10,8 @@ import transformers
 from transformers.quantizers.base import HfQuantizer
 
 import flux_kernels as fk
-from flux_kernels.diffusers_guard import SwappedModelQuantizer
-from flux_kernels.linear import GGUFLinear
+from flux_kernels.layers.linear import GGUFLinear
+from flux_kernels.swap.guard import SwappedModelQuantizer
 
 SIZES = dict(
     vocab_size=96,

@@ -110,7 +110,7 @@ def test_peft_merges_unmerges_and_unloads(packed):
 
 def test_fused_adapters_cost_one_low_rank_product_and_no_decode(packed, monkeypatch):
     """Count what a call does: k adapters, one product with the packed rows, one down projection, no decode of W."""
-    from flux_kernels.lazy_weight import LazyWeight
+    from flux_kernels.layers.lazy_weight import LazyWeight
 
     monkeypatch.setattr(LazyWeight, "decode", lambda self: pytest.fail("decoded"))
     model = small_model(1)

@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 import flux_kernels as fk
 from flux_kernels import FluxKernelsConfig, GGUFLinear
-from flux_kernels.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
 
 from ..conftest import TINY_FLUX
 from ..flux_files import Architecture, flux_file, layout_types

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flux_kernels import kernels, low_precision, torch_backend
+from flux_kernels import kernels, torch_backend
 from flux_kernels._triton import interpreting
 from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8
 from flux_kernels.kernels.choice import default_choice
+from flux_kernels.torch_backend import low_precision
 
 from .samples import finite_rows
 

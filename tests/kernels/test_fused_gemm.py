@@ -11,7 +11,7 @@ from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import exact
 from flux_kernels.kernels.choice import Choice
-from flux_kernels.kernels.tuning import Tile, choose_algorithm
+from flux_kernels.kernels.tiles import Tile, choose_algorithm
 
 from .samples import finite_rows, golden
 

@@ -14,7 +14,7 @@ from flux_kernels._triton import TRITON_VERSION
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import choice, record
 from flux_kernels.kernels.record import TuningRecord, TuningRow, kernel_hash, nearest, order_records
-from flux_kernels.kernels.tuning import Tile
+from flux_kernels.kernels.tiles import Tile
 
 Q4_K = FORMATS["Q4_K"]
 CARD = "NVIDIA GeForce RTX 4090"

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 import flux_kernels as fk
-from flux_kernels import kernels, layer_row_scale, low_precision, ops
+from flux_kernels import kernels, ops
 from flux_kernels._triton import interpreting
 from flux_kernels.formats import FORMATS
-from flux_kernels.fused_linear import FusedPart, join_layers
 from flux_kernels.kernels import int8
 from flux_kernels.kernels.choice import default_choice
 from flux_kernels.kernels.launching import Launch
 from flux_kernels.kernels.unpack_int8 import row_largest_kernel, row_scale_kernel, unpack_int8_kernel
+from flux_kernels.layers import row_scale as layer_row_scale
+from flux_kernels.layers.fused_linear import FusedPart, join_layers
+from flux_kernels.torch_backend import low_precision
 
 from .samples import finite_rows
 

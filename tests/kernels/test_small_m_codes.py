@@ -12,8 +12,8 @@ from flux_kernels.kernels import exact
 from flux_kernels.kernels.choice import default_choice
 from flux_kernels.kernels.problem import Problem
 from flux_kernels.kernels.small_m_codes import code_constants, small_m_codes_kernel
-from flux_kernels.kernels.tuning import CODES_M, small_m_tile
-from flux_kernels.tune_candidates import Call, candidates
+from flux_kernels.kernels.tiles import CODES_M, small_m_tile
+from flux_kernels.machine.candidates import Call, candidates
 
 from .samples import finite_rows
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flux_kernels.errors import FormatError
-from flux_kernels.mixed.capture import capture, read_prompts
-from flux_kernels.mixed.states import States, batches
+from flux_kernels.measure.capture import capture, read_prompts
+from flux_kernels.measure.states import States, batches
 from tests.mixed.captured import COUNT, SETTINGS, SIZES, embedded_pipeline, states
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_files_of_something_else_are_refused(tmp_path):
 
 
 def test_batches_hold_every_state_once_and_one_size_each(monkeypatch):
-    monkeypatch.setitem(__import__("flux_kernels.mixed.states", fromlist=["x"]).BATCH_TOKENS, "cpu", 50)
+    monkeypatch.setitem(__import__("flux_kernels.measure.states", fromlist=["x"]).BATCH_TOKENS, "cpu", 50)
     found = batches(states(), CPU, torch.float32)
     assert sorted(index for batch in found for index in batch.indices) == list(range(COUNT))
     for batch in found:

@@ -16,15 +16,15 @@ from mixed.source_models import SMALL, bfl_tensors, narrow_conversion
 from safetensors.torch import save_file
 
 import flux_kernels as fk
-from flux_kernels.embedded import embedded_model_path
+from flux_kernels.convert.choose_types import Request
+from flux_kernels.convert.convert import prepare
 from flux_kernels.errors import BackendUnavailable, FormatError, GGUFError
 from flux_kernels.flux.types import NAMED_TYPES, RULES, tensor_types
 from flux_kernels.formats import FORMATS
-from flux_kernels.mixed.choose_types import Request
-from flux_kernels.mixed.convert import prepare
+from flux_kernels.generation.embedded import embedded_model_path
 from flux_kernels.mixed.imatrix import save_imatrix
 from flux_kernels.mixed.plan_file import Plan
-from flux_kernels.mixed.source import understand_source
+from flux_kernels.source.source import understand_source
 
 from ..test_flux_types import DEV, PUBLISHED
 from ..test_gguf_against_ggml import _InitParams, _library
@@ -204,7 +204,7 @@ def test_importance_moves_the_error_to_where_it_counts_least(tmp_path, embedded_
 
 def test_bytes_do_not_depend_on_threads_or_run(tmp_path, monkeypatch):
     prepare(EMBEDDED, Request("Q4_1"), workers=1).write(tmp_path / "one.gguf")
-    monkeypatch.setattr("flux_kernels.mixed.quantize_rows.SLAB_WEIGHTS", {"cpu": 50_000, "cuda": 50_000})
+    monkeypatch.setattr("flux_kernels.convert.quantize_rows.SLAB_WEIGHTS", {"cpu": 50_000, "cuda": 50_000})
     prepare(EMBEDDED, Request("Q4_1"), workers=3).write(tmp_path / "three.gguf")
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "three.gguf").read_bytes()
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import flux_kernels as fk
 from flux_kernels.errors import GGUFError
-from flux_kernels.mixed.source import understand_source
+from flux_kernels.source.source import understand_source
 
 CPU = torch.device("cpu")
 
@@ -213,7 +213,7 @@ def test_wrong_paths_are_told_apart(tmp_path, tensors):
 
 
 def test_the_embedded_model_is_a_source():
-    from flux_kernels.embedded import embedded_model_path
+    from flux_kernels.generation.embedded import embedded_model_path
 
     model = understand_source(embedded_model_path())
     assert "width 256" in model.model and not model.needs_config

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import flux_kernels as fk
+from flux_kernels.measure.measurer import Measurer
 from flux_kernels.mixed.low_rank_fit import STORED, corrected, fit, root_of
-from flux_kernels.mixed.measure import Measurer
 from tests.mixed.captured import embedded_pipeline, states
 
 QKV = "double_blocks.0.img_attn.qkv.weight"

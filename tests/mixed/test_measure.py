@@ -16,17 +16,17 @@ import torch
 from typer.testing import CliRunner
 
 import flux_kernels as fk
-from flux_kernels.base_pipeline import one_thread
 from flux_kernels.cli import app
 from flux_kernels.errors import FormatError, GGUFError
-from flux_kernels.mixed import measure_run
+from flux_kernels.generation.base_pipeline import one_thread
+from flux_kernels.measure import run as measure_run
+from flux_kernels.measure.log import log_path
+from flux_kernels.measure.measured_model import find_source, open_transformer
+from flux_kernels.measure.measurer import Measurer, bootstrap, measure_joint
+from flux_kernels.measure.stages import Stages
+from flux_kernels.measure.states import States
 from flux_kernels.mixed.cost import COLUMNS, CostRow, CostTable, JointRow, sidecar
 from flux_kernels.mixed.imatrix import load_imatrix
-from flux_kernels.mixed.measure import Measurer, bootstrap, measure_joint
-from flux_kernels.mixed.measure_log import log_path
-from flux_kernels.mixed.measured_model import find_source, open_transformer
-from flux_kernels.mixed.stages import Stages
-from flux_kernels.mixed.states import States
 from tests.mixed.captured import COUNT, embedded_pipeline, states
 
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv.weight", "single_blocks.1.linear1.weight"

@@ -7,12 +7,13 @@ import torch
 from sparse_files import FLUX_DEV, sparse_base, sparse_safetensors
 from typer.testing import CliRunner
 
-from flux_kernels import memory_check
 from flux_kernels.cli import app
-from flux_kernels.mixed import measure_run, measured_model
-from flux_kernels.mixed.measure_memory import check_memory, memory_needs
-from flux_kernels.mixed.measured_model import find_source
-from flux_kernels.mixed.states import States
+from flux_kernels.generation import memory_check
+from flux_kernels.measure import measured_model
+from flux_kernels.measure import run as measure_run
+from flux_kernels.measure.measured_model import find_source
+from flux_kernels.measure.memory import check_memory, memory_needs
+from flux_kernels.measure.states import States
 from tests.mixed.captured import states
 
 CPU, GPU, GIB = torch.device("cpu"), torch.device("cuda", 0), 2**30

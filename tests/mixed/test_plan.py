@@ -7,23 +7,24 @@ from functools import cache
 import pytest
 
 from flux_kernels import FormatError
-from flux_kernels.embedded import embedded_model_path
+from flux_kernels.flux.low_rank_tensors import low_rank_shapes
 from flux_kernels.flux.names import block_of
 from flux_kernels.formats import FORMATS
-from flux_kernels.gguf_write import planned_size
-from flux_kernels.mixed.apply import for_diffusers
-from flux_kernels.mixed.constraints import Constraints, parse_pair
+from flux_kernels.generation.embedded import embedded_model_path
+from flux_kernels.gguf.write import planned_size
 from flux_kernels.mixed.cost import CostRow, CostTable
 from flux_kernels.mixed.file_layout import (
     KEY_VALUE_BYTES,
     embedded_shapes,
     flux1_shapes,
     layout_of_shapes,
-    low_rank_shapes,
     parse_option,
     shapes_of_model,
 )
-from flux_kernels.mixed.plan import (
+from flux_kernels.mixed.plan_file import Plan
+from flux_kernels.plan.apply import for_diffusers
+from flux_kernels.plan.constraints import Constraints, parse_pair
+from flux_kernels.plan.problem import (
     NO_CONSTRAINTS,
     curve,
     find_layout,
@@ -32,7 +33,6 @@ from flux_kernels.mixed.plan import (
     options_of,
     plan_within,
 )
-from flux_kernels.mixed.plan_file import Plan
 from tools.plan_against_greedy import PUBLISHED as PUBLISHED_FILES
 from tools.plan_against_greedy import compare, problem_of
 
@@ -230,7 +230,7 @@ def test_the_model_is_found_or_asked_for(tmp_path):
 
 
 def test_shapes_are_those_of_the_file_that_is_written(tmp_path):
-    from flux_kernels.demo import Variant, write_variant
+    from flux_kernels.generation.demo import Variant, write_variant
 
     write_variant(Variant("16 bit", None), tmp_path / "model.gguf")
     assert shapes_of_model(tmp_path / "model.gguf") == embedded_shapes()
@@ -247,9 +247,9 @@ def test_a_plan_applied_on_the_fly_has_the_bytes_of_its_file(tmp_path):
     import torch
 
     import flux_kernels as fk
-    from flux_kernels.demo import embedded_transformer
-    from flux_kernels.mixed.choose_types import Request
-    from flux_kernels.mixed.convert import prepare
+    from flux_kernels.convert.choose_types import Request
+    from flux_kernels.convert.convert import prepare
+    from flux_kernels.generation.embedded import embedded_transformer
 
     plan = plan_within(problem(), 3_600_000)
     plan.save(tmp_path / "plan.json")
@@ -267,7 +267,7 @@ def test_a_plan_applied_on_the_fly_has_the_bytes_of_its_file(tmp_path):
 
 
 def test_a_plan_of_another_model_or_with_ranks_is_not_applied():
-    from flux_kernels.demo import embedded_transformer
+    from flux_kernels.generation.embedded import embedded_transformer
 
     model = embedded_transformer()
     with pytest.raises(FormatError, match="names nothing.weight, which the model does not hold: it was made for another model"):

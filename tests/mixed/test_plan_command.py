@@ -12,11 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flux_kernels.cli import app
-from flux_kernels.embedded import embedded_model_path
-from flux_kernels.gguf_file import read_gguf
+from flux_kernels.generation.embedded import embedded_model_path
+from flux_kernels.gguf.file import read_gguf
 from flux_kernels.install_hints import install_command
+from flux_kernels.measure.measured_model import find_source
 from flux_kernels.mixed.casting_cost import is_casting_cost
-from flux_kernels.mixed.measured_model import find_source
 from flux_kernels.mixed.plan_file import Plan
 
 from .made_costs import PUBLISHED, made_table

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_kernels import FormatError
-from flux_kernels.mixed.greedy import greedy, steps, walk
-from flux_kernels.mixed.knapsack import Group, solve, total, useful
+from flux_kernels.plan.choices import Group, total, useful
+from flux_kernels.plan.greedy import greedy, steps, walk
+from flux_kernels.plan.knapsack import solve
 
 RELATIVE = 1e-9  # the solver's absolute gap is 1e-10 of the scaled optimum; sums of doubles add some 1e-15
 

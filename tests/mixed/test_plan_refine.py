@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
-from flux_kernels.mixed.plan import greedy_within, make_problem, options_of, plan_within
-from flux_kernels.mixed.refine import refine
+from flux_kernels.plan.problem import greedy_within, make_problem, options_of, plan_within
+from flux_kernels.plan.refine import refine
 
 from .made_costs import made_table
 

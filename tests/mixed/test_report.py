@@ -10,13 +10,13 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from flux_kernels.mixed.budget import parse_size
 from flux_kernels.mixed.cost import JointRow
 from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
-from flux_kernels.mixed.plan import make_problem, plan_within
-from flux_kernels.mixed.report import page, write_report
-from flux_kernels.mixed.report_data import Measured, gather, uniform_files
-from flux_kernels.mixed.report_plots import bytes_by_type, heat_map, size_against_cost, spread
+from flux_kernels.plan.budget import parse_size
+from flux_kernels.plan.problem import make_problem, plan_within
+from flux_kernels.plan.report import page, write_report
+from flux_kernels.plan.report_data import Measured, gather, uniform_files
+from flux_kernels.plan.report_plots import bytes_by_type, heat_map, size_against_cost, spread
 
 from .made_costs import made_table
 

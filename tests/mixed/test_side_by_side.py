@@ -5,9 +5,9 @@ from __future__ import annotations
 from PIL import Image
 
 import flux_kernels as fk
-from flux_kernels.contact_sheet import LABEL_WIDTH, MARGIN, TILE
-from flux_kernels.mixed import side_by_side as module
-from flux_kernels.mixed.side_by_side import side_by_side
+from flux_kernels.measure import side_by_side as module
+from flux_kernels.measure.side_by_side import side_by_side
+from flux_kernels.report.contact_sheet import LABEL_WIDTH, MARGIN, TILE
 from tests.mixed.captured import SETTINGS, embedded_pipeline
 
 QKV = "double_blocks.0.img_attn.qkv.weight"

@@ -14,11 +14,12 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from flux_kernels import kernels, low_precision
+from flux_kernels import kernels
 from flux_kernels.compute import PROMOTE_K, group_width
 from flux_kernels.kernels import exact, int8
 from flux_kernels.kernels.choice import Choice, tile_of
-from flux_kernels.kernels.tuning import codes_serve, int8_tile, split_k_tile
+from flux_kernels.kernels.tiles import codes_serve, int8_tile, split_k_tile
+from flux_kernels.torch_backend import low_precision
 
 from ..ptx.driver import AbsentCard
 from .cases import Case

@@ -8,9 +8,9 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from flux_kernels import reference
 from flux_kernels.formats import FORMATS, BlockFormat
-from flux_kernels.random_rows import random_rows
+from flux_kernels.machine.random_rows import random_rows
+from flux_kernels.torch_backend import reference
 
 from .cases import Case
 

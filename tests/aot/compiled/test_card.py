@@ -15,8 +15,8 @@ from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import choice, int8
 from flux_kernels.kernels.choice import Choice
-from flux_kernels.kernels.tuning import INT8_TILE
-from flux_kernels.random_rows import random_rows
+from flux_kernels.kernels.tiles import INT8_TILE
+from flux_kernels.machine.random_rows import random_rows
 
 
 @triton.jit

@@ -11,12 +11,13 @@ from bench.aot.ptx.driver import absent_card
 from bench.aot.sweep.cases import Case
 from bench.aot.sweep.checks import compare_codes
 from bench.aot.sweep.inputs import make
-from flux_kernels import kernels, low_precision
+from flux_kernels import kernels
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8
-from flux_kernels.kernels.tuning import CODES_M
-from flux_kernels.random_rows import random_rows
-from flux_kernels.reference import dequantize
+from flux_kernels.kernels.tiles import CODES_M
+from flux_kernels.machine.random_rows import random_rows
+from flux_kernels.torch_backend import low_precision
+from flux_kernels.torch_backend.reference import dequantize
 
 from .planted import edit_launches
 

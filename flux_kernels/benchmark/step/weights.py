@@ -1,0 +1,237 @@
+"""Weights of a whole step, packed or not, and the models that run on them: one for each side of the comparison.
+
+Packed rows are random where none are given: those of the first double and the first single block are made, every further
+block has a copy with the rows moved on by one, so that its bytes are its own in memory and its matrix another one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...compute import compute_of_layer
+from ...formats import BlockFormat
+from ...layers.linear import GGUFLinear
+from ...machine.random_rows import random_rows
+from ...packing import quantizer
+from ...torch_backend import reference
+from ..providers import PROVIDERS, Problem
+from .inputs import StepConfig
+from .model import StepModel
+
+_OURS = "ours "
+_INDEX = re.compile(r"(?<=blocks\.)\d+")
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """Hold a transformer's weights: packed ones of the blocks, plain ones around them, and norms, by module name."""
+
+    config: StepConfig
+    fmt: BlockFormat
+    dtype: torch.dtype
+    packed: dict[str, Problem]
+    plain: dict[str, tuple[Tensor, Tensor]]
+    norms: dict[str, Tensor]
+
+    def nbytes(self, unquantized: bool = False) -> int:
+        """Return the bytes of all weights, packed or as they would be unquantized."""
+        blocks = sum(_packed_bytes(one, self.dtype if unquantized else None) for one in self.packed.values())
+        around = [*(tensor for pair in self.plain.values() for tensor in pair), *self.norms.values()]
+        return blocks + sum(tensor.nbytes for tensor in around)
+
+    def first_blocks(self) -> StepWeights:
+        """Return the weights of a model of the first double and the first single block, the same tensors."""
+        config = replace(self.config, num_layers=1, num_single_layers=1)
+        names = linear_shapes(config).keys() | _norms(config).keys()
+        packed, plain, norms = (
+            {name: one for name, one in found.items() if name in names} for found in (self.packed, self.plain, self.norms)
+        )
+        return StepWeights(config, self.fmt, self.dtype, packed, plain, norms)
+
+    def to_file_order(self) -> None:
+        """Undo field planes, one weight at a time; models made before must be gone, or both arrangements stay in memory."""
+        for name, one in self.packed.items():
+            if one.planes:
+                self.packed[name] = replace(one, data=self.fmt.layout.from_planes(one.data), planes=False)
+
+
+def _packed_bytes(one: Problem, unquantized: torch.dtype | None) -> int:
+    n, row_bytes = one.data.shape
+    weights = one.data.nbytes if unquantized is None else n * one.fmt.row_weights(row_bytes) * unquantized.itemsize
+    return weights + one.bias.nbytes
+
+
+def make_weights(
+    config: StepConfig,
+    fmt: BlockFormat,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: Mapping[str, Tensor] | None = None,
+) -> StepWeights:
+    """Make the weights of a whole step on `device`.
+
+    Args:
+        config: sizes; K of every layer inside the blocks must be whole blocks of `fmt`.
+        fmt: type of the linear layers inside the blocks; those around them have `dtype`, as in published files.
+        stored: a state dict to quantize, or None for random weights.
+    """
+    weights = StepWeights(config, fmt, dtype, {}, {}, {})
+    planes = fmt.planes and device.type != "cpu"
+    generator = torch.Generator().manual_seed(0)
+    for name, (n, k) in linear_shapes(config).items():
+        bias = 0.1 * torch.randn(n, generator=generator) if stored is None else stored[f"{name}.bias"]
+        bias = bias.to(device, dtype)
+        if "blocks." in name:
+            weights.packed[name] = Problem(_rows(weights, name, n, k, planes, device, stored), planes, fmt, bias, dtype)
+        else:
+            spread = 1 / math.sqrt(k)
+            plain = spread * torch.randn(n, k, generator=generator) if stored is None else stored[f"{name}.weight"]
+            weights.plain[name] = (plain.to(device, dtype), bias)
+    for name, size in _norms(config).items():
+        weights.norms[name] = (torch.ones(size) if stored is None else stored[f"{name}.weight"]).to(device, dtype)
+    return weights
+
+
+def _rows(weights: StepWeights, name: str, n: int, k: int, planes: bool, device: torch.device, stored) -> Tensor:
+    fmt, first, index = weights.fmt, first_block(name), _INDEX.search(name)
+    if stored is not None:
+        weight = stored[f"{name}.weight"].float()
+        even = (
+            None if fmt.quantize is not None else torch.ones_like(weight[:1]).expand_as(weight)
+        )  # libggml's quantizers of some types insist on one
+        rows = quantizer(fmt)(weight, even)
+        return (fmt.layout.to_planes(rows) if planes else rows).to(device)
+    if first in weights.packed and index is not None:
+        return weights.packed[first].data.roll(int(index[0]), 0)
+    return random_rows(fmt, n, k, planes, seed=len(weights.packed)).to(device)
+
+
+def first_block(name: str) -> str:
+    """Return the name of the same layer in the first block of its kind."""
+    return _INDEX.sub("0", name)
+
+
+def linear_shapes(config: StepConfig) -> dict[str, tuple[int, int]]:
+    """Return name -> (N, K) of every linear layer."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def note(name: str, n: int, k: int) -> nn.Module:
+        found[name] = (n, k)
+        return nn.Identity()
+
+    with torch.device("meta"):
+        StepModel(note, config)
+    return found
+
+
+def _norms(config: StepConfig) -> dict[str, int]:
+    with torch.device("meta"):
+        model = StepModel(lambda *_: nn.Identity(), config)
+    return {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.RMSNorm)}
+
+
+class _Calling(nn.Module):
+    """Make a layer of a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) -> StepModel:
+    """Build the model of one provider on these weights; only "torch" and, with field planes, "diffusers" need further memory.
+
+    Args:
+        provider: "torch", "ours " and a compute mode, or another one of PROVIDERS.
+        first_blocks_only: whether the first block of each kind stands for all (a model that would not fit otherwise).
+
+    Raises:
+        Unavailable: where the provider cannot run here.
+    """
+    made: dict[str, nn.Module] = {}
+
+    def make(name: str, problem: Problem) -> nn.Module:
+        key = first_block(name) if first_blocks_only else name
+        if key not in made:
+            made[key] = make_layer(provider, weights.packed[key], name)
+        return made[key]
+
+    return _assemble(weights, make)
+
+
+def _assemble(weights: StepWeights, make: Callable[[str, Problem], nn.Module], dtype: torch.dtype | None = None) -> StepModel:
+    def layer(name: str, n: int, k: int) -> nn.Module:
+        if name in weights.packed:
+            return make(name, weights.packed[name])
+        return _linear(*(tensor.to(dtype or tensor.dtype) for tensor in weights.plain[name]))
+
+    model = StepModel(layer, weights.config)
+    for name, weight in weights.norms.items():
+        model.get_submodule(name).weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    return model.eval()
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    return linear
+
+
+def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
+    """Make the layer of one provider for a packed weight; `name` decides whether a compute mode spares the layer.
+
+    Raises:
+        Unavailable: where the provider cannot run here.
+    """
+    if provider == "torch":
+        return _linear(reference.dequantize(problem.data, problem.fmt, problem.dtype, problem.planes), problem.bias)
+    if not provider.startswith(_OURS):
+        layer = PROVIDERS[provider].make(problem)
+        return layer if isinstance(layer, nn.Module) else _Calling(layer)
+    return GGUFLinear.from_packed(
+        problem.data,
+        problem.fmt,
+        problem.bias,
+        planes=problem.planes,
+        backend="torch" if problem.data.device.type == "cpu" else "triton",
+        compute=compute_of_layer(provider.removeprefix(_OURS), [name]),
+        compute_dtype=problem.dtype,
+    )
+
+
+def build_reference(
+    weights: StepWeights, dtype: torch.dtype = torch.float32, noise: float = 0.0, first_blocks_only: bool = False
+) -> StepModel:
+    """Build the model that decodes its weights without Triton at every call: in float32, what the others are compared with.
+
+    Args:
+        dtype: of activations and decoded weights.
+        noise: relative RMS of noise added to what each packed layer returns: how far such errors carry through a step.
+        first_blocks_only: as in `build`.
+    """
+    generator = torch.Generator(next(iter(weights.packed.values())).data.device).manual_seed(0)
+
+    def make(name: str, problem: Problem) -> nn.Module:
+        problem = weights.packed[first_block(name) if first_blocks_only else name]
+
+        def call(x: Tensor) -> Tensor:
+            weight = reference.dequantize(problem.data, problem.fmt, dtype, problem.planes)
+            y = F.linear(x, weight, problem.bias.to(dtype))
+            if not noise:
+                return y
+            size = noise * y.float().square().mean().sqrt()
+            return (y + size * torch.randn(y.shape, generator=generator, device=y.device)).to(dtype)
+
+        return _Calling(call)
+
+    return _assemble(weights, make, dtype)

@@ -1,0 +1,1 @@
+"""The command quantize: a model's tensors, their types, and the file they become."""

@@ -1,0 +1,264 @@
+"""Choose the ggml type of every tensor of a file to be written: by layout and file type, by plan, by pattern."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import prod
+
+from torch import Tensor
+
+from ..errors import FormatError
+from ..flux.names import block_of
+from ..flux.types import BLOCK, NAMED_TYPES, RULES, VECTOR, file_type, tensor_kind, tensor_types
+from ..formats import PLAIN_TYPES, block_format
+from ..gguf.check import listed
+from ..mixed.plan_file import Plan, check_tensors
+from ..packing import Engine, quantizer
+from ..source.source import SourceModel, SourceTensor
+from ..torch_backend import libggml
+
+DEFAULT_RULE = "new"
+_NUMBERED = re.compile(r"(^|\.)\d+\.")  # what other models' blocks have in common: an index in the name
+
+
+@dataclass(frozen=True)
+class Request:
+    """State what is asked for.
+
+    Attributes:
+        type: file type such as "Q4_K_S", or a ggml type's own name; beside a plan, of the block matrices that it does not
+            name. None leaves those in 16 bit.
+        rule: "old", "new" or "legacy"; None takes the plan's, else "new".
+        plan: types by tensor, or None.
+        overrides: (fnmatch pattern of tensor names, ggml type name); the first that matches counts, before plan and type.
+        blocks: fnmatch patterns of the matrices that get the type; empty takes FLUX's blocks, and in models without such
+            blocks every matrix with an index in its name.
+    """
+
+    type: str | None = None
+    rule: str | None = None
+    plan: Plan | None = None
+    overrides: Sequence[tuple[str, str]] = ()
+    blocks: Sequence[str] = ()
+
+    @property
+    def layout(self) -> str:
+        """The layout that counts."""
+        planned = self.plan.options.get("rule") if self.plan else None
+        return self.rule or planned or DEFAULT_RULE
+
+
+@dataclass
+class Choice:
+    """Hold types and ranks of low-rank corrections, llama.cpp's `file_type` (None where there is none), sentences for the user."""
+
+    types: dict[str, str]
+    file_type: int | None
+    notes: list[str] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+
+def choose_types(source: SourceModel, request: Request) -> Choice:
+    """Choose the type of every tensor.
+
+    Raises:
+        FormatError: where nothing is asked for, names or types are unknown, or a tensor cannot have the type it was given
+            by name.
+    """
+    if request.type is None and request.plan is None and not request.overrides:
+        raise FormatError("Nothing to do: give --type, --plan or --tensor-type.")
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    named = _named(request.type)
+    chosen = Choice(tensor_types(request.layout, named, shapes), None)
+    _apply_blocks(chosen, source, request, named)
+    if request.layout == "new":
+        _keep_half(chosen, source)
+    given = _given(shapes, request)
+    chosen.types.update(given)
+    _check_type_counts(shapes, given, request)
+    _check_blocks(chosen, shapes, given, RULES[request.layout].leftover)
+    chosen.notes += _unplanned(chosen, shapes, given, request)
+    chosen.ranks = _ranks(source, chosen.types, request)
+    if chosen.ranks:
+        chosen.notes.append(
+            f"{len(chosen.ranks)} tensors get a low-rank correction, two tensors more each. Only flux_kernels.load_flux reads "
+            "them; other readers refuse the file."
+        )
+    chosen.file_type = _number(chosen.types, shapes, NAMED_TYPES[named].file_type if not given else None)
+    return chosen
+
+
+def _named(type_name: str | None) -> str:
+    """Return the file type's name; block types count as the uniform file of them."""
+    if type_name is None:
+        return "BF16"
+    if type_name in NAMED_TYPES:
+        return type_name
+    alias = (name for name, named in NAMED_TYPES.items() if named.base == named.qkv == type_name)
+    return next(alias, type_name)
+
+
+def _apply_blocks(chosen: Choice, source: SourceModel, request: Request, named: str) -> None:
+    """Give the type to what counts as a block where that is not FLUX's own."""
+    if not request.blocks and any(map(block_of, chosen.types)):
+        return
+    rule = RULES[request.layout]
+    count = 0
+    for name, tensor in source.tensors.items():
+        if tensor_kind(name, tensor.shape) == VECTOR:
+            continue
+        if request.blocks:
+            inside = any(fnmatchcase(name, pattern) for pattern in request.blocks)
+        else:
+            inside = len(tensor.shape) == 2 and bool(_NUMBERED.search(name))
+        chosen.types[name] = NAMED_TYPES[named].base if inside else rule.leftover
+        count += inside
+    if not count:
+        raise FormatError("No matrix is a block by name. Say which are, with --block 'PATTERN'.")
+    chosen.notes.append(f"{count} matrices count as block matrices, by their names.")
+
+
+def _keep_half(chosen: Choice, source: SourceModel) -> None:
+    """Keep what stays in 16 bit as the source has it: as many bytes, and no value changes."""
+    for name, kind in chosen.types.items():
+        if kind == "BF16" and source.tensors[name].types == {"F16"}:
+            chosen.types[name] = "F16"
+
+
+def _given(shapes: Mapping[str, tuple[int, ...]], request: Request) -> dict[str, str]:
+    """Return the types of tensors that plan and patterns name."""
+    planned = dict(request.plan.types) if request.plan else {}
+    check_tensors(planned, shapes, "the source")
+    for pattern, kind in request.overrides:
+        block_format(kind)
+        if not any(fnmatchcase(name, pattern) for name in shapes):
+            raise FormatError(f"No tensor is called {pattern!r}. `--dry-run --json` lists the names.")
+    for name in shapes:
+        kind = next((kind for pattern, kind in request.overrides if fnmatchcase(name, pattern)), None)
+        if kind is not None:
+            planned[name] = kind
+    return planned
+
+
+def _check_type_counts(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request) -> None:
+    """Refuse a type beside a plan that leaves it nothing: it would be ignored."""
+    if request.plan is None or request.type is None:
+        return
+    if not _unnamed_blocks(shapes, given):
+        raise FormatError(
+            f"The plan has a type for every matrix of the blocks, so --type {request.type} has none left. Leave one of them out, or "
+            "change tensors of the plan with --tensor-type PATTERN=TYPE."
+        )
+
+
+def _unplanned(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request) -> list[str]:
+    """Say which block matrices a plan leaves in 16 bit because it does not name them."""
+    if request.plan is None or request.type is not None:
+        return []
+    left = [name for name in _unnamed_blocks(shapes, given) if chosen.types[name] in PLAIN_TYPES]
+    if not left:
+        return []
+    return [f"The plan does not name {listed(left)}: they stay in {chosen.types[left[0]]}. --type gives them one."]
+
+
+def _unnamed_blocks(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str]) -> list[str]:
+    return [name for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK and name not in given]
+
+
+def _ranks(source: SourceModel, types: Mapping[str, str], request: Request) -> dict[str, int]:
+    """Return the ranks that the plan gives, of tensors that are quantized."""
+    planned = request.plan.low_rank if request.plan else {}
+    for name, rank in planned.items():
+        shape = source.tensors[name].shape
+        if block_format(types[name]) is None or len(shape) != 2 or rank > min(shape):
+            raise FormatError(f"The plan gives {name} ({types[name]}, {list(shape)}) a correction of rank {rank}. Plan again.")
+    return dict(planned)
+
+
+def _check_blocks(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], plain: str) -> None:
+    """Keep matrices plain whose rows are not whole blocks; raise FormatError where the user named the type for them."""
+    kept = []
+    for name, kind in chosen.types.items():
+        fmt = block_format(kind)
+        if fmt is None or (shapes[name] and shapes[name][-1] % fmt.block_size == 0):
+            continue
+        if name in given:
+            width = shapes[name][-1] if shapes[name] else 1
+            raise FormatError(
+                f"{name} cannot be {kind}: its rows have {width} weights, {kind} needs a multiple of {fmt.block_size}."
+            )
+        kept.append(name)
+    for name in kept:
+        chosen.types[name] = plain
+    if kept:
+        chosen.notes.append(f"{len(kept)} matrices stay {plain}, as their rows are not whole blocks: {listed(kept)}.")
+
+
+def _number(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], named: int | None) -> int | None:
+    if named is not None:
+        return named
+    weights: dict[str, int] = {}
+    for name, kind in types.items():
+        if tensor_kind(name, shapes[name]) == BLOCK:
+            weights[kind] = weights.get(kind, 0) + prod(shapes[name])
+    return file_type(max(weights, key=lambda kind: weights[kind])) if weights else None
+
+
+def match_importance(
+    source: SourceModel, types: Mapping[str, str], means: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """Find the importance of every matrix that gets quantized, by its name in the file or in the source.
+
+    Returns:
+        Tensor name -> importance [K], and a sentence on what the matrix lacks ("" where it has all).
+
+    Raises:
+        FormatError: where a length is not that of the tensor's rows, or nothing matches.
+    """
+    found, missing = {}, []
+    for name, tensor in source.tensors.items():
+        if block_format(types[name]) is None or len(tensor.shape) < 2:
+            continue
+        mean = means.get(name, means.get(tensor.parameter))
+        if mean is None:
+            missing.append(name)
+        elif mean.numel() != tensor.shape[-1]:
+            raise FormatError(
+                f"The importance of {name} has {mean.numel()} values, its rows have {tensor.shape[-1]} weights. The importance "
+                "matrix is of another model."
+            )
+        else:
+            found[name] = mean
+    if missing and not found:
+        raise FormatError(
+            f"The importance matrix has none of the tensors: it names {listed(list(means))}, the file {listed(missing)}."
+        )
+    note = f"{len(missing)} of {len(missing) + len(found)} quantized matrices have no importance: {listed(missing)}."
+    return found, note if missing else ""
+
+
+def check_engine(source: SourceModel, types: Mapping[str, str], engine: Engine, weighted: Mapping[str, Tensor]) -> None:
+    """Raise FormatError, before anything is written, where a type cannot be made here."""
+    for name, tensor in source.tensors.items():
+        fmt = block_format(types[name])
+        if fmt is None or tensor.type == fmt.name:
+            continue
+        quantizer(fmt, engine)
+        by_libggml = engine == "libggml" or fmt.quantize is None
+        if by_libggml and name not in weighted and libggml.requires_importance(fmt):
+            raise FormatError(
+                f"libggml makes {fmt.name} only with an importance matrix, and there is none of {name}. Give --imatrix FILE "
+                "(`flux-kernels measure` collects one), or choose a type that needs none, such as Q2_K or IQ4_XS."
+            )
+
+
+def requantized(tensors: Mapping[str, SourceTensor], types: Mapping[str, str]) -> list[str]:
+    """List the tensors that are quantized in the source and change their type."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.type != types[name] and any(piece.quantized for piece, _, _ in tensor.pieces)
+    ]

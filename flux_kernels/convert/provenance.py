@@ -1,0 +1,118 @@
+"""The key-values of a converted file: the three usual ones, and what it was made from, by which tool, with which choices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..flux.config import CONFIG_KEY
+from ..source.source import SourceModel
+from ..version import own_version
+from .choose_types import Choice, Request
+
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, the only one there is for these types
+ARCHITECTURE = "flux"  # also of Chroma and FLUX.2 files; readers go by the tensors
+ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
+_OTHER = "unknown"
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16  # a sampled hash reads these many pieces of these many bytes, evenly spaced
+_CHUNK = 2**22
+
+KeyValues = dict[str, tuple[str, Any]]
+
+
+def usual_keys(source: SourceModel, choice: Choice, architecture: str | None) -> KeyValues:
+    """Return the key-values that published files have, and the config where readers cannot infer it."""
+    known = ARCHITECTURE if _looks_like_flux(source) else _OTHER
+    stated = source.files.metadata.get("general.architecture")
+    keys: KeyValues = {
+        "general.architecture": ("STRING", architecture or (known if source.config else stated or known)),
+        "general.quantization_version": ("UINT32", QUANTIZATION_VERSION),
+    }
+    if choice.file_type is not None:
+        keys["general.file_type"] = ("UINT32", choice.file_type)
+    if source.needs_config:
+        keys[CONFIG_KEY] = ("STRING", json.dumps(source.config))
+    for name, tensor in source.tensors.items():
+        if len(tensor.shape) > 4:
+            keys[ORIGINAL_SHAPE_KEY + name] = ("ARRAY[INT32]", list(tensor.shape))
+    return keys
+
+
+def provenance_keys(
+    source: SourceModel,
+    request: Request,
+    hashes: Sequence[str],
+    *,
+    engine: str,
+    plan: str | None = None,
+    imatrix: str | None = None,
+    imatrix_entries: int = 0,
+) -> KeyValues:
+    """Return where a file comes from; the same inputs give the same keys, so no date is among them.
+
+    Args:
+        source: the model.
+        request: what was asked for.
+        hashes: of its files, as `file_hash` gives them.
+        engine: of the quantizers.
+        plan: path of the plan, or None.
+        imatrix: path of the importance matrix, or None.
+        imatrix_entries: number of tensors it weighted.
+    """
+    keys: KeyValues = {
+        "flux_kernels.version": ("STRING", own_version()),
+        "flux_kernels.rule": ("STRING", request.layout),
+        "flux_kernels.engine": ("STRING", engine),
+        "flux_kernels.source.files": ("ARRAY[STRING]", [os.path.basename(path) for path in source.files.paths]),
+        "flux_kernels.source.hashes": ("ARRAY[STRING]", list(hashes)),
+    }
+    if request.type:
+        keys["flux_kernels.type"] = ("STRING", request.type)
+    if request.overrides:
+        keys["flux_kernels.tensor_types"] = ("ARRAY[STRING]", [f"{pattern}={kind}" for pattern, kind in request.overrides])
+    if request.plan:
+        keys["flux_kernels.plan.sha256"] = ("STRING", _plan_hash(plan, request))
+        keys["flux_kernels.plan.costs_sha256"] = ("STRING", request.plan.costs_sha256)
+    if imatrix:
+        keys["quantize.imatrix.file"] = ("STRING", os.path.basename(imatrix))  # llama.cpp's key, as is the next
+        keys["quantize.imatrix.entries_count"] = ("UINT32", imatrix_entries)
+        keys["flux_kernels.imatrix.sha256"] = ("STRING", _sha256(imatrix))
+    return keys
+
+
+def file_hash(path: str, whole: bool) -> str:
+    """Hash a file: "sha256:<hex>" of all its bytes, or "sampled-sha256:<hex>" of its size and 64 pieces of 64 KiB.
+
+    The first piece starts at byte 0, where the header is, the last ends at the end, the others are evenly spaced. Small
+    files are hashed whole.
+    """
+    size = os.path.getsize(path)
+    if whole or size <= _SAMPLES * _SAMPLE_BYTES:
+        return f"sha256:{_sha256(path)}"
+    found = hashlib.sha256(size.to_bytes(8, "little"))
+    with open(path, "rb") as file:
+        for sample in range(_SAMPLES):
+            file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+            found.update(file.read(_SAMPLE_BYTES))
+    return f"sampled-sha256:{found.hexdigest()}"
+
+
+def _plan_hash(path: str | None, request: Request) -> str:
+    if path:
+        return _sha256(path)
+    return hashlib.sha256(request.plan.to_json().encode()).hexdigest() if request.plan else ""
+
+
+def _sha256(path: str) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _looks_like_flux(source: SourceModel) -> bool:
+    return any(name.startswith(("double_blocks.", "single_blocks.")) for name in source.tensors)

@@ -1,0 +1,1 @@
+"""Drawing pictures: tasks, sizes, memory, placement, the pipeline, and the embedded model."""

@@ -1,0 +1,321 @@
+"""Draw with a user's own files: a GGUF transformer in a local diffusers pipeline, with LoRAs and offloading."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import FormatError, GGUFError
+from ..files import check_writable
+from ..flux import load_flux
+from ..swap import swap_linear
+from ..swap.report import SwapReport
+from ..t5 import load_t5
+from ..t5.load import open_t5
+from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one_thread
+from .embedded import PIPELINE_KWARGS, embedded_model_path
+from .inspect_file import TRANSFORMER, FileFacts, inspect_file
+from .memory_check import check_pipeline_memory
+from .memory_plan import MemoryPlan
+from .picture_size import check_memory, check_positions
+from .placement import check_offload, measured_parts, place
+from .tasks import IMAGE_OPTIONS, KONTEXT, TEXT, Task, choose_task, default_settings, fitted_size, read_pictures
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Name a LoRA file and its strength."""
+
+    file: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """Read "FILE" or "FILE:SCALE"; the colon of a Windows drive is no scale."""
+        name, colon, scale = text.rpartition(":")
+        try:
+            return cls(Path(name), float(scale)) if colon and name else cls(Path(text))
+        except ValueError:
+            return cls(Path(text))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Say what to draw and how; sizes in pixels, None takes the model's default.
+
+    Attributes:
+        gguf: the transformer's GGUF file.
+        base: diffusers folder with the rest of the pipeline.
+        negative: negative prompt; costs a second pass a step.
+        true_cfg: strength of the negative prompt.
+        t5: GGUF file of the T5 encoder, instead of the base's text_encoder_2.
+        image: picture to edit, repaint or redraw.
+        mask: picture whose white part is repainted (Fill).
+        control_image: edges or depth map to draw along (Canny, Depth).
+        kontext: whether the file is a Kontext, which its tensors do not tell.
+        strength: of redrawing `image` with a dev file, 0 to 1.
+        offload: a key of OFFLOADS.
+        pin: whether weights that are copied to the GPU at every step are pinned in host memory.
+        loras: LoRA files, applied together.
+        backend: as in `swap_linear`.
+        compute: as in `swap_linear`.
+        dtype: of activations, text encoders and VAE.
+    """
+
+    gguf: Path
+    base: Path
+    prompt: str
+    negative: str | None = None
+    true_cfg: float = 4.0
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    t5: Path | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    control_image: Path | None = None
+    kontext: bool = False
+    strength: float | None = None
+    offload: str = "auto"
+    pin: bool = False
+    loras: Sequence[Lora] = ()
+    backend: str = "auto"
+    compute: str = "exact"
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Job:
+    """Hold a checked request: facts about the file, what to do with it, and the pictures (argument -> picture)."""
+
+    facts: FileFacts
+    task: Task = TEXT
+    pictures: dict[str, Image] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Hold an image, the parameters to write into its file, and what was done: layers swapped, offload, task, seconds."""
+
+    image: Image
+    parameters: dict[str, Any]
+    report: SwapReport
+    plan: MemoryPlan
+    task: str
+    load_seconds: float
+    draw_seconds: float
+
+
+def generate(
+    request: Request,
+    *,
+    status: Callable[[str], None] = lambda text: None,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> Made:
+    """Draw one image.
+
+    Args:
+        request: what to draw.
+        status: called with a line whenever a new stage begins.
+        step: called with (steps done, steps in all) after each denoising step.
+
+    Raises:
+        FileNotFoundError: for files and folders that are missing or incomplete.
+        GGUFError: for a file that is no FLUX.1 transformer or T5 encoder, does not fit the base, or not the pictures given.
+        FormatError: for a LoRA that does not fit, and a picture that is too large.
+        BackendUnavailable: where backend, compute mode or offload cannot run here.
+    """
+    job = check_request(request)
+    settings = call_settings(request, job)
+    width, height = settings["width"], settings["height"]
+    check_positions(width, height, request.dtype)
+    check_pipeline_memory(request.gguf, request.base, request.t5, request.dtype, request.pin)
+    started = time.perf_counter()
+    pipeline, report = _load(request, job, status)
+    parts = measured_parts(pipeline, width, height, job.task.reference_tokens, settings["max_sequence_length"])
+    if not torch.cuda.is_available():
+        check_memory(parts, width, height)
+    plan = place(pipeline, request.offload, parts, width, height, pin=request.pin)
+    loaded = time.perf_counter()
+    status(f"drawing, offload {plan.offload}")
+    image = _draw(pipeline, request, {**settings, **job.pictures}, step)
+    parameters = _parameters(request, settings, job)
+    return Made(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded)
+
+
+def check_request(request: Request) -> Job:
+    """Check files, folders and what goes together before anything large is read; return what is to be done."""
+    if not request.gguf.is_file():
+        raise FileNotFoundError(f"{request.gguf} is no file. --gguf is a FLUX.1 transformer in a GGUF file.")
+    numbers = {"--guidance": request.guidance, "--true-cfg": request.true_cfg}
+    numbers |= {f"--lora {lora.file.name}": lora.scale for lora in request.loras}
+    for option, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            raise FormatError(f"{option} is {number}; give a finite number.")
+    for lora in request.loras:
+        if not lora.file.is_file():
+            name, _, scale = str(lora.file).rpartition(":")
+            if name and Path(name).is_file():
+                raise FormatError(
+                    f"--lora {lora.file}: {scale!r} is no scale. Write FILE:SCALE with a number, such as {name}:0.8."
+                )
+            raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")
+    check_offload(request.offload, request.pin)
+    check_base(request.base, given=() if request.t5 is None else ("text_encoder_2",))
+    facts = inspect_file(request.gguf)
+    if facts.refused:
+        raise GGUFError(facts.refused if facts.refused.startswith(f"{request.gguf}: ") else f"{request.gguf}: {facts.refused}")
+    if facts.role != TRANSFORMER:
+        raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a FLUX.1 transformer as --gguf.")
+    task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
+    check_fit(base_sizes(request.base, _t5_width(request.t5)), facts.config)
+    return Job(facts, task, read_pictures(task, request))
+
+
+def _t5_width(path: Path | None) -> int | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file. --t5 is a T5 encoder in a GGUF file.")
+    return open_t5(path).config["d_model"]
+
+
+def call_settings(request: Request, job: Job) -> dict[str, Any]:
+    """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
+    if _embedded(request):
+        settings = dict(PIPELINE_KWARGS)
+    else:
+        settings = {**default_settings(job.facts.config["guidance_embeds"]), **job.task.defaults}
+    if job.pictures:
+        area = settings["width"] * settings["height"]
+        picture = next(iter(job.pictures.values()))
+        size = fitted_size(picture, area, enlarge=job.task is KONTEXT, width=request.width, height=request.height)
+        settings.update(width=size[0], height=size[1])
+    asked = {
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "strength": request.strength,
+    }
+    settings.update({name: value for name, value in asked.items() if value is not None})
+    if request.negative is not None:
+        settings.update(negative_prompt=request.negative, true_cfg_scale=request.true_cfg)
+    return settings
+
+
+def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[Any, SwapReport]:
+    """Load the pipeline on the CPU, with its LoRAs."""
+    status(f"loading {request.gguf.name}: {job.facts.variant}")
+    fuse = None if request.compute == "exact" else "qkv"  # the other modes scale each activation: once for q, k and v
+    transformer = load_flux(request.gguf, dtype=request.dtype, fuse=fuse)
+    report = swap_linear(transformer, backend=request.backend, compute=request.compute)
+    t5 = None
+    if request.t5 is not None:
+        status(f"loading {request.t5.name}")
+        t5 = load_t5(request.t5, dtype=request.dtype, backend=request.backend)
+        swap_linear(t5, backend=request.backend)  # arranges packed rows as a GPU wants them, before offloading moves them
+    status(f"loading text encoders and VAE from {request.base}")
+    pipeline = load_pipeline(request.base, transformer, request.dtype, kind=job.task.pipeline, text_encoder_2=t5)
+    if t5 is not None and len(pipeline.tokenizer_2) > t5.config.vocab_size:
+        raise GGUFError(
+            f"{request.t5} has a table of {t5.config.vocab_size} tokens, the tokenizer_2 of {request.base} has "
+            f"{len(pipeline.tokenizer_2)}. Take the T5 encoder of that model."
+        )
+    for number, lora in enumerate(request.loras):
+        status(f"loading {lora.file.name}")
+        _load_lora(pipeline, lora, f"lora{number}")
+    if request.loras:
+        pipeline.set_adapters([f"lora{i}" for i in range(len(request.loras))], [lora.scale for lora in request.loras])
+    return pipeline, report
+
+
+def _embedded(request: Request) -> bool:
+    return request.base.resolve() == embedded_model_path().resolve()
+
+
+def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
+    if lora.file.suffix == ".gguf":
+        raise FormatError(f"{lora.file} is a GGUF file; diffusers reads LoRAs from safetensors. A whole model goes to --gguf.")
+    where = {"weight_name": lora.file.name, "adapter_name": name, "local_files_only": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are meant
+            pipeline.load_lora_weights(str(lora.file.parent), **where)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:  # what diffusers, peft and safetensors raise on wrong files
+        raise FormatError(f"{lora.file} does not load as a LoRA of this FLUX.1 model: {error}") from error
+
+
+def _draw(pipeline: Any, request: Request, arguments: dict[str, Any], step: Callable[[int, int], None]) -> Image:
+    def after_step(running, index, _timestep, tensors):
+        step(index + 1, running.num_timesteps)  # fewer than asked for where a strength skips the first
+        return tensors
+
+    if "FluxKontext" in type(pipeline).__name__:
+        # Its own sizes are about 1024 x 1024 pixels: what the user asks for counts, and the embedded model needs small ones
+        arguments = {**arguments, "max_area": arguments["width"] * arguments["height"], "_auto_resize": not _embedded(request)}
+    generator = torch.Generator("cpu").manual_seed(request.seed)  # the same noise with and without a GPU
+    with torch.inference_mode(), one_thread() if _embedded(request) else nullcontext():
+        return pipeline(prompt=request.prompt, generator=generator, callback_on_step_end=after_step, **arguments).images[0]
+
+
+def _parameters(request: Request, settings: dict[str, Any], job: Job) -> dict[str, Any]:
+    return {
+        "prompt": request.prompt,
+        **settings,
+        "seed": request.seed,
+        "task": job.task.name,
+        **{name: getattr(request, name).name for name in IMAGE_OPTIONS if getattr(request, name) is not None},
+        "gguf": request.gguf.name,
+        **({} if request.t5 is None else {"t5": request.t5.name}),
+        "bits_per_weight": round(job.facts.block_bits_per_weight, 3),
+        "loras": [(lora.file.name, lora.scale) for lora in request.loras],
+        "backend": request.backend,
+        "compute": request.compute,
+        "dtype": str(request.dtype).removeprefix("torch."),
+    }
+
+
+def save_png(made: Made, path: Path) -> None:
+    """Write the image as a PNG whose "flux_kernels" text holds the parameters as JSON."""
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_itxt("flux_kernels", json.dumps(made.parameters, ensure_ascii=False))
+    if path.exists() and not path.is_file():  # /dev/null
+        made.image.save(path, "PNG", pnginfo=text)
+        return
+    beside = path.with_name(f"{path.name}.part")  # a full disk leaves the picture of the last run as it was
+    try:
+        made.image.save(beside, "PNG", pnginfo=text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check_out(path: Path, request: Request) -> None:
+    """Check that a picture can be written, before anything is loaded.
+
+    Raises:
+        GGUFError: where `path` is a file that the request reads.
+        FormatError: where it is a folder, or in a folder that is not there or cannot be written to.
+    """
+    read = [getattr(request, name) for name in ("gguf", "t5", *IMAGE_OPTIONS)] + [lora.file for lora in request.loras]
+    if path.exists() and any(file is not None and file.exists() and path.samefile(file) for file in read):
+        raise GGUFError(f"{path} is read by this very command. Give --out another name.")
+    if path.is_file() or path.is_dir() or not path.exists():  # /dev/null is none of these
+        check_writable(path, "--out")

@@ -1,0 +1,243 @@
+"""Gather the facts about a GGUF file that the `inspect` command prints: what it is, what it needs, or why it is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from ..errors import GGUFError
+from ..flux.calls import image_tokens
+from ..flux.names import block_of, strip_prefix, tensor_class
+from ..flux.stored import understand
+from ..flux.types import BLOCK, tensor_kind
+from ..flux.variant import layout_of, variant_name
+from ..formats import FORMATS
+from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
+from ..t5.load import understand_t5
+from ..t5.names import block_name as t5_block_name
+from .memory_plan import (
+    CONTEXT_BYTES,
+    GIB,
+    LIVE_WIDTHS,
+    T5_WIDTH,
+    TEXT_TOKENS,
+    USABLE,
+    Part,
+    companions,
+    free_on_card,
+    plan_memory,
+    text_working,
+    transformer_working,
+)
+
+_SHORT_VALUE = 200  # characters of a key-value worth showing
+CARDS_GIB = (6, 8, 12, 16, 24)
+# The overhead model, stated to the user in OVERHEAD; its arithmetic is memory_plan's.
+SIDE = 1024  # pixels of the picture that `fits` and `offloads` are about
+T5_BITS = {"T5 in 16 bit": 16.0, "T5 in Q8_0": 8.5}
+ACTIVATION_BYTES = 2
+OVERHEAD = (
+    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {image_tokens(SIDE, SIDE)} image and "
+    f"{TEXT_TOKENS} text tokens ({SIDE} x {SIDE}), batch 1, {LIVE_WIDTHS} hidden widths a token in 16 bit and a tenth more; the "
+    "largest matrix decoded; the transformer alone (text encoders and VAE off the card while it runs, as under model offload); "
+    "plain tensors in 16 bit; an estimate"
+)
+
+
+T5_OVERHEAD = (
+    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {TEXT_TOKENS} tokens; the largest "
+    "matrix decoded; the encoder alone (as under model offload); an estimate"
+)
+TRANSFORMER, T5_ENCODER = "transformer", "T5 encoder"
+
+
+@dataclass(frozen=True)
+class TypeCount:
+    """Count the tensors of one class and one type: `kind` is "block", "leftover" or "vector", `nbytes` has no padding."""
+
+    kind: str
+    tensor_class: str
+    type: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Hold what `inspect_file` found.
+
+    Attributes:
+        path: the file.
+        nbytes: its size in bytes.
+        role: TRANSFORMER or T5_ENCODER.
+        refused: why `load_flux` (or `load_t5`) would refuse it; None where it loads.
+        variant: the FLUX.1 variant, or the encoder's size; None where refused.
+        layout: "legacy", "old", "new", "mixed" or "other"; None where refused, and for a T5 encoder.
+        naming: "bfl" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
+        config: the inferred config; empty where refused.
+        metadata: the file's short key-values.
+        types: tensors by class and type.
+        parameters: weights in all tensors.
+        bits_per_weight: 8 * bytes of all tensors / parameters.
+        block_bits_per_weight: the same over the matrices inside the blocks.
+        resident_bytes: bytes of the loaded model (quantized matrices packed, all else in 16 bit).
+        overhead_bytes: bytes beside it while it runs, see `overhead_model`.
+        fits: GiB of card memory -> whether the model runs on it, see `overhead_model`.
+        offloads: how T5 is held -> GiB of card memory -> the offload that `generate --offload auto` would choose there; empty
+            where the text encoder is not FLUX.1's.
+        overhead_model: the assumptions behind `overhead_bytes` and `fits`.
+    """
+
+    path: str
+    nbytes: int
+    role: str = TRANSFORMER
+    refused: str | None = None
+    variant: str | None = None
+    layout: str | None = None
+    naming: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    types: tuple[TypeCount, ...] = ()
+    parameters: int = 0
+    bits_per_weight: float = 0.0
+    block_bits_per_weight: float = 0.0
+    resident_bytes: int = 0
+    overhead_bytes: int = 0
+    fits: dict[int, bool] = field(default_factory=dict)
+    offloads: dict[str, dict[int, str]] = field(default_factory=dict)
+    overhead_model: str = OVERHEAD
+
+
+def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileFacts:
+    """Gather the facts about a GGUF file; a file that cannot be loaded gives `refused`, not an error.
+
+    Only the header is read. Raises FileNotFoundError where there is no file.
+    """
+    name, nbytes = os.fspath(path), os.stat(path).st_size
+    try:
+        file = read_gguf(path)
+    except GGUFError as error:
+        return FileFacts(name, nbytes, refused=str(error))
+    known = _known_of_any(name, nbytes, file)
+    if any(map(t5_block_name, file.tensors)) and not any(block_of(strip_prefix(name)) for name in file.tensors):
+        return _t5_facts(known, file)
+    try:
+        stored = understand(file, config)
+    except GGUFError as error:
+        return FileFacts(**known, refused=str(error))
+    part = _part(file, stored.config)
+    return FileFacts(
+        **known,
+        variant=variant_name(stored.config),
+        layout=layout_of(stored.types, stored.shapes),
+        naming=stored.naming,
+        config=stored.config,
+        **_fits(part),
+        offloads=_offloads(part) if stored.config["joint_attention_dim"] == T5_WIDTH else {},
+    )
+
+
+def _t5_facts(known: dict[str, Any], file: GGUFFile) -> FileFacts:
+    try:
+        config = understand_t5(file).config
+    except GGUFError as error:
+        return FileFacts(**known, role=T5_ENCODER, refused=str(error))
+    sizes, decoded = _sizes(file)
+    blocks = f"{config['num_layers']} block{'s' * (config['num_layers'] != 1)}"
+    working = text_working(config["d_model"], config["num_heads"], TEXT_TOKENS, decoded=decoded)
+    return FileFacts(
+        **known,
+        role=T5_ENCODER,
+        variant=f"T5 encoder with {blocks}, width {config['d_model']}",
+        naming="llama.cpp" if any(name.startswith("enc.") for name in file.tensors) else "transformers",
+        config=config,
+        **_fits(Part("text_encoder_2", sum(sizes), max(sizes), working)),
+        overhead_model=T5_OVERHEAD,
+    )
+
+
+def _fits(part: Part) -> dict[str, Any]:
+    return {
+        "resident_bytes": part.weights,
+        "overhead_bytes": part.working + CONTEXT_BYTES,
+        "fits": {card: part.weights + part.working <= free_on_card(card) for card in CARDS_GIB},
+    }
+
+
+def _known_of_any(path: str, nbytes: int, file: GGUFFile) -> dict[str, Any]:
+    """Gather what can be said of any GGUF file, FLUX.1 or not."""
+    types = _count_types(file)
+    blocks = [count for count in types if count.kind == BLOCK]
+    return {
+        "path": path,
+        "nbytes": nbytes,
+        "metadata": {key: value for key, value in file.metadata.items() if _is_short(value)},
+        "types": types,
+        "parameters": sum(count.parameters for count in types),
+        "bits_per_weight": _bits(types),
+        "block_bits_per_weight": _bits(blocks),
+    }
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, list) and len(str(value)) <= _SHORT_VALUE
+
+
+def _count_types(file: GGUFFile) -> tuple[TypeCount, ...]:
+    counts: dict[tuple[str, str, str], list[int]] = {}
+    for name, tensor in file.tensors.items():
+        key = (*_kind_and_class(name, tensor.shape), tensor.format)
+        count = counts.setdefault(key, [0, 0, 0])
+        parameters = prod(tensor.shape)
+        for index, value in enumerate((1, parameters, tensor.nbytes)):
+            count[index] += value
+    return tuple(TypeCount(*key, *count) for key, count in sorted(counts.items()))
+
+
+def _kind_and_class(name: str, shape: tuple[int, ...]) -> tuple[str, str]:
+    t5 = t5_block_name(name)
+    if t5 is not None and len(shape) > 1:
+        return BLOCK, t5
+    bare = strip_prefix(name)
+    return tensor_kind(bare, shape), tensor_class(bare)
+
+
+def _bits(counts: Iterable[TypeCount]) -> float:
+    counts = list(counts)
+    parameters = sum(count.parameters for count in counts)
+    return 8 * sum(count.nbytes for count in counts) / parameters if parameters else 0.0
+
+
+def _resident(tensor: GGUFTensor) -> int:
+    """Return the bytes of a tensor in the loaded model."""
+    packed = tensor.format in FORMATS and len(tensor.shape) > 1
+    return tensor.nbytes if packed else prod(tensor.shape) * ACTIVATION_BYTES
+
+
+def _part(file: GGUFFile, config: Mapping[str, Any]) -> Part:
+    """Return what the transformer needs on a card for one picture."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    sizes, decoded = _sizes(file)
+    tokens = image_tokens(SIDE, SIDE) + TEXT_TOKENS
+    return Part("transformer", sum(sizes), max(sizes), transformer_working(width, tokens, decoded=decoded))
+
+
+def _sizes(file: GGUFFile) -> tuple[list[int], int]:
+    """Return the bytes of each tensor in the loaded model, and those of the largest packed matrix once decoded."""
+    packed = (tensor for tensor in file.tensors.values() if tensor.format in FORMATS)
+    decoded = max((prod(tensor.shape) for tensor in packed), default=0) * ACTIVATION_BYTES
+    return [_resident(tensor) for tensor in file.tensors.values()], decoded
+
+
+def _offloads(part: Part) -> dict[str, dict[int, str]]:
+    return {
+        held: {
+            card: plan_memory([part, *companions(SIDE, SIDE, bits)], free_on_card(card), SIDE, SIDE).offload
+            for card in CARDS_GIB
+        }
+        for held, bits in T5_BITS.items()
+    }

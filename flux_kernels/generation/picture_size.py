@@ -1,0 +1,52 @@
+"""Refuse sizes of pictures that cannot come out, before hours are spent on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..errors import FormatError
+from ..flux.calls import PIXELS_A_TOKEN
+from ..machine.free_memory import free_bytes
+from .memory_plan import GIB, Part
+
+
+def longest_side(dtype: torch.dtype) -> int:
+    """Return the pixels of the longest side whose tokens all have a position of their own.
+
+    diffusers counts rows and columns in the activations' dtype, in which whole numbers are exact up to 2 / eps: 256 in
+    bfloat16. Tokens further out share positions, and the picture repeats itself.
+
+    Source: diffusers 0.42.1 FluxPipeline._prepare_latent_image_ids.
+    """
+    return (int(2 / torch.finfo(dtype).eps) + 1) * PIXELS_A_TOKEN
+
+
+def check_positions(width: int, height: int, dtype: torch.dtype) -> None:
+    """Raise FormatError where a picture of so many pixels is larger than positions in `dtype` can tell."""
+    longest = longest_side(dtype)
+    if max(width, height) <= longest:
+        return
+    name = str(dtype).removeprefix("torch.")
+    raise FormatError(
+        f"A picture of {width} x {height} is too large: positions in {name} are exact up to {longest} pixels a side, and FLUX.1 was "
+        "made for about 1024 x 1024. Take a smaller --width and --height, or another --dtype (float32 counts further)."
+    )
+
+
+def check_memory(parts: Iterable[Part], width: int, height: int) -> None:
+    """Raise FormatError where the activations of one model alone are more than the memory of this computer that is free.
+
+    Args:
+        parts: the models of the pipeline, measured for the picture; their weights are loaded already, or mapped.
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+    """
+    largest = max(parts, key=lambda part: part.working)
+    memory = free_bytes(torch.device("cpu"))
+    if memory is not None and largest.working > memory:
+        raise FormatError(
+            f"A picture of {width} x {height} is too large: the {largest.name} would need about {largest.working / GIB:.1f} GiB for its "
+            f"activations, {memory / GIB:.1f} GiB of memory are free. Take a smaller --width and --height."
+        )

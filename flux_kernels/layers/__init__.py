@@ -1,0 +1,1 @@
+"""Packed layers: linear, embedding and fused layers, their low-rank branch, and the memory they take."""

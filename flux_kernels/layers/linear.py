@@ -1,0 +1,322 @@
+"""GGUFLinear: an nn.Linear whose weight stays packed as a plain uint8 parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends import ACTIVATION_DTYPES, check_names, resolve, wants_planes
+from ..errors import BackendUnavailable, FormatError
+from ..formats import FORMATS, BlockFormat, get_format
+from ..packing import quantize
+from . import eager
+from .lazy_weight import LazyWeight, decode_whole
+from .low_rank import LowRankLayer, check_outliers
+from .row_scale import KeepsRowScale
+
+_NAMES = {fmt.ggml_type: name for name, fmt in FORMATS.items()}
+
+
+class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
+    """Compute x @ W.T + bias with W packed in a ggml block format.
+
+    Attributes:
+        qweight: uint8 [out_features, row bytes], not trainable.
+        bias: [out_features] of a floating dtype, or None.
+        format: ggml type name.
+        planes: whether the rows of `qweight` are stored field by field (`Layout.to_planes`); `file_bytes` undoes it.
+        backend: "auto", "triton" or "torch".
+        compute: "exact", "fp16_accumulate" or "int8".
+        compute_dtype: dtype of `weight` and of adapters put on the layer; the product is computed in the dtype of x.
+        weight: [out_features, in_features], a stand-in that decodes when computed with (see `LazyWeight`).
+        low_rank_down, low_rank_up: an optional branch beside W, part of `weight` (see `LowRankLayer`).
+        outlier_index, outlier_weight: input channels that "int8" computes in x's dtype, or None.
+        row_scale: what "int8" keeps of the rows on some cards (see `KeepsRowScale`), or None; no part of the state dict.
+    """
+
+    qweight: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        format: str = "Q8_0",
+        *,
+        planes: bool = False,
+        backend: str = "auto",
+        compute: str = "exact",
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ):
+        """Make a layer of empty bytes; use `from_linear` or `from_packed` to fill one."""
+        row_bytes = get_format(format).row_bytes(in_features)
+        qweight = torch.empty(out_features, row_bytes, dtype=torch.uint8, device=device)
+        made_bias = torch.zeros(out_features, dtype=compute_dtype, device=device) if bias else None
+        self._set_up(qweight, format, made_bias, planes, backend, compute, compute_dtype)
+
+    def _set_up(self, qweight, format, bias, planes, backend, compute, compute_dtype) -> None:
+        check_names(backend, compute)
+        fmt, in_features = ops.check_data(qweight, format)
+        if qweight.dim() != 2:
+            raise FormatError(f"Packed weights must have shape [N, row bytes], got {list(qweight.shape)}.")
+        if bias is not None and bias.shape != (qweight.shape[0],):
+            raise FormatError(f"The bias must have shape [{qweight.shape[0]}], got {list(bias.shape)}.")
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = qweight.shape[0]
+        self.format = fmt.name
+        self.planes = bool(planes)
+        self.backend = backend
+        self.compute = compute
+        self.compute_dtype = compute_dtype
+        # The bias comes first: several models of diffusers (Wan) take the dtype of a module's first parameter for its own.
+        if bias is None or isinstance(bias, nn.Parameter):
+            self.bias = bias  # type: ignore[assignment]
+        else:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.qweight = nn.Parameter(qweight, requires_grad=False)
+        _upload_table(fmt, qweight)
+        self._no_branch()
+
+    @classmethod
+    def from_packed(
+        cls,
+        qweight: Tensor,
+        format: str | BlockFormat,
+        bias: Tensor | None = None,
+        *,
+        planes: bool = False,
+        backend: str = "auto",
+        compute: str = "exact",
+        compute_dtype: torch.dtype | None = None,
+    ) -> GGUFLinear:
+        """Wrap packed rows without copying them.
+
+        Args:
+            qweight: uint8 [N, row bytes].
+            format: ggml type name of the rows.
+            bias: [N] of a floating dtype, or None.
+            planes: whether the rows were rearranged with `Layout.to_planes`.
+            backend: "auto", "triton" or "torch".
+            compute: "exact", "fp16_accumulate" or "int8".
+            compute_dtype: dtype of `.weight`; by default the bias's dtype where it is one we compute in, else bfloat16.
+
+        Raises:
+            FormatError: on shapes or dtypes that do not fit.
+        """
+        if compute_dtype is None:
+            compute_dtype = bias.dtype if bias is not None and bias.dtype in ACTIVATION_DTYPES else torch.bfloat16
+        self = cls.__new__(cls)
+        self._set_up(qweight, get_format(format).name, bias, planes, backend, compute, compute_dtype)
+        return self
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        format: str | BlockFormat,
+        importance: Tensor | None = None,
+        *,
+        backend: str = "auto",
+        compute: str = "exact",
+    ) -> GGUFLinear:
+        """Quantize an nn.Linear on its own device; the bias is shared with it.
+
+        Args:
+            linear: weight [N, K] of a floating dtype.
+            format: ggml type name to quantize to.
+            importance: [K] or [N, K], non-negative, or None.
+
+        Raises:
+            FormatError: where K is not whole blocks, or the format has no quantizer here.
+        """
+        weight = linear.weight.detach()
+        qweight = quantize(weight, format, importance)
+        compute_dtype = weight.dtype if weight.dtype in ACTIVATION_DTYPES else None
+        return cls.from_packed(
+            qweight, format, linear.bias, backend=backend, compute=compute, compute_dtype=compute_dtype
+        ).train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Stand in for the decoded weight [N, K]: metadata is free, computing decodes, writing raises."""
+        if torch.compiler.is_compiling():  # compilers cannot trace the stand-in, and drop a decode of which nothing is used
+            return self._decode(self.compute_dtype)
+        return LazyWeight(self.qweight, self.format, self.compute_dtype, self.backend, self.planes, self._branch())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; refuse one named `weight`, which is computed from `qweight`."""
+        if name == "weight":
+            raise FormatError(
+                f"The weight of a GGUFLinear is packed {self.format} and cannot be assigned. Replace the layer by "
+                "layer.dequantize(), or make a new one with GGUFLinear.from_linear."
+            )
+        super().register_parameter(name, param)
+        if name == "qweight":
+            self._forget_row_scale()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute x @ W.T + bias + branch: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
+        packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
+        if self.low_rank_down is None and self.outlier_index is None:
+            return eager.linear(input, packed, self._kept_row_scale())
+        hidden = self._hidden(input)
+        up = None if self.low_rank_up is None or hidden is None else self.low_rank_up.to(hidden.dtype)
+        extra = (hidden, up, self.outlier_index, self.outlier_weight, self._kept_row_scale())
+        return torch.ops.flux_kernels.linear(input, *packed, *extra)
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [N, K], branch included, in `dtype`."""
+        return decode_whole(self.qweight, self.format, dtype, self.backend, self.planes, self._branch())
+
+    def keep_outliers(self, index: Tensor | None) -> None:
+        """Let compute="int8" compute some input channels in x's dtype instead; None undoes it. Other modes ignore it.
+
+        Args:
+            index: the channels, integers [k] without repetition in 0..K-1; kernels pad k to a multiple of 16.
+
+        Raises:
+            FormatError: on an index that does not fit.
+        """
+        if index is None or index.numel() == 0:
+            self.outlier_index = self.outlier_weight = None
+            return
+        channels = check_outliers(index, self.in_features).to(self.qweight.device)
+        decoded = ops.dequantize(self.qweight, self.format, self.compute_dtype, backend=self.backend, planes=self.planes)
+        self.outlier_index = nn.Parameter(channels, requires_grad=False)
+        self.outlier_weight = nn.Parameter(decoded[:, channels].contiguous(), requires_grad=False)
+
+    def file_bytes(self) -> Tensor:
+        """Return the packed rows as a GGUF file stores them: uint8 [N, row bytes] (`qweight` itself unless planes)."""
+        data = self.qweight.detach()
+        return get_format(self.format).layout.from_planes(data) if self.planes else data
+
+    def arrange(self) -> GGUFLinear:
+        """Rearrange the packed rows, in place, as the backend wants them where the layer is now (file order or field planes).
+
+        Called when a layer is swapped in, loaded or moved; offloading hooks that move parameters themselves leave rows as they are.
+        """
+        fmt = get_format(self.format)
+        wanted = wants_planes(self.backend, self.qweight.device, fmt)
+        _upload_table(fmt, self.qweight)
+        if wanted != self.planes and self.qweight.device.type != "meta":
+            rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
+            self.qweight = nn.Parameter(rearrange(self.qweight.detach()), requires_grad=False)
+            self.planes = wanted
+        self._kept_row_scale()  # now, so that a graph or a compiled model finds it there
+        return self
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Return an ordinary nn.Linear with the decoded weight.
+
+        Args:
+            dtype: of the weight, `compute_dtype` by default; the bias is shared and keeps its own where it is None.
+        """
+        weight = self._decode(dtype or self.compute_dtype).detach()
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = self.bias if dtype is None else nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return linear.train(self.training)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move or cast; `qweight` keeps its dtype, and `compute_dtype` follows where it is one we compute in."""
+        if fn(torch.empty(1, dtype=torch.uint8)).dtype != torch.uint8:
+            raise FormatError("The packed bytes of a GGUFLinear stay uint8: .to(dtype) leaves them, .type(dtype) does not.")
+        followed = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
+        kept = self.row_scale
+        self._set_row_scale(None)  # float32, whatever the model is cast to
+        super()._apply(fn, recurse)
+        if kept is not None and kept.device == self.qweight.device:
+            self._set_row_scale(kept)
+        self.arrange()
+        if followed in ACTIVATION_DTYPES:
+            self.compute_dtype = followed
+        return self
+
+    def _descriptor(self) -> Tensor:
+        """Describe the packed rows for a state dict: int64 [ggml type, N, K, planes]."""
+        fmt = get_format(self.format)
+        return torch.tensor([fmt.ggml_type, self.out_features, self.in_features, int(self.planes)], dtype=torch.int64)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save `qweight` and `bias`, and the descriptor as `weight`, the key that LoRA loaders look for."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self._descriptor()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """Check the descriptor, take over format and arrangement where this layer is still empty, and load."""
+        descriptor = state_dict.pop(prefix + "weight", None)
+        if descriptor is None:
+            missing_keys.append(prefix + "weight")
+        else:
+            problem = self._take_descriptor(descriptor, state_dict, prefix)
+            if problem is not None:
+                error_msgs.append(f'"{prefix}weight": {problem}')
+                return
+        problem = self._fit_branch(state_dict, prefix)
+        if problem is not None:
+            error_msgs.append(f'"{prefix}low_rank_down": {problem}')
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._kept_row_scale()  # compiled models and captured graphs do not look whether rows were written to
+
+    def _take_descriptor(self, descriptor: Tensor, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Make this layer fit a saved descriptor; return what is wrong with it as a sentence, or None."""
+        if descriptor.dtype != torch.int64 or descriptor.shape != (4,):
+            return (
+                f"expected the int64 [ggml type, N, K, planes] of a packed layer, got {descriptor.dtype} "
+                f"{list(descriptor.shape)}. Load 16-bit weights before swap_linear, not after."
+            )
+        number, n, k, planes = descriptor.tolist()
+        if number not in _NAMES:
+            return f"unknown ggml type {number}. Known: {', '.join(f'{key} {name}' for key, name in _NAMES.items())}."
+        if (n, k) != (self.out_features, self.in_features):
+            return f"the saved weight is [{n}, {k}], this layer is [{self.out_features}, {self.in_features}]."
+        if self.qweight.device.type == "meta":
+            self._adopt(_NAMES[number], bool(planes))
+        elif _NAMES[number] != self.format:
+            return (
+                f"the saved weight is {_NAMES[number]}, this layer holds {self.format}. Load into a model swapped with the "
+                "same formats, or into one on the meta device with assign=True."
+            )
+        elif bool(planes) != self.planes and prefix + "qweight" in state_dict:
+            layout = get_format(self.format).layout
+            rearrange = layout.to_planes if self.planes else layout.from_planes
+            state_dict[prefix + "qweight"] = rearrange(state_dict[prefix + "qweight"])
+        return None
+
+    def _adopt(self, format: str, planes: bool) -> None:
+        """Become an empty layer of another format (on the meta device, before loading)."""
+        row_bytes = get_format(format).row_bytes(self.in_features)
+        self.format, self.planes = format, planes
+        self.qweight = nn.Parameter(self.qweight.new_empty(self.out_features, row_bytes), requires_grad=False)
+
+    def extra_repr(self) -> str:
+        """Show shape, format, what runs it, and where."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        branch = f", rank={self.rank}" if self.rank else ""
+        outliers = "" if self.outlier_index is None else f", outliers={self.outlier_index.shape[0]}"
+        chosen = f"backend={self.backend}{self._chosen()}, compute={self.compute}"
+        return f"{shape}, format={self.format}, {chosen}{branch}{outliers}"
+
+    def _chosen(self) -> str:
+        """Tell what "auto" stands for on the device that the layer runs on."""
+        device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        device = self.qweight.device if device is None else torch.device(device)
+        if self.backend != "auto" or device.type == "meta":
+            return ""
+        try:
+            return f" ({resolve(self.backend, self.compute, device, get_format(self.format)).name} on {device})"
+        except BackendUnavailable:
+            return f" (none on {device})"
+
+
+def _upload_table(fmt: BlockFormat, qweight: Tensor) -> None:
+    """Put a format's lookup table where the rows are: now, not at a first call inside a CUDA graph's private pool."""
+    if fmt.table is not None and qweight.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        fmt.table_on(qweight.device)

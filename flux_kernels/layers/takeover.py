@@ -1,0 +1,96 @@
+"""Make a GGUFLinear of another linear layer: take over packed bytes, quantize, and carry hooks and flags across."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FormatError
+from ..formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType, get_format
+from ..torch_backend import reference
+from .linear import GGUFLinear
+
+_ROWS: list[BlockFormat | PlainType] = [*FORMATS.values(), *PLAIN_TYPES.values()]
+_TYPES = {row.ggml_type: row for row in _ROWS}
+_LEFT_BEHIND = {"forward", "_old_forward", "_hf_hook", "device", "source_cls"}  # rebuilt, or diffusers' own bookkeeping
+
+
+def is_diffusers_gguf(module: nn.Module) -> bool:
+    """Tell whether a module is diffusers' GGUFLinear, without importing diffusers."""
+    return type(module).__name__ == "GGUFLinear" and type(module).__module__.startswith("diffusers.")
+
+
+def packed_type(parameter: Tensor, name: str) -> BlockFormat | PlainType:
+    """Return the row (block format or plain type) of a diffusers GGUFParameter; raise FormatError where it is unknown."""
+    number = int(parameter.quant_type)  # type: ignore[attr-defined]
+    if number not in _TYPES:
+        raise FormatError(f'{name} has ggml type {number}, which is not known here. Leave it out with exclude="{name}".')
+    return _TYPES[number]
+
+
+def plain_bytes(parameter: Tensor) -> Tensor:
+    """Return the bytes of a diffusers GGUFParameter as an ordinary tensor on the same storage."""
+    return parameter.as_tensor().detach()  # type: ignore[attr-defined]
+
+
+def plain_bias(module: Any, compute_dtype: torch.dtype) -> Tensor | None:
+    """Return the layer's bias as a float tensor; one that diffusers holds as packed bytes is decoded."""
+    bias = module.bias
+    if bias is None or not hasattr(bias, "quant_type"):
+        return bias
+    return nn.Parameter(decode_stored(bias, "bias", compute_dtype), requires_grad=False)
+
+
+def decode_stored(parameter: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Decode a diffusers GGUFParameter of any type to `dtype`."""
+    row, data = packed_type(parameter, name), plain_bytes(parameter)
+    if isinstance(row, BlockFormat):
+        return reference.dequantize(data, row, dtype)
+    return data.view(row.dtype).to(dtype)
+
+
+def take_over(module: Any, backend: str, compute: str) -> GGUFLinear:
+    """Wrap the bytes of diffusers' GGUFLinear: moved, not copied, unless the backend wants them as planes."""
+    fmt = packed_type(module.weight, "weight").name
+    dtype = module.compute_dtype or torch.float32
+    return GGUFLinear.from_packed(
+        plain_bytes(module.weight), fmt, plain_bias(module, dtype), backend=backend, compute=compute, compute_dtype=dtype
+    )
+
+
+def unpack_plain(module: Any) -> nn.Linear:
+    """Turn diffusers' GGUFLinear of a plain type (BF16) into the nn.Linear it stands for."""
+    dtype = module.compute_dtype or torch.float32
+    plain = PLAIN_TYPES[packed_type(module.weight, "weight").name]
+    weight = plain_bytes(module.weight).view(plain.dtype).to(dtype)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = plain_bias(module, dtype)  # type: ignore[assignment]
+    return linear
+
+
+def quantize_layer(module: nn.Linear, format: str, backend: str, compute: str) -> GGUFLinear:
+    """Quantize an nn.Linear on the device it is on."""
+    weight = module.weight.detach()
+    if weight.device.type == "meta":
+        fmt = get_format(format)
+        qweight = torch.empty(weight.shape[0], fmt.row_bytes(weight.shape[1]), dtype=torch.uint8, device="meta")
+        return GGUFLinear.from_packed(qweight, fmt, module.bias, backend=backend, compute=compute, compute_dtype=weight.dtype)
+    return GGUFLinear.from_linear(module, format, backend=backend, compute=compute)
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Carry hooks, the training flag and foreign attributes of `old` (such as `_tp_packed_row_blocks`) over to `new`."""
+    own = set(new.__dict__) - {key for key in new.__dict__ if "_hooks" in key}
+    for key, value in old.__dict__.items():
+        if key not in own and key not in _LEFT_BEHIND:
+            new.__dict__[key] = value
+    new.train(old.training)
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, hook)
+    return new

@@ -1,0 +1,119 @@
+"""The log of a measurement: one JSON line a result, appended as it is found, so that nothing is measured twice.
+
+Every process of a measurement has a log of its own, `<costs>.rank<r>.jsonl`, and reads those of all. The first line says
+what is measured; a log of something else is refused. A last line that was cut off half-way does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError
+from ..mixed.cost import CostRow
+
+SCHEMA = "flux_kernels.measure_log/1"
+Found = dict[tuple[str, str], CostRow]
+
+
+def log_path(table: Path, rank: int) -> Path:
+    """Return the path of a process's log."""
+    return table.with_name(f"{table.name}.rank{rank}.jsonl")
+
+
+def log_paths(table: Path) -> list[Path]:
+    """Return the logs that lie beside a table."""
+    prefix, suffix = f"{table.name}.rank", ".jsonl"
+    names = [path for path in table.parent.glob("*.jsonl") if path.name.startswith(prefix)]
+    return sorted(path for path in names if path.name[len(prefix) : -len(suffix)].isdigit())
+
+
+def read_logs(table: Path, identity: Mapping[str, str]) -> Found:
+    """Return all results in the logs beside a table.
+
+    Args:
+        table: the cost table's path.
+        identity: what is measured, as the first line of every log says it: hashes of model and states, importance, dtype.
+
+    Raises:
+        FormatError: where a log was begun with something else, or has a damaged line before its last.
+    """
+    found: Found = {}
+    for path in log_paths(table):
+        lines = _whole_lines(path)
+        if not lines:
+            continue
+        _check_identity(path, lines[0], identity)
+        for number, line in enumerate(lines[1:], start=2):
+            row = _row(line, f"{path}, line {number}")
+            found[row.tensor, row.type] = row
+    return found
+
+
+class MeasureLog:
+    """Append results to the log of one process; each is on the disk before the next is begun."""
+
+    def __init__(self, table: Path, rank: int, identity: Mapping[str, str]):
+        self.path = log_path(table, rank)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = _whole_lines(self.path) if self.path.exists() else []
+        if whole:
+            _check_identity(self.path, whole[0], identity)
+        self._file = self.path.open("ab")
+        self._file.truncate(sum(len(line) + 1 for line in whole))  # what was cut off half-way
+        if not whole:
+            self._write({"schema": SCHEMA, **identity})
+
+    def append(self, row: CostRow) -> None:
+        """Write one result."""
+        self._write(asdict(row))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _check_identity(path: Path, line: bytes, identity: Mapping[str, str]) -> None:
+    try:
+        written = json.loads(line)
+    except ValueError:
+        written = {}
+    if not isinstance(written, dict) or written.get("schema") != SCHEMA:
+        raise FormatError(f"{path} is no log of this version of `measure`. Remove it, or choose another --out.")
+    different = [name for name, value in identity.items() if written.get(name) != value]
+    if different:
+        name = different[0]
+        raise FormatError(
+            f"{path} was begun with another {name.replace('_', ' ')} ({_short(written.get(name))}, now {_short(identity[name])}). "
+            "Results of both do not compare: remove the log to measure anew, or choose another --out."
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def _row(line: bytes, where: str) -> CostRow:
+    try:
+        return CostRow(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{where} is damaged ({error}). Remove the line, and it is measured anew.") from None
+
+
+def missing(items: Iterable[tuple[str, str]], found: Found) -> list[tuple[str, str]]:
+    """Return the items that have no result yet, in their order."""
+    return [item for item in items if item not in found]

@@ -1,0 +1,168 @@
+"""Captured states: inputs of the transformer from real denoising runs, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..files import file_sha256
+
+SCHEMA = "flux_kernels.states/1"
+PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")  # batch dimension first
+SHARED = ("img_ids", "txt_ids")  # of all pictures of one size
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens that run together, at most; a larger picture runs alone
+
+
+@dataclass(frozen=True)
+class State:
+    """Hold one sampled step of one denoising run.
+
+    Attributes:
+        inputs: keyword arguments of the transformer with a batch of 1 (guidance is left out where the model has none).
+        velocity: what the unquantized transformer returned, [1, image tokens, channels].
+        prompt: of the picture.
+        seed: of its noise.
+        width: in pixels.
+        height: in pixels.
+        step: index of the sampled step.
+        steps: of the whole run.
+        sigma: noise level at the step.
+        dsigma: how far the step moves sigma, positive.
+    """
+
+    inputs: dict[str, Tensor]
+    velocity: Tensor
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    step: int
+    steps: int
+    sigma: float
+    dsigma: float
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that is not a tensor."""
+        return {name: value for name, value in vars(self).items() if name not in ("inputs", "velocity")}
+
+    @property
+    def tokens(self) -> int:
+        """Number of image and text tokens."""
+        return self.inputs["hidden_states"].shape[1] + self.inputs["encoder_hidden_states"].shape[1]
+
+
+@dataclass
+class States:
+    """Hold captured states and what they were captured from.
+
+    Attributes:
+        items: the states.
+        model: name of the model's file.
+        source_sha256: of that file's bytes.
+        sha256: of the states file, once saved or loaded.
+    """
+
+    items: list[State]
+    model: str
+    source_sha256: str
+    sha256: str = field(default="", compare=False)
+
+    def save(self, path: Path) -> None:
+        """Write the states; the file is complete before it takes its name."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for number, state in enumerate(self.items):
+            for name, tensor in {**state.inputs, "velocity": state.velocity}.items():
+                tensors[f"{number}.{name}"] = tensor.contiguous().cpu()
+        facts = dict(model=self.model, source_sha256=self.source_sha256, states=[state.facts() for state in self.items])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        save_file(tensors, beside, {SCHEMA: json.dumps(facts, ensure_ascii=False)})  # one key: several have no fixed order
+        beside.replace(path)
+        self.sha256 = file_sha256(path)
+
+    @classmethod
+    def load(cls, path: Path) -> States:
+        """Read states; raise FormatError where the file holds none of this schema."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as stored:
+                about = (stored.metadata() or {}).get(SCHEMA)
+                names = stored.keys() if about else []
+                tensors = {name: stored.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise FormatError(f"{path} is no file of captured states ({error}). Remove it; `measure` captures anew.") from None
+        if not tensors:
+            raise FormatError(f"{path} holds no captured states of the schema {SCHEMA}. Remove it; `measure` captures anew.")
+        facts = json.loads(about)
+        items = []
+        for number, state in enumerate(facts["states"]):
+            own = {name: tensors[f"{number}.{name}"] for name in (*PER_PICTURE, *SHARED) if f"{number}.{name}" in tensors}
+            items.append(State(own, tensors[f"{number}.velocity"], **state))
+        return cls(items, facts["model"], facts["source_sha256"], file_sha256(path))
+
+    def unlike(
+        self,
+        count: int | None = None,
+        prompts: Collection[str] | None = None,
+        sizes: Collection[tuple[int, int]] = (),
+        steps: int | None = None,
+        seed: int | None = None,
+    ) -> str | None:
+        """Say in which way these are not the states that such a capture would give, or None; what is not given does not count."""
+        if count is not None and len(self.items) != count:
+            return f"{len(self.items)} states, not {count}"
+        for state in self.items:
+            if prompts is not None and state.prompt not in prompts:
+                return f"states of another prompt, {state.prompt!r}"
+            if sizes and (state.width, state.height) not in sizes:
+                return f"states of {state.width}x{state.height} pixels"
+            if steps is not None and state.steps != steps:
+                return f"states of runs of {state.steps} steps, not {steps}"
+        if seed is not None and self.items[0].seed != seed:
+            return f"states from seed {self.items[0].seed} on, not {seed}"
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a cost table says about its states."""
+        sizes = sorted({f"{state.width}x{state.height}" for state in self.items})
+        return dict(count=len(self.items), sha256=self.sha256, steps=self.items[0].steps, sizes=sizes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Hold states of one size that run together: their indices, and the transformer's keyword arguments."""
+
+    indices: list[int]
+    inputs: dict[str, Tensor]
+
+
+def batches(items: Sequence[State], device: torch.device, dtype: torch.dtype) -> list[Batch]:
+    """Group states of one size into batches, in an order that depends on the states alone."""
+    groups: dict[tuple, list[int]] = {}
+    for index, state in enumerate(items):
+        ids = tuple(state.inputs[name].numpy().tobytes() for name in SHARED)
+        groups.setdefault((ids, tuple(sorted(state.inputs))), []).append(index)
+    limit = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+    found = []
+    for indices in groups.values():
+        at_once = max(1, limit // items[indices[0]].tokens)
+        for start in range(0, len(indices), at_once):
+            part = indices[start : start + at_once]
+            found.append(Batch(part, _stack([items[index].inputs for index in part], device, dtype)))
+    return found
+
+
+def _stack(inputs: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    stacked = {name: torch.cat([one[name] for one in inputs]) for name in PER_PICTURE if name in inputs[0]}
+    stacked |= {name: inputs[0][name] for name in SHARED}
+    return {name: tensor.to(device, dtype) for name, tensor in stacked.items()}

@@ -1,0 +1,1 @@
+"""Pages, figures and contact sheets; they import nothing else of this package."""

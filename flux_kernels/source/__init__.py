@@ -1,0 +1,1 @@
+"""Models to read from: GGUF, safetensors and diffusers folders, tensor by tensor."""

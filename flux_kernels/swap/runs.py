@@ -1,0 +1,39 @@
+"""Tell in words what a packed layer runs where it is, or will be moved to: backend, algorithm and tile by number of rows."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import execution_devices, resolve
+from ..compute import WEIGHT_ONLY_M
+from ..errors import BackendUnavailable
+from ..formats import FORMATS
+from ..layers.linear import GGUFLinear
+
+SHOWN_ROWS = (1, 512, 4608)  # modulation, text, and image plus text of a 1024 x 1024 Flux step
+
+
+def runs_as(layer: GGUFLinear) -> str:
+    """Say what runs a layer, such as "triton on cuda:0: small_m at M=1, fused 128x128x256 ... above"."""
+    fmt, device = FORMATS[layer.format], _execution_device(layer)
+    try:
+        backend = resolve(layer.backend, layer.compute, device, fmt).name
+    except BackendUnavailable:
+        return f"nothing on {device}"
+    if backend != "triton":
+        return f"{backend} on {device}"
+    from ..kernels.choice import choose
+
+    n, k = layer.out_features, layer.in_features
+    modes = [(m, layer.compute if m > WEIGHT_ONLY_M else "exact") for m in SHOWN_ROWS]
+    found = [(m, str(choose(mode, fmt, m, n, k, device, layer.compute_dtype))) for m, mode in modes]
+    parts = [f"{what} at M={m}" for at, (m, what) in enumerate(found) if at == 0 or what != found[at - 1][1]]
+    return f"triton on {device}: {', '.join(parts)}"
+
+
+def _execution_device(layer: GGUFLinear) -> torch.device:
+    """Return where the layer computes: its hook's device, an accelerator it may be moved to, or where it is."""
+    hooked = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    if hooked is not None:
+        return torch.device(hooked)
+    return execution_devices(layer.qweight.device)[-1]
