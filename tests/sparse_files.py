@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
-from flux_files import Architecture
+from .flux_files import Architecture
 
 FLUX_DEV = Architecture(19, 38, width=3072, head=128, text=4096, pooled=768)
 ITEMSIZES = {"F32": 4, "BF16": 2, "F16": 2}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from flux_files import Architecture, flux_file, layout_types
 from PIL import Image, ImageDraw
 from transformers import T5EncoderModel
 
 from flux_kernels.generation.embedded import embedded_model_path
 
+from .flux_files import Architecture, flux_file, layout_types
 from .t5_files import type_of, write_t5
 
 IN_CHANNELS = {"dev": 64, "schnell": 64, "canny": 128, "fill": 384}

@@ -13,65 +13,31 @@ import flux_kernels
 
 PACKAGE = Path(flux_kernels.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Layers from the bottom up; a module may import from its own layer and from those before it.
-LAYERS = [
-    ("errors", "_triton", "gpu_clock", "clock"),
-    ("formats", "compute", "low_rank"),
-    ("reference", "random_rows", "kernels", "gguf_spec", "gguf_header", "libggml", "tensor_check"),
-    ("low_precision", "cpu_threads", "cpu_decode", "cpu_linear", "tune_candidates", "tune_compile", "tune"),
-    ("torch_backend",),
-    ("backends",),
-    ("ops", "packing", "gguf_file", "gguf_write"),
-    ("eager", "lazy_weight", "layer_row_scale"),
-    ("linear", "embedding"),
-    (
-        "footprint",
-        "pinned",
-        "swap_report",
-        "takeover",
-        "calibration",
-        "fidelity",
-        "fidelity_table",
-        "outliers",
-        "runs",
-        "fused_linear",
-    ),
-    ("fuse",),
-    ("diffusers_guard", "swap_plan"),
-    ("swap",),
-    ("flux", "t5"),
-]
-CORE = (
-    "errors",
-    "_triton",
-    "gpu_clock",
-    "clock",
-    "random_rows",
-    "tune_candidates",
-    "tune_compile",
-    "tune",
-    "formats",
-    "compute",
-    "low_rank",
-    "reference",
-    "low_precision",
-    "libggml",
-    "cpu_decode",
-    "cpu_linear",
-    "cpu_threads",
-    "torch_backend",
-    "kernels",
-    "backends",
-    "eager",
-    "ops",
-    "packing",
-    "lazy_weight",
-    "layer_row_scale",
-    "linear",
-    "embedding",
+MODULES = {
+    ".".join(("flux_kernels", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in FILES
+}
+# From the bottom up; a module imports from its own folder and from those before it.
+LAYERS = (
+    *("errors", "version", "_triton", "files", "report", "formats", "gguf", "compute", "kernels", "torch_backend", "backends"),
+    *("ops", "packing", "layers", "swap", "calibration", "flux", "t5", "install_hints", "machine", "source"),
 )
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-TOP = len(LAYERS)  # integrations, mixed, cli and what else users touch: may import everything
+# What users meet: any of them may import any of LAYERS, and these from those before them.
+USES = ("integrations", "generation", "mixed", "convert", "plan", "measure", "benchmark", "cli", "__main__")
+CORE = (
+    *("errors", "_triton", "formats", "compute", "kernels", "torch_backend", "backends", "ops", "packing"),
+    *("layers/eager", "layers/embedding", "layers/lazy_weight", "layers/linear", "layers/low_rank", "layers/row_scale"),
+    *(
+        "machine/candidates",
+        "machine/clock",
+        "machine/gpu_clock",
+        "machine/random_rows",
+        "machine/tune",
+        "machine/tune_compile",
+    ),
+)
+RANK = {name: rank for rank, name in enumerate((*LAYERS, *USES))}
+ROOT_MODULES = 12  # at most
 
 
 def module_of(path: Path) -> str:
@@ -88,9 +54,9 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             stem = ".".join(part for part in (base, node.module) if part)
-            found |= {stem} if node.module else {f"{stem}.{alias.name}" for alias in node.names}
-            if stem == "flux_kernels":
-                found |= {f"{stem}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                whole = f"{stem}.{alias.name}"
+                found.add(whole if not node.module or stem == "flux_kernels" or whole in MODULES else stem)
     return found
 
 
@@ -101,9 +67,37 @@ def own(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent != PACKAGE or path.name != "__init__.py"], ids=str)
 def test_imports_point_downwards(path):
-    mine = RANK.get(module_of(path), TOP)
     for other in own(path):
-        assert RANK.get(other, TOP) <= mine, f"{module_of(path)} must not import {other}"
+        assert RANK[other] <= RANK[module_of(path)], f"{module_of(path)} must not import {other}"
+
+
+def test_the_root_holds_few_modules():
+    assert len(list(PACKAGE.glob("*.py"))) <= ROOT_MODULES and len(LAYERS) <= 25
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "measure"])
+def test_commands_that_make_files_import_none_of_each_other(command):
+    others = {"convert", "plan", "measure"} - {command}
+    assert not [path for path in (PACKAGE / command).glob("*.py") if own(path) & others]
+
+
+def test_imports_make_no_circle():
+    """Follow the imports of every module, those for type checkers and those inside functions too."""
+    # Not the package's own file: the public names import from everywhere, and no module imports them (test above).
+    edges = {
+        name: imports(path) & MODULES.keys() - {"flux_kernels"} for name, path in MODULES.items() if name != "flux_kernels"
+    }
+    done: set[str] = set()
+
+    def follow(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " imports ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in sorted(edges[name]):
+                follow(other, (*way, name))
+            done.add(name)
+
+    for name in edges:
+        follow(name, ())
 
 
 def test_kernels_know_no_format_by_name():
@@ -114,7 +108,8 @@ def test_kernels_know_no_format_by_name():
 
 def test_the_core_imports_torch_and_triton_only():
     for path in FILES:
-        if module_of(path) in CORE:
+        relative = path.relative_to(PACKAGE).with_suffix("")
+        if {relative.parts[0], relative.as_posix()} & set(CORE):
             outside = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names
             assert outside <= {"torch", "flux_kernels", "triton", "libggml"}, path
 

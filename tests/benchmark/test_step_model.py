@@ -11,7 +11,8 @@ from torch import nn
 from flux_kernels.benchmark.shapes import STEPS, whole_step
 from flux_kernels.benchmark.step.inputs import StepConfig, step_inputs
 from flux_kernels.benchmark.step.model import StepModel
-from tests.conftest import TINY_FLUX
+
+from ..conftest import TINY_FLUX
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,9 @@ import flux_kernels as fk
 from flux_kernels import kernels
 from flux_kernels.compute import COMPUTE_MODES
 from flux_kernels.formats import FORMATS
-from tests.conftest import TINY_FLUX, flux_inputs
-from tests.gpu.test_on_gpu import packed
+
+from ..conftest import TINY_FLUX, flux_inputs
+from .test_on_gpu import packed
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,8 @@ from flux_kernels.generation.demo import Variant, write_variant
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from flux_kernels.generation.memory_plan import MODES
 from flux_kernels.generation.placement import STREAMED, measured_parts, place
-from tests.task_files import write_embedded_t5
+
+from ..task_files import write_embedded_t5
 
 pytestmark = [
     pytest.mark.gpu,

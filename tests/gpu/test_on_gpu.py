@@ -19,8 +19,9 @@ from flux_kernels.kernels import exact, fp16_accumulate, int8
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tiles import fused_tile
 from flux_kernels.torch_backend.low_precision import linear_fp16_accumulate, linear_int8, quantize_groups
-from tests.gpu import compare
-from tests.kernels.samples import finite_rows, golden
+
+from ..kernels.samples import finite_rows, golden
+from . import compare
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ from torch import nn
 
 import flux_kernels as fk
 
-from ..test_operations_table import CLOSE, assert_same, lora_config, lora_state_dict, packed_layers, pipeline, run, twin
+from ..swap.test_operations_table import CLOSE, assert_same, lora_config, lora_state_dict, packed_layers, pipeline, run, twin
 
 peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")

@@ -6,8 +6,9 @@ import inspect
 import json
 
 import torch
-from flux_files import WIDTH, Architecture
 from safetensors.torch import save_file
+
+from ..flux_files import WIDTH, Architecture
 
 SMALL = Architecture(1, 1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixed.source_models import SMALL, bfl_tensors
 from safetensors.torch import save_file
 
 import flux_kernels as fk
@@ -16,6 +15,8 @@ from flux_kernels.gguf.file import write_gguf
 from flux_kernels.mixed.covariance import save_covariance
 from flux_kernels.mixed.low_rank_fit import corrected
 from flux_kernels.mixed.plan_file import Plan
+
+from .source_models import SMALL, bfl_tensors
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
 MOD = "double_blocks.0.txt_mod.lin.weight"

@@ -8,7 +8,8 @@ import torch
 import flux_kernels as fk
 from flux_kernels.measure.measurer import Measurer
 from flux_kernels.mixed.low_rank_fit import STORED, corrected, fit, root_of
-from tests.mixed.captured import embedded_pipeline, states
+
+from .captured import embedded_pipeline, states
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
 

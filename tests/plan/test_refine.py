@@ -1,0 +1,64 @@
+"""Refinement: on a model whose costs do not add, measuring the plan as a whole and correcting the costs pays."""
+
+from __future__ import annotations
+
+import pytest
+
+from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
+from flux_kernels.plan.problem import greedy_within, make_problem, options_of, plan_within
+from flux_kernels.plan.refine import refine
+
+from ..mixed.made_costs import made_table
+
+BUDGET = 3_600_000
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(made_table(), layout_of_shapes(embedded_shapes(), "embedded"))
+
+
+def coupled(problem):
+    """Return a joint cost in which errors of the image stream add up in amplitude, and so cost more than their sum."""
+
+    def measure(types):
+        image = [problem.costs[name][kind] for name, kind in types.items() if "img_" in name]
+        others = [problem.costs[name][kind] for name, kind in types.items() if "img_" not in name]
+        return sum(cost**0.5 for cost in image) ** 2 + sum(others)
+
+    return measure
+
+
+def test_corrected_costs_find_a_better_plan(problem):
+    found = refine(problem, BUDGET, coupled(problem), rounds=2)
+    assert len(found.rounds) >= 2
+    assert found.plan.joint_cost == min(one.measured for one in found.rounds) < found.rounds[0].measured
+    assert found.plan.bytes <= BUDGET
+    assert found.plan.options["rounds"][0]["measured"] == found.rounds[0].measured
+    assert found.plan.cost == pytest.approx(
+        sum(problem.costs[n][o] for n, o in options_of(found.plan).items() if n in problem.costs)
+    )
+
+
+def test_where_costs_add_the_first_plan_stays(problem):
+    found = refine(problem, BUDGET, lambda types: sum(problem.costs[name][kind] for name, kind in types.items()), rounds=3)
+    first = plan_within(problem, BUDGET)
+    assert found.plan.types == first.types
+    assert found.plan.joint_cost == pytest.approx(first.cost)
+    assert len(found.rounds) == 1  # the corrected costs lead to the same plan, which is not measured twice
+
+
+def test_no_round_measures_once(problem):
+    measured = []
+    found = refine(problem, BUDGET, coupled(problem), rounds=0, on_measured=lambda what, cost: measured.append(what))
+    assert measured == ["round 0"] and len(found.rounds) == 1
+
+
+def test_a_better_start_wins(problem):
+    """A measure that contradicts the table altogether: only the start that was brought along is any good."""
+    start = greedy_within(problem, BUDGET - 200_000)
+    types = {name: kind for name, kind in options_of(start).items() if name in problem.costs}
+    found = refine(
+        problem, BUDGET, lambda asked: 0.0 if dict(asked) == types else 1.0, rounds=1, starts=[start], grouping="block"
+    )
+    assert found.plan.types == start.types and found.plan.joint_cost == 0.0
