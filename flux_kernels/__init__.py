@@ -38,13 +38,13 @@ _LAZY = {  # names whose modules need more than torch, or are wanted by few: imp
     "FluxKernelsConfig": "integrations.config",
     "fuse_lora": "integrations.lora",
     "unfuse_lora": "integrations.lora",
-    "GGUFFile": "gguf_file",
-    "read_gguf": "gguf_file",
+    "GGUFFile": "gguf.file",
+    "read_gguf": "gguf.file",
     "load_flux": "flux",
     "load_t5": "t5",
     "save_t5": "t5",
     "save_gguf": "flux",
-    "warmup": "compile_ahead",
+    "warmup": "machine.warmup",
 }
 
 __all__ = [

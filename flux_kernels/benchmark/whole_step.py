@@ -51,7 +51,7 @@ def measure_steps(
         progress: called with a few words on what is done next.
 
     Yields:
-        Rows with the columns `step_timing.COLUMNS` and those of `record.origin`. A provider without a time says why in `note`.
+        Rows with the columns `step.timing.COLUMNS` and those of `record.origin`. A provider without a time says why in `note`.
 
     Raises:
         FormatError: on an unknown type or size, before anything runs.

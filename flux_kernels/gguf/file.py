@@ -1,4 +1,4 @@
-"""Read GGUF files: a validated header, and tensors that are memory-mapped and never copied. Writing: gguf_write.py."""
+"""Read GGUF files: a validated header, and tensors that are memory-mapped and never copied. Writing: write.py."""
 
 from __future__ import annotations
 

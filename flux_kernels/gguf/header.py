@@ -1,7 +1,7 @@
 """Parse a GGUF header strictly: no count, length or offset is used before it is checked against the bytes that are there.
 
 Layout, all little endian (source: ggml docs/gguf.md and gguf.cpp): magic, version u32, tensor count u64, key-value count u64,
-the key-values, the tensor infos, zeros up to the alignment, the tensor data. What is legal stands in gguf_spec.py.
+the key-values, the tensor infos, zeros up to the alignment, the tensor data. What is legal stands in spec.py.
 """
 
 from __future__ import annotations

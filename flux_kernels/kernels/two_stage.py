@@ -1,6 +1,6 @@
 """Two-stage: unpack the weight (or a chunk of its output features) into a scratch, then torch's own matmul.
 
-For calls of so many rows that writing the unpacked weight costs less than a decode which the product waits for (tuning.py has
+For calls of so many rows that writing the unpacked weight costs less than a decode which the product waits for (tiles.py has
 the rows by card), for float32 activations, and for Turing, where Triton has no tensor-core code. The product is torch's own,
 under torch's own flags. The scratch comes from torch's caching allocator on the current stream, so it is safe on several
 streams and under CUDA graphs; chunks.py says how large it gets.
