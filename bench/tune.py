@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from flux_kernels.backends import resolve
-from flux_kernels.compute import WEIGHT_ONLY_M
+from flux_kernels.compute import mode_of_call
 from flux_kernels.flux.calls import STEPS, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.tune import Job, tune
@@ -38,7 +38,7 @@ def main() -> None:
         for mode in arguments.compute.split(",")
         for name in arguments.formats.split(",")
         for call in calls
-        if mode == "exact" or call.m > WEIGHT_ONLY_M
+        if mode == mode_of_call(mode, call.m)
     ]
     if arguments.list:
         print(*dict.fromkeys(jobs), sep="\n")

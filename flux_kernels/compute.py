@@ -48,6 +48,11 @@ def check_mode(compute: str, k: int) -> None:
         )
 
 
+def mode_of_call(compute: str, m: int) -> str:
+    """Return the mode in which a call of `m` rows runs: with few of them only reading the weight counts, and it is exact."""
+    return compute if m > WEIGHT_ONLY_M else "exact"
+
+
 def compute_of_layer(compute: str, names: Iterable[str]) -> str:
     """Return the mode of a layer of these names under one mode for the whole model."""
     spared = any(fnmatchcase(name, pattern) for name in names for pattern in WEIGHT_ONLY_LAYERS)

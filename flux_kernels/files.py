@@ -5,19 +5,33 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import FormatError
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it, so that it appears under its name only when it is complete."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new path beside `path` to write to; rename it when the block ends, remove it where the block raises.
+
+    The file appears under its name only when it is complete, and two writers of one file do not meet: the last one counts.
+    A link is followed, so that it stays one.
+    """
+    target = Path(os.path.realpath(os.fsdecode(path)))
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_bytes(data)
-        os.replace(part, path)
+        yield part
+        os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file that appears under its name only when it is complete."""
+    with written_whole(path) as part:
+        part.write_bytes(data)
 
 
 def check_writable(path: Path, option: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "0":
 
 from flux_kernels._triton import interpreting
 from flux_kernels.formats import FORMATS, get_format
+
+from .poisoned_memory import poisoned
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +30,13 @@ def bf16_in_interpreter():
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         mend(monkeypatch)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request):
+    """Poison and guard every torch.empty of the tests of kernels and of the torch backend (see poisoned_memory.py)."""
+    with poisoned() if request.path.parent.name in ("kernels", "torch_backend") else nullcontext():
         yield
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from flux_kernels.compute import DATACENTER, PROMOTE_K, WEIGHT_ONLY_M
+from flux_kernels.compute import DATACENTER, PROMOTE_K, WEIGHT_ONLY_M, mode_of_call
 from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.kernels import exact, fp16_accumulate, int8
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
@@ -184,7 +184,7 @@ def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, bra
     found = {}
     rows, n, k = shapes
     for m in rows:
-        if compute == "exact" or m > WEIGHT_ONLY_M:
+        if compute == mode_of_call(compute, m):
             choice = default_choice(compute, fmt, m, n, k, capability, DTYPES[dtype], branch)
             found.setdefault((choice.algorithm, choice.tile), (m, choice))
     if compute == "exact":  # its unpacking is what `dequantize` does on any card, to any dtype

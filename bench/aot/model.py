@@ -15,7 +15,7 @@ from math import ceil
 
 import torch
 
-from flux_kernels.compute import DATACENTER, WEIGHT_ONLY_M, group_width
+from flux_kernels.compute import DATACENTER, WEIGHT_ONLY_M, group_width, mode_of_call
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
@@ -200,7 +200,7 @@ def tile_from(text: str) -> Tile:
 
 def choice_of(case: Case, mode: str, call: Call) -> tuple[str, Choice]:
     """Return the compute mode that a call really runs in (few rows run as exact), and the default table's choice."""
-    compute = "exact" if call.m <= WEIGHT_ONLY_M else mode
+    compute = mode_of_call(mode, call.m)
     fmt, capability = FORMATS[case.format], divmod(case.model.capability, 10)
     processors, dtype = case.model.processors, _DTYPES[case.dtype]
     return compute, default_choice(compute, fmt, call.m, call.n, call.k, capability, dtype, False, processors)

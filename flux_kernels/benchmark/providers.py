@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compute import DATACENTER, WEIGHT_ONLY_M
+from ..compute import COMPUTE_MODES, DATACENTER, WEIGHT_ONLY_M, mode_of_call
 from ..formats import BlockFormat
 from ..install_hints import install_command
 from ..torch_backend import reference
@@ -141,8 +141,9 @@ for _compute in ("exact", "fp16_accumulate", "int8"):
 
 
 def same_call(provider: str, m: int) -> str:
-    """Return the side whose very code a side runs with `m` rows: with few of them only the weight counts, and modes are exact mode."""
-    return "ours exact" if provider in ("ours fp16_accumulate", "ours int8") and m <= WEIGHT_ONLY_M else provider
+    """Return the side whose code `provider` runs with `m` rows."""
+    compute = provider.removeprefix("ours ")
+    return f"ours {mode_of_call(compute, m)}" if compute in COMPUTE_MODES else provider
 
 
 def _algorithm(name: str):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .._triton import TRITON_VERSION
+from ..files import written_whole
 from ..torch_backend import libggml
 
 CHECKOUT = Path(__file__).parents[2]
@@ -66,12 +67,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def write_csv(rows: list[dict], path: Path) -> None:
     """Write rows of equal keys to a CSV file, beside it first and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    beside.replace(path)
 
 
 def append_csv(row: dict, path: Path) -> None:

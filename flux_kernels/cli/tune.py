@@ -38,7 +38,7 @@ def tune(
     import torch
 
     from ..backends import BACKENDS, check_names, resolve
-    from ..compute import WEIGHT_ONLY_M
+    from ..compute import mode_of_call
     from ..errors import BackendUnavailable
     from ..flux.calls import step_calls
     from ..formats import get_format
@@ -58,7 +58,7 @@ def tune(
     modes = [mode for mode in modes if _runs(mode, device, get_format(names[0]))]
     calls = sorted(step_calls(height, width, batch), key=lambda call: -call.flops * call.calls)
     jobs = [Job(mode, name, call.m, call.n, call.k) for mode in modes for name in names for call in calls]
-    jobs = [job for job in dict.fromkeys(jobs) if job.compute == "exact" or job.m > WEIGHT_ONLY_M]
+    jobs = [job for job in dict.fromkeys(jobs) if job.compute == mode_of_call(job.compute, job.m)]
     console = Console(highlight=False, stderr=as_json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import FormatError, GGUFError
-from ..files import check_writable
+from ..files import check_writable, written_whole
 from ..flux import load_flux
 from ..swap import swap_linear
 from ..swap.report import SwapReport
@@ -299,12 +299,8 @@ def save_png(made: Made, path: Path) -> None:
     if path.exists() and not path.is_file():  # /dev/null
         made.image.save(path, "PNG", pnginfo=text)
         return
-    beside = path.with_name(f"{path.name}.part")  # a full disk leaves the picture of the last run as it was
-    try:
-        made.image.save(beside, "PNG", pnginfo=text)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(path) as part:  # a full disk leaves the picture of the last run as it was
+        made.image.save(part, "PNG", pnginfo=text)
 
 
 def check_out(path: Path, request: Request) -> None:

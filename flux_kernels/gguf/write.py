@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GGUFError
+from ..files import written_whole
 from ..formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType
 from .spec import (
     ALIGNMENT_KEY,
@@ -83,21 +83,15 @@ def write_gguf(
     tensors = list(tensors)
     plans, header, alignment = _plan([entry[:3] for entry in tensors], metadata, alignment)
     total = len(header) + sum(padded(plan.nbytes, alignment) for plan in plans)
-    part = f"{target}.{secrets.token_hex(4)}.part"
-    try:
-        with open(part, "xb") as file:
-            file.write(header)
-            for plan, entry in zip(plans, tensors):
-                _write_tensor(file, plan, entry[3])
-                file.write(bytes(padded(plan.nbytes, alignment) - plan.nbytes))
-                if progress:
-                    progress(plan.name, file.tell(), total)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
+    with written_whole(target) as part, part.open("xb") as file:
+        file.write(header)
+        for plan, entry in zip(plans, tensors):
+            _write_tensor(file, plan, entry[3])
+            file.write(bytes(padded(plan.nbytes, alignment) - plan.nbytes))
+            if progress:
+                progress(plan.name, file.tell(), total)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def planned_size(tensors: Iterable[tuple[str, str, Iterable[int]]], metadata: Metadata, *, alignment: int | None = None) -> int:

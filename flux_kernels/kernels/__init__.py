@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compute import WEIGHT_ONLY_M, Branch
+from ..compute import Branch, mode_of_call
 from ..formats import BlockFormat
 from . import exact, fp16_accumulate, int8, two_stage
 from .choice import choose
@@ -58,7 +58,7 @@ def linear(
         x = x if x.stride(-1) == 1 else x.contiguous()
         data = aligned(data)
         bias = None if bias is None else bias.contiguous()
-        compute = compute if x.shape[0] > WEIGHT_ONLY_M else "exact"
+        compute = mode_of_call(compute, x.shape[0])
         with device_of(data):
             if compute == "int8":
                 int8.linear(x, data, bias, y, fmt, planes, branch, outliers, row_scale=row_scale)
@@ -84,7 +84,7 @@ def prepare(problem: Problem, compute: str) -> int8.Run:
 
     It takes (x, data, bias, y, branch, row_scale), whatever the mode makes of the last. The tensors it is given later are what `problem` says, contiguous, data at a 16-byte address, on the current device.
     """
-    compute = compute if problem.m > WEIGHT_ONLY_M else "exact"
+    compute = mode_of_call(compute, problem.m)
     shape = problem.m, problem.n, problem.k
     choice = choose(compute, problem.fmt, *shape, problem.device, problem.dtype, problem.rank > 0)
     run = _MODES[compute].prepare(problem, choice)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from .._triton import TRITON_VERSION
+from ..files import write_whole
 from ..formats import FORMATS, BlockFormat
 from .launching import capability_of
 from .tiles import Tile
@@ -91,13 +92,11 @@ class TuningRecord:
     rows: dict[tuple, TuningRow] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write the record beside, then rename."""
+        """Write the record; it appears under its name only when it is complete."""
         head = dict(schema=SCHEMA, device=self.device, versions=self.versions, date=self.date)
         text = json.dumps(head | dict(rows=[asdict(row) for row in self.rows.values()]), indent=1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part{os.getpid()}")
-        part.write_text(text + "\n")
-        part.replace(path)
+        write_whole(path, f"{text}\n".encode())
 
     @classmethod
     def load(cls, path: Path) -> TuningRecord:

@@ -128,13 +128,13 @@ def planned_calls(
     format: str, compute: str, device: torch.device | None = None, capability: tuple[int, int] | None = None
 ) -> list[CallFact]:
     """List what each call of a 1024 x 1024 step runs on a GPU: as measured for `device`, or by default for a `capability`."""
-    from ..compute import WEIGHT_ONLY_M
+    from ..compute import mode_of_call
     from ..flux.calls import step_calls
     from ..kernels.choice import choose, default_choice
 
     fmt, found = get_format(format), []
     for call in step_calls():
-        mode = compute if call.m > WEIGHT_ONLY_M else "exact"
+        mode = mode_of_call(compute, call.m)
         shape = (call.m, call.n, call.k)
         choice = default_choice(mode, fmt, *shape, capability) if device is None else choose(mode, fmt, *shape, device)
         tile = str(choice.tile or "")

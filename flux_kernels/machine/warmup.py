@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import ops
 from ..backends import execution_devices, resolve, wants_planes
+from ..compute import mode_of_call
 from ..errors import BackendUnavailable
 from ..flux.calls import TEXT, image_tokens
 from ..formats import FORMATS
@@ -136,5 +137,7 @@ def _compile(signature: Signature, device: torch.device) -> Compiled:
             f"Not enough memory on {device} to run one layer of {signature.m} x {signature.k} x {signature.n}. Compile before "
             "the model is moved there, or for smaller pictures."
         ) from error
-    choice = choose(signature.compute, fmt, signature.m, signature.n, signature.k, device, signature.dtype)
+    choice = choose(
+        mode_of_call(signature.compute, signature.m), fmt, signature.m, signature.n, signature.k, device, signature.dtype
+    )
     return Compiled(signature, choice, time.perf_counter() - started)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..files import file_sha256
+from ..files import file_sha256, written_whole
 
 SCHEMA = "flux_kernels.states/1"
 PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")  # batch dimension first
@@ -84,9 +84,8 @@ class States:
                 tensors[f"{number}.{name}"] = tensor.contiguous().cpu()
         facts = dict(model=self.model, source_sha256=self.source_sha256, states=[state.facts() for state in self.items])
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        save_file(tensors, beside, {SCHEMA: json.dumps(facts, ensure_ascii=False)})  # one key: several have no fixed order
-        beside.replace(path)
+        with written_whole(path) as part:
+            save_file(tensors, part, {SCHEMA: json.dumps(facts, ensure_ascii=False)})  # one key: several have no fixed order
         self.sha256 = file_sha256(path)
 
     @classmethod

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 
 from ..errors import FormatError
+from ..files import written_whole
 from ..flux.names import block_of
 from ..flux.types import BLOCK, tensor_kind
 from ..formats import FORMATS
@@ -78,12 +79,10 @@ def write_casting_cost(table: CostTable, layout: FileLayout, path: Path) -> None
             raise FormatError(f"The cost table lacks {lacking}; a casting_cost table needs every matrix of a block.")
         shared = [kind for kind in measured[0] if kind in FORMATS and all(kind in rows for rows in measured)]
         lines += [(layer, _quant(kind), f"{sum(rows[kind].mfq_cost for rows in measured):.6g}") for kind in shared]
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(lines)
-    beside.replace(path)
 
 
 def _read(path: Path, patched: bool) -> dict[int, dict[str, float]]:

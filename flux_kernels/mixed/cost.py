@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
+from ..files import written_whole
 
 SCHEMA = "flux_kernels.costs/1"
 
@@ -100,17 +101,18 @@ class CostTable:
         return found
 
     def save(self, path: Path) -> None:
-        """Write `path` and the JSON beside it; both are complete before either takes its name."""
+        """Write `path` and the JSON beside it; both are complete before either takes its name.
+
+        Processes of one run may write at once: each writes files of its own, which are the same.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        table, facts = _beside(path), _beside(sidecar(path))
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows([getattr(row, name) for name in COLUMNS] for row in self.rows)
         about = {"schema": SCHEMA, **{name: value for name, value in asdict(self).items() if name != "rows"}}
-        facts.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        facts.replace(sidecar(path))
-        table.replace(path)
+        with written_whole(path) as table, written_whole(sidecar(path)) as facts:
+            with table.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(COLUMNS)
+                writer.writerows([getattr(row, name) for name in COLUMNS] for row in self.rows)
+            facts.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
@@ -130,10 +132,6 @@ COLUMNS = tuple(column.name for column in fields(CostRow))
 def sidecar(path: Path) -> Path:
     """Return the path of the JSON that belongs to a table: `costs.csv.json` for `costs.csv`."""
     return path.with_name(path.name + ".json")
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
 
 
 def _read_rows(path: Path) -> Iterable[CostRow]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files import written_whole
 from ..source.source import SourceModel
 
 
@@ -18,12 +19,11 @@ def covariance_path(costs: Path) -> Path:
 
 
 def save_covariance(path: Path, covariances: Mapping[str, Tensor]) -> None:
-    """Write tensor name -> float32 [K, K], beside and then renamed."""
+    """Write tensor name -> float32 [K, K]."""
     from safetensors.torch import save_file
 
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    save_file({name: covariance.float().cpu().contiguous() for name, covariance in covariances.items()}, part)
-    part.replace(path)
+    with written_whole(path) as part:
+        save_file({name: covariance.float().cpu().contiguous() for name, covariance in covariances.items()}, part)
 
 
 def load_covariance(path: str | os.PathLike[str], source: SourceModel, ranks: Mapping[str, int]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ Source: llama.cpp tools/imatrix/imatrix.cpp and tools/quantize/quantize.cpp.
 from __future__ import annotations
 
 import os
-import secrets
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, GGUFError
+from ..files import write_whole
 from ..flux.names import strip_prefix
 from ..gguf.file import read_gguf, write_gguf
 from ..gguf.spec import MAGIC, shown
@@ -108,15 +108,7 @@ def _save_legacy(path: str | os.PathLike[str], entries: Sums, datasets: list[str
     encoded = ", ".join(datasets).encode()
     most = max(min(count, _MOST_CALLS) for _, count in entries.values())
     data += struct.pack("<ii", most, len(encoded)) + encoded
-    target = os.path.realpath(os.fsdecode(path))
-    part = f"{target}.{secrets.token_hex(4)}.part"
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-        os.replace(part, target)
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
+    write_whole(path, data)
 
 
 def _save_gguf(path: str | os.PathLike[str], entries: Sums, datasets: list[str]) -> None:

@@ -6,12 +6,12 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import FormatError
+from ..files import write_whole
 from ..formats import FORMATS, PLAIN_TYPES
 from ..gguf.check import listed
 
@@ -57,15 +57,7 @@ class Plan:
 
         Raises OSError where it cannot be written.
         """
-        target = os.path.realpath(os.fsdecode(path))
-        part = f"{target}.{secrets.token_hex(4)}.part"
-        try:
-            with open(part, "x", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-            os.replace(part, target)
-        finally:
-            if os.path.exists(part):
-                os.unlink(part)
+        write_whole(path, f"{self.to_json()}\n".encode())
 
     def to_json(self) -> str:
         """Return the plan as the JSON text of a plan file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import execution_devices, resolve
-from ..compute import WEIGHT_ONLY_M
+from ..compute import mode_of_call
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..layers.linear import GGUFLinear
@@ -25,7 +25,7 @@ def runs_as(layer: GGUFLinear) -> str:
     from ..kernels.choice import choose
 
     n, k = layer.out_features, layer.in_features
-    modes = [(m, layer.compute if m > WEIGHT_ONLY_M else "exact") for m in SHOWN_ROWS]
+    modes = [(m, mode_of_call(layer.compute, m)) for m in SHOWN_ROWS]
     found = [(m, str(choose(mode, fmt, m, n, k, device, layer.compute_dtype))) for m, mode in modes]
     parts = [f"{what} at M={m}" for at, (m, what) in enumerate(found) if at == 0 or what != found[at - 1][1]]
     return f"triton on {device}: {', '.join(parts)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..compute import WEIGHT_ONLY_M, Branch, join, outlier_branch
+from ..compute import Branch, join, mode_of_call, outlier_branch
 from ..formats import BlockFormat
 from . import cpu_decode, cpu_linear, cpu_threads, low_precision, reference
 
@@ -41,7 +41,8 @@ def linear(
     `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in x's dtype; the other modes need none.
     `row_scale` is for kernels that give a row of the weight one scale: here groups of K have theirs.
     """
-    if compute == "exact" or x.shape[0] <= WEIGHT_ONLY_M:
+    compute = mode_of_call(compute, x.shape[0])
+    if compute == "exact":
         if branch is None and cpu_linear.serves(x, data, fmt, planes):
             return cpu_linear.linear(x, data, bias, fmt)
         return reference.multiply(x, _weight(data, fmt, x.dtype, planes), bias, branch)

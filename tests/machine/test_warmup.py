@@ -35,6 +35,13 @@ def test_a_model_of_meta_tensors_can_be_warmed_up():
     assert [found.choice.algorithm for found in warmup(model, rows=[20], device="cpu")] == ["two_stage", "two_stage"]
 
 
+@pytest.mark.parametrize(("rows", "algorithm"), [(4, "small_m"), (12, "fused"), (20, "two_stage")])
+def test_few_rows_are_named_for_the_exact_kernel_that_runs(rows, algorithm):
+    """Up to 16 rows int8 runs as exact: what is named is what was compiled."""
+    done = warmup(small_model("triton", "int8"), rows=[rows], device="cpu")
+    assert [found.choice.algorithm for found in done] == [algorithm, algorithm]
+
+
 def test_the_rows_of_a_flux_follow_the_picture():
     from diffusers import FluxTransformer2DModel
 

@@ -1,0 +1,35 @@
+"""torch.empty as a kernel should fear it: full of NaN, with guard bytes on both sides that nobody may write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+GUARD = 64  # bytes on either side; a multiple of every alignment that kernels assume
+POISON = 0xFF  # of every byte: NaN in all floating dtypes, -1 in signed integers
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Make torch.empty return poisoned, guarded memory in the block; raise AssertionError where a guard was written."""
+    plain, made = torch.empty, []
+
+    def empty(*size, dtype=None, device=None, **options):
+        dtype = dtype or torch.get_default_dtype()
+        if options or torch.device(device or "cpu").type == "meta":
+            return plain(*size, dtype=dtype, device=device, **options)
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        nbytes = shape.numel() * dtype.itemsize
+        memory = plain(nbytes + 2 * GUARD, dtype=torch.uint8, device=device).fill_(POISON)
+        made.append((memory, shape, dtype))
+        return memory[GUARD : GUARD + nbytes].view(dtype).view(shape)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch, "empty", empty)
+        yield
+    for memory, shape, dtype in made:
+        for side, guard in (("before", memory[:GUARD]), ("after", memory[-GUARD:])):
+            assert bool((guard == POISON).all()), f"bytes {side} a tensor {list(shape)} of {dtype} were written"
