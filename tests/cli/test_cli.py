@@ -193,7 +193,7 @@ def test_doctor_prints_commands_that_can_be_copied(monkeypatch):
     from flux_kernels.machine import doctor
 
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None)
     column = [line.split("│")[2].strip() for line in ok("doctor").splitlines() if line.count("│") == 4]
     cells = "".join(column).replace(" ", "")  # a cell's lines are cut anywhere and padded
     assert "missing:" + install_command("bench").replace(" ", "") in cells

@@ -15,8 +15,8 @@ ROWS, COLUMNS, TENSORS = 8192, 3072, 16  # 50 MB in 16 bit, one of FLUX.1's size
 # Thread stacks and heaps of glibc (64 MB of address space a thread each) are no memory in use, but count as address space.
 CONVERT = """
 import json, resource, sys
-from flux_kernels.mixed.choose_types import Request
-from flux_kernels.mixed.convert import prepare
+from flux_kernels.convert.choose_types import Request
+from flux_kernels.convert.convert import prepare
 
 def status(key):
     with open("/proc/self/status") as file:

@@ -39,7 +39,7 @@ def test_importing_needs_neither_torch_nor_diffusers():
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
         "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(embedded_model_path().parent / "embedded.py")], check=True)
+    subprocess.run([sys.executable, "-c", code, str(embedded_model_path().parent / "generation" / "embedded.py")], check=True)
 
 
 def test_size_is_within_the_budget():

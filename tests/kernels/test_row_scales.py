@@ -18,6 +18,7 @@ from flux_kernels.kernels import int8
 from flux_kernels.kernels.choice import default_choice
 from flux_kernels.kernels.launching import Launch
 from flux_kernels.kernels.unpack_int8 import row_largest_kernel, row_scale_kernel, unpack_int8_kernel
+from flux_kernels.layers import eager
 from flux_kernels.layers import row_scale as layer_row_scale
 from flux_kernels.layers.fused_linear import FusedPart, join_layers
 from flux_kernels.torch_backend import low_precision
@@ -37,9 +38,9 @@ def rows_have_one_scale(monkeypatch):
     assert choice.algorithm == "row_scales"
     monkeypatch.setattr(int8, "choose", lambda *call: choice)
     monkeypatch.setattr(kernels, "choose", lambda *call: choice)
-    fk.eager.prepared.cache_clear()
+    eager.prepared.cache_clear()
     yield
-    fk.eager.prepared.cache_clear()
+    eager.prepared.cache_clear()
 
 
 @pytest.fixture
@@ -122,6 +123,7 @@ def test_the_op_refuses_what_does_not_fit(wrong):
         OP(*arguments, None, None, None, None, wrong)
 
 
+@pytest.mark.plain_memory
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad):
     """The torch backend takes and ignores them."""

@@ -87,7 +87,7 @@ from bench.aot.compile import compile_launch
 from bench.aot.launches import launched
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice
-from flux_kernels.kernels.tuning import Tile
+from flux_kernels.kernels.tiles import Tile
 
 def spills(compute, name, capability, algorithm, tile):
     found = launched(compute, FORMATS[name], (4608, 3072, 3072), "bf16", False, Choice(algorithm, tile, ""))

@@ -30,14 +30,14 @@ def test_every_type_is_said_to_run_where_it_runs():
 
 
 def test_a_missing_package_comes_with_its_command(monkeypatch):
-    real = doctor.version
+    real = doctor.installed_version
 
     def without_peft(name):
         if name in ("peft", "gguf"):
-            raise doctor.PackageNotFoundError(name)
+            return None
         return real(name)
 
-    monkeypatch.setattr(doctor, "version", without_peft)
+    monkeypatch.setattr(doctor, "installed_version", without_peft)
     diagnosis = doctor.diagnose()
     missing = {package.name: package.command for package in diagnosis.packages if package.version is None}
     assert missing.items() >= {"peft": install_command(), "gguf": install_command("bench")}.items()
@@ -70,6 +70,6 @@ def test_diagnosis_is_plain_data():
 def test_a_triton_that_leaves_out_hoppers_fence_is_named(monkeypatch, capability, triton, warned):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(doctor, "_version", lambda name: triton)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: triton)
     assert bool(doctor._compiler_advice()) == warned
     assert all(f"Triton {triton}" in line and "3.7.1" in line for line in doctor._compiler_advice())

@@ -118,7 +118,7 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 from flux_kernels.cli import app
-from flux_kernels.embedded import embedded_model_path
+from flux_kernels.generation.embedded import embedded_model_path
 app(["plan", {str(costs)!r}, "--size", "4MB", "-o", {str(tmp_path / "plan.json")!r}, "--report", {str(tmp_path / "r.html")!r}])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
