@@ -129,6 +129,6 @@ def tile_of(
     if algorithm == "two_stage":
         return None
     if algorithm == "small_m":
-        return small_m_tile(fmt, k, codes_serve(fmt, capability, dtype))
+        return small_m_tile(fmt, k, codes_serve(fmt, capability, dtype), capability)
     tile = fused_tile(fmt, m, n, k, capability)
     return branch_tile("fused_gemm", fmt, tile, capability) if branch else tile

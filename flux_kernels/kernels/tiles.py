@@ -48,7 +48,8 @@ _WIDE = Tile(block_m=128, block_n=128, tile_k=256, num_warps=8, num_stages=2)
 _WIDE_SMALL_BLOCKS = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=2)
 _MEDIUM = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 _NARROW = Tile(block_m=16, block_n=64, tile_k=256, num_warps=4, num_stages=2)
-_WIDE_STAGED = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)
+_TALL = Tile(block_m=128, block_n=64, tile_k=256, num_warps=8, num_stages=2)
+_SHORT_STEPS = Tile(block_m=64, block_n=64, tile_k=128, num_warps=8, num_stages=2)
 
 # With a third stage Triton also turns most grid gathers into asynchronous copies.
 _GRID_PIPELINED = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=3)
@@ -60,21 +61,28 @@ _GRID_TILES = {
     "IQ2_XXS": _GRID_PIPELINED,
     "IQ2_XS": _MEDIUM,
     "IQ2_S": _MEDIUM,
-    "IQ3_XXS": _MEDIUM,
+    "IQ3_XXS": _GRID_PIPELINED,
     "IQ3_S": _MEDIUM,
 }
 GRID_FORMATS = frozenset(_GRID_TILES)
-# IQ4_XS stages more of a superblock than _WIDE has shared memory for; Q1_0 spills with fp16 x, its signs being registers.
+# IQ4_XS stages more of a superblock than _WIDE has shared memory for; Q1_0 and Q2_0 spill, their codes being registers.
 _WIDE_EXCEPTIONS = {
-    "IQ4_XS": _WIDE_STAGED,
-    "Q1_0": Tile(block_m=128, block_n=64, tile_k=128, num_warps=8, num_stages=2),
+    "IQ4_XS": _TALL,
+    **dict.fromkeys(("Q1_0", "Q2_0"), replace(_TALL, tile_k=128)),
     **_GRID_TILES,
 }
 
-# The medium tile spills for Q3_K on sm_120 and for IQ2_XXS on sm_80.
+# The tiles of fewer rows spill for these, on one card or another, under Triton 3.6 or 3.7: Q1_0's narrow one 100 times.
 _MEDIUM_EXCEPTIONS = {
-    "IQ2_XXS": _GRID_PIPELINED,
-    "Q3_K": Tile(block_m=64, block_n=64, tile_k=256, num_warps=8, num_stages=2),
+    **dict.fromkeys(("IQ2_XXS", "IQ3_XXS"), _GRID_PIPELINED),
+    **dict.fromkeys(("Q3_K", "TQ2_0"), replace(_MEDIUM, num_warps=8)),
+    "IQ4_XS": replace(_MEDIUM, block_n=32, num_warps=8),
+    "Q2_0": _SHORT_STEPS,
+}
+_NARROW_EXCEPTIONS = {
+    **dict.fromkeys(("Q1_0", "TQ1_0", "IQ3_S", "IQ4_XS"), replace(_NARROW, num_warps=8)),
+    "Q2_0": replace(_NARROW, tile_k=128, num_warps=8),
+    "IQ2_XXS": replace(_NARROW, num_stages=3),
 }
 
 # An H200 took 0.83 to 0.86 of the time of 64 rows in Q4_K, Q6_K and Q8_0 (bench/results/nvidia-h200/small_m.csv); 64 rows spill
@@ -85,32 +93,44 @@ SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-c
 # The kernel that multiplies codes: 32 rows of w a warp, K shared by the warps of a program. Triton keeps a stage less than it is
 # told, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
 _CODES = Tile(block_m=8, block_n=32, tile_k=256, num_warps=2, num_stages=3, splits=2)
+_CODES_SPILL = {("Q3_K", (8, 6)), ("Q3_K", (8, 9)), ("Q6_K", (12, 0))}  # twice under Triton 3.6, and not as one warp
 CODES_M = _CODES.block_m  # rows it multiplies at the price of one
 
 _FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
 _SHORT_K = 64  # steps so short that 64 x 128 spills in seven formats on sm_120 (rows of 64 weights: FLUX.1's image embedder)
-_FP16_EXCEPTIONS = dict.fromkeys(_GRID_TILES, _MEDIUM) | {
-    # The tile above spills, Q8_0 on sm_80 and MXFP4 everywhere.
-    name: Tile(block_m=128, block_n=64, tile_k=128, num_warps=8, num_stages=2)
-    for name in ("Q8_0", "MXFP4")
+_FP16_EXCEPTIONS = {
+    **dict.fromkeys(_GRID_TILES, _MEDIUM),
+    **dict.fromkeys(("IQ1_S", "IQ2_S", "IQ2_XS"), replace(_MEDIUM, num_warps=8)),
+    "IQ3_S": _GRID_PIPELINED,
+    # The tile above spills, Q8_0 on sm_80, Q4_1 on sm_86 and MXFP4 everywhere.
+    **dict.fromkeys(("Q4_1", "Q8_0", "MXFP4"), replace(_TALL, tile_k=128)),
 }
+_SHORT_K_WARPS = {"Q5_0": 4}  # where a short step spills in eight warps
 
 # Where a low-rank branch in the epilogue makes the default tile spill: (kernel, format, capability) -> what changes.
 _BRANCH_CHANGES: dict[tuple, dict] = {
-    ("fused_gemm", "IQ2_S", (8, 0)): dict(block_n=128, num_warps=8),
+    ("fused_gemm", "IQ2_S", (8, 0)): dict(block_m=128, num_warps=8),
     ("fused_gemm", "IQ3_S", (8, 0)): dict(block_n=128, num_warps=8),
     ("fused_gemm", "Q5_0", (12, 0)): dict(tile_k=128),
     ("fused_gemm", "Q5_1", (12, 0)): dict(tile_k=64),
-    ("fp16_gemm", "IQ2_XS", (12, 0)): dict(num_warps=8),
-    **{("fp16_gemm", name, (12, 0)): dict(block_m=128, block_n=64) for name in ("Q4_0", "Q4_1")},
-    ("fp16_gemm", "IQ1_S", (8, 0)): dict(num_warps=8),
+    ("fp16_gemm", "Q4_0", (12, 0)): dict(tile_k=64),
     ("fp16_gemm", "Q4_K", (8, 0)): dict(block_m=128, block_n=64),
     ("fp16_gemm", "Q5_K", (8, 0)): dict(block_m=128, block_n=64),
+    **{("fp16_gemm", name, card): dict(block_m=64) for name in ("Q4_1", "Q8_0", "MXFP4") for card in ((8, 6), (8, 9), (12, 0))},
+    ("fp16_gemm", "MXFP4", (12, 0)): dict(block_m=64, num_warps=4),
 }
-# Where it makes the narrow or medium tile of two stages spill (2 to 4 accesses on sm_80 to sm_89): (format, rows of x) -> warps.
-_LOW_BRANCH_WARPS = {("IQ1_S", 16): 8, ("IQ2_XS", 16): 8, ("TQ1_0", 16): 8, ("IQ1_S", 64): 8}
-# As a part of split-K IQ4_XS's wide tile spills on sm_120.
-_SPLIT_K_EXCEPTIONS = {"IQ4_XS": Tile(block_m=128, block_n=64, tile_k=256, num_warps=8, num_stages=2)}
+# Where it makes the narrow or medium tile of two stages spill (2 to 4 accesses on sm_80 to sm_89): (format, rows of x) -> changes.
+_LOW_BRANCH_CHANGES = {
+    ("IQ1_S", 16): dict(num_warps=8),
+    ("IQ2_XS", 16): dict(num_warps=8),
+    ("IQ1_S", 64): dict(num_stages=3),
+}
+# The wide tiles that spill as a part of split-K, everywhere or on one card.
+_SPLIT_K_EXCEPTIONS: dict[object, Tile] = {
+    "IQ2_XXS": replace(_MEDIUM, num_warps=8),
+    ("IQ3_XXS", (8, 0)): replace(_MEDIUM, block_n=32),
+    "Q1_0": _SHORT_STEPS,
+}
 
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 _INT8_LOW = Tile(block_m=64, block_n=128, tile_k=128, num_warps=8, num_stages=3)
@@ -208,7 +228,7 @@ def loads_by_ldmatrix(fmt: BlockFormat, capability: tuple[int, int] | None) -> b
 def fused_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Tile:
     """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T on a card of `capability` (None: not an NVIDIA card)."""
     if m <= 16:
-        tile = _NARROW
+        tile = _NARROW_EXCEPTIONS.get(fmt.name, _NARROW)
     elif m <= 64 or n < 128:
         tile = _MEDIUM_EXCEPTIONS.get(fmt.name, _MEDIUM)
     else:
@@ -226,9 +246,9 @@ def _wide_tile(fmt: BlockFormat) -> Tile:
 def branch_tile(kernel: str, fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None) -> Tile:
     """Return the tile with which "fused_gemm" or "fp16_gemm" runs with a low-rank branch where it has `tile` without one."""
     changes = _BRANCH_CHANGES.get((kernel, fmt.name, capability), {})
-    low = _LOW_BRANCH_WARPS.get((fmt.name, tile.block_m)) if kernel == "fused_gemm" and tile.num_stages == 2 else None
+    low = _LOW_BRANCH_CHANGES.get((fmt.name, tile.block_m)) if kernel == "fused_gemm" and tile.num_stages == 2 else None
     if low is not None:
-        return replace(tile, num_warps=low)
+        return replace(tile, **low)
     if tile.block_m < _MEDIUM.block_m or tile.tile_k < changes.get("tile_k", 0):
         return tile
     return replace(tile, **changes)
@@ -237,8 +257,8 @@ def branch_tile(kernel: str, fmt: BlockFormat, tile: Tile, capability: tuple[int
 def split_k_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Tile:
     """Return the wide tile of split-K, before the number of splits is chosen."""
     tile = fused_tile(fmt, m, n, k, capability)
-    instead = _SPLIT_K_EXCEPTIONS.get(fmt.name)
-    return replace(instead, tile_k=tile.tile_k) if instead and tile.block_n > instead.block_n else tile
+    instead = _SPLIT_K_EXCEPTIONS.get((fmt.name, capability), _SPLIT_K_EXCEPTIONS.get(fmt.name))
+    return replace(instead, tile_k=tile.tile_k) if instead and tile.block_m >= _MEDIUM.block_m else tile
 
 
 def codes_serve(fmt: BlockFormat, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
@@ -247,9 +267,11 @@ def codes_serve(fmt: BlockFormat, capability: tuple[int, int] | None, dtype: tor
     return tensor_cores and fmt.code_tile is not None and dtype != torch.float32
 
 
-def small_m_tile(fmt: BlockFormat, k: int, codes: bool = False) -> Tile:
+def small_m_tile(fmt: BlockFormat, k: int, codes: bool = False, capability: tuple[int, int] | None = None) -> Tile:
     """Choose the tile of the small-M kernel, or of the one that multiplies codes (`codes_serve`)."""
     tile = _CODES if codes else _SMALL_EXCEPTIONS.get(fmt.name, _SMALL)
+    if codes and (fmt.name, capability) in _CODES_SPILL:
+        tile = replace(tile, splits=1, num_warps=1)
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
     return split_by_warps(replace(tile, tile_k=tile_k), k) if codes else replace(tile, tile_k=tile_k)
 
@@ -268,5 +290,5 @@ def fp16_tile(fmt: BlockFormat, k: int, capability: tuple[int, int] | None) -> T
     limit = SUPERBLOCK if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS.tile_k
     tile_k = max(64, largest_tile_k(fmt, k, max(limit, fmt.block_size)))
     if tile_k == _SHORT_K:
-        tile = replace(tile, block_n=min(tile.block_n, 64))
+        tile = replace(tile, block_n=min(tile.block_n, 64), num_warps=_SHORT_K_WARPS.get(fmt.name, tile.num_warps))
     return replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))
