@@ -49,11 +49,11 @@ def check_writable(path: Path, option: str) -> None:
         raise FormatError(f"{option} {path} cannot be written. Change its permissions, or name another place.")
 
 
-def file_sha256(*paths: Path) -> str:
+def file_sha256(*paths: str | os.PathLike[str]) -> str:
     """Return the sha256 of the bytes of one file, or of several one after the other."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -122,9 +122,10 @@ def _need(*packages: str) -> None:
 
 
 def _read(costs: Path, model: str | None, rule: str, constraints: Any, metric: str) -> tuple[Any, Problem]:
+    from ..files import file_sha256
     from ..mixed.casting_cost import is_casting_cost, read_casting_cost
     from ..mixed.cost import CostTable
-    from ..plan.problem import file_sha256, find_layout, make_problem
+    from ..plan.problem import find_layout, make_problem
 
     if is_casting_cost(costs):
         layout = find_layout(CostTable([]), model or "flux1-dev", rule)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ..files import file_sha256
 from ..flux.config import CONFIG_KEY
 from ..source.source import SourceModel
 from ..version import own_version
@@ -18,7 +19,6 @@ ARCHITECTURE = "flux"  # also of Chroma and FLUX.2 files; readers go by the tens
 ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
 _OTHER = "unknown"
 _SAMPLES, _SAMPLE_BYTES = 64, 2**16  # a sampled hash reads these many pieces of these many bytes, evenly spaced
-_CHUNK = 2**22
 
 KeyValues = dict[str, tuple[str, Any]]
 
@@ -79,7 +79,7 @@ def provenance_keys(
     if imatrix:
         keys["quantize.imatrix.file"] = ("STRING", os.path.basename(imatrix))  # llama.cpp's key, as is the next
         keys["quantize.imatrix.entries_count"] = ("UINT32", imatrix_entries)
-        keys["flux_kernels.imatrix.sha256"] = ("STRING", _sha256(imatrix))
+        keys["flux_kernels.imatrix.sha256"] = ("STRING", file_sha256(imatrix))
     return keys
 
 
@@ -91,7 +91,7 @@ def file_hash(path: str, whole: bool) -> str:
     """
     size = os.path.getsize(path)
     if whole or size <= _SAMPLES * _SAMPLE_BYTES:
-        return f"sha256:{_sha256(path)}"
+        return f"sha256:{file_sha256(path)}"
     found = hashlib.sha256(size.to_bytes(8, "little"))
     with open(path, "rb") as file:
         for sample in range(_SAMPLES):
@@ -102,16 +102,8 @@ def file_hash(path: str, whole: bool) -> str:
 
 def _plan_hash(path: str | None, request: Request) -> str:
     if path:
-        return _sha256(path)
+        return file_sha256(path)
     return hashlib.sha256(request.plan.to_json().encode()).hexdigest() if request.plan else ""
-
-
-def _sha256(path: str) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def _looks_like_flux(source: SourceModel) -> bool:

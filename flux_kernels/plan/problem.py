@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -218,8 +217,3 @@ def as_plan(problem: Problem, options: Mapping[str, str], about: Mapping[str, An
 def options_of(plan: Plan) -> dict[str, str]:
     """Return tensor -> option of a plan, such as "Q4_K+r16"."""
     return {name: f"{kind}+r{plan.low_rank[name]}" if name in plan.low_rank else kind for name, kind in plan.types.items()}
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
