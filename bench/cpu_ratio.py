@@ -26,6 +26,7 @@ from bench.record import append_csv, origin
 from flux_kernels.benchmark.linears import make_problem, relative_errors
 from flux_kernels.benchmark.providers import PROVIDERS
 from flux_kernels.benchmark.shapes import Call
+from flux_kernels.compute import dtype_name
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 SIDES = {"diffusers": "diffusers", "ours": "ours exact", "plain": "torch"}
@@ -73,7 +74,7 @@ def cell(name: str, call: Call, dtype: torch.dtype, least: int, most: int, sprea
     wall, processor = measure(_sides(name, call, dtype), least, most, spread)
     ratios = _ratios(wall, "diffusers", "ours")
     low, middle, high = quantiles(ratios, n=4)
-    row = dict(format=name, dtype=str(dtype)[6:], m=call.m, n=call.n, k=call.k, threads=torch.get_num_threads())
+    row = dict(format=name, dtype=dtype_name(dtype), m=call.m, n=call.n, k=call.k, threads=torch.get_num_threads())
     row |= {f"{side}_ms": round(median(times), 3) for side, times in wall.items()}
     return row | dict(
         ratio=round(middle, 2),

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from . import _triton
-from .compute import COMPUTE_MODES, DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY
+from .compute import COMPUTE_MODES, DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY, dtype_name
 from .errors import BackendUnavailable, FormatError
 from .formats import BlockFormat
 
@@ -209,5 +209,5 @@ def wants_planes(backend: str, device: torch.device, fmt: BlockFormat) -> bool:
 def check_activation_dtype(dtype: torch.dtype, what: str) -> None:
     """Raise FormatError where `dtype` is not one the kernels compute in."""
     if dtype not in ACTIVATION_DTYPES:
-        legal = ", ".join(str(legal).removeprefix("torch.") for legal in ACTIVATION_DTYPES)
-        raise FormatError(f"{what} must be one of {legal}, got {str(dtype).removeprefix('torch.')}. Cast it first.")
+        legal = ", ".join(dtype_name(legal) for legal in ACTIVATION_DTYPES)
+        raise FormatError(f"{what} must be one of {legal}, got {dtype_name(dtype)}. Cast it first.")

@@ -34,6 +34,11 @@ WEIGHT_ONLY_LAYERS = (
 )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype without the "torch." before it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def group_width(k: int) -> int:
     """Return how many of K share one int8 scale: the largest power of two up to GROUP that divides K."""
     return min(GROUP, k & -k)

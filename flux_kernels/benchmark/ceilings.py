@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..compute import dtype_name
 from ..machine.clock import interleaved
 
 _COPY_BYTES = {"cuda": 1 << 29, "cpu": 1 << 26}
@@ -47,4 +48,4 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 9)
         work[f"{side} transposed"] = lambda a=a, b=b: a @ b.T  # as a linear layer has it
     best = {name: min(found) for name, found in interleaved(work, repeats, device).items()}
     rates = [2 * int(name.split()[0]) ** 3 / time / 1e9 for name, time in best.items() if name != "copy"]
-    return Ceilings(2 * source.numel() / best["copy"] / 1e6, max(rates), str(dtype).removeprefix("torch."))
+    return Ceilings(2 * source.numel() / best["copy"] / 1e6, max(rates), dtype_name(dtype))

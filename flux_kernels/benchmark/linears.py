@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ..compute import dtype_name
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
@@ -124,7 +125,7 @@ def _row(name, size, call, provider, times, graph, errors, note, problem, ceilin
         k=call.k,
         calls=call.calls,
         where=call.where,
-        dtype=str(problem.dtype)[6:],
+        dtype=dtype_name(problem.dtype),
     )
     error, largest = (f"{value:.3g}" for value in errors) if errors else ("", "")
     checked = dict(error=error, max_error=largest, note=note)

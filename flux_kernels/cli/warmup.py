@@ -61,8 +61,10 @@ def warmup(
 
 
 def _as_dict(compiled) -> dict:
+    from ..compute import dtype_name
+
     s, choice = compiled.signature, compiled.choice
-    call = dict(format=s.format, compute=s.compute, m=s.m, n=s.n, k=s.k, dtype=str(s.dtype).removeprefix("torch."))
+    call = dict(format=s.format, compute=s.compute, m=s.m, n=s.n, k=s.k, dtype=dtype_name(s.dtype))
     return call | dict(
         algorithm=choice.algorithm, tile=str(choice.tile or ""), why=choice.why, seconds=round(compiled.seconds, 3)
     )

@@ -53,24 +53,42 @@ def get_format(name: str | BlockFormat) -> BlockFormat:
     return FORMATS[name]
 
 
-__all__ = ["FORMATS", "PLAIN_TYPES", "SLICE", "SUPERBLOCK", "BlockFormat", "Field", "Layout", "PlainType", "get_format"]
+def types_by_name() -> dict[str, BlockFormat | PlainType]:
+    """Map ggml's type names to the rows of all types a file may store, the plain ones first."""
+    return {**PLAIN_TYPES, **FORMATS}
 
 
-def type_row(type_name: str) -> BlockFormat | PlainType:
-    """Return the row of a ggml type; raise FormatError where there is no such type."""
-    row = FORMATS.get(type_name) or PLAIN_TYPES.get(type_name)
-    if row is None:
-        raise FormatError(f"Unknown ggml type {type_name!r}. Known: {', '.join((*PLAIN_TYPES, *FORMATS))}.")
-    return row
+def types_by_number() -> dict[int, BlockFormat | PlainType]:
+    """Map ggml's type numbers to the rows of all types a file may store."""
+    return {row.ggml_type: row for row in types_by_name().values()}
 
 
-def block_format(type_name: str) -> BlockFormat | None:
-    """Return the row of a quantized type, None for a plain one; raise FormatError where there is no such type."""
-    row = type_row(type_name)
+def type_row(name: str) -> BlockFormat | PlainType:
+    """Return the row of any ggml type, plain or packed; raise FormatError with the legal names."""
+    rows = types_by_name()
+    if name not in rows:
+        raise FormatError(f"Unknown ggml type {name!r}. Known: {', '.join(rows)}.")
+    return rows[name]
+
+
+def block_format(name: str) -> BlockFormat | None:
+    """Return the row of a packed type, None for a plain one; raise FormatError where there is no such type."""
+    row = type_row(name)
     return row if isinstance(row, BlockFormat) else None
 
 
-def stored_types() -> dict[int, BlockFormat | PlainType]:
-    """Map ggml's type numbers to the registered rows a file may store."""
-    rows: list[BlockFormat | PlainType] = [*PLAIN_TYPES.values(), *FORMATS.values()]
-    return {row.ggml_type: row for row in rows}
+__all__ = [
+    "FORMATS",
+    "PLAIN_TYPES",
+    "SLICE",
+    "SUPERBLOCK",
+    "BlockFormat",
+    "Field",
+    "Layout",
+    "PlainType",
+    "block_format",
+    "get_format",
+    "type_row",
+    "types_by_name",
+    "types_by_number",
+]

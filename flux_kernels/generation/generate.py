@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..files import check_writable, written_whole
 from ..flux import load_flux
@@ -286,7 +287,7 @@ def _parameters(request: Request, settings: dict[str, Any], job: Job) -> dict[st
         "loras": [(lora.file.name, lora.scale) for lora in request.loras],
         "backend": request.backend,
         "compute": request.compute,
-        "dtype": str(request.dtype).removeprefix("torch."),
+        "dtype": dtype_name(request.dtype),
     }
 
 

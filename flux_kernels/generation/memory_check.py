@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..compute import dtype_name
 from ..errors import FormatError
 from ..gguf.file import read_gguf
 from ..machine.free_memory import free_bytes, total_bytes
@@ -101,7 +102,7 @@ def check_pipeline_memory(gguf: Path, base: Path, t5: Path | None, dtype: torch.
     """
     cpu = torch.device("cpu")
     companions = loaded_weights(companion_files(base, left_out=() if t5 is None else ("text_encoder_2",)), dtype, cpu)
-    needs = {f"text encoders and VAE in {str(dtype).removeprefix('torch.')}": companions.held}
+    needs = {f"text encoders and VAE in {dtype_name(dtype)}": companions.held}
     ways_out = ["--t5 FILE.gguf, which stays mapped"] if t5 is None else []
     if dtype != torch.bfloat16:
         ways_out.append("--dtype bfloat16, which published files are in")

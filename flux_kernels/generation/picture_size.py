@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..compute import dtype_name
 from ..errors import FormatError
 from ..flux.calls import PIXELS_A_TOKEN
 from ..machine.free_memory import free_bytes
@@ -28,7 +29,7 @@ def check_positions(width: int, height: int, dtype: torch.dtype) -> None:
     longest = longest_side(dtype)
     if max(width, height) <= longest:
         return
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     raise FormatError(
         f"A picture of {width} x {height} is too large: positions in {name} are exact up to {longest} pixels a side, and FLUX.1 was "
         "made for about 1024 x 1024. Take a smaller --width and --height, or another --dtype (float32 counts further)."

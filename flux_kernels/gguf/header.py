@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..errors import GGUFError
-from ..formats import BlockFormat, PlainType, stored_types
+from ..formats import BlockFormat, PlainType, types_by_number
 from .spec import (
     ALIGNMENT_KEY,
     ARRAY,
@@ -277,7 +277,7 @@ def _read_alignment(cursor: Cursor, metadata: dict[str, Any], types: dict[str, s
 
 
 def _read_infos(cursor: Cursor, count: int, alignment: int) -> list[TensorInfo]:
-    rows = stored_types()
+    rows = types_by_number()
     infos: dict[str, TensorInfo] = {}
     for index in range(count):
         cursor.where = f"tensor {index + 1} of {count}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import GGUFError
 from ..files import written_whole
-from ..formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType
+from ..formats import BlockFormat, PlainType, types_by_name
 from .spec import (
     ALIGNMENT_KEY,
     ARRAY,
@@ -141,9 +141,10 @@ def _align(metadata: Metadata, alignment: int | None) -> tuple[int, Metadata]:
 
 
 def _checked(name: str, format: str, shape: tuple[int, ...]) -> _Plan:
-    row = PLAIN_TYPES.get(format) or FORMATS.get(format)
-    if row is None:
-        raise GGUFError(f"tensor {shown(name)}: unknown type {format!r}. Legal: {', '.join((*PLAIN_TYPES, *FORMATS))}.")
+    rows = types_by_name()
+    if format not in rows:
+        raise GGUFError(f"tensor {shown(name)}: unknown type {format!r}. Legal: {', '.join(rows)}.")
+    row = rows[format]
     problem = shape_problem(row, shape)
     if not problem and min(shape, default=0) < 0:
         problem = f"negative dimension in shape {list(shape)}"

@@ -13,9 +13,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ..backends import ACTIVATION_DTYPES, check_names
+from ..compute import dtype_name
 from ..errors import FormatError
 from ..formats import get_format
-from ..layers.memory import dtype_name
 from ..swap.plan import Request, first_match
 from .layer_table import describe
 
@@ -76,7 +76,7 @@ class FluxKernelsConfig(QuantizationConfigMixin):
         self.backend = _checked_map(backend, "backend", check_names)
         single = isinstance(modules_to_not_convert, str)
         self.modules_to_not_convert = [modules_to_not_convert] if single else list(modules_to_not_convert or []) or None
-        self.dtype = None if dtype is None else _dtype_name(dtype)
+        self.dtype = None if dtype is None else _checked_dtype_name(dtype)
         self.extra_parameters = {name: list(shape) for name, shape in (extra_parameters or {}).items()} or None
         self._model: weakref.ref | None = None
 
@@ -172,9 +172,9 @@ def _checked_map(value: Any, what: str, check) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _dtype_name(dtype: str | torch.dtype) -> str:
+def _checked_dtype_name(dtype: str | torch.dtype) -> str:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found not in ACTIVATION_DTYPES:
-        legal = ", ".join(str(legal).removeprefix("torch.") for legal in ACTIVATION_DTYPES)
+        legal = ", ".join(dtype_name(legal) for legal in ACTIVATION_DTYPES)
         raise FormatError(f"dtype must be one of {legal}, got {dtype!r}.")
-    return dtype_name(torch.empty(0, dtype=found))
+    return dtype_name(found)

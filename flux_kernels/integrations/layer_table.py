@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compute import compute_of_layer
+from ..compute import compute_of_layer, dtype_name
 from ..layers.linear import GGUFLinear
-from ..layers.memory import dtype_name
 from ..swap.plan import first_match
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a dotted name that is a number
@@ -86,13 +85,13 @@ def dtype_of(model: nn.Module, packed: Mapping[str, GGUFLinear]) -> str:
         if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32) and not set(name.split(".")) & set(apart)
     }
     found = plain or {module.compute_dtype for module in packed.values()}
-    return str(reduce(torch.promote_types, found, *([] if found else [torch.float32]))).removeprefix("torch.")
+    return dtype_name(reduce(torch.promote_types, found, *([] if found else [torch.float32])))
 
 
 def extra_parameters(packed: Mapping[str, GGUFLinear]) -> dict[str, list]:
     """Return parameter name -> [dtype, *shape] of what packed layers hold beside their rows and bias."""
     return {
-        f"{name}.{kind}": [dtype_name(parameter), *parameter.shape]
+        f"{name}.{kind}": [dtype_name(parameter.dtype), *parameter.shape]
         for name, module in packed.items()
         for kind, parameter in module.named_parameters(recurse=False)
         if kind not in _OWN_PARAMETERS

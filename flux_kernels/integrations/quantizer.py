@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..backends import check_activation_dtype, check_runnable
-from ..compute import check_mode
+from ..compute import check_mode, dtype_name
 from ..errors import FormatError, GGUFError
 from ..formats import BlockFormat, get_format
 from ..gguf.check import listed
@@ -117,7 +117,7 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         self._put(model, plans)
         self._add_extra_parameters(model)
         if unfit:
-            logger.warning(f"Left in {str(self._dtype).removeprefix('torch.')}: {', '.join(unfit.values())}.")
+            logger.warning(f"Left in {dtype_name(self._dtype)}: {', '.join(unfit.values())}.")
 
     def _format_of(self, name: str, state_dict: Mapping[str, Any]) -> BlockFormat | None:
         """Return the type of a layer: that of its rows in a GGUF file, or what the config says."""

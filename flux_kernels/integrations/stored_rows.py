@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import GGUFError
-from ..formats import FORMATS
+from ..formats import FORMATS, BlockFormat, types_by_number
 from ..layers.linear import GGUFLinear
 
 _ROWS, _DESCRIPTOR = ".qweight", ".weight"
-_ROWS_BY_NUMBER = {row.ggml_type: row for row in FORMATS.values()}
 
 
 def expected_descriptor(layer: GGUFLinear) -> list[int]:
@@ -32,7 +31,7 @@ def in_file_order(state_dict: dict[str, Any], format_of: Callable[[str], str | N
     Raises:
         ValueError: where the state dict cannot be a checkpoint, with the reason and what to do.
     """
-    result = dict(state_dict)
+    result, types = dict(state_dict), types_by_number()
     for key, rows in state_dict.items():
         if ".base_layer." in key:
             raise ValueError(f"{key} is under an adapter. Call pipe.unload_lora_weights(), then save the model.")
@@ -44,7 +43,7 @@ def in_file_order(state_dict: dict[str, Any], format_of: Callable[[str], str | N
             continue
         name = key.removesuffix(_ROWS)
         number, n, k, planes = state_dict[name + _DESCRIPTOR].tolist()
-        row = _ROWS_BY_NUMBER[number]
+        row = types[number]
         own = {name + part for part in (_ROWS, _DESCRIPTOR, ".bias")}
         beside = {key for key in state_dict if key.rpartition(".")[0] == name and key not in own}
         if format_of(name) != row.name or not beside <= set(extra):
@@ -69,15 +68,15 @@ def without_descriptors(state_dict: dict[str, Any]) -> dict[str, Any]:
     Raises:
         GGUFError: where one does not belong to the rows beside it.
     """
-    left_out = set()
+    left_out, types = set(), types_by_number()
     for key, rows in state_dict.items():
         name = key.removesuffix(_ROWS)
         descriptor = state_dict.get(name + _DESCRIPTOR)
         if not key.endswith(_ROWS) or descriptor is None:
             continue
         number, n, k, _ = descriptor.tolist()
-        row = _ROWS_BY_NUMBER.get(number)
-        if row is None or rows.shape != (n, row.row_bytes(k)):
+        row = types.get(number)
+        if not isinstance(row, BlockFormat) or rows.shape != (n, row.row_bytes(k)):
             raise GGUFError(
                 f"{name} is described as [ggml type, N, K, planes] {descriptor.tolist()}, its rows are {list(rows.shape)} bytes. "
                 "The checkpoint is damaged, or was written by a newer flux_kernels."

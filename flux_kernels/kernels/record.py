@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from .._triton import TRITON_VERSION
+from ..compute import dtype_name
 from ..files import write_whole
 from ..formats import FORMATS, BlockFormat
 from .launching import capability_of
@@ -262,7 +263,7 @@ def nearest(
 
 def _served_by(dtype: torch.dtype) -> tuple[str, ...]:
     """Name the dtypes of rows that serve x of `dtype`, the best first."""
-    own = str(dtype).removeprefix("torch.")
+    own = dtype_name(dtype)
     return (own, *(name for name in ("bfloat16", "float16") if name != own)) if dtype.itemsize == 2 else (own,)
 
 

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from .. import ops
 from ..backends import ACTIVATION_DTYPES, check_names, resolve, wants_planes
 from ..errors import BackendUnavailable, FormatError
-from ..formats import FORMATS, BlockFormat, get_format
+from ..formats import FORMATS, BlockFormat, get_format, types_by_number
 from ..packing import quantize
 from . import eager
 from .lazy_weight import LazyWeight, decode_whole
 from .low_rank import LowRankLayer, check_outliers
 from .row_scale import KeepsRowScale
-
-_NAMES = {fmt.ggml_type: name for name, fmt in FORMATS.items()}
 
 
 class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
@@ -273,15 +271,18 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
                 f"{list(descriptor.shape)}. Load 16-bit weights before swap_linear, not after."
             )
         number, n, k, planes = descriptor.tolist()
-        if number not in _NAMES:
-            return f"unknown ggml type {number}. Known: {', '.join(f'{key} {name}' for key, name in _NAMES.items())}."
+        row = types_by_number().get(number)
+        if not isinstance(row, BlockFormat):
+            return (
+                f"unknown ggml type {number}. Known: {', '.join(f'{fmt.ggml_type} {name}' for name, fmt in FORMATS.items())}."
+            )
         if (n, k) != (self.out_features, self.in_features):
             return f"the saved weight is [{n}, {k}], this layer is [{self.out_features}, {self.in_features}]."
         if self.qweight.device.type == "meta":
-            self._adopt(_NAMES[number], bool(planes))
-        elif _NAMES[number] != self.format:
+            self._adopt(row.name, bool(planes))
+        elif row.name != self.format:
             return (
-                f"the saved weight is {_NAMES[number]}, this layer holds {self.format}. Load into a model swapped with the "
+                f"the saved weight is {row.name}, this layer holds {self.format}. Load into a model swapped with the "
                 "same formats, or into one on the meta device with assign=True."
             )
         elif bool(planes) != self.planes and prefix + "qweight" in state_dict:

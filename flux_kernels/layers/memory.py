@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+from ..compute import dtype_name
 from ..errors import BackendUnavailable
 from .embedding import GGUFEmbedding
 from .linear import GGUFLinear
@@ -24,13 +25,8 @@ def memory_footprint(model: nn.Module) -> dict[str, int]:
     packed = {id(module.qweight): module.format for module in model.modules() if isinstance(module, GGUFLinear | GGUFEmbedding)}
     count: Counter[str] = Counter()
     for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values():
-        count[packed.get(id(tensor)) or dtype_name(tensor)] += tensor.numel() * tensor.element_size()
+        count[packed.get(id(tensor)) or dtype_name(tensor.dtype)] += tensor.numel() * tensor.element_size()
     return {**dict(count.most_common()), "total": count.total()}
-
-
-def dtype_name(tensor) -> str:
-    """Name a tensor's dtype without the "torch." before it."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def pin_memory(model: nn.Module) -> int:

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType, get_format
+from ..formats import PLAIN_TYPES, BlockFormat, PlainType, get_format, types_by_number
 from ..torch_backend import reference
 from .linear import GGUFLinear
 
-_ROWS: list[BlockFormat | PlainType] = [*FORMATS.values(), *PLAIN_TYPES.values()]
-_TYPES = {row.ggml_type: row for row in _ROWS}
 _LEFT_BEHIND = {"forward", "_old_forward", "_hf_hook", "device", "source_cls"}  # rebuilt, or diffusers' own bookkeeping
 
 
@@ -25,9 +23,10 @@ def is_diffusers_gguf(module: nn.Module) -> bool:
 def packed_type(parameter: Tensor, name: str) -> BlockFormat | PlainType:
     """Return the row (block format or plain type) of a diffusers GGUFParameter; raise FormatError where it is unknown."""
     number = int(parameter.quant_type)  # type: ignore[attr-defined]
-    if number not in _TYPES:
+    row = types_by_number().get(number)
+    if row is None:
         raise FormatError(f'{name} has ggml type {number}, which is not known here. Leave it out with exclude="{name}".')
-    return _TYPES[number]
+    return row
 
 
 def plain_bytes(parameter: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._triton import TRITON_VERSION
+from ..compute import dtype_name
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..kernels import choice as choices
@@ -193,7 +194,7 @@ def _row(operands: _Operands, best: Candidate, ms: float, default_ms: float, bra
         *(job.compute, job.format, job.m, job.n, job.k, best.algorithm, best.tile, round(ms, 5), round(default_ms, 5)),
         triton=TRITON_VERSION or "",
         kernel_hash=kernel_hash(job.compute, operands.fmt),
-        dtype=str(operands.dtype).removeprefix("torch."),
+        dtype=dtype_name(operands.dtype),
         branch=branch,
         rows=best.rows,
     )
@@ -320,7 +321,7 @@ def _skip(job: Job, candidate: Candidate, why: str) -> None:
 
 
 def _up_to_date(record: TuningRecord, job: Job, dtype: torch.dtype) -> bool:
-    key = job.compute, job.format, job.m, job.n, job.k, str(dtype).removeprefix("torch."), False
+    key = job.compute, job.format, job.m, job.n, job.k, dtype_name(dtype), False
     row = record.rows.get(key)
     return row is not None and (row.triton, row.kernel_hash) == (TRITON_VERSION, kernel_hash(job.compute, FORMATS[job.format]))
 

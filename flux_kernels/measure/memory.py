@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..compute import dtype_name
 from ..errors import GGUFError
 from ..flux.calls import image_tokens
 from ..flux.config import infer_config
@@ -55,7 +56,7 @@ def check_memory(
         return  # opening the model says what is wrong with it
     sizes = _captured_sizes(states) or [sizes[number % len(sizes)] for number in range(count)]
     needs = memory_needs(source, config, device, dtype, sizes, capturing=capturing)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     where = "the CPU" if device.type == "cpu" else str(device)
     what = f"Measuring {source.name} in {name} on {where}"
     require_memory(what, needs, device, _ways_out(source, config, device, dtype, sizes, capturing), processes=processes)

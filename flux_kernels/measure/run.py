@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..compute import dtype_name
 from ..errors import FormatError
 from ..formats import PLAIN_TYPES, get_format
 from ..generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS
@@ -151,7 +152,7 @@ def open_measurement(
         model=sha256,
         states=states.sha256,
         importance=_importance_hash(measurer.importance),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         version=own_version(),
     )
     if request.weighted and request.imatrix != request.imatrix_path and world.rank == 0:

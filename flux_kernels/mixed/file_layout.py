@@ -13,7 +13,7 @@ from ..errors import FormatError
 from ..flux.low_rank_tensors import RANK_TYPE, low_rank_shapes
 from ..flux.names import BFL, sources, stored_shapes, strip_prefix
 from ..flux.types import BLOCK, RULES, tensor_kind, tensor_types
-from ..formats import FORMATS, PLAIN_TYPES, BlockFormat, PlainType
+from ..formats import type_row, types_by_name
 from ..gguf.file import read_gguf
 from ..gguf.spec import DEFAULT_ALIGNMENT, padded, tensor_nbytes
 from ..gguf.write import planned_size
@@ -64,7 +64,7 @@ class FileLayout:
     def option_bytes(self, name: str, option: str) -> int:
         """Return what a tensor adds to the file in an option such as "Q4_K" or "Q4_K+r16", padding included."""
         kind, rank = parse_option(option)
-        size = padded(tensor_nbytes(_row(kind), tuple(self.shapes[name])), DEFAULT_ALIGNMENT)
+        size = padded(tensor_nbytes(type_row(kind), tuple(self.shapes[name])), DEFAULT_ALIGNMENT)
         return size + sum(
             padded(2 * prod(shape), DEFAULT_ALIGNMENT) + _entry_bytes(extra)
             for extra, shape in low_rank_shapes(name, self.shapes[name], rank).items()
@@ -104,22 +104,22 @@ class FileLayout:
         """Return the bytes of a tensor in an option, a correction included, padding and header left aside."""
         kind, rank = parse_option(option)
         extra = sum(2 * prod(shape) for shape in low_rank_shapes(name, self.shapes[name], rank).values())
-        return tensor_nbytes(_row(kind), tuple(self.shapes[name])) + extra
+        return tensor_nbytes(type_row(kind), tuple(self.shapes[name])) + extra
 
 
 @cache
 def parse_option(option: str) -> tuple[str, int]:
     """Split "Q4_K+r16" into type and rank; rank 0 where there is none."""
     match = _OPTION.fullmatch(option)
-    if match is None or match["type"] not in {**PLAIN_TYPES, **FORMATS}:
-        known = ", ".join((*PLAIN_TYPES, *FORMATS))
+    if match is None or match["type"] not in types_by_name():
+        known = ", ".join(types_by_name())
         raise FormatError(f"Unknown type {option!r}. Known: {known}, and each with a rank, as in Q4_K+r16.")
     return match["type"], int(match["rank"] or 0)
 
 
 def option_bits(option: str) -> float:
     """Return the bits per weight of an option's type, its rank left aside."""
-    return _row(parse_option(option)[0]).bits_per_weight
+    return type_row(parse_option(option)[0]).bits_per_weight
 
 
 def layout_of_shapes(shapes: Shapes, model: str, rule: str = "new") -> FileLayout:
@@ -174,10 +174,6 @@ def _as_bfl(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return dict(shapes)
 
 
-def _row(kind: str) -> BlockFormat | PlainType:
-    return PLAIN_TYPES[kind] if kind in PLAIN_TYPES else FORMATS[kind]
-
-
 def _entry_bytes(name: str) -> int:
     """Return the bytes of a matrix's entry in the header."""
     return 8 + len(name) + 4 + 2 * 8 + 4 + 8
@@ -187,7 +183,7 @@ def uniform(layout: FileLayout, kind: str, tensors: Iterable[str]) -> dict[str, 
     """Give these tensors one type; raise FormatError where one has no whole blocks of it."""
     chosen = {}
     for name in tensors:
-        if layout.shapes[name][-1] % _row(kind).block_size:
+        if layout.shapes[name][-1] % type_row(kind).block_size:
             raise FormatError(f"{name} has rows of {layout.shapes[name][-1]} weights, which are no whole blocks of {kind}.")
         chosen[name] = kind
     return chosen

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import FormatError
 from ..files import write_whole
-from ..formats import FORMATS, PLAIN_TYPES
+from ..formats import types_by_name
 from ..gguf.check import listed
 
 SCHEMA = "flux_kernels.plan/1"
@@ -137,7 +137,7 @@ def _problem(plan: Mapping[str, Any]) -> str | None:
 def _types_problem(types: Mapping[str, Any]) -> str | None:
     if not types:
         return '"types" is empty, a plan names at least one tensor'
-    legal = (*PLAIN_TYPES, *FORMATS)
+    legal = types_by_name()
     wrong = next(((name, kind) for name, kind in types.items() if not isinstance(kind, str) or kind not in legal), None)
     if wrong:
         return f"tensor {wrong[0]!r} has the unknown type {wrong[1]!r}; legal are {', '.join(legal)}"

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from ..backends import check_runnable
-from ..compute import check_mode, compute_of_layer
+from ..compute import check_mode, compute_of_layer, dtype_name
 from ..errors import FormatError
 from ..formats import BlockFormat, get_format
 from ..layers.fused_linear import FusedLinear, FusedPart
 from ..layers.linear import GGUFLinear
-from ..layers.memory import dtype_name
 from ..layers.takeover import carry_over, is_diffusers_gguf, packed_type, quantize_layer, take_over, unpack_plain
 from .report import SwapRow
 
@@ -115,7 +114,7 @@ def _describe(name: str, module: nn.Linear) -> SwapRow:
     if isinstance(module, GGUFLinear):
         format = module.format
     else:
-        format = packed_type(weight, name).name if hasattr(weight, "quant_type") else dtype_name(weight)
+        format = packed_type(weight, name).name if hasattr(weight, "quant_type") else dtype_name(weight.dtype)
     shape = (module.out_features, module.in_features)
     return SwapRow(name, "skipped", "", format, shape, weight.numel() * weight.element_size())
 

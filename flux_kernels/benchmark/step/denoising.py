@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...compute import dtype_name
 from ...formats import get_format
 from ...generation.base_pipeline import go_offline_quietly, load_pipeline
 from ...generation.embedded import BLOCKS, EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, embedded_transformer
@@ -44,7 +45,7 @@ def measure_denoising(
     for provider in providers:
         progress(f"denoising, {name}: checking {provider}")
         for what in DENOISING:
-            about = dict(format=name, provider=provider, what=what, size=DENOISED, dtype=str(dtype)[6:])
+            about = dict(format=name, provider=provider, what=what, size=DENOISED, dtype=dtype_name(dtype))
             row: dict = dict.fromkeys(COLUMNS, "") | about
             rows.append(row)
             offload = what == DENOISING[1]

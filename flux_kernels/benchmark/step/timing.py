@@ -10,6 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from ...compute import dtype_name
 from ...errors import BackendUnavailable
 from ...formats import FORMATS
 from ...generation.embedded import PIPELINE_KWARGS
@@ -204,7 +205,7 @@ def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, 
         provider=provider,
         what=case.what,
         size=case.size,
-        dtype=str(weights.dtype)[6:],
+        dtype=dtype_name(weights.dtype),
         weight_bytes=weights.nbytes(unquantized=provider == "torch"),
         note=f"{weights.nbytes(unquantized=True) / 1e9:.1f} GB {_REUSED}" if first_only else "",
     )
