@@ -31,7 +31,8 @@ from flux_kernels.benchmark.linears import least_bytes
 from flux_kernels.benchmark.record import read_csv
 from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
-from flux_kernels.kernels.choice import ALGORITHMS, Choice, tile_of
+from flux_kernels.kernels import modes
+from flux_kernels.kernels.choice import Choice, tile_of
 
 RECORD = Path(__file__).parent / "results" / "aot.csv"
 TABLES = ("linear", "sweep", "two_stage", "int8", "small_m")  # of a session, those whose rows the model predicts
@@ -174,7 +175,7 @@ def _provider(provider: str, case: Case, call: Call) -> Predicted:
         ran, choice = choice_of(case, own, call)
         text = str(choice) if ran == "exact" else f"{ran} {choice}"
         return text, lambda case: call_ms(case, own, call)
-    if own == provider or own not in ALGORITHMS["exact"]:
+    if own == provider or own not in modes.MODES["exact"].algorithms:
         raise LookupError(f"the model does not know {provider}")
     tile = tile_of(own, FORMATS[case.format], call.m, call.n, call.k, divmod(case.model.capability, 10))
     return _algorithm(own, str(tile or ""), call)
@@ -185,7 +186,7 @@ def _algorithm(algorithm: str, tile: str, call: Call) -> Predicted:
         return "torch", lambda case: torch_ms(case, call)
     if algorithm == "shipped":  # small_m.csv, whose tile starts with the algorithm
         algorithm, _, tile = tile.partition(" ")
-    if algorithm not in ALGORITHMS["exact"]:
+    if algorithm not in modes.MODES["exact"].algorithms:
         raise LookupError(f"the model does not know {algorithm!r}")
     choice = Choice(algorithm, tile_from(tile) if tile else None, "named")
     return str(choice), lambda case: call_ms(case, "exact", call, choice)

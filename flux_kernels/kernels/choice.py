@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,7 +10,8 @@ import torch
 from ..formats import BlockFormat
 from .chunks import bounded_rows
 from .launching import capability_of, processors_of
-from .record import ALGORITHMS, find, forget_records
+from .modes import Choice
+from .record import find, forget_records
 from .tiles import (
     Tile,
     branch_tile,
@@ -24,29 +24,8 @@ from .tiles import (
     small_m_tile,
 )
 
-__all__ = ["ALGORITHMS", "Choice", "choose", "default_choice", "forget", "on_forget", "tile_of"]
+__all__ = ["Choice", "choose", "default_choice", "forget", "on_forget", "tile_of"]
 _UNPACKS = ("two_stage", "row_scales")  # algorithms that write the unpacked weight to memory
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Name what a call runs.
-
-    Attributes:
-        algorithm: one of ALGORITHMS of the mode.
-        tile: the kernel's, None where torch's matmul does the product.
-        why: one phrase.
-        rows: of the weight that are unpacked at a time, None for all; algorithms that decode in registers ignore it.
-    """
-
-    algorithm: str
-    tile: Tile | None
-    why: str
-    rows: int | None = None
-
-    def __str__(self) -> str:
-        chunks = f" in chunks of {self.rows} rows" if self.rows else ""
-        return f"{self.algorithm} {self.tile}{chunks}" if self.tile else f"{self.algorithm}{chunks}"
 
 
 @lru_cache(maxsize=4096)
@@ -65,9 +44,7 @@ def choose(
     `forget` makes it look at the records again.
     """
     measured = find(compute, fmt, m, n, k, device, dtype, branch)
-    if measured is not None:
-        return Choice(measured.algorithm, measured.tile, measured.why, measured.rows)
-    return default_choice(compute, fmt, m, n, k, capability_of(device), dtype, branch, processors_of(device))
+    return measured or default_choice(compute, fmt, m, n, k, capability_of(device), dtype, branch, processors_of(device))
 
 
 _also_forget: list[Callable[[], None]] = []

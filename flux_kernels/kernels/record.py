@@ -25,23 +25,14 @@ from ..compute import dtype_name
 from ..files import write_whole
 from ..formats import FORMATS, BlockFormat
 from .launching import capability_of
+from .modes import MODES, Choice
 from .tiles import Tile
 
 SCHEMA = "flux_kernels.tuning/2"
 _READ = ("flux_kernels.tuning/1", SCHEMA)  # rows of the first say nothing of branch and rows, and have neither
 FOLDER_VARIABLE = "FLUX_KERNELS_TUNING"
-ALGORITHMS = {  # compute mode -> what it can run
-    "exact": ("small_m", "fused", "split_k", "two_stage"),
-    "fp16_accumulate": ("fused",),
-    "int8": ("two_stage", "row_scales"),
-}
 NEAR = 0.5  # a row serves calls whose M is within this many powers of two of its own
 _PACKAGED = Path(__file__).with_name("records")
-_KERNELS = {  # compute mode -> files whose change makes a measurement old
-    "exact": ("fused_gemm", "split_k", "small_m", "small_m_codes", "two_stage", "dequantize", "branch", "ldmatrix"),
-    "fp16_accumulate": ("fp16_gemm", "activations", "branch", "ldmatrix"),
-    "int8": ("int8_gemm", "unpack_int8", "activations", "branch"),
-}
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -114,16 +105,6 @@ class TuningRecord:
             raise ValueError(f"{path} is not a tuning record: {what}. Delete it, or write it anew with `flux-kernels tune`.")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Name a measured choice and where it comes from."""
-
-    algorithm: str
-    tile: Tile | None
-    why: str
-    rows: int | None = None
-
-
 _SINCE_2 = dict(branch=False, rows=None)  # what rows of the first schema do not say
 
 
@@ -131,9 +112,9 @@ def _row(data: dict) -> TuningRow:
     """Check one row of a file, so that nothing in it can make a launch fail."""
     tile, data = None if data["tile"] is None else Tile(**data["tile"]), _SINCE_2 | data
     row = TuningRow(**{name.name: data[name.name] for name in fields(TuningRow) if name.name != "tile"}, tile=tile)
-    if row.format not in FORMATS or row.compute not in _KERNELS:
+    if row.format not in FORMATS or row.compute not in MODES:
         raise ValueError(f"unknown format or compute mode {row.format!r}, {row.compute!r}")
-    if row.algorithm not in ALGORITHMS[row.compute] or row.dtype not in _DTYPES:
+    if row.algorithm not in MODES[row.compute].algorithms or row.dtype not in _DTYPES:
         raise ValueError(f"unknown algorithm or dtype {row.algorithm!r}, {row.dtype!r}")
     if not _positive(row.m, row.n, row.k, *([] if row.rows is None else [row.rows])):
         raise ValueError(f"M, N, K and rows must be positive integers, got {row.m!r}, {row.n!r}, {row.k!r}, {row.rows!r}")
@@ -178,7 +159,7 @@ def _plain_name(name: str) -> str:
 def kernel_hash(compute: str, fmt: BlockFormat) -> str:
     """Return a hash of the source of the kernels of a mode and of the format's decoder."""
     folder = Path(__file__).parent
-    files = [folder / f"{name}.py" for name in _KERNELS[compute]]
+    files = [folder / f"{name}.py" for name in MODES[compute].sources]
     files += [
         Path(inspect.getfile(fmt.decode)),
         *(folder.parent / "formats" / name for name in ("_tiles.py", "_code_tiles.py")),
@@ -232,7 +213,7 @@ def find(
     device: torch.device,
     dtype: torch.dtype,
     branch: bool = False,
-) -> Measured | None:
+) -> Choice | None:
     """Return the measured choice for a call on `device`: the row of nearest M, at most NEAR away; None where there is none.
 
     bfloat16 and float16 serve each other where a card has no row of its own: their tiles take the same memory and time.
@@ -243,7 +224,7 @@ def find(
             if row is not None:
                 _warn_if_old(row, fmt, record.device["name"])
                 why = f"{origin}: {row.ms:.3f} ms, default {row.default_ms:.3f} ms at M={row.m}"
-                return Measured(row.algorithm, row.tile, why, row.rows)
+                return Choice(row.algorithm, row.tile, why, row.rows)
     return None
 
 

@@ -13,6 +13,7 @@ import torch
 from flux_kernels._triton import TRITON_VERSION
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import choice, record
+from flux_kernels.kernels.modes import MODES
 from flux_kernels.kernels.record import TuningRecord, TuningRow, kernel_hash, nearest, order_records
 from flux_kernels.kernels.tiles import Tile
 
@@ -179,17 +180,17 @@ def test_a_broken_record_is_left_out_with_a_sentence(card, break_it):
 
 
 def test_the_kernel_hash_follows_mode_and_format():
-    hashes = {kernel_hash(mode, FORMATS[name]) for mode in choice.ALGORITHMS for name in ("Q4_K", "Q8_0")}
+    hashes = {kernel_hash(mode, FORMATS[name]) for mode in MODES for name in ("Q4_K", "Q8_0")}
     assert len(hashes) == 6
-    for files in record._KERNELS.values():
-        for name in files:
+    for mode in MODES.values():
+        for name in mode.sources:
             assert (record._PACKAGED.parent / f"{name}.py").exists()
 
 
-@pytest.mark.parametrize("mode", record._KERNELS)
+@pytest.mark.parametrize("mode", MODES)
 def test_what_kernels_call_is_hashed_with_them(mode):
     """A change of a function that a kernel inlines makes its measurements old; where a tile lies on the grid does not count."""
-    folder, listed = record._PACKAGED.parent, record._KERNELS[mode]
+    folder, listed = record._PACKAGED.parent, MODES[mode].sources
     for name in listed:
         for found in re.finditer(r"^from \.(\w+) import (.+)$", (folder / f"{name}.py").read_text(), re.MULTILINE):
             inlined = "@jit" in (folder / f"{found[1]}.py").read_text() and not found[2].endswith("_kernel")
