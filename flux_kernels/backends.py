@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from . import _triton
-from .compute import COMPUTE_MODES, DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY, dtype_name
+from .compute import COMPUTE_MODES, DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY, check_mode, dtype_name
 from .errors import BackendUnavailable, FormatError
 from .formats import BlockFormat
 
@@ -35,21 +35,23 @@ class Backend:
     Attributes:
         name: what a user writes.
         module: dotted name of the module with its `linear` and `dequantize`, imported when it first runs.
-        computes: the compute modes it implements.
-        refusal: takes (device, format); returns why it cannot run there as one sentence, or None where it can.
+        refusal: takes (device, format, compute mode); returns why it cannot run that there as one sentence, or None where it can.
     """
 
     name: str
     module: str
-    computes: tuple[str, ...]
-    refusal: Callable[[torch.device, BlockFormat], str | None]
+    refusal: Callable[[torch.device, BlockFormat, str], str | None]
 
     def load(self) -> ModuleType:
         """Import and return the backend's module."""
         return importlib.import_module(self.module)
 
 
-def _triton_refusal(device: torch.device, fmt: BlockFormat) -> str | None:
+def _triton_refusal(device: torch.device, fmt: BlockFormat, compute: str) -> str | None:
+    return _mode_refusal(compute, device) or _device_refusal(device, fmt)
+
+
+def _device_refusal(device: torch.device, fmt: BlockFormat) -> str | None:
     if _triton.TRITON_VERSION is None:
         return "Triton is not installed; install it with `pip install triton`"
     if fmt.decode_tile is None:
@@ -80,8 +82,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("triton", "flux_kernels.kernels", tuple(COMPUTE_MODES), _triton_refusal),
-        Backend("torch", "flux_kernels.torch_backend", tuple(COMPUTE_MODES), lambda device, fmt: None),
+        Backend("triton", "flux_kernels.kernels", _triton_refusal),
+        Backend("torch", "flux_kernels.torch_backend", lambda device, fmt, compute: None),
     )
 }
 
@@ -111,7 +113,7 @@ def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) 
         named = list(BACKENDS.values()) if compute == "exact" else [BACKENDS["triton"]]
     reasons = []
     for candidate in named:
-        reason = _mode_refusal(candidate, compute, device) or candidate.refusal(device, fmt)
+        reason = candidate.refusal(device, fmt, compute)
         if reason is None:
             if compute == "int8" and _is_hopper(candidate, device):
                 _say_slower(device)
@@ -132,10 +134,9 @@ def _is_hopper(backend: Backend, device: torch.device) -> bool:
     return backend.name == "triton" and device.type == "cuda" and not torch.version.hip and _capability(device) == HOPPER
 
 
-def _mode_refusal(backend: Backend, compute: str, device: torch.device) -> str | None:
-    if compute not in backend.computes:
-        return f'compute="{compute}" is not implemented there (it has {", ".join(backend.computes)})'
-    if backend.name != "triton" or compute == "exact" or device.type != "cuda":
+def _mode_refusal(compute: str, device: torch.device) -> str | None:
+    """Return why Triton cannot run a mode on a device, None where it can."""
+    if compute == "exact" or device.type != "cuda":
         return None
     if torch.version.hip:
         if _architecture(device).startswith(_AMD_MATRIX_CORES):
@@ -179,11 +180,17 @@ def execution_devices(device: torch.device) -> list[torch.device]:
     return found
 
 
-def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockFormat) -> None:
-    """Raise BackendUnavailable where a layer now on `device` could run nowhere it may be moved to.
+def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockFormat, k: int | None = None) -> None:
+    """Raise where a layer of rows of `k` weights (None: any) that is now on `device` could run nowhere it may be moved to.
 
     A faster mode is asked for because of an accelerator: where there is one, it is the one that has to run it.
+
+    Raises:
+        BackendUnavailable: where no backend can run it, with the reasons.
+        FormatError: where K does not suit the mode.
     """
+    if k is not None:
+        check_mode(compute, k)
     candidates = execution_devices(device)
     if compute != "exact" and backend == "auto":
         candidates = candidates[1:] or candidates
@@ -203,7 +210,9 @@ def wants_planes(backend: str, device: torch.device, fmt: BlockFormat) -> bool:
         return False
     if backend == "triton":
         return True
-    return any(BACKENDS["triton"].refusal(found, fmt) is None for found in execution_devices(device) if found.type != "cpu")
+    return any(
+        BACKENDS["triton"].refusal(found, fmt, "exact") is None for found in execution_devices(device) if found.type != "cpu"
+    )
 
 
 def check_activation_dtype(dtype: torch.dtype, what: str) -> None:

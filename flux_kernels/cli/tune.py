@@ -50,7 +50,7 @@ def tune(
     names, modes = [get_format(name).name for name in formats.split(",")], computes.split(",")
     for mode in modes:
         check_names("triton", mode)
-    refusal = "no GPU is seen" if device.type == "cpu" else BACKENDS["triton"].refusal(device, get_format(names[0]))
+    refusal = "no GPU is seen" if device.type == "cpu" else BACKENDS["triton"].refusal(device, get_format(names[0]), "exact")
     if refusal:
         raise BackendUnavailable(f"There is nothing to tune: {refusal}. `flux-kernels doctor` tells more.")
     for mode in modes if computes != _COMPUTES else ():

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..backends import check_activation_dtype, check_runnable
-from ..compute import check_mode, dtype_name
+from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..formats import BlockFormat, get_format
 from ..gguf.check import listed
@@ -132,8 +132,8 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
     def _check(self, plans: Mapping[str, tuple[nn.Linear, BlockFormat]]) -> None:
         config = self.quantization_config
         for name, (module, format) in plans.items():
-            check_mode(config.compute_of(name), module.in_features)
-            check_runnable(config.backend_of(name), config.compute_of(name), torch.device("cpu"), format)
+            backend, compute = config.backend_of(name), config.compute_of(name)
+            check_runnable(backend, compute, torch.device("cpu"), format, module.in_features)
             if not self.stored:
                 quantizer(format)
 

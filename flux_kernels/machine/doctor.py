@@ -174,7 +174,7 @@ def _device_fact(device: torch.device) -> DeviceFact:
         except BackendUnavailable as error:
             reasons.setdefault("auto", []).append(f"{name}: {error}")
         for backend in BACKENDS.values():
-            refusal = backend.refusal(device, fmt)
+            refusal = backend.refusal(device, fmt, "exact")
             if refusal and refusal not in reasons.setdefault(backend.name, []):
                 reasons[backend.name].append(refusal)
     reasons = {name: found for name, found in reasons.items() if found}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..backends import check_runnable
-from ..compute import check_mode, compute_of_layer, dtype_name
+from ..compute import compute_of_layer, dtype_name
 from ..errors import FormatError
 from ..formats import BlockFormat, get_format
 from ..layers.fused_linear import FusedLinear, FusedPart
@@ -142,8 +142,7 @@ def _mode_of_packed(names: list[str], module: GGUFLinear, request: Request) -> s
 
 def _plan_update(step: Step, module: GGUFLinear, request: Request) -> Step:
     compute = _mode_of_packed(step.names, module, request)
-    check_mode(compute, module.in_features)
-    check_runnable(request.backend, compute, module.qweight.device, get_format(module.format))
+    check_runnable(request.backend, compute, module.qweight.device, get_format(module.format), module.in_features)
 
     def make() -> nn.Module:
         module.backend, module.compute = request.backend, compute
@@ -169,8 +168,7 @@ def _plan_take_over(step: Step, module: nn.Linear, request: Request) -> Step:
         step.make = lambda: carry_over(module, unpack_plain(module))
         return step
     compute = request.compute_of(step.names)
-    check_mode(compute, module.in_features)
-    check_runnable(request.backend, compute, module.weight.device, row)
+    check_runnable(request.backend, compute, module.weight.device, row, module.in_features)
     row.row_bytes(module.in_features, name)
     return _swapped(step, lambda: take_over(module, request.backend, compute).arrange(), "taken over", request, compute)
 
@@ -185,8 +183,7 @@ def _plan_quantize(step: Step, module: nn.Linear, request: Request) -> Step:
     _check_untouched(name, module)
     fmt, weight, compute = get_format(format), module.weight, request.compute_of(step.names)
     size = fmt.row_bytes(module.in_features, name) * module.out_features
-    check_mode(compute, module.in_features)
-    check_runnable(request.backend, compute, weight.device, fmt)
+    check_runnable(request.backend, compute, weight.device, fmt, module.in_features)
     if weight.device.type != "meta" and not torch.isfinite(weight).all():
         raise FormatError(f'{name} holds NaN or infinity and cannot be quantized. Leave it out with exclude="{name}".')
     step.row = replace(step.row, format=fmt.name, bytes=size)

@@ -97,7 +97,7 @@ def test_a_layer_that_cannot_be_swapped_changes_nothing(model, broken):
 
 
 def test_a_backend_that_cannot_run_here_is_refused_before_anything_changes(model, monkeypatch):
-    def refuse(backend, compute, device, fmt):
+    def refuse(backend, compute, device, fmt, k):
         raise fk.BackendUnavailable("no such card")
 
     monkeypatch.setattr(swap_plan, "check_runnable", refuse)
