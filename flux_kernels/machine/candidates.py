@@ -31,6 +31,7 @@ _SHAPES = ((16, 64), (16, 128), (32, 64), (64, 64), (64, 128), (128, 64), (128, 
 _INT8_SHAPES = ((64, 64), (64, 128), (128, 64), (128, 128))
 _SPLITS = (2, 3, 4, 6)
 _MOST_WAVES = 4  # and only until it makes so many: then no wave is left that is mostly empty
+_HOPPER_COLUMNS = 32  # of w in a warp group from which Triton takes Hopper's product
 _LEAST_STAGES = 2
 _FEW_WAVES = 3  # splitting K is tried where one tile per program makes fewer waves than this
 # Rows up to which split-K may win on a data-center card that unpacks by default: on an H200 at 64 by up to 1.4, at 128 by 1.1, at 256 nowhere.
@@ -226,13 +227,15 @@ def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int]
 
     Holds for rows of more than one step: with one, nothing is on its way while another is multiplied.
     Compiled kernels take up to three times as much for small tiles, since layouts are changed there, too. One step less is on its way
-    than there are stages; on Hopper the product reads x from shared memory while the next steps arrive, which takes one more,
+    than there are stages; on Hopper the product reads x from shared memory while the next steps arrive, which takes one more (a warp group
+    of 16 columns takes the older product, from registers),
     and formats that gather from a grid spend one stage on that. A decoded slice of small blocks changes its layout in shared memory.
     """
     steps = tile.num_stages - 1
     if fmt.name in GRID_FORMATS and tile.num_stages > _LEAST_STAGES:
         steps -= 1
-    x_steps = steps + (capability == HOPPER and itemsize == 2)
+    groups = max(1, tile.num_warps // 4 // max(1, tile.block_m // 64))  # warp groups that share the columns of a tile
+    x_steps = steps + (capability == HOPPER and itemsize == 2 and tile.block_n // groups >= _HOPPER_COLUMNS)
     x, w = tile.block_m * tile.tile_k * itemsize, tile.block_n * tile.tile_k // fmt.block_size * fmt.type_size
     layout = tile.block_n * SLICE * itemsize if tile.ldmatrix and fmt.block_size < SUPERBLOCK else 0
     return x_steps * x + steps * w + layout

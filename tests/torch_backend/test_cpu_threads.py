@@ -194,6 +194,7 @@ def test_unpackers_keep_little_and_follow_the_shape():
         assert len(scratch._unpackers) <= cpu_threads.KEPT_UNPACKERS
 
 
+@pytest.mark.plain_memory  # filling it would need threads that do not survive the fork
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX")
 def test_a_forked_child_decodes(way):
     """Threads do not survive a fork; the child makes a pool of its own (data loaders fork)."""
