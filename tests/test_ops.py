@@ -129,7 +129,10 @@ def test_a_named_backend_is_never_replaced(data, monkeypatch):
 
 
 def test_a_mode_a_backend_lacks_is_refused(data, monkeypatch):
-    exact_only = dataclasses.replace(backends.BACKENDS["torch"], computes=("exact",))
+    def refusal(device, fmt, compute):
+        return None if compute == "exact" else f'compute="{compute}" is not implemented there'
+
+    exact_only = dataclasses.replace(backends.BACKENDS["torch"], refusal=refusal)
     monkeypatch.setitem(backends.BACKENDS, "torch", exact_only)
     backends.resolve.cache_clear()
     with pytest.raises(fk.BackendUnavailable, match='compute="int8" is not implemented there'):
