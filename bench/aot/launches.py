@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from flux_kernels.compute import DATACENTER, PROMOTE_K, WEIGHT_ONLY_M, mode_of_call
 from flux_kernels.formats import FORMATS, BlockFormat
-from flux_kernels.kernels import exact, fp16_accumulate, int8
+from flux_kernels.kernels import MODULES, int8
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 from flux_kernels.kernels.tiles import int8_tile, row_scales_serve, split_k_tile
 
@@ -31,7 +31,6 @@ ROWS = (*range(1, WEIGHT_ONLY_M + 1), 17, 32, 64, 65, 128, 256, 512, 513, 1024, 
 SHAPES = ((3072, 3072), (3072, 64), (64, 3072))  # N, K
 SPLITS = 4  # what the report compiles split-K with, which tuning alone chooses; it also tries others
 RANK = 16
-_MODES = {"exact": exact.linear, "fp16_accumulate": fp16_accumulate.linear, "int8": int8.linear}
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -114,7 +113,7 @@ def launched(
     data = empty(n, fmt.row_bytes(k), dtype=torch.uint8)
     factors = (empty(m, RANK), empty(n, RANK)) if branch else None
     with _recorded(fmt.name, dtype) as written:
-        _MODES[compute](x, data, bias, y, fmt, fmt.planes, factors, choice=choice)
+        MODULES[compute].linear(x, data, bias, y, fmt, fmt.planes, factors, choice=choice)
         if compute == "int8" and branch:  # which outlier channels join, where there is one, or are: chosen for alike
             outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
             int8.linear(x, data, bias, y, fmt, fmt.planes, factors, outliers, choice=choice)
@@ -176,7 +175,7 @@ def _tuned(
 def _modes(capability: tuple[int, int], k: int) -> list[str]:
     """Return the compute modes that a card and K allow."""
     refused = {"fp16_accumulate"} if capability in DATACENTER or k % PROMOTE_K else set()
-    return [mode for mode in _MODES if mode not in refused]
+    return [mode for mode in MODULES if mode not in refused]
 
 
 def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, branch: bool) -> list[tuple[int, Choice]]:

@@ -65,10 +65,10 @@ def types_by_number() -> dict[int, BlockFormat | PlainType]:
 
 def type_row(name: str) -> BlockFormat | PlainType:
     """Return the row of any ggml type, plain or packed; raise FormatError with the legal names."""
-    rows = types_by_name()
-    if name not in rows:
-        raise FormatError(f"Unknown ggml type {name!r}. Known: {', '.join(rows)}.")
-    return rows[name]
+    row = PLAIN_TYPES.get(name) or FORMATS.get(name)
+    if row is None:
+        raise FormatError(f"Unknown ggml type {name!r}. Known: {', '.join(types_by_name())}.")
+    return row
 
 
 def block_format(name: str) -> BlockFormat | None:

@@ -28,7 +28,7 @@ from .choice import choose
 from .launching import aligned, device_of
 from .problem import Problem
 
-_MODES: dict[str, Any] = {"exact": exact, "fp16_accumulate": fp16_accumulate, "int8": int8}
+MODULES: dict[str, Any] = {"exact": exact, "fp16_accumulate": fp16_accumulate, "int8": int8}
 
 
 def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
@@ -63,7 +63,7 @@ def linear(
             if compute == "int8":
                 int8.linear(x, data, bias, y, fmt, planes, branch, outliers, row_scale=row_scale)
             else:
-                _MODES[compute].linear(x, data, bias, y, fmt, planes, branch)
+                MODULES[compute].linear(x, data, bias, y, fmt, planes, branch)
     return y
 
 
@@ -87,5 +87,5 @@ def prepare(problem: Problem, compute: str) -> int8.Run:
     compute = mode_of_call(compute, problem.m)
     shape = problem.m, problem.n, problem.k
     choice = choose(compute, problem.fmt, *shape, problem.device, problem.dtype, problem.rank > 0)
-    run = _MODES[compute].prepare(problem, choice)
+    run = MODULES[compute].prepare(problem, choice)
     return run if compute == "int8" else lambda x, data, bias, y, branch, _: run(x, data, bias, y, branch)

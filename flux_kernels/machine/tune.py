@@ -22,8 +22,8 @@ from .._triton import TRITON_VERSION
 from ..compute import dtype_name
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
+from ..kernels import MODULES, int8
 from ..kernels import choice as choices
-from ..kernels import exact, fp16_accumulate, int8
 from ..kernels.choice import Choice, default_choice
 from ..kernels.launching import capability_of, device_of
 from ..kernels.record import TuningRecord, TuningRow, kernel_hash, record_path
@@ -37,7 +37,6 @@ WRONG = 0.03  # relative error above which a candidate is broken; int8's own err
 BRANCH_RANK = 16
 _QUICK, _CLOSE, _FINALISTS, _REPEATS = 3, 1.25, 4, 15
 _CHECKED_ROWS, _CHECKED_COLUMNS = 64, 256  # of y, against float64
-_MODULES = {"exact": exact, "fp16_accumulate": fp16_accumulate, "int8": int8}
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +256,7 @@ class _Operands:
 
     def runner(self, candidate: Candidate, branch: bool = False) -> Callable[[], Tensor]:
         """Return what computes the call in one way."""
-        module, chosen = _MODULES[self.job.compute], Choice(candidate.algorithm, candidate.tile, "", candidate.rows)
+        module, chosen = MODULES[self.job.compute], Choice(candidate.algorithm, candidate.tile, "", candidate.rows)
         added = self.branch if branch else None
         kept = {}
         if candidate.algorithm == "row_scales":  # a layer finds them once and keeps them

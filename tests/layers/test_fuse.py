@@ -17,47 +17,18 @@ from torch import nn
 import flux_kernels as fk
 from flux_kernels.layers.fused_linear import FusedLinear, FusedPart
 
-from ..conftest import TINY_FLUX, flux_inputs
+from ..conftest import flux_inputs
+from .conftest import KINDS, run
 
 diffusers = pytest.importorskip("diffusers")
 accelerate = pytest.importorskip("accelerate")
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-KINDS = ("qkv", "linear1")
-
-
-def run(model, **inputs) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**(inputs or flux_inputs()))[0]
 
 
 def rows(model) -> dict[str, torch.Tensor]:
     """Return layer name -> packed rows, as they are under the layers' own names."""
     return {name: module.qweight.clone() for name, module in model.named_modules() if type(module) is fk.GGUFLinear}
-
-
-@pytest.fixture(scope="module")
-def packed_model():
-    torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(**TINY_FLUX).eval()
-    fk.swap_linear(model, format={"*transformer_blocks*": "Q4_K"})
-    return model
-
-
-@pytest.fixture(scope="module")
-def expected(packed_model):
-    return run(packed_model)
-
-
-@pytest.fixture
-def model(packed_model):
-    return copy.deepcopy(packed_model)
-
-
-@pytest.fixture(params=KINDS)
-def fused(model, request):
-    fk.fuse_projections(model, request.param)
-    return model
 
 
 def assert_same(model, expected):

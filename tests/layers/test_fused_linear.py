@@ -12,35 +12,12 @@ import flux_kernels as fk
 from flux_kernels.layers.fused_linear import FusedLinear
 from flux_kernels.torch_backend import low_precision
 
-from ..conftest import TINY_FLUX, flux_inputs
-from .test_fuse import CLOSE, KINDS, assert_same, run
+from ..conftest import flux_inputs
+from .conftest import KINDS, run
+from .test_fuse import CLOSE, assert_same
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
-def packed_model():
-    torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(**TINY_FLUX).eval()
-    fk.swap_linear(model, format={"*transformer_blocks*": "Q4_K"})
-    return model
-
-
-@pytest.fixture(scope="module")
-def expected(packed_model):
-    return run(packed_model)
-
-
-@pytest.fixture
-def model(packed_model):
-    return copy.deepcopy(packed_model)
-
-
-@pytest.fixture(params=KINDS)
-def fused(model, request):
-    fk.fuse_projections(model, request.param)
-    return model
 
 
 # adapters
