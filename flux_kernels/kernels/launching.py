@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._triton import interpreting
 from ..compute import WIDEST_LOAD, Branch
-from ..formats import BlockFormat
+from ..formats import Packed
 
 _HERE = nullcontext()
 
@@ -60,17 +60,17 @@ def all_aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
-def aligned(data: Tensor) -> Tensor:
+def aligned(weight: Packed) -> Packed:
     """Return packed rows that start at a 16-byte address: themselves, or for odd slices of a tensor a copy.
 
     Decoders read words where a block's own size allows it, which assumes that the first row is aligned; GPUs fault otherwise.
     """
-    return data if data.data_ptr() % WIDEST_LOAD == 0 else data.clone()
+    return weight if weight.data.data_ptr() % WIDEST_LOAD == 0 else weight._replace(data=weight.data.clone())
 
 
-def table_of(fmt: BlockFormat, data: Tensor) -> Tensor:
-    """Return the format's lookup table on data's device, or `data` itself as the pointer nobody reads."""
-    return fmt.table_on(data.device) if fmt.table is not None else data
+def table_of(weight: Packed) -> Tensor:
+    """Return the format's lookup table where the rows are, or the rows as a pointer that no kernel reads."""
+    return weight.fmt.table_on(weight.data.device) if weight.fmt.table is not None else weight.data
 
 
 def pointers(branch: Branch | None) -> tuple[Tensor | None, Tensor | None]:

@@ -47,6 +47,13 @@ class Choice:
     why: str
     rows: int | None = None
 
+    @property
+    def kernel_tile(self) -> Tile:
+        """The tile of a choice whose product is a kernel's."""
+        if self.tile is None:
+            raise ValueError(f"{self.algorithm} needs a tile and was chosen without one.")
+        return self.tile
+
     def __str__(self) -> str:
         chunks = f" in chunks of {self.rows} rows" if self.rows else ""
         return f"{self.algorithm} {self.tile}{chunks}" if self.tile else f"{self.algorithm}{chunks}"

@@ -142,6 +142,8 @@ def small_m_codes_kernel(
 def code_constants(fmt: BlockFormat, constants: dict, tile: Tile, packed: bool) -> dict:
     """Return the kernel's constexprs; `constants`: those of every kernel for the format's rows, `packed`: outside of Triton's interpreter."""
     codes = fmt.code_tile
+    if codes is None:
+        raise ValueError(f"{fmt.name} has no codes for the tensor core.")
     return {name: value for name, value in constants.items() if name != "DECODE"} | dict(
         CODES=codes.codes,
         SCALES=codes.scales,

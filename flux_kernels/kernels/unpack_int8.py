@@ -20,7 +20,7 @@ def _decode_slices(
     """Return some slices of each row as a tuple of float32 [ROWS, 32]: each is decoded once and stays in registers."""
     slices = ()
     for i in tl.static_range(SLICES):
-        slices = slices + (DECODE(row_ptr, first_block, FIRST + i, table_ptr, NUM_BLOCKS, PLANES),)
+        slices = slices + (DECODE(row_ptr, first_block, FIRST + i, table_ptr, NUM_BLOCKS, PLANES),)  # type: ignore[assignment]
     return slices
 
 

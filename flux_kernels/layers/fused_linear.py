@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..formats import get_format
+from . import eager
 from .linear import GGUFLinear
 from .low_rank import PARAMETERS as BRANCH
 
@@ -68,9 +69,9 @@ class FusedLinear(GGUFLinear):
             return super().forward(input)
         hidden = F.linear(input, torch.cat([branch[0].to(input.dtype) for branch in branches if branch]))
         up = [branch[1] if branch else input.new_empty(part.out_features, 0) for branch, part in zip(branches, parts)]
-        packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
-        extra = (hidden, torch.block_diag(*up).to(hidden.dtype), None, None, self._kept_row_scale())
-        return torch.ops.flux_kernels.linear(input, *packed, *extra)
+        weight = self.packed._replace(row_scale=self._kept_row_scale())
+        branch = hidden, torch.block_diag(*up).to(hidden.dtype)
+        return eager.dispatched(input, weight, self.bias, self.backend, self.compute, branch)
 
     def _modules_of_parts(self) -> list[Any]:
         """Look the parts up as they are now; `get_submodule` would take 27 us for four, every call."""
@@ -98,7 +99,7 @@ class FusedLinear(GGUFLinear):
         qweight, bias = part.qweight.clone(), part.bias
         if bias is not None:
             bias = nn.Parameter(bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        names = dict(backend=self.backend, compute=self.compute, compute_dtype=self.compute_dtype)
+        names: dict[str, Any] = dict(backend=self.backend, compute=self.compute, compute_dtype=self.compute_dtype)
         layer = GGUFLinear.from_packed(qweight, self.format, bias, planes=self.planes, **names).train(part.training)
         layer._kept_row_scale()
         return _with_branch_of(part, layer)
@@ -171,11 +172,6 @@ class FusedPart(GGUFLinear):
     def _apply(self, fn, recurse: bool = True):
         return nn.Module._apply(self, fn, recurse)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """Save the branch, and the descriptor because LoRA loaders look for a `weight`; the fused layer saves the rows."""
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self._descriptor()
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Load the branch; refuse the rows of an unfused model."""
         if prefix + "qweight" in state_dict:
@@ -188,7 +184,7 @@ class FusedPart(GGUFLinear):
             missing_keys.append(prefix + "weight")
         problem = self._fit_branch(state_dict, prefix)
         if problem is not None:
-            error_msgs.append(f'"{prefix}low_rank_down": {problem}')
+            error_msgs.append(problem)
             return
         nn.Module._load_from_state_dict(
             self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -258,7 +254,7 @@ def join_layers(layers: dict[str, GGUFLinear], home: nn.Module, qweight: Tensor 
     if first.bias is not None:
         trained = any(layer.bias.requires_grad for layer in layers.values())
         bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers.values()]), requires_grad=trained)
-    names = dict(backend=first.backend, compute=first.compute, compute_dtype=first.compute_dtype)
+    names: dict[str, Any] = dict(backend=first.backend, compute=first.compute, compute_dtype=first.compute_dtype)
     fused: Any = FusedLinear.from_packed(qweight, first.format, bias, planes=first.planes, **names).train(first.training)
     fused._kept_row_scale()
     return fused.join(home, tuple(rows))

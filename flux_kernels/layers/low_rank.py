@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..compute import Branch
 from ..errors import FormatError
+from .packed_rows import PackedRows
 
 PARAMETERS = ("low_rank_down", "low_rank_up", "outlier_index", "outlier_weight")
 
@@ -30,7 +31,7 @@ def check_outliers(index: Tensor, k: int) -> Tensor:
     return channels.to(torch.int32)
 
 
-class LowRankLayer(nn.Module):
+class LowRankLayer(PackedRows):
     """Give a packed layer its optional branch, held in plain parameters of the layer itself so that offloading moves them.
 
     Attributes:
@@ -42,7 +43,6 @@ class LowRankLayer(nn.Module):
 
     in_features: int
     out_features: int
-    qweight: nn.Parameter
     low_rank_down: nn.Parameter | None
     low_rank_up: nn.Parameter | None
     outlier_index: nn.Parameter | None
@@ -91,12 +91,16 @@ class LowRankLayer(nn.Module):
             return None
         return self.low_rank_down, self.low_rank_up
 
+    def _make_room(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Make this layer fit a saved one, its branch too."""
+        return super()._make_room(state_dict, prefix) or self._fit_branch(state_dict, prefix)
+
     def _fit_branch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Make room for the branch of a saved layer; return what is wrong with it as a sentence, or None."""
         saved = {name: state_dict[prefix + name] for name in PARAMETERS if prefix + name in state_dict}
         problem = _misfit(self.in_features, self.out_features, saved)
         if problem is not None:
-            return problem
+            return f'"{prefix}low_rank_down": {problem}'
         for name, value in saved.items():
             held = self._parameters.get(name)
             if held is None or held.shape != value.shape:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import BackendUnavailable
+from .packed_rows import PackedRows
 
 
-class KeepsRowScale(nn.Module):
+class KeepsRowScale(PackedRows):
     """Give a packed layer a buffer for the scales of its rows, no part of its state dict.
 
     Attributes:
@@ -22,11 +23,7 @@ class KeepsRowScale(nn.Module):
             or the compute mode needs none, or before the first call.
     """
 
-    format: str
-    backend: str
     compute: str
-    planes: bool
-    qweight: nn.Parameter
     _row_scale_of: tuple[int, int] | None = None  # the state of the rows that the scales belong to
 
     @property
@@ -43,9 +40,21 @@ class KeepsRowScale(nn.Module):
         self._buffers["row_scale"] = scale
         self._non_persistent_buffers_set.add("row_scale")
 
-    def _forget_row_scale(self) -> None:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; new rows have other scales."""
+        super().register_parameter(name, param)
+        if name == "qweight":
+            self._set_row_scale(None)
+            self._row_scale_of = None
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move or cast; the scales move with the rows and stay float32, whatever the model is cast to."""
+        kept = self.row_scale
         self._set_row_scale(None)
-        self._row_scale_of = None
+        super()._apply(fn, recurse)
+        if kept is not None and kept.device == self.qweight.device:
+            self._set_row_scale(kept)
+        return self
 
     def _kept_row_scale(self) -> Tensor | None:
         """Return the scales of the rows as they are now, found anew where the rows changed; None: the kernel finds them.
@@ -69,9 +78,8 @@ class KeepsRowScale(nn.Module):
 
     def _find_row_scale(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            rows = self.qweight.detach()
             try:
-                scale = ops.row_scale(rows, self.format, self.backend, self.compute, self.planes)
+                scale = ops.row_scale(self.packed._replace(data=self.qweight.detach()), self.backend, self.compute)
             except BackendUnavailable:  # the call that needs them says so
                 scale = None
             held = self.row_scale

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..formats import PLAIN_TYPES, BlockFormat, PlainType, get_format, types_by_number
+from ..formats import PLAIN_TYPES, BlockFormat, Packed, PlainType, get_format, types_by_number
 from ..torch_backend import reference
 from .linear import GGUFLinear
 
@@ -46,7 +46,7 @@ def decode_stored(parameter: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """Decode a diffusers GGUFParameter of any type to `dtype`."""
     row, data = packed_type(parameter, name), plain_bytes(parameter)
     if isinstance(row, BlockFormat):
-        return reference.dequantize(data, row, dtype)
+        return reference.dequantize(Packed(data, row), dtype)
     return data.view(row.dtype).to(dtype)
 
 

@@ -85,7 +85,8 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
     step = _up(max(1, -(-n // chunks)), multiple)
     left = iter(range(0, n, step))
     workers = iter([scratch(i) for i in range(threads)])
-    lock, raised = threading.Lock(), []
+    lock = threading.Lock()
+    raised: list[BaseException | None] = []
 
     def take_chunks() -> None:
         try:
@@ -98,7 +99,8 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
                     if first >= n:
                         break
                     work(first, min(first + step, n), mine)
-        except BaseException as error:  # noqa: BLE001  raised below; even an interrupt must not unwind through the runtime's C
+        # Raised below: even an interrupt must not unwind through the runtime's C.
+        except BaseException as error:  # noqa: BLE001
             raised.append(error)
 
     if threads == 1 or step >= n:
@@ -106,7 +108,9 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
     else:
         _run(take_chunks, threads, raised)
     if raised:
-        error, raised[:] = raised[0], [None]  # still true, for workers that come late; and no cycle that keeps tensors alive
+        # Still true, for workers that come late; and no cycle that keeps tensors alive.
+        error, raised[:] = raised[0], [None]
+        assert error is not None
         try:
             raise error
         finally:

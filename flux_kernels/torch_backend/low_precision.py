@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compute import PROMOTE_K, Branch, group_width
-from ..formats import BlockFormat
+from ..formats import Packed
 from .reference import dequantize
 
 _SMALLEST, _STEPS = 1e-30, 1 / 127  # see kernels/activations.py
@@ -36,10 +36,8 @@ def quantize_groups(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def linear_int8(
     x: Tensor,
-    data: Tensor,
-    fmt: BlockFormat,
+    weight: Packed,
     bias: Tensor | None,
-    planes: bool,
     branch: Branch | None = None,
     row_scales: bool = False,
 ) -> Tensor:
@@ -49,12 +47,12 @@ def linear_int8(
     """
     group = group_width(x.shape[-1])
     codes, scale = quantize_groups(x, group)
-    y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
     step = max(1, _CHUNK_PRODUCTS // max(1, x.shape[0] * codes.shape[1]))
-    for start in range(0, data.shape[0], step):
+    for start in range(0, weight.n, step):
         rows = slice(start, start + step)
-        weight = dequantize(data[rows], fmt, torch.float32, planes)
-        w_codes, w_scale = quantize_groups(weight, weight.shape[1] if row_scales else group)
+        decoded = dequantize(weight.rows(rows), torch.float32)
+        w_codes, w_scale = quantize_groups(decoded, weight.k if row_scales else group)
         w_codes = w_codes.flatten(1).unflatten(1, (-1, group))
         products = torch.einsum("mgk,ngk->gmn", codes, w_codes)
         scaled = products * scale.permute(1, 0, 2) * w_scale.permute(1, 2, 0)
@@ -70,21 +68,19 @@ def scale_to_fp16(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * down).half(), up
 
 
-def linear_fp16_accumulate(
-    x: Tensor, data: Tensor, fmt: BlockFormat, bias: Tensor | None, planes: bool, branch: Branch | None = None
-) -> Tensor:
+def linear_fp16_accumulate(x: Tensor, weight: Packed, bias: Tensor | None, branch: Branch | None = None) -> Tensor:
     """Compute x [M, K] @ W.T + bias + branch with fp16 sums over PROMOTE_K of K, added in float32, in x's dtype."""
     scaled, up = scale_to_fp16(x)
     steps = PROMOTE_K // _MMA_K
     parts = scaled.float().unflatten(-1, (-1, steps, _MMA_K))
-    y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
     step = max(1, _CHUNK_PRODUCTS // max(1, x.shape[0] * parts.shape[1]))
-    for start in range(0, data.shape[0], step):
+    for start in range(0, weight.n, step):
         rows = slice(start, start + step)
-        weight = dequantize(data[rows], fmt, torch.float16, planes).float().unflatten(-1, (-1, steps, _MMA_K))
+        decoded = dequantize(weight.rows(rows), torch.float16).float().unflatten(-1, (-1, steps, _MMA_K))
         sums = torch.zeros((), dtype=torch.float16, device=x.device)
         for i in range(steps):
-            sums = (sums.float() + torch.einsum("mgk,ngk->gmn", parts[:, :, i], weight[:, :, i])).half()
+            sums = (sums.float() + torch.einsum("mgk,ngk->gmn", parts[:, :, i], decoded[:, :, i])).half()
         y[:, rows] = _with_bias(sums.float().sum(0) * up, bias, rows, branch).to(x.dtype)
     return y
 
