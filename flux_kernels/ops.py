@@ -72,7 +72,10 @@ def check_linear(
 
 
 def _check_branch(x: Tensor, n: int, hidden, up, outlier_index, outlier_weight) -> None:
-    """Check the low-rank branch (hidden [..., r], up [N, r]) and the outlier channels (index [k], weight [N, k])."""
+    """Check the low-rank branch and the outlier channels of a call.
+
+    hidden [..., r] and up [N, r]; index [k] and weight [N, k].
+    """
     if (hidden is None) != (up is None) or (outlier_index is None) != (outlier_weight is None):
         raise FormatError("hidden and up, and outlier_index and outlier_weight, are given together or not at all.")
     if hidden is not None:
@@ -177,7 +180,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """Return the gradients of x (grad @ W, W decoded in x's dtype), bias, hidden and up; the packed bytes get none.
+    """Return the gradients of x, bias, hidden and up; the packed bytes get none.
+
+    That of x is grad @ W, W decoded in x's dtype.
 
     Outlier channels and row scales are part of W, so they need no gradient of their own.
     """
@@ -195,7 +200,10 @@ def _backward(ctx, grad):
 
 
 def _autocast(device_type: str, key: str):
-    """Return the kernel of one autocast key: cast x to the autocast dtype, as F.linear does, and redispatch."""
+    """Return the kernel of one autocast key.
+
+    It casts x to the autocast dtype, as F.linear does, and redispatches.
+    """
 
     def linear_autocast(x, data, bias, format, backend, compute, planes, hidden=None, up=None, *others):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
@@ -276,7 +284,7 @@ def dequantize(
 
 
 def row_scale(weight: Packed, backend: str, compute: str) -> Tensor | None:
-    """Return what a caller may keep of a weight and give to every call of the op: the scales of "int8", float32 [N].
+    """Return what a caller may keep of a weight: the scales of "int8", float32 [N].
 
     None where calls with these arguments on this device use none.
 

@@ -1,4 +1,6 @@
-"""Launch the Triton kernels: the only module `ops` imports from here, and only when the triton backend is asked for.
+"""Launch the Triton kernels.
+
+The only module that `ops` imports from here, and only when the triton backend is asked for.
 
 The decoder contract. Each format's row owns `decode_tile`, a JIT function that every kernel takes as a constexpr:
 
@@ -71,7 +73,7 @@ def row_scale(weight: Packed) -> Tensor | None:
 
 
 def prepare(problem: Problem, compute: str) -> Run:
-    """Return what writes x [M, K] @ weight.T + bias + branch to y [M, N] in a compute mode, M and N at least 1.
+    """Return what computes a product in a compute mode, M and N at least 1.
 
     The tensors it is given later are what `problem` says, contiguous, the rows at a 16-byte address, on the current device.
     """

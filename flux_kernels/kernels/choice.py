@@ -1,4 +1,7 @@
-"""Choose what a call runs: the algorithm and tile measured for it on this card, or the default table's."""
+"""Choose what a call runs: algorithm and tile.
+
+Those measured for it on this card, or the default table's.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def choose(
     dtype: torch.dtype = torch.bfloat16,
     branch: bool = False,
 ) -> Choice:
-    """Choose for y[M, N] = x[M, K] @ w.T on `device`, x of `dtype`, with or without a low-rank branch in the epilogue.
+    """Choose for y[M, N] = x[M, K] @ w.T on `device`, x of `dtype`, with or without a low-rank branch.
 
     `forget` makes it look at the records again.
     """

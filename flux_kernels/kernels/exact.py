@@ -34,7 +34,10 @@ def linear(
     outliers: tuple[Tensor, Tensor] | None = None,
     choice: Choice | None = None,
 ) -> None:
-    """Write x [M, K] @ weight.T + bias + branch to y [M, N]; x has unit stride along K, and `outliers` are not needed."""
+    """Write x [M, K] @ weight.T + bias + branch to y [M, N]; x has unit stride along K.
+
+    `outliers` are not needed: every channel is computed in x's dtype.
+    """
     choice = choice or choose("exact", weight.fmt, *y.shape, x.shape[1], x.device, x.dtype, branch is not None)
     prepare(Problem.of(x, weight, bias, branch), choice)(x, weight, bias, y, branch)
 

@@ -26,7 +26,9 @@ def linear(
     outliers: tuple[Tensor, Tensor] | None = None,
     choice: Choice | None = None,
 ) -> None:
-    """Write x [M, K] @ weight.T + bias + branch to y [M, N]; x has unit stride along K, K is a multiple of 64.
+    """Write x [M, K] @ weight.T + bias + branch to y [M, N].
+
+    x has unit stride along K, K is a multiple of 64.
 
     `outliers` are not needed: every channel is computed in fp16.
     """

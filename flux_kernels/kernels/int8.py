@@ -1,4 +1,4 @@
-"""compute="int8": quantize x, unpack the weight (or a chunk of its output features) to int8, and multiply.
+"""compute="int8": quantize x, unpack the weight to int8, and multiply.
 
 The algorithm "two_stage" gives a weight one scale per row and group of K, "row_scales" one per row (see
 tiles.choose_int8_algorithm); chunks.py says how much of the weight is unpacked at a time. Scales of rows follow from the
@@ -102,7 +102,10 @@ def _step(problem: Problem, tile: Tile, rowwise: bool, chunk: slice | None) -> C
 def _quantizing(
     m: int, k: int, stride: int, group: int, outliers: bool
 ) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-    """Return what quantizes x [M, K] to int8 codes [M, K] and float32 scales [K // group, M], channels with keep = 0 to zeros."""
+    """Return what quantizes x [M, K] to int8.
+
+    It returns codes [M, K] and float32 scales [K // group, M]; channels with keep = 0 become zeros.
+    """
     grid = (triton.cdiv(m, QUANTIZE_ROWS), k // group)
     constants = dict(K=k, GROUP=group, BLOCK_M=QUANTIZE_ROWS)
     launch = Launch(quantize_activation_kernel, grid, (m, stride), constants)
@@ -117,7 +120,10 @@ def _quantizing(
 
 
 def _scaling(problem: Problem) -> Callable[[Packed], Tensor]:
-    """Return what finds the scale of each packed row: float32 [N], its largest magnitude / 127, NaN for NaN and Inf."""
+    """Return what finds the scale of each packed row.
+
+    float32 [N], its largest magnitude / 127, NaN for NaN and Inf.
+    """
     n, tile_k = problem.n, largest_tile_k(problem.fmt, problem.k)
     parts = problem.k // tile_k
     constants = problem.format_constants | dict(BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
@@ -136,7 +142,10 @@ def _scaling(problem: Problem) -> Callable[[Packed], Tensor]:
 
 
 def _unpacking(problem: Problem, rows: int, group: int, rowwise: bool) -> Callable[[Packed], tuple]:
-    """Return what unpacks packed rows to int8 codes [rows, K] and their scales, float32 [K // group, rows] or the rows' own."""
+    """Return what unpacks packed rows to int8 codes [rows, K] and their scales.
+
+    float32 [K // group, rows], or the rows' own.
+    """
     k = problem.k
     tile_k = max(group, largest_tile_k(problem.fmt, k))
     constants = problem.format_constants | dict(GROUP=group, BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
@@ -153,7 +162,10 @@ def _unpacking(problem: Problem, rows: int, group: int, rowwise: bool) -> Callab
 
 
 def _multiplying(problem: Problem, rows: int, tile: Tile, rowwise: bool) -> Callable[..., None]:
-    """Return what writes the product of quantized x and `rows` rows of the weight, bias and branch to y [M, rows]."""
+    """Return what multiplies quantized x by `rows` rows of the weight.
+
+    Bias and branch are added; it writes y [M, rows].
+    """
     constants = dict(K=problem.k, GROUP=group_width(problem.k), ROW_SCALES=rowwise, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
     integers = problem.m, rows, problem.rank, problem.n
     launch = Launch(int8_gemm_kernel, (tile.programs(problem.m, rows),), integers, constants, tile.options)
@@ -166,20 +178,29 @@ def _multiplying(problem: Problem, rows: int, tile: Tile, rowwise: bool) -> Call
 
 
 def quantize_activation(x: Tensor, group: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize x [M, K] to int8 codes [M, K] and float32 scales [K // group, M]; channels with keep [K] = 0 become zeros."""
+    """Quantize x [M, K] to int8 codes [M, K] and float32 scales [K // group, M].
+
+    Channels with keep [K] = 0 become zeros.
+    """
     m, k = x.shape
     return _quantizing(m, k, x.stride(0), group, keep is not None)(x, keep)
 
 
 def unpack_weight(weight: Packed, group: int, row_scales: bool = False) -> tuple[Tensor, Tensor]:
-    """Unpack a weight to int8 codes [N, K] and float32 scales [K // group, N], or [1, N] with `row_scales`."""
+    """Unpack a weight to int8 codes [N, K] and float32 scales [K // group, N].
+
+    The scales are [1, N] with `row_scales`.
+    """
     weight = weight._replace(row_scale=row_scale(weight) if row_scales else None)
     codes, scale = _unpacking(Problem.of_rows(weight, torch.float32), weight.n, group, row_scales)(weight)
     return codes, scale.view(-1, weight.n)
 
 
 def row_scale(weight: Packed) -> Tensor:
-    """Return the int8 scale of each packed row: float32 [N], its largest magnitude / 127, NaN where it holds NaN or Inf."""
+    """Return the int8 scale of each packed row: float32 [N].
+
+    Its largest magnitude / 127, NaN where it holds NaN or Inf.
+    """
     return _scaling(Problem.of_rows(weight, torch.float32))(weight)
 
 

@@ -1,4 +1,7 @@
-"""The compute modes as the Triton backend runs them: algorithms and sources of each, and the choice that a call runs with."""
+"""The compute modes as the Triton backend runs them.
+
+Algorithms and sources of each, and the choice that a call runs with.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one product is, without its tensors: everything that decides grids, constants and compiled code."""
+"""One product without its tensors: what decides grids, constants and compiled code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ Run = Callable[[Tensor, Packed, "Tensor | None", Tensor, "Branch | None"], None]
 
 
 class Problem(NamedTuple):
-    """Describe y[M, N] = x[M, K] @ decode(data).T + bias + hidden[M, R] @ up[N, R].T; hashable, so that launches are prepared once.
+    """Describe y[M, N] = x[M, K] @ weight.T + bias + hidden[M, R] @ up[N, R].T.
+
+    Hashable, so that launches are prepared once.
 
     Attributes:
         m, n, k: sizes of the product.

@@ -1,4 +1,4 @@
-"""Two-stage: unpack the weight (or a chunk of its output features) into a scratch, then torch's own matmul.
+"""Two-stage: unpack the weight into a scratch, then torch's own matmul.
 
 For calls of so many rows that writing the unpacked weight costs less than a decode which the product waits for (tiles.py has
 the rows by card), for float32 activations, and for Turing, where Triton has no tensor-core code. The product is torch's own,
@@ -49,7 +49,10 @@ def prepare(problem: Problem, rows: int | None) -> Run:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> None:
-    """Write x @ weight.T + bias to y, or add the product to it; cuBLAS's epilogue adds the bias only where y is contiguous."""
+    """Write x @ weight.T + bias to y, or add the product to it.
+
+    cuBLAS's epilogue adds the bias only where y is contiguous.
+    """
     if add:
         y.addmm_(x, weight.T)
     elif bias is None:

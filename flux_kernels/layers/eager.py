@@ -1,4 +1,6 @@
-"""Call the Triton kernels past torch's dispatcher where nothing watches it: plain tensors, eager mode, no gradients.
+"""Call the Triton kernels past torch's dispatcher where nothing watches it.
+
+Plain tensors, eager mode, no gradients.
 
 A step of Flux has 504 linear calls. Dispatching a custom op with its autograd and autocast kernels, checking shapes and looking up
 what runs costs some 15 us a call in Python, longer than a GPU takes for many of them. Where anything could see the op (compilers, modes,

@@ -1,4 +1,7 @@
-"""GGUFEmbedding: an nn.Embedding whose table stays packed; only the rows that are looked up are decoded."""
+"""GGUFEmbedding: an nn.Embedding whose table stays packed.
+
+Only the rows that are looked up are decoded.
+"""
 
 from __future__ import annotations
 

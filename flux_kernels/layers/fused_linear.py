@@ -1,4 +1,6 @@
-"""FusedLinear: the packed rows of several layers that share an input, as one layer; FusedPart: one of those layers, without bytes.
+"""FusedLinear: the packed rows of several layers that share an input, as one layer.
+
+FusedPart is one of those layers, without bytes.
 
 Rows of one type are one matrix wherever they lie one after the other, so joining them changes no value and needs no memory.
 The parts stay in the model under their own names: adapters, `save_gguf` and patterns find them there.
@@ -22,7 +24,10 @@ from .low_rank import PARAMETERS as BRANCH
 
 @dataclass(frozen=True)
 class Rows:
-    """Name the rows [start, stop) of a fused layer that are the layer at `path`, seen from the module that holds both."""
+    """Name the rows [start, stop) of a fused layer that are the layer at `path`.
+
+    The path is seen from the module that holds both.
+    """
 
     path: str
     start: int
@@ -30,7 +35,9 @@ class Rows:
 
 
 class FusedLinear(GGUFLinear):
-    """Compute several packed layers on one input at once: [..., K] -> [..., sum of their N], in their order.
+    """Compute several packed layers on one input at once.
+
+    [..., K] -> [..., sum of their N], in their order.
 
     Attributes:
         parts: the rows of each layer.
@@ -51,11 +58,16 @@ class FusedLinear(GGUFLinear):
         return self._home[0]
 
     def adapted(self) -> bool:
-        """Tell whether a part has an adapter around it or outlier channels, so that it must compute for itself."""
+        """Tell whether a part must compute for itself.
+
+        It has an adapter around it, or outlier channels.
+        """
         return not all(type(part) is FusedPart and part.outlier_index is None for part in self._modules_of_parts())
 
     def forward(self, input: Tensor, part: FusedPart | None = None) -> Tensor:
-        """Compute all rows in one product, low-rank branches of parts included, or part by part where `adapted`.
+        """Compute all rows in one product, or part by part where `adapted`.
+
+        Low-rank branches of parts are in the product.
 
         With `part`, its rows alone: parts compute through this layer, so that the hooks of offloading see every use of it.
         """
@@ -110,7 +122,9 @@ class FusedLinear(GGUFLinear):
 
 
 class FusedPart(GGUFLinear):
-    """Stand where a layer was whose rows a FusedLinear holds; it computes with those rows and has no parameters but a branch.
+    """Stand where a layer was whose rows a FusedLinear holds.
+
+    It computes with those rows and has no parameters but a branch.
 
     An input as wide as the fused layer's output is that output: its columns are selected (see `fuse.ProjectAfterNorm`).
     """
@@ -147,7 +161,10 @@ class FusedPart(GGUFLinear):
         return None if self.whole.bias is None else self.whole.bias[self.rows.start : self.rows.stop]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute with the rows of this layer, or select its columns where `input` is the fused layer's output."""
+        """Compute with the rows of this layer.
+
+        Where `input` is the fused layer's output, its columns are selected.
+        """
         if input.shape[-1] == self.whole.out_features != self.in_features:
             return input[..., self.rows.start : self.rows.stop]
         return self.whole(input, part=self)

@@ -1,4 +1,4 @@
-"""The `.weight` of a packed layer: a tensor in logical shape that decodes only when it is computed with.
+"""The `.weight` of a packed layer: it decodes only when it is computed with.
 
 Its shape, dtype and device are free to ask (loading a LoRA asks seven times a layer). It is made on access and never
 stored: the parameter of the layer is the plain uint8 `qweight`.
@@ -18,7 +18,10 @@ _VIEWS_OF_ALL = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 def decode_whole(packed: Packed, dtype: torch.dtype, backend: str, branch: Branch | None) -> Tensor:
-    """Decode packed rows and add the branch (down [r, K], up [N, r]) where there is one, rounded to `dtype` once."""
+    """Decode packed rows and add the branch (down [r, K], up [N, r]) where there is one.
+
+    Rounded to `dtype` once.
+    """
     decoded_to = dtype if branch is None else torch.float32
     weight = torch.ops.flux_kernels.dequantize(packed.data, packed.fmt.name, decoded_to, backend, packed.planes)
     return weight if branch is None else torch.addmm(weight, branch[1].float(), branch[0].float()).to(dtype)

@@ -134,7 +134,10 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
         ).train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute x @ W.T + bias + branch: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
+        """Compute x @ W.T + bias + branch.
+
+        [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype.
+        """
         weight = Packed(self.qweight, FORMATS[self.format], self.planes, self._kept_row_scale())
         if self.low_rank_down is None and self.outlier_index is None:
             return eager.linear(input, weight, self.bias, self.backend, self.compute)
@@ -144,7 +147,9 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
         return eager.dispatched(input, weight, self.bias, self.backend, self.compute, (hidden, up), outliers)
 
     def keep_outliers(self, index: Tensor | None) -> None:
-        """Let compute="int8" compute some input channels in x's dtype instead; None undoes it. Other modes ignore it.
+        """Let compute="int8" compute some input channels in x's dtype.
+
+        None undoes it; other modes ignore it.
 
         Args:
             index: the channels, integers [k] without repetition in 0..K-1; kernels pad k to a multiple of 16.
@@ -161,7 +166,9 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
         self.outlier_weight = nn.Parameter(decoded[:, channels].contiguous(), requires_grad=False)
 
     def arrange(self) -> GGUFLinear:
-        """Rearrange the packed rows, in place, as the backend wants them where the layer is now (file order or field planes).
+        """Rearrange the packed rows, in place, as the backend wants them where the layer is now.
+
+        In file order or as field planes.
 
         Called when a layer is swapped in, loaded or moved; offloading hooks that move parameters themselves leave rows as they are.
         """
@@ -194,7 +201,10 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
         return self.arrange()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        """Load, and find the scales of the new rows: compiled models and captured graphs do not look whether rows changed."""
+        """Load, and find the scales of the new rows.
+
+        Compiled models and captured graphs do not look whether rows changed.
+        """
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._kept_row_scale()
 
@@ -219,6 +229,9 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
 
 
 def _upload_table(fmt: BlockFormat, qweight: Tensor) -> None:
-    """Put a format's lookup table where the rows are: now, not at a first call inside a CUDA graph's private pool."""
+    """Put a format's lookup table where the rows are.
+
+    Now, not at a first call inside a CUDA graph's private pool.
+    """
     if fmt.table is not None and qweight.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         fmt.table_on(qweight.device)

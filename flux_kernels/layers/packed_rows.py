@@ -1,4 +1,7 @@
-"""What every layer of packed rows does alike: a lazy `weight`, a descriptor in state dicts, bytes that no cast reaches."""
+"""What every layer of packed rows does alike.
+
+A lazy `weight`, a descriptor in state dicts, bytes that no cast reaches.
+"""
 
 from __future__ import annotations
 
@@ -132,6 +135,9 @@ class PackedRows(nn.Module):
         self.qweight = nn.Parameter(empty, requires_grad=False)
 
     def file_bytes(self) -> Tensor:
-        """Return the packed rows as a GGUF file stores them: uint8 [N, row bytes] (`qweight` itself unless planes)."""
+        """Return the rows as a GGUF file stores them: uint8 [N, row bytes].
+
+        `qweight` itself unless planes.
+        """
         data = self.qweight.detach()
         return get_format(self.format).layout.from_planes(data) if self.planes else data

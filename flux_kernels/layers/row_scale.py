@@ -1,4 +1,6 @@
-"""The int8 scale of each row of a packed layer, found once and kept: it follows from the packed rows alone.
+"""The int8 scale of each row of a packed layer, computed once and kept.
+
+It follows from the packed rows alone.
 
 Finding it takes two launches and a read of the whole weight, at every call of compute="int8" on cards that give a row one scale.
 A layer is where it can be kept safely: it sees its rows replaced, loaded and moved. A cache inside the kernels, keyed by the
@@ -32,7 +34,10 @@ class KeepsRowScale(PackedRows):
         return self._buffers.get("row_scale")
 
     def _set_row_scale(self, scale: Tensor | None) -> None:
-        """Register the buffer, or none at all: accelerate's hooks cannot move a buffer that is None and not persistent."""
+        """Register the buffer, or none at all.
+
+        accelerate's hooks cannot move a buffer that is None and not persistent.
+        """
         if scale is None:
             self._buffers.pop("row_scale", None)
             self._non_persistent_buffers_set.discard("row_scale")
@@ -57,7 +62,9 @@ class KeepsRowScale(PackedRows):
         return self
 
     def _kept_row_scale(self) -> Tensor | None:
-        """Return the scales of the rows as they are now, found anew where the rows changed; None: the kernel finds them.
+        """Return the scales of the rows as they are now; None where the kernel computes them.
+
+        They are computed anew where the rows changed.
 
         Compilers see the buffer, which loading and moving keep right. Inside a CUDA graph's capture nothing is kept that would
         lie in the graph's own pool, and an exported program, whose rows can be replaced, computes with these alone.

@@ -1,4 +1,7 @@
-"""Make a GGUFLinear of another linear layer: take over packed bytes, quantize, and carry hooks and flags across."""
+"""Make a GGUFLinear of another linear layer.
+
+Take over packed bytes, quantize, and carry hooks and flags across.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ def is_diffusers_gguf(module: nn.Module) -> bool:
 
 
 def packed_type(parameter: Tensor, name: str) -> BlockFormat | PlainType:
-    """Return the row (block format or plain type) of a diffusers GGUFParameter; raise FormatError where it is unknown."""
+    """Return the row (block format or plain type) of a diffusers GGUFParameter.
+
+    Raises FormatError where its type is unknown.
+    """
     number = int(parameter.quant_type)  # type: ignore[attr-defined]
     row = types_by_number().get(number)
     if row is None:
@@ -81,7 +87,10 @@ def quantize_layer(module: nn.Linear, format: str, backend: str, compute: str) -
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Carry hooks, the training flag and foreign attributes of `old` (such as `_tp_packed_row_blocks`) over to `new`."""
+    """Carry hooks, the training flag and foreign attributes of `old` over to `new`.
+
+    Such as `_tp_packed_row_blocks`.
+    """
     own = set(new.__dict__) - {key for key in new.__dict__ if "_hooks" in key}
     for key, value in old.__dict__.items():
         if key not in own and key not in _LEFT_BEHIND:

@@ -1,4 +1,6 @@
-"""The torch backend, on any device without Triton: the reference for "exact", the twins for the other compute modes.
+"""The torch backend, on any device without Triton.
+
+The reference for "exact", the twins for the other compute modes.
 
 Same functions, with the same signatures, as flux_kernels/kernels.
 """
@@ -52,7 +54,10 @@ def linear(
 
 
 def _decoded(weight: Packed, dtype: torch.dtype) -> Tensor:
-    """Decode a weight for one product; the result may be this thread's scratch, which the next call overwrites."""
+    """Decode a weight for one product.
+
+    The result may be this thread's scratch, which the next call overwrites.
+    """
     if cpu_decode.serves(weight, dtype):
         kept = cpu_threads.scratch().tensor("whole weight", dtype, weight.n, weight.k)
         return cpu_decode.dequantize(weight, dtype, kept)

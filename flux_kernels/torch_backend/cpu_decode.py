@@ -1,4 +1,4 @@
-"""Decode on the CPU: the bits of the torch reference, several times faster where there is a faster way.
+"""Decode on the CPU with the bits of the torch reference, several times faster.
 
 The torch decode is a chain of passes over every weight, with new memory for each. Faster are the format's own unpacking of
 8-byte words (`BlockFormat.unpacker`), and libggml's routine where libggml-python is installed, which reads a block once and
@@ -27,7 +27,10 @@ Routine = Callable[[int, int, int], None]
 
 
 def serves(weight: Packed, dtype: torch.dtype) -> bool:
-    """Tell whether rows can be decoded here: in file order, on the CPU, to a dtype products are computed in."""
+    """Tell whether rows can be decoded here.
+
+    In file order, on the CPU, to a dtype products are computed in.
+    """
     on_cpu = weight.data.device.type == "cpu"
     return on_cpu and not weight.planes and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,7 +63,10 @@ class Decoder(NamedTuple):
 
 
 def decoder(fmt: BlockFormat) -> Decoder | None:
-    """Return the fastest decoder of a format that runs on one thread, or None where only the torch reference is there."""
+    """Return the fastest decoder of a format that runs on one thread.
+
+    None where only the torch reference is there.
+    """
     if fmt.unpacker is not None:
         return Decoder(UNPACK_WEIGHTS, lambda data, out, scratch: _by_unpacking(data, fmt, out, scratch))
     routine = _routine(fmt)

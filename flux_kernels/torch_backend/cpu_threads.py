@@ -62,7 +62,10 @@ class Scratch:
 
 
 def scratch(worker: int = 0) -> Scratch:
-    """Return the scratch of a worker for the calling thread; not for signal handlers, which may interrupt its use."""
+    """Return the scratch of a worker for the calling thread.
+
+    Not for signal handlers, which may interrupt its use.
+    """
     kept = _local.__dict__.setdefault("scratches", [])
     while len(kept) <= worker:
         kept.append(Scratch())
@@ -70,7 +73,9 @@ def scratch(worker: int = 0) -> Scratch:
 
 
 def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> None:
-    """Do work(first row, end, scratch) for all of n rows, chunk by chunk, on as many threads as torch uses.
+    """Do work(first row, end, scratch) for all of n rows, chunk by chunk.
+
+    On as many threads as torch uses.
 
     Args:
         k: weights of a row.
@@ -122,7 +127,10 @@ def _up(count: int, multiple: int) -> int:
 
 
 def _run(worker: Worker, threads: int, raised: list) -> None:
-    """Run a worker in each of so many threads, and wait for all; the caller's own is among them where it is torch's team."""
+    """Run a worker in each of so many threads, and wait for all.
+
+    The caller's own is among them where it is torch's team.
+    """
     team = None if _forked else _team()
     if team is None:
         _run_in_pool(worker, threads, raised)
@@ -131,7 +139,10 @@ def _run(worker: Worker, threads: int, raised: list) -> None:
 
 
 def _run_in_pool(worker: Worker, threads: int, raised: list) -> None:
-    """Add what interrupts the waiting to `raised`, which stops the workers: then none uses the caller's scratches any more."""
+    """Run a worker in a pool's threads; what interrupts the waiting is added to `raised`.
+
+    That stops the workers: then none uses the caller's scratches any more.
+    """
     futures: list[Future] = []
     try:
         pool = _pool(threads)
@@ -217,7 +228,10 @@ def _compute_alone() -> None:
 
 
 def _after_fork() -> None:
-    """Leave the parent's threads behind: a child has neither its team, for which libgomp would wait forever, nor its pool."""
+    """Leave the parent's threads behind.
+
+    A child has neither its team, for which libgomp would wait forever, nor its pool.
+    """
     global _forked
     _forked = True
     _pool.cache_clear()
