@@ -22,11 +22,19 @@ SUPERBLOCK = 256  # weights in one step of the fused kernels, and in one block o
 
 @dataclass(frozen=True)
 class Field:
-    """Name one member of a ggml block struct: `count` values of `dtype` ("u8", "i8", "u16", "u32" or "f16")."""
+    """Name one member of a ggml block struct.
+
+    Attributes:
+        dtype: "u8", "i8", "u16", "u32" or "f16".
+        count: values of `dtype`.
+        scale_bits: of a scale that is no f16, what its bytes are in a plausible weight (random_rows makes such): for each
+            byte in turn, and again from the first, the bits that take any value and the bits that are set.
+    """
 
     name: str
     dtype: str
     count: int = 1
+    scale_bits: tuple[tuple[int, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -133,6 +141,8 @@ class BlockFormat:
         quantize: torch quantizer of float32 rows [rows, K] (and importance [rows, K] or None) to uint8 [rows, row bytes].
         code_tile: the codes for the small-M kernel on tensor cores; None where a code stands for a table entry.
         table: builds the lookup table of the codebook formats (uint8, CPU), handed to both decodes; None where unused.
+        gathers: whether `decode_tile` gathers from that table, a grid, in memory; the few values of a smaller one are
+            immediates in its code.
         planes: whether Triton wants the row rearranged with `Layout.to_planes`, because blocks that are only 2-byte
             aligned cannot be loaded wide or by asynchronous copies.
         unpacker: makes, for a number of blocks, what unpacks as many on a CPU faster than `decode` and libggml do: uint8
@@ -140,6 +150,7 @@ class BlockFormat:
             float32 product is the decoded weight), in memory that its next call overwrites; None where there is no such way.
         relative_rms: bound of the relative RMS error of quantizing gaussian weights, as a fraction.
         source: where layout and decode were read.
+        file_type: llama.cpp's number (`general.file_type`) of a file whose matrices are of this type; None where it has none.
     """
 
     name: str
@@ -150,9 +161,11 @@ class BlockFormat:
     decode: Callable[..., Tensor]
     relative_rms: float
     source: str
+    file_type: int | None = None
     decode_tile: Any = None
     quantize: Callable[[Tensor, Tensor | None], Tensor] | None = None
     table: Callable[[], Tensor] | None = None
+    gathers: bool = False
     planes: bool = False
     code_tile: CodeTile | None = None
     unpacker: Callable[[int], Callable[[Tensor], tuple[Tensor, Tensor]]] | None = None

@@ -11,7 +11,9 @@ from ._codebooks import IQ1_S_GRID
 from ._format import BlockFormat, Field, Layout
 from ._tiles import gather_grid, halves_of_16, load_word, spread_fields, unpack_half
 
-LAYOUT = Layout(Field("qs", "u8", 32), Field("qh", "u8", 16), Field("scales", "u8", 8))
+# The top nibbles of four 16-bit words are the half d, the highest last: 2^-7 is plausible.
+_SCALE_BITS = ((0xFF, 0x00), (0x0F, 0x00)) * 3 + ((0xFF, 0x00), (0x0F, 0x20))
+LAYOUT = Layout(Field("qs", "u8", 32), Field("qh", "u8", 16), Field("scales", "u8", 8, scale_bits=_SCALE_BITS))
 TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
 QH = tl.constexpr(LAYOUT.offsets["qh"])
 SCALES = tl.constexpr(LAYOUT.offsets["scales"])
@@ -61,12 +63,14 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="IQ1_M",
     ggml_type=29,
+    file_type=31,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
     table=IQ1_S_GRID.table,
+    gathers=True,
     relative_rms=0.62,
     source="ggml-common.h block_iq1_m, iq1s_grid; ggml-quants.c dequantize_row_iq1_m",
 )

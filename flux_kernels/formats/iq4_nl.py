@@ -57,6 +57,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="IQ4_NL",
     ggml_type=20,
+    file_type=25,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,

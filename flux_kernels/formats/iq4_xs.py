@@ -82,6 +82,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="IQ4_XS",
     ggml_type=23,
+    file_type=30,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,

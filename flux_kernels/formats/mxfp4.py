@@ -16,7 +16,8 @@ from ._search import Blocks
 from ._search_scale import best_scale, codebook, codes_of, snapped
 from ._tiles import load_narrow, load_nibbles, unpack_e2m1
 
-LAYOUT = Layout(Field("e", "u8"), Field("qs", "u8", 16))
+# Plausible exponents are those of 2^-8 and 2^-7: the FP4 values have an RMS of 5.9.
+LAYOUT = Layout(Field("e", "u8", scale_bits=((0x01, 0x78),)), Field("qs", "u8", 16))
 TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
 QS = tl.constexpr(LAYOUT.offsets["qs"])
 
@@ -69,6 +70,7 @@ def _power(exponent: Tensor) -> Tensor:
 FORMAT = BlockFormat(
     name="MXFP4",
     ggml_type=39,
+    file_type=38,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,

@@ -16,7 +16,8 @@ from ._search import Blocks
 from ._search_scale import best_scale, codebook, codes_of, snapped
 from ._tiles import field_ptr, halves_of_16, load_word, unpack_e2m1, unpack_half
 
-LAYOUT = Layout(Field("d", "u8", 4), Field("qs", "u8", 32))
+# Plausible scales are E4M3 floats from 2^-6 to 2^-5.
+LAYOUT = Layout(Field("d", "u8", 4, scale_bits=((0x07, 0x08),)), Field("qs", "u8", 32))
 TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
 QS = tl.constexpr(LAYOUT.offsets["qs"])
 
@@ -79,6 +80,7 @@ def _pack_codes(codes: Tensor) -> Tensor:
 FORMAT = BlockFormat(
     name="NVFP4",
     ggml_type=40,
+    file_type=39,
     block_size=64,
     sub_block=16,
     layout=LAYOUT,

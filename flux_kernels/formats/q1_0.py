@@ -31,6 +31,7 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="Q1_0",
     ggml_type=41,
+    file_type=40,
     block_size=128,
     sub_block=128,
     layout=LAYOUT,

@@ -89,6 +89,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q2_K",
     ggml_type=10,
+    file_type=10,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,

@@ -119,6 +119,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q3_K",
     ggml_type=11,
+    file_type=11,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,

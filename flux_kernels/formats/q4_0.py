@@ -51,6 +51,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q4_0",
     ggml_type=2,
+    file_type=2,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,

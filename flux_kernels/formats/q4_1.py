@@ -55,6 +55,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q4_1",
     ggml_type=3,
+    file_type=3,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,

@@ -90,6 +90,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q4_K",
     ggml_type=12,
+    file_type=14,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,

@@ -59,6 +59,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q5_0",
     ggml_type=6,
+    file_type=8,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,

@@ -61,6 +61,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q5_1",
     ggml_type=7,
+    file_type=9,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,

@@ -96,6 +96,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q5_K",
     ggml_type=13,
+    file_type=16,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,

@@ -95,6 +95,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q6_K",
     ggml_type=14,
+    file_type=18,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,

@@ -56,6 +56,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q8_0",
     ggml_type=8,
+    file_type=7,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,

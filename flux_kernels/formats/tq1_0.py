@@ -59,6 +59,7 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="TQ1_0",
     ggml_type=34,
+    file_type=36,
     block_size=256,
     sub_block=256,
     layout=LAYOUT,

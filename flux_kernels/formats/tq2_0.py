@@ -35,6 +35,7 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="TQ2_0",
     ggml_type=35,
+    file_type=37,
     block_size=256,
     sub_block=256,
     layout=LAYOUT,

@@ -67,3 +67,11 @@ def test_blocks_that_cannot_be_loaded_by_words_ask_for_planes(name):
     """Blocks that are only 1- or 2-byte aligned admit no 4-byte load, the narrowest an asynchronous copy can be."""
     fmt = FORMATS[name]
     assert fmt.planes or fmt.type_size % 4 == 0
+
+
+@every_format
+def test_formats_that_gather_say_so(name):
+    """Their decode reads a grid in memory, which decides on their tiles; a table of 16 values is no grid."""
+    source = (FOLDER / f"{name.lower()}.py").read_text()
+    assert FORMATS[name].gathers == ("gather_grid" in source)
+    assert not FORMATS[name].gathers or FORMATS[name].table is not None
