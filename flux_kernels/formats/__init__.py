@@ -30,6 +30,7 @@ from . import (
     tq1_0,
     tq2_0,
 )
+from ._describe import FieldFacts, FormatFacts, describe, draw_layout
 from ._format import SLICE, SUPERBLOCK, BlockFormat, Field, Layout
 from .plain import PLAIN_TYPES, PlainType
 
@@ -84,9 +85,13 @@ __all__ = [
     "SUPERBLOCK",
     "BlockFormat",
     "Field",
+    "FieldFacts",
+    "FormatFacts",
     "Layout",
     "PlainType",
     "block_format",
+    "describe",
+    "draw_layout",
     "get_format",
     "type_row",
     "types_by_name",

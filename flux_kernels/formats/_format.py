@@ -150,6 +150,7 @@ class BlockFormat:
             float32 product is the decoded weight), in memory that its next call overwrites; None where there is no such way.
         relative_rms: bound of the relative RMS error of quantizing gaussian weights, as a fraction.
         source: where layout and decode were read.
+        about: the docstring of the format's file, which opens with its formula and says its codes and geometry.
         file_type: llama.cpp's number (`general.file_type`) of a file whose matrices are of this type; None where it has none.
     """
 
@@ -161,6 +162,7 @@ class BlockFormat:
     decode: Callable[..., Tensor]
     relative_rms: float
     source: str
+    about: str | None = None
     file_type: int | None = None
     decode_tile: Any = None
     quantize: Callable[[Tensor, Tensor | None], Tensor] | None = None

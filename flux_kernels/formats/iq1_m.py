@@ -1,4 +1,7 @@
-"""IQ1_M: x = d*(2*sc+1) * (grid +- 1/8), 11-bit codes per 8, 3-bit sc per 16; 56 bytes per 256 weights, 1.75 bits/weight."""
+"""IQ1_M: x = d*(2*sc+1) * (grid +- 1/8), 11-bit codes per 8, 3-bit sc per 16.
+
+56 bytes per 256 weights, 1.75 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -73,4 +76,5 @@ FORMAT = BlockFormat(
     gathers=True,
     relative_rms=0.62,
     source="ggml-common.h block_iq1_m, iq1s_grid; ggml-quants.c dequantize_row_iq1_m",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""IQ1_S: x = d*(2*sc+1) * (grid +- 1/8), 11-bit codes per 8, 3-bit sc per 32; 50 bytes per 256 weights, 1.5625 bits/weight."""
+"""IQ1_S: x = d*(2*sc+1) * (grid +- 1/8), 11-bit codes per 8, 3-bit sc per 32.
+
+50 bytes per 256 weights, 1.5625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -56,4 +59,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.52,
     source="ggml-common.h block_iq1_s, iq1s_grid; ggml-quants.c dequantize_row_iq1_s",
+    about=__doc__,
 )

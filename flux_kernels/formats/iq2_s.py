@@ -1,4 +1,7 @@
-"""IQ2_S: x = d*(sc+1/2)/4 * +-grid, 10-bit codes per 8, 4-bit sc per 16; 82 bytes per 256 weights, 2.5625 bits/weight."""
+"""IQ2_S: x = d*(sc+1/2)/4 * +-grid, 10-bit codes per 8, 4-bit sc per 16.
+
+82 bytes per 256 weights, 2.5625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -58,4 +61,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.29,
     source="ggml-common.h block_iq2_s, iq2s_grid; ggml-quants.c dequantize_row_iq2_s",
+    about=__doc__,
 )

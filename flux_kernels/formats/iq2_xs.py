@@ -1,4 +1,7 @@
-"""IQ2_XS: x = d*(sc+1/2)/4 * +-grid, 9-bit codes per 8, 4-bit sc per 16; 74 bytes per 256 weights, 2.3125 bits/weight."""
+"""IQ2_XS: x = d*(sc+1/2)/4 * +-grid, 9-bit codes per 8, 4-bit sc per 16.
+
+74 bytes per 256 weights, 2.3125 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -55,4 +58,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.33,
     source="ggml-common.h block_iq2_xs, iq2xs_grid; ggml-quants.c dequantize_row_iq2_xs",
+    about=__doc__,
 )

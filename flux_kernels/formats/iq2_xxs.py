@@ -1,4 +1,7 @@
-"""IQ2_XXS: x = d*(sc+1/2)/4 * +-grid, 8-bit codes per 8, 4-bit sc per 32; 66 bytes per 256 weights, 2.0625 bits/weight."""
+"""IQ2_XXS: x = d*(sc+1/2)/4 * +-grid, 8-bit codes per 8, 4-bit sc per 32.
+
+66 bytes per 256 weights, 2.0625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -54,4 +57,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.37,
     source="ggml-common.h block_iq2_xxs, iq2xxs_grid; ggml-quants.c dequantize_row_iq2_xxs",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""IQ3_XXS: x = d*(sc+1/2)/2 * +-grid, 8-bit codes per 4, 4-bit sc per 32; 98 bytes per 256 weights, 3.0625 bits/weight."""
+"""IQ3_XXS: x = d*(sc+1/2)/2 * +-grid, 8-bit codes per 4, 4-bit sc per 32.
+
+98 bytes per 256 weights, 3.0625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -56,4 +59,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.23,
     source="ggml-common.h block_iq3_xxs, iq3xxs_grid; ggml-quants.c dequantize_row_iq3_xxs",
+    about=__doc__,
 )

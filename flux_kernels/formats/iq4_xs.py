@@ -1,4 +1,7 @@
-"""IQ4_XS: x = d * (sc-32) * values[q], 4-bit codes, 6-bit sc per 32 weights; 136 bytes per 256 weights, 4.25 bits/weight."""
+"""IQ4_XS: x = d * (sc-32) * values[q], 4-bit codes, 6-bit sc per 32 weights.
+
+136 bytes per 256 weights, 4.25 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -92,4 +95,5 @@ FORMAT = BlockFormat(
     table=partial(value_table, IQ4_VALUES),
     relative_rms=0.08,
     source="ggml-common.h block_iq4_xs, kvalues_iq4nl",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""MXFP4: x = 2^(e-128) * values[q], 4-bit FP4 codes, one 8-bit exponent; 17 bytes per 32 weights, 4.25 bits/weight."""
+"""MXFP4: x = 2^(e-128) * values[q], 4-bit FP4 codes, one 8-bit exponent.
+
+17 bytes per 32 weights, 4.25 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -81,4 +84,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.13,
     source="ggml-common.h block_mxfp4, kvalues_mxfp4; ggml-impl.h ggml_e8m0_to_fp32_half",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""NVFP4: x = d / 2 * values[q], 4-bit FP4 codes, 8-bit float d per 16 weights; 36 bytes per 64 weights, 4.5 bits/weight."""
+"""NVFP4: x = d / 2 * values[q], 4-bit FP4 codes, 8-bit float d per 16 weights.
+
+36 bytes per 64 weights, 4.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -90,4 +93,5 @@ FORMAT = BlockFormat(
     table=partial(value_table, E2M1_VALUES),
     relative_rms=0.105,
     source="ggml-common.h block_nvfp4, kvalues_mxfp4; ggml-impl.h ggml_ue4m3_to_fp32",
+    about=__doc__,
 )

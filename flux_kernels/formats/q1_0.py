@@ -1,4 +1,7 @@
-"""Q1_0: x = d * (2*q - 1), 1-bit codes, one fp16 scale per 128 weights; 18 bytes per 128 weights, 1.125 bits/weight."""
+"""Q1_0: x = d * (2*q - 1), 1-bit codes, one fp16 scale per 128 weights.
+
+18 bytes per 128 weights, 1.125 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -40,4 +43,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.65,
     source="ggml-common.h block_q1_0; ggml-quants.c dequantize_row_q1_0",
+    about=__doc__,
 )

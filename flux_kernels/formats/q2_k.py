@@ -1,4 +1,7 @@
-"""Q2_K: x = d*sc*q - dmin*m, 2-bit codes, 4-bit sc and m per 16 weights; 84 bytes per 256 weights, 2.625 bits/weight."""
+"""Q2_K: x = d*sc*q - dmin*m, 2-bit codes, 4-bit sc and m per 16 weights.
+
+84 bytes per 256 weights, 2.625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -99,4 +102,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.32,
     source="ggml-common.h block_q2_K",
+    about=__doc__,
 )

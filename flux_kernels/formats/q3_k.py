@@ -1,4 +1,7 @@
-"""Q3_K: x = d * (sc - 32) * (q - 4), 3-bit codes, 6-bit sc per 16 weights; 110 bytes per 256 weights, 3.4375 bits/weight."""
+"""Q3_K: x = d * (sc - 32) * (q - 4), 3-bit codes, 6-bit sc per 16 weights.
+
+110 bytes per 256 weights, 3.4375 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -130,4 +133,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.16,
     source="ggml-common.h block_q3_K",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q4_0: x = d * (q - 8), 4-bit codes, one fp16 scale per 32 weights; 18 bytes per 32 weights, 4.5 bits/weight."""
+"""Q4_0: x = d * (q - 8), 4-bit codes, one fp16 scale per 32 weights.
+
+18 bytes per 32 weights, 4.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -61,4 +64,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.09,
     source="ggml-common.h block_q4_0",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q4_1: x = d * q + m, 4-bit codes, fp16 d and m per 32 weights; 20 bytes per 32 weights, 5 bits/weight."""
+"""Q4_1: x = d * q + m, 4-bit codes, fp16 d and m per 32 weights.
+
+20 bytes per 32 weights, 5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -64,4 +67,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.08,
     source="ggml-common.h block_q4_1",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q4_K: x = d*sc*q - dmin*m, 4-bit codes, 6-bit sc and m per 32 weights; 144 bytes per 256 weights, 4.5 bits/weight."""
+"""Q4_K: x = d*sc*q - dmin*m, 4-bit codes, 6-bit sc and m per 32 weights.
+
+144 bytes per 256 weights, 4.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -100,4 +103,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.08,
     source="ggml-common.h block_q4_K",
+    about=__doc__,
 )

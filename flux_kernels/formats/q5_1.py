@@ -1,4 +1,7 @@
-"""Q5_1: x = d * q + m, 5-bit codes, fp16 d and m per 32 weights; 24 bytes per 32 weights, 6 bits/weight."""
+"""Q5_1: x = d * q + m, 5-bit codes, fp16 d and m per 32 weights.
+
+24 bytes per 32 weights, 6 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -70,4 +73,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.04,
     source="ggml-common.h block_q5_1",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q5_K: x = d*sc*q - dmin*m, 5-bit codes, 6-bit sc and m per 32 weights; 176 bytes per 256 weights, 5.5 bits/weight."""
+"""Q5_K: x = d*sc*q - dmin*m, 5-bit codes, 6-bit sc and m per 32 weights.
+
+176 bytes per 256 weights, 5.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -106,4 +109,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.04,
     source="ggml-common.h block_q5_K",
+    about=__doc__,
 )

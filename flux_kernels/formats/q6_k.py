@@ -1,4 +1,7 @@
-"""Q6_K: x = d * sc * (q - 32), 6-bit codes, 8-bit sc per 16 weights; 210 bytes per 256 weights, 6.5625 bits/weight."""
+"""Q6_K: x = d * sc * (q - 32), 6-bit codes, 8-bit sc per 16 weights.
+
+210 bytes per 256 weights, 6.5625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -107,4 +110,5 @@ FORMAT = BlockFormat(
     unpacker=Unpacker,
     relative_rms=0.02,
     source="ggml-common.h block_q6_K",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q8_0: x = d * q, 8-bit signed codes, one fp16 scale per 32 weights; 34 bytes per 32 weights, 8.5 bits/weight."""
+"""Q8_0: x = d * q, 8-bit signed codes, one fp16 scale per 32 weights.
+
+34 bytes per 32 weights, 8.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -67,4 +70,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.006,
     source="ggml-common.h block_q8_0",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""TQ1_0: x = d * (q - 1), ternary codes, five to a byte, one fp16 scale; 54 bytes per 256 weights, 1.6875 bits/weight."""
+"""TQ1_0: x = d * (q - 1), ternary codes, five to a byte, one fp16 scale.
+
+54 bytes per 256 weights, 1.6875 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -68,4 +71,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.9,
     source="ggml-common.h block_tq1_0; ggml-quants.c dequantize_row_tq1_0",
+    about=__doc__,
 )
