@@ -1,4 +1,4 @@
-"""docs/formats.md: as the registry makes it, a section a type, drawings that agree with ggml's offsets."""
+"""Check docs/formats.md: as the registry makes it, a section a type, offsets drawn where they are."""
 
 from __future__ import annotations
 

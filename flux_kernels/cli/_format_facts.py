@@ -1,4 +1,7 @@
-"""Say in words what a user who chooses a type wants to know of a row, for `flux-kernels formats` and docs/formats.md."""
+"""Say in words what a user who chooses a type wants to know of a row.
+
+For `flux-kernels formats` and docs/formats.md.
+"""
 
 from __future__ import annotations
 

@@ -20,9 +20,10 @@ VECTOR, LEFTOVER, BLOCK = "vector", "leftover", "block"
 
 @dataclass(frozen=True)
 class Rule:
-    """State the plain types of one layout: `vector` for 1-D tensors, `leftover` for matrices outside the blocks.
+    """State the plain types of one layout.
 
-    `small` overrides `leftover` for the narrow ones of SMALL_LEFTOVER; `mixes` allows the _M and _L type names.
+    `vector` is that of 1-D tensors, `leftover` that of matrices outside the blocks. `small` overrides `leftover` for the
+    narrow ones of SMALL_LEFTOVER; `mixes` allows the _M and _L type names.
     """
 
     vector: str
@@ -50,7 +51,10 @@ DOUBLE_QKV = re.compile(
 
 @dataclass(frozen=True)
 class NamedType:
-    """Resolve a file type's name: the block matrices' type, the type of DOUBLE_QKV, and llama.cpp's `file_type` number."""
+    """Resolve a file type's name.
+
+    It stands for the block matrices' type, the type of DOUBLE_QKV, and llama.cpp's `file_type` number.
+    """
 
     base: str
     qkv: str
@@ -67,7 +71,10 @@ _MIXES = {
 
 
 def _named_types() -> dict[str, NamedType]:
-    """Name the uniform file of every type that has a `file_type`, with "_S" where mixes have the same base, then the mixes."""
+    """Name the uniform file of every type that has a `file_type`, and the mixes.
+
+    A uniform file's name ends in "_S" where a mix has the same base.
+    """
     named: dict[str, NamedType] = {}
     for row in types_by_name().values():
         if row.file_type is None:
@@ -82,7 +89,7 @@ NAMED_TYPES = _named_types()
 
 
 def file_type(ggml_type: str) -> int | None:
-    """Return llama.cpp's `file_type` number of a file whose matrices are mostly `ggml_type`; None where it has none."""
+    """Return llama.cpp's number of a file whose matrices are mostly `ggml_type`, None without one."""
     return type_row(ggml_type).file_type
 
 

@@ -1,4 +1,4 @@
-"""Describe a row to people: formula, geometry and a drawing of the block, all taken from the row itself."""
+"""Describe a row to people: formula, geometry and a drawing of the block, all from the row itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ._format import BlockFormat, Field, Layout
 
 # How a format's file opens; a test holds every file to it.
 _OPENING = re.compile(r"\w+: (?P<formula>x = [^,]+), (?P<codes>.+)\.")
-_DRAWING_WIDTH = 72  # characters of a drawn block, more where names of narrow fields need them
+# Characters of a drawn block, more where names of narrow fields need them.
+_DRAWING_WIDTH = 72
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class FieldFacts:
 
 @dataclass(frozen=True)
 class FormatFacts:
-    """Hold what a user who chooses a type wants to know of a row.
+    """State what a user who chooses a type wants to know of a row.
 
     Attributes:
         ggml_type: ggml's number of the type, as stored in GGUF tensor headers.
@@ -101,7 +102,10 @@ def _table(fmt: BlockFormat) -> str:
 
 
 def draw_layout(layout: Layout) -> str:
-    """Draw a block as boxes in file order, each with its offset in bytes above it, about as wide as it is long."""
+    """Draw a block as boxes in file order, about as wide as their fields are long.
+
+    Above each stands its offset in bytes.
+    """
     rows = ["", "", "", ""]
     for field in layout.fields:
         texts = str(layout.offsets[field.name]), "", f" {field.name} ", f" {_values(field)} "

@@ -1,4 +1,4 @@
-"""The row type: everything the library knows about one ggml block type stands in one `BlockFormat`.
+"""Define the row: all that the library knows of one ggml block type stands in one `BlockFormat`.
 
 A row derives its geometry (bytes per block, offsets, bits per weight) from its fields, so that a format file states each
 number once. Source of all layouts: ggml-common.h.
@@ -16,8 +16,10 @@ from torch import Tensor
 from ..errors import FormatError
 
 _FIELD_DTYPES = {"u8": torch.uint8, "i8": torch.int8, "u16": torch.uint16, "u32": torch.uint32, "f16": torch.float16}
-SLICE = 32  # weights a Triton tile decoder returns at a time
-SUPERBLOCK = 256  # weights in one step of the fused kernels, and in one block of every K-quant
+# Weights a Triton tile decoder returns at a time.
+SLICE = 32
+# Weights in one step of the fused kernels, and in one block of every K-quant.
+SUPERBLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Field:
 
 
 class Layout:
-    """Hold the fields of one block in file order and slice byte tensors by them."""
+    """Slice byte tensors by the fields of a block, which stand in file order."""
 
     def __init__(self, *fields: Field):
         self.fields = fields
@@ -80,7 +82,10 @@ class Layout:
         return fields
 
     def to_planes(self, data: Tensor) -> Tensor:
-        """Rearrange packed rows, same size and dtype: all of the first field of the row, then all of the second, ..."""
+        """Rearrange packed rows field by field, same size and dtype.
+
+        All of the first field of the row comes first, then all of the second, ...
+        """
         blocks = data.unflatten(-1, (-1, self.type_size))
         parts = blocks.split([field.size for field in self.fields], dim=-1)
         return torch.cat([part.flatten(-2) for part in parts], dim=-1)
@@ -104,9 +109,9 @@ def _typed(raw: Tensor, dtype: str) -> Tensor:
 
 @dataclass(frozen=True)
 class CodeTile:
-    """Describe the integer codes of a format to the small-M kernel: weight = unit * scale * (code - zero) + offset.
+    """Describe the integer codes of a format to the small-M kernel.
 
-    The functions are Triton's; see _code_tiles.py for their shapes.
+    weight = unit * scale * (code - zero) + offset. The functions are Triton's; see _code_tiles.py for their shapes.
 
     Attributes:
         codes: (row_ptr, block, i, NUM_BLOCKS, PLANES, PACKED) -> the codes of slice i (32 weights), two bytes a value.
@@ -200,7 +205,8 @@ class BlockFormat:
                 "Call the layer once before the capture."
             )
         table = tables[torch.device("cpu")].to(device)
-        if type(table) is Tensor:  # and not the fake one of a trace
+        # The fake table of a trace is not kept.
+        if type(table) is Tensor:
             tables[device] = table
         return table
 

@@ -23,11 +23,11 @@ SCALES = tl.constexpr(LAYOUT.offsets["scales"])
 
 
 def decode(qs: Tensor, qh: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: qs [..., 32], qh [..., 16], scales [..., 8], table uint8 [2048 * 8] -> float32 [..., 256].
+    """Decode superblocks: qs [..., 32], qh [..., 16], scales [..., 8] -> float32 [..., 256].
 
-    Nibble l of qh belongs to grid index l: three top bits, then the sign of the 1/8 that is added to the grid's -1, 0 and 1.
-    The four 16-bit words of scales hold four sc each, and in their top nibbles, lowest first, the half d. Exact (11 + 4 + 4
-    bits).
+    The table is the grid, uint8 [2048 * 8]. Nibble l of qh belongs to grid index l: three top bits, then the sign of the 1/8
+    that is added to the grid's -1, 0 and 1. The four 16-bit words of scales hold four sc each, and in their top nibbles,
+    lowest first, the half d. Exact (11 + 4 + 4 bits).
     """
     nibbles = bit_fields(qh, 4).flatten(-2).int()
     index = qs.int() | (nibbles & 7) << 8

@@ -21,10 +21,10 @@ QH = tl.constexpr(LAYOUT.offsets["qh"])
 
 
 def decode(d: Tensor, qs: Tensor, qh: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs [..., 32], qh int32 [..., 8], table uint8 [2048 * 8] -> float32 [..., 256].
+    """Decode superblocks: d [..., 1], qs [..., 32], qh int32 [..., 8] -> float32 [..., 256].
 
-    A word of qh holds the top three bits of its sub-block's four grid indices, then sc, then the sign of the 1/8 that is
-    added to the grid's -1, 0 and 1. Exact (11 + 4 + 4 bits).
+    The table is the grid, uint8 [2048 * 8]. A word of qh holds the top three bits of its sub-block's four grid indices, then
+    sc, then the sign of the 1/8 that is added to the grid's -1, 0 and 1. Exact (11 + 4 + 4 bits).
     """
     index = qs.unflatten(-1, (8, 4)).int() | word_fields(qh, 4, 3) << 8
     grid = table.view(torch.int8).view(-1, 8)[index].flatten(-2)

@@ -21,10 +21,11 @@ SCALES = tl.constexpr(LAYOUT.offsets["scales"])
 
 
 def decode(d: Tensor, qs: Tensor, qh: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs [..., 64], qh and scales [..., 8], table uint8 [1024 * 8] -> float32 [..., 256].
+    """Decode superblocks: d [..., 1], qs [..., 64], qh and scales [..., 8] -> float32 [..., 256].
 
-    The first 32 bytes of qs are the low bits of the grid indices, whose two top bits are the fields of qh in order; the last
-    32 bytes are the sign bits. The nibbles of scales are sc in order. Exact (11 + 5 + 6 bits).
+    The table is the grid, uint8 [1024 * 8]. The first 32 bytes of qs are the low bits of the grid indices, whose two top bits
+    are the fields of qh in order; the last 32 bytes are the sign bits. The nibbles of scales are sc in order. Exact (11 + 5 +
+    6 bits).
     """
     low, signs = qs.unflatten(-1, (2, 32)).unbind(-2)
     index = low.int() | bit_fields(qh, 2).flatten(-2).int() << 8

@@ -20,9 +20,10 @@ SCALES = tl.constexpr(LAYOUT.offsets["scales"])
 
 
 def decode(d: Tensor, qs: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs int32 [..., 32], scales [..., 8], table uint8 [512 * 8] -> float32 [..., 256].
+    """Decode superblocks: d [..., 1], qs int32 [..., 32], scales [..., 8] -> float32 [..., 256].
 
-    Each code is a 9-bit grid index below a 7-bit sign index; the nibbles of scales are sc in order. Exact (11 + 5 + 6 bits).
+    The table is the grid, uint8 [512 * 8]. Each code is a 9-bit grid index below a 7-bit sign index; the nibbles of scales
+    are sc in order. Exact (11 + 5 + 6 bits).
     """
     magnitudes = table.view(-1, 8)[qs & 511].float().flatten(-2)
     weights = signed(magnitudes, even_signs(qs >> 9))

@@ -19,9 +19,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs [..., 64], table uint8 [256 * 8] -> float32 [..., 256]; exact (11 + 5 + 6 bits).
+    """Decode superblocks: d [..., 1], qs [..., 64] -> float32 [..., 256]; exact (11 + 5 + 6 bits).
 
-    The eight bytes of a sub-block are four grid indices, then a word of four 7-bit sign indices and the scale on top.
+    The table is the grid, uint8 [256 * 8]. The eight bytes of a sub-block are four grid indices, then a word of four 7-bit
+    sign indices and the scale on top.
     """
     index, word = qs.unflatten(-1, (8, 2, 4)).unbind(-2)
     word = word_of_bytes(word)

@@ -19,10 +19,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs [..., 96], table uint8 [256 * 4] -> float32 [..., 256]; exact (11 + 5 + 6 bits).
+    """Decode superblocks: d [..., 1], qs [..., 96] -> float32 [..., 256]; exact (11 + 5 + 6 bits).
 
-    The first 64 bytes of qs are the grid indices; the last 32 are a word per sub-block of four 7-bit sign indices and the
-    scale on top.
+    The table is the grid, uint8 [256 * 4]. The first 64 bytes of qs are the grid indices; the last 32 are a word per
+    sub-block of four 7-bit sign indices and the scale on top.
     """
     index, words = qs.split([64, 32], dim=-1)
     word = word_of_bytes(words.unflatten(-1, (8, 4)))

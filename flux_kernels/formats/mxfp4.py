@@ -58,7 +58,8 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
     down = -exponent // 2
     x = x * _power(down)[:, None] * _power(-exponent - down)[:, None]
     b = Blocks.of_rows(x, importance, 1, 32)
-    scales = (0.125, 0.0625, 0.25)  # of a level of 1: the largest level, 12, reaches 1.5, 0.75 and 3
+    # Scales of a level of 1: the largest level, 12, reaches 1.5, 0.75 and 3.
+    scales = (0.125, 0.0625, 0.25)
     _, scale = best_scale(b, SNAP, (torch.full_like(b.sum_x, scale) for scale in scales))
     y = snapped(b, scale, SNAP)
     e = (torch.frexp(scale)[1] - 1 + exponent + 128).clamp(0, 254)

@@ -39,7 +39,10 @@ def decode(d: Tensor, qs: Tensor, table: Tensor) -> Tensor:
 
 @jit
 def unpack_half_scale(bits):
-    """Turn the low 8 bits of each uint32, an unsigned E4M3 float, into half its value as float32; NaN's code means 0."""
+    """Turn the low 8 bits of each uint32, an unsigned E4M3 float, into half its value as float32.
+
+    NaN's code means 0.
+    """
     bits = bits & 0xFF
     return unpack_half(tl.where(bits == 0x7F, 0, (bits & 0x7F) << 7)) * 128
 
@@ -56,7 +59,8 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 
 
 SNAP = codebook(E2M1_VALUES)
-STEPS = (0, -1, 1, 2, 3, -2)  # of d's code, from where 6, the largest FP4 value, reaches the largest weight
+# Steps of d's code, from where 6, the largest FP4 value, reaches the largest weight.
+STEPS = (0, -1, 1, 2, 3, -2)
 
 
 def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plain (unquantized) ggml types a GGUF file may hold, beside the block formats."""
+"""Name the plain (unquantized) ggml types that a GGUF file may hold."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     """Decode weights 32*i to 32*i+31 past `block` (four slices a block)."""
     d = load_half(row_ptr, block + i // 4, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
     qs = load_word(row_ptr, block + i // 4, QS, 16, i % 4, TYPE_SIZE, NUM_BLOCKS, PLANES)
-    return tl.where(unpack_bits(qs) != 0, 1.0, -1.0) * d[:, None]  # Triton's -d is 0 - d, which loses the sign of -0.0
+    # Triton's -d is 0 - d, which loses the sign of -0.0.
+    return tl.where(unpack_bits(qs) != 0, 1.0, -1.0) * d[:, None]
 
 
 FORMAT = BlockFormat(

@@ -18,7 +18,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor) -> Tensor:
-    """Decode blocks: d [..., 1], qs [..., 16] -> float32 [..., 64]; exact. Each byte holds four consecutive weights."""
+    """Decode blocks: d [..., 1], qs [..., 16] -> float32 [..., 64]; exact.
+
+    Each byte holds four consecutive weights.
+    """
     return (bit_fields(qs, 2).flatten(-2).float() - 1) * d
 
 

@@ -35,7 +35,7 @@ def unpack_scales(scales: Tensor) -> Tensor:
 
 
 def decode(hmask: Tensor, qs: Tensor, scales: Tensor, d: Tensor) -> Tensor:
-    """Decode superblocks: hmask [..., 32], qs [..., 64], scales [..., 12], d [..., 1] -> float32 [..., 256].
+    """Decode blocks: hmask [..., 32], qs [..., 64], scales [..., 12], d [..., 1] -> float32 [..., 256].
 
     Each half of qs holds 128 weights, the lowest two bits of its 32 bytes the first 32 of them; bit i of the 32 bytes of
     hmask is the third bit of weights 32i to 32i+31. Exact (11 + 6 + 3 bits).

@@ -27,9 +27,9 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(dm: Tensor, scales: Tensor, qs: Tensor) -> Tensor:
-    """Decode superblocks: dm [..., 2] is (d, dmin), scales [..., 12], qs [..., 128] -> float32 [..., 256].
+    """Decode superblocks: dm [..., 2], scales [..., 12], qs [..., 128] -> float32 [..., 256].
 
-    d*sc (11 + 6 bits) and d*sc*q (+ 4 bits) fit float32 exactly; the subtraction rounds once.
+    dm is (d, dmin). d*sc (11 + 6 bits) and d*sc*q (+ 4 bits) fit float32 exactly; the subtraction rounds once.
     """
     sc, m = unpack_scales_and_mins(scales)
     chunks = qs.unflatten(-1, (4, 1, 32))

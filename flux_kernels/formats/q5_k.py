@@ -29,10 +29,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(dm: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
-    """Decode superblocks: dm [..., 2] is (d, dmin), scales [..., 12], qh [..., 32], qs [..., 128] -> float32 [..., 256].
+    """Decode blocks: dm [..., 2], scales [..., 12], qh [..., 32], qs [..., 128] -> float32 [..., 256].
 
-    Bit i of the 32 bytes of qh is the fifth bit of sub-block i; qs as in Q4_K. d*sc*q (11 + 6 + 5 bits) is exact; the
-    subtraction rounds once.
+    dm is (d, dmin). Bit i of the 32 bytes of qh is the fifth bit of sub-block i; qs as in Q4_K. d*sc*q (11 + 6 + 5 bits) is
+    exact; the subtraction rounds once.
     """
     sc, m = unpack_scales_and_mins(scales)
     codes = bit_planes(qs.unflatten(-1, (4, 32)), 4).flatten(-3, -2) | bit_planes(qh, 1) << 4

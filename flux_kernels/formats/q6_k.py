@@ -28,7 +28,7 @@ D = tl.constexpr(LAYOUT.offsets["d"])
 
 
 def decode(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
-    """Decode superblocks: ql [..., 128], qh [..., 64], scales int8 [..., 16], d [..., 1] -> float32 [..., 256].
+    """Decode blocks: ql [..., 128], qh [..., 64], scales int8 [..., 16], d [..., 1] -> float32 [..., 256].
 
     Each half of the block (128 weights) has 64 bytes of ql, low nibbles first, and 32 bytes of qh, lowest two bits first.
     d*sc*(q-32) is a product of 11, 8 and 6 bits: d*sc is exact, the second product may round.

@@ -22,7 +22,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor) -> Tensor:
-    """Decode blocks: d [..., 1], qs [..., 32] -> float32 [..., 32]; the product of an 11-bit and an 8-bit number is exact."""
+    """Decode blocks: d [..., 1], qs [..., 32] -> float32 [..., 32].
+
+    The product of an 11-bit and an 8-bit number is exact.
+    """
     return qs * d
 
 

@@ -19,9 +19,10 @@ D = tl.constexpr(LAYOUT.offsets["d"])
 
 
 def unpack_digits(data: Tensor, count: int) -> Tensor:
-    """Unpack the first `count` ternary digits of each byte: uint8 [..., n] -> int32 [..., count * n], digit by digit.
+    """Unpack the first `count` ternary digits of each byte: uint8 [..., n] -> int32 [..., count * n].
 
-    A byte is a fraction of 256 in base 3: after digit - 1 multiplications by 3 (modulo 256) the next carries the digit out.
+    All first digits come first. A byte is a fraction of 256 in base 3: after digit - 1 multiplications by 3 (modulo 256) the
+    next carries the digit out.
     """
     powers = 3 ** torch.arange(count, dtype=torch.int32, device=data.device)
     rotated = data.to(torch.int32).unsqueeze(-2) * powers[:, None] & 0xFF

@@ -82,6 +82,9 @@ def _changes() -> dict[tuple, dict[str, int]]:
 
 
 def odd_changes(tile: str, format: str, capability: tuple[int, int] | None, branch: bool = False) -> dict[str, int]:
-    """Return the members of a default tile that differ for a format on a card, empty where the default serves."""
+    """Return the members of a default tile that differ for a format on a card.
+
+    Empty where the default serves.
+    """
     changes = _changes()
     return changes.get((tile, format, None, branch)) or changes.get((tile, format, capability, branch), {})

@@ -1,4 +1,7 @@
-"""The default tile table: which algorithm runs and which tile a kernel launches with where no measurement says otherwise."""
+"""Choose algorithm and tile of a launch by default, where no measurement says otherwise.
+
+odd_tiles.csv has the tiles of formats that a default does not serve.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ from .odd_tiles import odd_changes
 
 @dataclass(frozen=True)
 class Tile:
-    """Name one launch shape: rows of x and of w per program, K per step, warps, pipeline stages, programs that share K.
+    """Describe the shape of a launch.
 
-    `ldmatrix` is how x comes from shared memory (see ldmatrix.py), for NVIDIA's tensor cores only.
+    Rows of x and of w per program, K per step, warps, pipeline stages, programs that share K. `ldmatrix` is how x comes from
+    shared memory (see ldmatrix.py), for NVIDIA's tensor cores only.
     """
 
     block_m: int
@@ -35,7 +39,7 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch is compiled with beside its constants."""
+        """Options that a launch is compiled with, next to its constants."""
         return dict(num_warps=self.num_warps, num_stages=self.num_stages)
 
     def __str__(self) -> str:
@@ -54,11 +58,13 @@ _NARROW = Tile(block_m=16, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 # An H200 took 0.83 to 0.86 of the time of 64 rows in Q4_K, Q6_K and Q8_0 (bench/results/nvidia-h200/small_m.csv); 64 rows spill
 # in three formats with float32 x.
 _SMALL = Tile(block_m=1, block_n=32, tile_k=256, num_warps=4, num_stages=1)
-SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
+# Rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16.
+SMALL_M = 2
 # The kernel that multiplies codes: 32 rows of w a warp, K shared by the warps of a program. Triton keeps a stage less than it is
-# told, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
+# asked for, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
 _CODES = Tile(block_m=8, block_n=32, tile_k=256, num_warps=2, num_stages=3, splits=2)
-CODES_M = _CODES.block_m  # rows it multiplies at the price of one
+# Rows that the kernel multiplies at the price of one.
+CODES_M = _CODES.block_m
 
 # 128 x 128 spills on sm_86 to sm_120.
 _FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)
@@ -67,10 +73,14 @@ _SHORT_K = 64
 
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 _INT8_LOW = Tile(block_m=64, block_n=128, tile_k=128, num_warps=8, num_stages=3)
-_INT8_BRANCH_SPILLS = {(9, 0), (12, 0)}  # with float32 x, 92 and 12 times; the low tile spills on sm_80
-UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
-QUANTIZE_ROWS = 16  # tokens a program of the int8 activation quantizer takes
-SCALE_BLOCK = 1024  # of a token at a time when it is scaled to fp16
+# Cards on which the high tile spills with float32 x, 92 and 12 times; the low one spills on sm_80.
+_INT8_BRANCH_SPILLS = {(9, 0), (12, 0)}
+# Rows a program of the unpack kernels decodes.
+UNPACK_ROWS = 16
+# Tokens a program of the int8 activation quantizer takes.
+QUANTIZE_ROWS = 16
+# Values of a token at a time when it is scaled to fp16.
+SCALE_BLOCK = 1024
 
 
 _A100 = (8, 0)
@@ -110,7 +120,8 @@ def choose_algorithm(
     return "fused", "decodes in registers, no scratch in memory"
 
 
-ROW_SCALE_BITS = 6  # formats of at most so many bits a weight lose nothing by one int8 scale per row (Q5_1 has 6.0, Q6_K 6.6)
+# Formats of at most so many bits a weight lose nothing by one int8 scale per row (Q5_1 has 6.0, Q6_K 6.6).
+ROW_SCALE_BITS = 6
 
 
 # Hopper and later wait for a product before they convert it (docs/decisions/predictions.md); A100's int8 products take as long as
@@ -133,13 +144,19 @@ def choose_int8_algorithm(fmt: BlockFormat, capability: tuple[int, int] | None) 
 def int8_tile(
     m: int, capability: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16, branch: bool = False
 ) -> Tile:
-    """Choose the int8 GEMM's tile: half as high where M fills no more than half of the high one, or where that spills."""
+    """Choose the int8 GEMM's tile.
+
+    It is half as high where M fills no more than half of the high one, or where that spills.
+    """
     spills = branch and dtype == torch.float32 and capability in _INT8_BRANCH_SPILLS
     return _INT8_LOW if spills or m <= _INT8_LOW.block_m else INT8_TILE
 
 
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
-    """Return the largest power-of-two step through a row of `k` weights that is whole blocks and at most `limit`."""
+    """Return the largest step through a row of `k` weights that is whole blocks and at most `limit`.
+
+    It is a power of two.
+    """
     tile = limit
     while tile > fmt.block_size and k % tile:
         tile //= 2
@@ -147,7 +164,10 @@ def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
 
 
 def loads_by_ldmatrix(fmt: BlockFormat, capability: tuple[int, int] | None) -> bool:
-    """Tell whether x comes by ldmatrix: where it costs no shared memory, or the card has enough of it (A100)."""
+    """Tell whether x comes by ldmatrix.
+
+    It does where it costs no shared memory, or the card has enough of it (A100).
+    """
     if capability is None or capability < TENSOR_CORE_CAPABILITY or fmt.gathers:
         return False
     affordable = fmt.block_size < SUPERBLOCK or capability == _A100
@@ -161,9 +181,9 @@ def _odd(tile: Tile, name: str, fmt: BlockFormat, capability: tuple[int, int] | 
 
 
 def fused_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None, branch: bool = False) -> Tile:
-    """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T on a card of `capability` (None: not an NVIDIA card).
+    """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T.
 
-    branch: whether a low-rank branch is added in the epilogue.
+    capability: of the card, None for one that is not NVIDIA's. branch: whether a low-rank branch is added in the epilogue.
     """
     if m <= _NARROW.block_m:
         name, tile = "narrow", _NARROW
@@ -178,7 +198,8 @@ def fused_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, 
 
 
 def _wide_tile(fmt: BlockFormat) -> Tile:
-    if fmt.gathers:  # those loads (L1 hits) and their registers rule out larger tiles
+    # Loads from the grid (L1 hits) and their registers rule out larger tiles.
+    if fmt.gathers:
         return _MEDIUM
     return _WIDE if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS
 
@@ -190,7 +211,10 @@ def split_k_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int
 
 
 def codes_serve(fmt: BlockFormat, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
-    """Tell whether small M runs on tensor cores, the codes multiplied before the scales; other makers' cards: never tried."""
+    """Tell whether small M runs on tensor cores, the codes multiplied before the scales.
+
+    On other makers' cards this was never tried.
+    """
     tensor_cores = interpreting() if capability is None else capability >= TENSOR_CORE_CAPABILITY
     return tensor_cores and fmt.code_tile is not None and dtype != torch.float32
 
@@ -211,7 +235,10 @@ def split_by_warps(tile: Tile, k: int) -> Tile:
 
 
 def fp16_tile(fmt: BlockFormat, k: int, capability: tuple[int, int] | None, branch: bool = False) -> Tile:
-    """Choose the tile of the GEMM with fp16 accumulation, with or without a low-rank branch; K is a multiple of 64."""
+    """Choose the tile of the GEMM with fp16 accumulation, with or without a low-rank branch.
+
+    K is a multiple of 64.
+    """
     tile = _odd(_MEDIUM if fmt.gathers else _FP16, "fp16", fmt, capability)
     limit = SUPERBLOCK if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS.tile_k
     tile_k = max(_SHORT_K, largest_tile_k(fmt, k, max(limit, fmt.block_size)))

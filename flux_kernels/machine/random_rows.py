@@ -1,4 +1,7 @@
-"""Make packed rows for timing and warm-up: random codes with the scales of a plausible weight, at once for any format."""
+"""Make packed rows for timing and warm-up: random codes with the scales of a plausible weight.
+
+It takes no time, for any format.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ def _set_scales(data: Tensor, fmt: BlockFormat, halves: tuple[float, ...]) -> No
 
 @cache
 def _half_scales(fmt: BlockFormat) -> tuple[float, ...]:
-    """Find the half-precision scale, and that of the minimum, which give mean 0 and the RMS: both act linearly."""
+    """Find the half-precision scale, and that of the minimum, which give mean 0 and the RMS.
+
+    Both act linearly.
+    """
     count = max((field.count for field in fmt.layout.fields if field.dtype == "f16"), default=0)
     if not count:
         return ()

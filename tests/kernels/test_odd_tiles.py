@@ -1,4 +1,4 @@
-"""The odd tiles: each row of the file names formats, cards and members of a tile that exist, says why, and is in effect."""
+"""Check the odd tiles: each row speaks of what exists, says why, and is in effect."""
 
 from __future__ import annotations
 
