@@ -32,6 +32,7 @@ from . import (
 )
 from ._describe import FieldFacts, FormatFacts, describe, draw_layout
 from ._format import SLICE, SUPERBLOCK, BlockFormat, Field, Layout
+from .packed import Packed
 from .plain import PLAIN_TYPES, PlainType
 
 # In the order of ggml's type numbers.
@@ -88,6 +89,7 @@ __all__ = [
     "FieldFacts",
     "FormatFacts",
     "Layout",
+    "Packed",
     "PlainType",
     "block_format",
     "describe",
