@@ -16,7 +16,8 @@ from .. import libggml_oracle
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "golden" / "manifest.json").read_text())
 FOLDER = Path(flux_kernels.formats.__file__).parent
-FILES = [path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_") and path.stem != "plain"]
+NO_FORMATS = ("plain", "packed")
+FILES = [path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_") and path.stem not in NO_FORMATS]
 OPENING = re.compile(
     r"(?P<name>\w+): x = (?P<formula>[^\n,]+), (?P<codes>[^\n]+)\.\n\n"
     r"(?P<type_size>\d+) bytes per (?P<block_size>\d+) weights, (?P<bits>[\d.]+) bits/weight\.\n"
