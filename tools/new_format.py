@@ -14,7 +14,10 @@ from pathlib import Path
 
 FORMATS = Path(__file__).parents[1] / "flux_kernels" / "formats"
 
-TEMPLATE = '''"""{name}: x = d * q, 8-bit signed codes, one fp16 scale per 32 weights; 34 bytes per 32 weights, 8.5 bits/weight."""
+TEMPLATE = '''"""{name}: x = d * q, 8-bit signed codes, one fp16 scale per 32 weights.
+
+34 bytes per 32 weights, 8.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,7 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.006,
     source="ggml-common.h block_{lower}",
+    about=__doc__,
 )
 '''
 

@@ -5,7 +5,7 @@ Predicted clocks are no criterion: a kernel that decodes every weight four times
 
 from __future__ import annotations
 
-from flux_kernels.kernels.tiles import GRID_FORMATS
+from flux_kernels.formats import FORMATS
 
 from .cards import CARDS
 from .report import FUSED_KERNELS, Row, is_looped
@@ -58,7 +58,7 @@ def _products(row: Row) -> list[str]:
     operands = "fp16" if row.kernel.startswith("fp16") else row.dtype
     if row.decodes_per_weight != 1.0 and not plain and (row.format, operands) not in UNCOUNTED:
         found.append(f"every weight is decoded {row.decodes_per_weight} times")
-    if row.loop_global and row.format not in GRID_FORMATS:
+    if row.loop_global and not FORMATS[row.format].gathers:
         found.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")
     return found
 

@@ -11,6 +11,7 @@ from ._help_text import help_text
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
+from .formats import formats
 from .generate import generate
 from .inspect import inspect
 from .measure import measure
@@ -51,5 +52,5 @@ def main(
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
 
 
-for _command in (demo, generate, inspect, quantize, measure, plan, doctor, tune, warmup, bench):
+for _command in (demo, generate, inspect, formats, quantize, measure, plan, doctor, tune, warmup, bench):
     app.command(help=help_text(_command.__doc__ or ""))(_command)

@@ -14,7 +14,6 @@ from ..kernels.choice import default_choice
 from ..kernels.chunks import candidate_rows
 from ..kernels.tiles import (
     CODES_M,
-    GRID_FORMATS,
     SMALL_M,
     Tile,
     choose_algorithm,
@@ -232,7 +231,7 @@ def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int]
     and formats that gather from a grid spend one stage on that. A decoded slice of small blocks changes its layout in shared memory.
     """
     steps = tile.num_stages - 1
-    if fmt.name in GRID_FORMATS and tile.num_stages > _LEAST_STAGES:
+    if fmt.gathers and tile.num_stages > _LEAST_STAGES:
         steps -= 1
     groups = max(1, tile.num_warps // 4 // max(1, tile.block_m // 64))  # warp groups that share the columns of a tile
     x_steps = steps + (capability == HOPPER and itemsize == 2 and tile.block_n // groups >= _HOPPER_COLUMNS)
