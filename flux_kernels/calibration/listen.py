@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
+from ..layers.adapters import without_adapters
 from ..layers.fused_linear import FusedPart
 from ..layers.linear import GGUFLinear
 
@@ -26,7 +27,7 @@ def packed_layers(model: nn.Module) -> dict[str, GGUFLinear]:
     """
     if not isinstance(model, nn.Module):
         raise FormatError(f"model is a torch module with packed layers, got {type(model).__name__}.")
-    named = ((plain_name(name), layer) for name, layer in model.named_modules() if isinstance(layer, GGUFLinear))
+    named = ((without_adapters(name), layer) for name, layer in model.named_modules() if isinstance(layer, GGUFLinear))
     layers = {name: layer for name, layer in named if not isinstance(layer, FusedPart)}
     if not layers:
         raise FormatError("The model has no packed layers (GGUFLinear). Call swap_linear on it first.")
@@ -34,11 +35,6 @@ def packed_layers(model: nn.Module) -> dict[str, GGUFLinear]:
         if layer.qweight.is_meta:
             raise FormatError(f"{name!r} is offloaded. Measure before offloading is enabled.")
     return layers
-
-
-def plain_name(name: str) -> str:
-    """Return a module's name without what peft's LoRA layers and torch.compile put into it."""
-    return name.replace(".base_layer", "").removeprefix("_orig_mod.")
 
 
 def check_inputs(inputs: Inputs) -> Inputs:

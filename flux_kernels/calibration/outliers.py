@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..compute import group_width
 from ..errors import FormatError
+from ..layers.adapters import without_adapters
 from ..layers.fused_linear import FusedLinear
 from ..layers.linear import GGUFLinear
 from ..layers.low_rank import check_outliers
-from .listen import listen, plain_name
+from .listen import listen
 
 STEP = 16  # channels at a time: the shortest K of a tensor-core product, to which kernels pad
 MIN_GAIN = 0.5  # of the expected squared error that further channels must save: sampled sizes alone scatter by a fifth
@@ -64,13 +65,13 @@ def keep_outliers(model: nn.Module, channels: Mapping[str, Tensor]) -> None:
     Raises:
         FormatError: for a name that is no packed layer, channels that do not fit, and layers that are offloaded now.
     """
-    layers = {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    layers = {without_adapters(name): layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
     if not isinstance(channels, Mapping):
         raise FormatError(
             f"channels is a map of layer names to channels, as report.outliers(0.02) of a FidelityReport gives it, got "
             f"{type(channels).__name__}; an empty map undoes all."
         )
-    channels = {plain_name(name): torch.as_tensor(index) for name, index in channels.items()}
+    channels = {without_adapters(name): torch.as_tensor(index) for name, index in channels.items()}
     for name, index in channels.items():
         layer = layers.get(name)
         if layer is None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..compute import compute_of_layer, dtype_name
+from ..layers.adapters import has_adapter, without_adapters
 from ..layers.linear import GGUFLinear
 from ..swap.plan import first_match
 
@@ -21,7 +22,7 @@ _OWN_PARAMETERS = ("qweight", "bias")
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return what a model's packed layers are, as the arguments of a FluxKernelsConfig that loads them again."""
     named = model.named_modules(remove_duplicate=False)
-    linears = {name.replace(".base_layer", ""): module for name, module in named if isinstance(module, nn.Linear)}
+    linears = {without_adapters(name): module for name, module in named if isinstance(module, nn.Linear)}
     packed = {name: module for name, module in linears.items() if isinstance(module, GGUFLinear)}
     computes = {name: module.compute for name, module in packed.items()}
     backends = {name: module.backend for name, module in packed.items()}
@@ -37,7 +38,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def check_writable(model: nn.Module) -> None:
     """Raise ValueError where a model is in a state that no checkpoint of its class can hold: adapters, fused projections."""
     for name, module in model.named_modules():
-        if "base_layer" in module._modules:
+        if has_adapter(module):
             raise ValueError(
                 f"{name} has an adapter, which save_pretrained does not write. Save it with pipe.save_lora_weights or "
                 "model.save_lora_adapter, call pipe.unload_lora_weights(), then save the model."
