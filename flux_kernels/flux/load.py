@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..backends import check_activation_dtype, check_names, check_runnable, usable_device
 from ..compute import compute_of_layer
 from ..formats import FORMATS
-from ..layers.fuse import fuse_projections
+from ..layers.fuse import fuse_projections, offer_fusing
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over
-from ..swap.guard import guard
+from ..swap.model_quantizer import attach_quantizer
 from .stored import StoredFlux, empty_model, open_flux
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def load_flux(
             model.set_submodule(name, _linear(name, module, stored, dtype, place, backend, compute))
         else:
             _fill(name, module, stored, dtype, place)
-    guard(model)
+    offer_fusing(model)
+    attach_quantizer(model)
     if fuse is not None:
         fuse_projections(model, fuse, rows_of=partial(_rows_together, stored) if place.type == "cpu" else None)
     return model

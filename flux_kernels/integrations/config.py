@@ -16,7 +16,7 @@ from ..backends import ACTIVATION_DTYPES, check_names
 from ..compute import dtype_name
 from ..errors import FormatError
 from ..formats import get_format
-from ..swap.plan import Request, first_match
+from ..swap.request import first_match, mode_of, names_in
 from .layer_table import describe
 
 _DEFAULTS: dict[str, Any] = {
@@ -126,7 +126,7 @@ class FluxKernelsConfig(QuantizationConfigMixin):
 
     def compute_of(self, name: str) -> str:
         """Return the compute mode for a layer."""
-        return Request("auto", self.compute, None, ("*",), ()).compute_of([name])
+        return mode_of(self.compute, [name])
 
     def backend_of(self, name: str) -> str:
         """Return the backend for a layer."""
@@ -164,10 +164,7 @@ class FluxKernelsConfig(QuantizationConfigMixin):
 
 def _checked_map(value: Any, what: str, check) -> Any:
     """Return a name, or a copy of a map of pattern -> name, of which each passed `check`."""
-    names = value.values() if isinstance(value, Mapping) else (value,)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{what} must be a name or a map of fnmatch pattern -> name, got {value!r}.")
-    for name in names:
+    for name in names_in(value, what):
         check(name)
     return dict(value) if isinstance(value, Mapping) else value
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..compute import compute_of_layer, dtype_name
 from ..layers.adapters import has_adapter, without_adapters
 from ..layers.linear import GGUFLinear
-from ..swap.plan import first_match
+from ..swap.request import first_match
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a dotted name that is a number
 _OWN_PARAMETERS = ("qweight", "bias")

@@ -25,7 +25,7 @@ from ..layers.fuse import offer_fusing
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over, decode_stored, packed_type, plain_bytes, quantize_layer
 from ..packing import quantize, quantizer
-from ..swap.guard import decode_layers
+from ..swap.model_quantizer import decode_layers
 from .config import FluxKernelsConfig, Method
 from .layer_table import check_writable
 from .mapped_pages import page_out
@@ -267,7 +267,7 @@ def stands_for(entry: str, name: str) -> bool:
     return f"{entry}." in f"{name}." or fnmatchcase(name, entry)
 
 
-def attach_quantizer(model: nn.Module) -> bool:
+def attach_diffusers_quantizer(model: nn.Module) -> bool:
     """Give a diffusers model whose layers were packed by other means than a loader its quantizer; tell whether it is one."""
     from diffusers import ModelMixin
 

@@ -17,7 +17,7 @@ from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..layers.embedding import GGUFEmbedding
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over
-from ..swap.guard import guard
+from ..swap.model_quantizer import attach_quantizer
 from ..torch_backend.reference import dequantize
 from .config import infer_config
 from .names import TABLE, parameter_names
@@ -82,7 +82,7 @@ def load_t5(
             _fill(name, module, stored, own, place)
     model.set_input_embeddings(_table(stored, dtype, place, backend))
     model.config.dtype = dtype
-    guard(model)
+    attach_quantizer(model)
     return model
 
 

@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import flux_kernels as fk
 from flux_kernels.layers.linear import GGUFLinear
-from flux_kernels.swap.guard import SwappedModelQuantizer
+from flux_kernels.swap.model_quantizer import SwappedModelQuantizer
 
 SIZES = dict(
     vocab_size=96,
