@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GGUFError
-from ..formats import PlainType
+from ..formats import FORMATS, PlainType
 from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..torch_backend.reference import dequantize
@@ -26,6 +26,22 @@ if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
+
+
+class StoredLayer(NamedTuple):
+    """Hold what a file stores of a linear layer whose matrix is quantized.
+
+    Attributes:
+        format: ggml type name of the rows.
+        rows: uint8 [N, row bytes] as they are stored: mapped, unless they change order.
+        bias: [N] in the dtype asked for.
+        low_rank: down [r, K] and up [N, r] of the matrix's correction, in memory of their own, or None.
+    """
+
+    format: str
+    rows: Tensor
+    bias: Tensor
+    low_rank: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -55,17 +71,17 @@ class StoredFlux:
         """Tensor name without prefix -> ggml type name."""
         return {bare: self.file.tensors[name].format for bare, name in self.names.items()}
 
-    def format(self, parameter: str) -> str:
-        """Return the ggml type name of a parameter."""
-        return self.file.tensors[self.names[self.sources[parameter].tensor]].format
+    def packed_layer(self, name: str, dtype: torch.dtype) -> StoredLayer | None:
+        """Return what the file stores of the linear layer `name`, its bias in `dtype`; None where its matrix is plain."""
+        source = self.sources[f"{name}.weight"]
+        format = self._tensor(source).format
+        if format not in FORMATS:
+            return None
+        return StoredLayer(format, _join(self._ranges(source)), self.decoded(f"{name}.bias", dtype), self._low_rank(source))
 
-    def packed(self, parameter: str) -> Tensor:
-        """Return a quantized matrix as it is stored, uint8 [N, row bytes]: mapped, unless its rows change order."""
-        return _join(self._ranges(self.sources[parameter]))
-
-    def packed_together(self, parameters: list[str]) -> Tensor | None:
-        """Return quantized matrices, mapped, where the file stores them as consecutive rows of one tensor; otherwise None."""
-        located = [self.sources[parameter] for parameter in parameters]
+    def rows_together(self, layers: list[str]) -> Tensor | None:
+        """Return the packed rows of layers, mapped, where the file stores them one after the other in one tensor, or None."""
+        located = [self.sources[f"{layer}.weight"] for layer in layers]
         ranges = [rows for source in located for rows in source.rows]
         consecutive = all(before[1] == after[0] for before, after in pairwise(ranges))
         if len({source.tensor for source in located}) > 1 or not consecutive:
@@ -81,9 +97,7 @@ class StoredFlux:
         whole = dequantize(tensor.data, tensor.block_format).flatten()
         return _join([whole[start:stop] for start, stop in source.rows]).to(dtype, copy=True)
 
-    def low_rank(self, parameter: str) -> tuple[Tensor, Tensor] | None:
-        """Return down [r, K] and up [N, r] of a matrix's low-rank correction, in memory of their own, or None."""
-        source = self.sources[parameter]
+    def _low_rank(self, source: Source) -> tuple[Tensor, Tensor] | None:
         if source.tensor not in self.corrections:
             return None
         down, up = (self.file.tensors[name] for name in self.corrections[source.tensor])
