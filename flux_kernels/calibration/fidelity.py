@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,24 @@ from .fidelity_report import FidelityReport, LayerError
 from .listen import Inputs, check_inputs, listen, packed_layers, run
 from .outliers import ChannelSizes
 
+Measured = tuple[str, Tensor | None]  # a compute mode, and the outlier channels it keeps in 16 bit
 _MAX_TOKENS = 512  # rows of one call that are measured, evenly spread: errors are averages over tokens
+
+
+@dataclass
+class _Sums:
+    """Add up squared errors and squared outputs over calls."""
+
+    error: float = 0.0
+    signal: float = 0.0
+    calls: int = 0
+
+    @property
+    def relative_error(self) -> float:
+        """RMS error over RMS output; 0 where both are."""
+        if self.signal == 0:
+            return 0.0 if self.error == 0 else math.inf
+        return math.sqrt(self.error / self.signal)
 
 
 def fidelity(
@@ -59,13 +77,11 @@ def fidelity(
         check_names("auto", mode)
     kept = {name: layer.outlier_index.detach() for name, layer in layers.items() if layer.outlier_index is not None}
     channels = kept | (_find_channels(model, layers, inputs, outliers) if outliers and "int8" in computes else {})
-    measured = {name: [(mode, None) for mode in computes] for name in layers}
+    measured: dict[str, list[Measured]] = {name: [(mode, None) for mode in computes] for name in layers}
     for name, index in channels.items():
         if "int8" in computes:
             measured[name].append(("int8", index))
-    sums = {
-        (name, mode, 0 if index is None else len(index)): [0.0, 0.0, 0] for name in layers for mode, index in measured[name]
-    }
+    sums = {(name, mode, _count(index)): _Sums() for name in layers for mode, index in measured[name]}
     hooks = [listen(layer, _measure(name, layer, measured[name], sums)) for name, layer in layers.items()]
     try:
         run(model, inputs)
@@ -73,9 +89,9 @@ def fidelity(
         for hook in hooks:
             hook.remove()
     rows = []
-    for (name, mode, count), (error, signal, calls) in sums.items():
-        if calls:
-            rows.append(LayerError(name, layers[name].format, mode, _ratio(error, signal), calls, count))
+    for (name, mode, count), total in sums.items():
+        if total.calls:
+            rows.append(LayerError(name, layers[name].format, mode, total.relative_error, total.calls, count))
     if not rows:
         raise FormatError("The inputs ran no packed layer, so there is nothing to measure.")
     return FidelityReport(rows, channels)
@@ -91,10 +107,12 @@ def _find_channels(model: nn.Module, layers: Mapping[str, GGUFLinear], inputs: I
     return sizes.outliers(share)
 
 
-def _measure(name: str, layer: GGUFLinear, measured: list[tuple[str, Tensor | None]], sums: dict) -> Callable[[Tensor], None]:
-    """Return what adds one call's squared errors and squared output to `sums`, for (mode, outlier channels)."""
+def _measure(
+    name: str, layer: GGUFLinear, measured: list[Measured], sums: Mapping[tuple[str, str, int], _Sums]
+) -> Callable[[Tensor], None]:
+    """Return a function of a call's tokens that measures a layer on them and adds to `sums`."""
 
-    def hear(tokens: Tensor) -> None:
+    def add(tokens: Tensor) -> None:
         x = _some_tokens(tokens)
         weight = ops.dequantize(layer.qweight, layer.format, torch.float32, backend=layer.backend, planes=layer.planes)
         oracle = x.double() @ weight.double().T
@@ -108,12 +126,12 @@ def _measure(name: str, layer: GGUFLinear, measured: list[tuple[str, Tensor | No
             # A call of few rows runs as "exact" in every mode; what the mode costs shows with more, so zeros are put below.
             rows = nn.functional.pad(x, (0, 0, 0, max(0, WEIGHT_ONLY_M + 1 - x.shape[0])))
             y = torch.ops.flux_kernels.linear(rows, *packed, None, None, *outlying)[: x.shape[0]]
-            entry = sums[name, mode, 0 if index is None else len(index)]
-            entry[0] += (y.double() - oracle).square().sum().item()
-            entry[1] += oracle.square().sum().item()
-            entry[2] += 1
+            total = sums[name, mode, _count(index)]
+            total.error += (y.double() - oracle).square().sum().item()
+            total.signal += oracle.square().sum().item()
+            total.calls += 1
 
-    return hear
+    return add
 
 
 def _some_tokens(tokens: Tensor) -> Tensor:
@@ -122,7 +140,5 @@ def _some_tokens(tokens: Tensor) -> Tensor:
     return tokens[torch.linspace(0, tokens.shape[0] - 1, _MAX_TOKENS, device=tokens.device).long()]
 
 
-def _ratio(error: float, signal: float) -> float:
-    if signal == 0:
-        return 0.0 if error == 0 else math.inf
-    return math.sqrt(error / signal)
+def _count(index: Tensor | None) -> int:
+    return 0 if index is None else len(index)

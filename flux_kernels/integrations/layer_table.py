@@ -59,14 +59,14 @@ def by_pattern(values: Mapping[str, str | None], default: str | None) -> dict[st
     groups: dict[str, set[str | None]] = {}
     for name, value in values.items():
         groups.setdefault(_NUMBER.sub("*", name), set()).add(value)
-    short = {}
+    short: dict[str, str] = {}
     for name, value in values.items():
         pattern = _NUMBER.sub("*", name)
-        if value != default:
+        if value is not None and value != default:
             short[pattern if len(groups[pattern]) == 1 else name] = value
     short = dict(sorted(short.items()))  # as config.json has it
     right = all(first_match(short, [name], default) == value for name, value in values.items())
-    return short if right else {name: value for name, value in sorted(values.items()) if value != default}
+    return short if right else {name: value for name, value in sorted(values.items()) if value is not None and value != default}
 
 
 def _one_mode(computes: Mapping[str, str]) -> str | None:

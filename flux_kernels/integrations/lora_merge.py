@@ -50,16 +50,17 @@ def install() -> None:
         check(self)
         check_fusable(self.model, None)
 
-    weight = BaseTunerLayer.weight
+    weight = vars(BaseTunerLayer)["weight"]
 
     def logical_weight(self) -> torch.Tensor:
         """Return the weight in logical shape and dtype; peft takes `qweight` for it, whose dtype T5 casts activations to."""
         base = self.get_base_layer()
-        return base.weight if isinstance(base, GGUFLinear) else weight.fget(self)
+        return base.weight if isinstance(base, GGUFLinear) else weight.__get__(self)
 
-    BaseTunerLayer.weight = property(logical_weight)
+    BaseTunerLayer.weight = property(logical_weight)  # type: ignore[assignment, method-assign]
     merge_or_fuse._flux_kernels = True  # type: ignore[attr-defined]
-    Linear.merge, Linear.unmerge, LoraModel._check_merge_allowed = merge_or_fuse, unmerge_or_unfuse, check_packed_layers_too
+    Linear.merge, Linear.unmerge = merge_or_fuse, unmerge_or_unfuse  # type: ignore[method-assign]
+    LoraModel._check_merge_allowed = check_packed_layers_too  # type: ignore[method-assign]
 
 
 def install_in_diffusers() -> None:
@@ -76,7 +77,7 @@ def install_in_diffusers() -> None:
         return original(self, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
 
     fuse_lora._flux_kernels = True  # type: ignore[attr-defined]
-    PeftAdapterMixin.fuse_lora = fuse_lora
+    PeftAdapterMixin.fuse_lora = fuse_lora  # type: ignore[method-assign]
 
 
 def packed_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -225,7 +226,8 @@ class _brought:
         self.context.__enter__()
 
     def __exit__(self, *error) -> None:
-        devices = self.base._hf_hook.original_devices
+        hook: Any = self.base._hf_hook
+        devices = hook.original_devices
         present = dict(self.base.named_parameters(recurse=False))
         for name in set(devices) - set(present):
             del devices[name]

@@ -162,7 +162,7 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         """Leave the check to create_quantized_param, which knows the model."""
         return True
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self, model, param_value: Tensor, param_name: str, target_device, state_dict=None, unexpected_keys=None, **kwargs
     ) -> None:
         """Fill one parameter of a packed layer, or a plain one that is packed in a GGUF file."""
@@ -273,13 +273,14 @@ def attach_diffusers_quantizer(model: nn.Module) -> bool:
 
     if not isinstance(model, ModelMixin):
         return False
+    mixin: Any = model  # its attributes come from several mixins
     if not isinstance(getattr(model, "hf_quantizer", None), FluxKernelsQuantizer):
-        model.hf_quantizer = FluxKernelsQuantizer(FluxKernelsConfig())
-        model.is_quantized = False  # .to(dtype) is safe: packed bytes stay uint8
-        model.quantization_method = Method.FLUX_KERNELS
-    config = model.hf_quantizer.quantization_config
+        mixin.hf_quantizer = FluxKernelsQuantizer(FluxKernelsConfig())
+        mixin.is_quantized = False  # .to(dtype) is safe: packed bytes stay uint8
+        mixin.quantization_method = Method.FLUX_KERNELS
+    config = mixin.hf_quantizer.quantization_config
     config.follow(model)
-    model.register_to_config(quantization_config=config)
+    mixin.register_to_config(quantization_config=config)
     return True
 
 

@@ -51,7 +51,7 @@ def in_file_order(state_dict: dict[str, Any], format_of: Callable[[str], str | N
                 f"{name} was changed after the model was unpickled, and config.json would not say so. Call "
                 "flux_kernels.swap_linear(model), then save it."
             )
-        if planes:
+        if planes and isinstance(row, BlockFormat):
             result[key] = row.layout.from_planes(rows.detach().cpu())
             result[name + _DESCRIPTOR] = torch.tensor([number, n, k, 0])
     return result

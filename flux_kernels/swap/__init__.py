@@ -71,12 +71,13 @@ def _carry_out(steps: list[Step]) -> None:
     del weights
     packed: dict[tuple[int, str], nn.Parameter] = {}
     for step in steps:
-        if step.make is not None:
-            _install(step, shared, packed)
+        _install(step, shared, packed)
 
 
 def _install(step: Step, shared: Mapping[int, object], packed: dict[tuple[int, str], nn.Parameter]) -> None:
-    """Put a step's new layer in all places of the old one, which is let go."""
+    """Put a step's new layer, where it has one, in all places of the old one, which is let go."""
+    if step.make is None:
+        return
     old, new = step.layer.module, step.make()
     if isinstance(new, GGUFLinear):
         new.arrange()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..backends import check_names
 from ..compute import compute_of_layer
@@ -83,7 +83,7 @@ class Request:
 
 def names_in(value: object, argument: str) -> list[str]:
     """List the names in a name or a map of fnmatch pattern -> name; raise TypeError for anything else."""
-    names = list(value.values()) if isinstance(value, Mapping) else [value]
+    names: list[Any] = list(value.values()) if isinstance(value, Mapping) else [value]
     if not all(isinstance(name, str | BlockFormat) for name in names):
         raise TypeError(f"{argument} must be a name or a map of fnmatch pattern -> name, got {value!r}.")
     return names
