@@ -1,4 +1,7 @@
-"""FluxKernelsConfig: what diffusers' from_pretrained, from_single_file and save_pretrained know about packed layers."""
+"""FluxKernelsConfig: what diffusers knows about packed layers.
+
+from_pretrained and from_single_file take it, save_pretrained writes it.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ class FluxKernelsConfig(QuantizationConfigMixin):
             modules_to_not_convert: names of modules to leave in `torch_dtype`, or fnmatch patterns. As elsewhere in diffusers
                 a name stands for every module whose name ends in it and for all that is inside.
             dtype: to load the model in where from_pretrained is given no `torch_dtype`.
-            extra_parameters: written by save_pretrained: parameters of packed layers beside their rows.
+            extra_parameters: written by save_pretrained: parameters of packed layers other than rows and bias.
 
         Raises:
             FormatError: for an unknown type or dtype.
@@ -113,7 +116,8 @@ class FluxKernelsConfig(QuantizationConfigMixin):
     def follow(self, model: nn.Module) -> None:
         """Describe this model from now on, as it changes, without keeping it alive."""
         self._model = weakref.ref(model)
-        self.modules_to_not_convert = None  # the map of formats says it
+        # The map of formats says it.
+        self.modules_to_not_convert = None
 
     def refresh(self) -> None:
         """Take over what the model is now; without one, leave the fields as they are."""
@@ -148,7 +152,10 @@ class FluxKernelsConfig(QuantizationConfigMixin):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model behind in pickles and copies of the config alone, which tell what it was when they were made."""
+        """Leave the model behind in pickles and in copies of the config alone.
+
+        They describe it as it was when they were made.
+        """
         self.refresh()
         return {**self.__dict__, "_model": None}
 
@@ -170,8 +177,8 @@ def _checked_map(value: Any, what: str, check) -> Any:
 
 
 def _checked_dtype_name(dtype: str | torch.dtype) -> str:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in ACTIVATION_DTYPES:
+    wanted = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if wanted not in ACTIVATION_DTYPES:
         legal = ", ".join(dtype_name(legal) for legal in ACTIVATION_DTYPES)
         raise FormatError(f"dtype must be one of {legal}, got {dtype!r}.")
-    return dtype_name(found)
+    return dtype_name(wanted)

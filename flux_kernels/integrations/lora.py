@@ -1,4 +1,7 @@
-"""fuse_lora and unfuse_lora: adapters as a side branch of packed layers, exact and removable, or re-quantized on request."""
+"""fuse_lora and unfuse_lora: adapters as a side branch of packed layers, exact and removable.
+
+On request they are re-quantized into the rows instead.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def fuse_lora(
     safe: bool = True,
     requantize: bool = False,
 ) -> LoraReport:
-    """Fuse LoRA adapters into a model, as `pipe.fuse_lora()` does, and report what happened to each packed layer.
+    """Fuse LoRA adapters into a model, as `pipe.fuse_lora()` does, and report on each packed layer.
 
     In a packed layer the adapters become one low-rank branch: the numbers of the unfused model, one product whatever the number of
     adapters, removable with `unfuse_lora`. Plain layers merge as peft does it. Every layer is checked before the first is touched.
@@ -95,7 +98,9 @@ def fuse_lora(
 
 
 def unfuse_lora(model: nn.Module) -> None:
-    """Take all fused adapters out again; packed layers are bit for bit what they were, the adapters active as before.
+    """Take all fused adapters out again.
+
+    Packed layers are bit for bit what they were, and the adapters active as before.
 
     Raises:
         FormatError: where adapters were re-quantized into a layer; nothing is changed then.
@@ -134,7 +139,10 @@ def _check_requantizable(name: str, base: GGUFLinear) -> None:
 
 
 def _requantize(name: str, layer: Any) -> float:
-    """Quantize the packed weight with its fused adapters again, drop them from the branch, return the relative RMS error."""
+    """Quantize a packed weight with its fused adapters again; return the relative RMS error.
+
+    The adapters leave the branch. Without any there is nothing to do, and the error is 0.
+    """
     base: GGUFLinear = layer.get_base_layer()
     branch, fused_rank = base._branch(), getattr(layer, "_fused_rank", 0)
     if branch is None or not fused_rank:

@@ -1,4 +1,4 @@
-"""What peft's merge and unmerge do on a packed layer: LoRA factors go into the layer's low-rank branch and come out again.
+"""What peft's merge and unmerge do on a packed layer: factors go into its branch and come out.
 
 peft merges with `base_layer.weight.data += delta`, which packed bytes cannot take and which would forget that delta has a low
 rank. peft's dispatch is open to other classes only through each adapter's config, which diffusers makes itself, so
@@ -53,7 +53,10 @@ def install() -> None:
     weight = vars(BaseTunerLayer)["weight"]
 
     def logical_weight(self) -> torch.Tensor:
-        """Return the weight in logical shape and dtype; peft takes `qweight` for it, whose dtype T5 casts activations to."""
+        """Return the weight in logical shape and dtype.
+
+        peft takes `qweight` for it, to whose dtype T5 casts activations.
+        """
         base = self.get_base_layer()
         return base.weight if isinstance(base, GGUFLinear) else weight.__get__(self)
 
@@ -106,7 +109,10 @@ def check_fusable(model: nn.Module, adapter_names: Iterable[str] | None, *, safe
 
 
 def fuse_layer(layer: Any, adapter_names: list[str] | None = None, *, safe: bool = False) -> None:
-    """Put the factors of adapters that are not merged yet into the branch of the packed base layer; ranks add up."""
+    """Put the factors of adapters that are not merged yet into the branch of the packed base layer.
+
+    Ranks add up.
+    """
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
     chosen = _adapters(layer, check_adapters_to_merge(layer, adapter_names))
@@ -197,7 +203,10 @@ def _check_finite(layer: Any, adapters: list[str]) -> None:
 
 
 def _fuse_bias(layer: Any, base: GGUFLinear, adapters: list[str]) -> None:
-    """Add the biases of adapters that have one; the bias before is kept in a list, which torch does not register."""
+    """Add the biases of adapters that have one.
+
+    The bias before is kept in a list, which torch does not register.
+    """
     biased = [adapter for adapter in adapters if layer.lora_bias.get(adapter)]
     if not biased:
         return

@@ -25,7 +25,8 @@ def count_logical_weights() -> None:
         if only_trainable:
             return count
         packed = [module for module in self.modules() if isinstance(module, GGUFLinear)]
-        rows = {id(module.qweight): module for module in packed if "qweight" in module._parameters}  # not parts of fused layers
+        # Parts of fused layers have no rows of their own.
+        rows = {id(module.qweight): module for module in packed if "qweight" in module._parameters}
         return count + sum(module.weight.numel() - module.qweight.numel() for module in rows.values())
 
     num_parameters.counts_packed = True  # type: ignore[attr-defined]

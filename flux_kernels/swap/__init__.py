@@ -64,7 +64,7 @@ def swap_linear(
 
 
 def _carry_out(steps: list[Step]) -> None:
-    """Make and install the new layers one at a time, and let go of each old one; shared weights stay shared."""
+    """Install the new layers one at a time, and let go of each old one; shared weights stay shared."""
     weights = [step.layer.module._parameters.get("weight") for step in steps]
     count = Counter(map(id, weights))
     shared = {id(weight): weight for weight in weights if count[id(weight)] > 1}

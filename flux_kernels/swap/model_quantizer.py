@@ -38,9 +38,11 @@ class SwappedModelQuantizer:
     """
 
     is_serializable = False
-    is_compileable = True  # the op has a fake, so a forward compiles without a graph break
-    is_trainable = True  # adapters train through packed layers
-    is_qat_trainable = False  # the packed weights themselves do not
+    # The op has a fake, so a forward compiles without a graph break.
+    is_compileable = True
+    # Adapters train through packed layers; the packed weights themselves do not.
+    is_trainable = True
+    is_qat_trainable = False
     requires_calibration = False
     quantization_config = _UnwritableConfig()
 
@@ -59,7 +61,8 @@ class SwappedModelQuantizer:
 def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace every packed layer by the plain layer it stands for, in place; fused ones come apart first."""
     unfuse_projections(model)
-    plain: dict[nn.Module, nn.Module] = {}  # the token table has two places in a text encoder
+    # The token table has two places in a text encoder.
+    plain: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, GGUFLinear | GGUFEmbedding):
@@ -85,4 +88,5 @@ def attach_quantizer(model: nn.Module) -> None:
         return
     if _library_hook is None or not _library_hook(model):
         model.hf_quantizer = SwappedModelQuantizer()  # type: ignore[assignment]
-        model.is_quantized = False  # type: ignore[assignment]  # .to(dtype) is safe: packed bytes stay uint8
+        # .to(dtype) is safe: packed bytes stay uint8.
+        model.is_quantized = False  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Decide what swap_linear does with each linear layer, and check that it can, before anything is changed."""
+"""Decide what swap_linear does with each layer, and check that it can, before anything is changed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,13 @@ class LinearLayer:
 
 @dataclass
 class Step:
-    """Hold what is to happen to one layer; `make`, where it is swapped, gives the layer that comes in its place."""
+    """Hold what is to happen to one layer.
+
+    Attributes:
+        layer: the layer and its places.
+        row: what the report says of it.
+        make: gives the layer that comes in its place; None where it stays.
+    """
 
     layer: LinearLayer
     row: SwapRow
@@ -60,7 +66,13 @@ class Step:
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """Hold the steps of a swap, rows of modules that no step is for, and the user's patterns that matched nothing."""
+    """Hold what a swap is going to do.
+
+    Attributes:
+        steps: one for each linear layer.
+        others: rows of modules that no step is for.
+        unmatched: the user's patterns that match no layer.
+    """
 
     steps: list[Step]
     others: list[SwapRow]
@@ -95,7 +107,10 @@ def _note_ties(model: nn.Module, steps: list[Step]) -> None:
 
 
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
-    """List every nn.Linear of a model once, in the order of the model; parts of a fused layer go with the layer."""
+    """List every nn.Linear of a model once, in the order of the model.
+
+    Parts of a fused layer go with the layer.
+    """
     adapters = adapter_parts(model)
     layers: dict[nn.Module, LinearLayer] = {}
     part_names: dict[nn.Module, list[str]] = {}
@@ -113,7 +128,7 @@ def linear_layers(model: nn.Module) -> list[LinearLayer]:
 
 
 def _other_products(model: nn.Module) -> list[SwapRow]:
-    """Describe the modules that multiply by a matrix and are no nn.Linear, such as transformers' Conv1D of GPT-2."""
+    """Describe the modules that multiply by a matrix and are no nn.Linear, such as GPT-2's Conv1D."""
     rows = []
     for name, module in model.named_modules():
         weight = module._parameters.get("weight", module._parameters.get("in_proj_weight"))
@@ -139,7 +154,8 @@ def _foreign(layer: LinearLayer) -> str | None:
     """Return why a layer of somebody else is left alone, or None."""
     module = layer.module
     if isinstance(module, GGUFLinear):
-        return None  # adapters that are merged into a packed layer are in its branch
+        # Adapters that are merged into it are in its branch.
+        return None
     if not is_diffusers_gguf(module) and type(module) is not nn.Linear:
         return _class_of(module)
     if "weight" not in module._parameters:
@@ -195,7 +211,11 @@ def _plan_quantize(layer: LinearLayer, wish: Wish) -> Step:
 
 
 def _swap(layer: LinearLayer, wish: Wish, fmt: BlockFormat, detail: str, make: Callable[..., nn.Module]) -> Step:
-    """Plan a swap by `make`, which takes the layer, backend and compute; raise where the layer could not run afterwards."""
+    """Plan to replace a layer by `make(module, backend=, compute=)`.
+
+    Raises:
+        FormatError, BackendUnavailable: where the new layer could not run.
+    """
     module = layer.module
     size = fmt.row_bytes(module.in_features, layer.names[0]) * module.out_features
     check_runnable(wish.backend, wish.compute, layer.stored.device, fmt, module.in_features)

@@ -132,7 +132,7 @@ def _count(count: int, noun: str) -> str:
 
 
 def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
-    """Group rows whose names differ only in their numbers and which are alike otherwise, in first-seen order."""
+    """Group rows that differ only in the numbers of their names, in first-seen order."""
     groups: dict[SwapRow, list[SwapRow]] = {}
     for row in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)

@@ -67,7 +67,7 @@ class Request:
         return wishes, [pattern for pattern in patterns if pattern != "*" and not matches(all_names, pattern)]
 
     def _wish(self, names: list[str], part_names: list[str], include: Iterable[str], exclude: Iterable[str]) -> Wish:
-        """Resolve the patterns for one layer; a fused one is "exact" where the modes of its parts would differ."""
+        """Resolve the patterns for one layer; a fused one is "exact" where its parts' modes would differ."""
         all_names = names + part_names
         format = first_match(self.format, all_names, None)
         modes = {mode_of(self.compute, [*names, part]) for part in part_names} or {mode_of(self.compute, names)}
@@ -90,7 +90,10 @@ def names_in(value: object, argument: str) -> list[str]:
 
 
 def mode_of(compute: str | Mapping[str, str], names: list[str]) -> str:
-    """Return the compute mode of a layer; one mode for a whole model spares WEIGHT_ONLY_LAYERS, a map is taken at its word."""
+    """Return the compute mode of a layer.
+
+    One mode for a whole model spares WEIGHT_ONLY_LAYERS; a map is taken at its word.
+    """
     return compute_of_layer(compute, names) if isinstance(compute, str) else first_match(compute, names, "exact")
 
 
