@@ -18,8 +18,10 @@ from .fidelity_report import FidelityReport, LayerError
 from .listen import Inputs, check_inputs, listen, packed_layers, run
 from .outliers import ChannelSizes
 
-Measured = tuple[str, Tensor | None]  # a compute mode, and the outlier channels it keeps in 16 bit
-_MAX_TOKENS = 512  # rows of one call that are measured, evenly spread: errors are averages over tokens
+# A compute mode, and the outlier channels that it keeps in 16 bit.
+Measured = tuple[str, Tensor | None]
+# Rows of one call that are measured, evenly spread: errors are averages over tokens.
+_MAX_TOKENS = 512
 
 
 @dataclass
@@ -45,9 +47,9 @@ def fidelity(
     *,
     outliers: float = 0.0,
 ) -> FidelityReport:
-    """Run the model and compare every packed layer's output in each compute mode with float64 on the same activations.
+    """Run the model and compare every packed layer's output in each compute mode with float64.
 
-    The model itself runs as it is set up: errors are each layer's own, they are not fed forward.
+    Both see the same activations. The model itself runs as it is set up: errors are each layer's own, they are not fed forward.
 
     Args:
         model: a module with GGUFLinear layers (after swap_linear or load_flux).
@@ -120,7 +122,8 @@ def _measure(
             try:
                 check_mode(mode, layer.in_features)
             except FormatError:
-                continue  # the mode cannot take this layer: no row, and `modes` will not choose it
+                # The mode cannot take this layer: no row, and `modes` will not choose it.
+                continue
             packed = (layer.qweight, None, layer.format, layer.backend, mode, layer.planes)
             outlying = (None, None) if index is None else (index, weight[:, index.long()])
             # A call of few rows runs as "exact" in every mode; what the mode costs shows with more, so zeros are put below.

@@ -1,4 +1,4 @@
-"""Run a model on a user's own inputs and listen to what its packed layers receive."""
+"""Run a model on a user's own inputs and see what its packed layers receive."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LEGAL = "keyword arguments of a call as a dict, positional ones as a tensor or 
 
 
 def packed_layers(model: nn.Module) -> dict[str, GGUFLinear]:
-    """Return the packed layers by name, as `swap_linear` matches names: without the parts that peft and torch.compile add.
+    """Return the packed layers by name, as `swap_linear` matches names.
 
-    Parts of a fused layer are measured as one layer and left out.
+    Names are without what peft and torch.compile add. Parts of a fused layer are measured as one layer and left out.
 
     Raises:
         FormatError: where there are none, or they are offloaded.
@@ -70,11 +70,11 @@ def run(model: nn.Module, inputs: Inputs) -> None:
             model(*((call,) if isinstance(call, Tensor) else call))
 
 
-def listen(layer: GGUFLinear, hear: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-    """Call `hear` with the tokens [M, K] of every call of a layer, however it is called; returns the hook."""
+def listen(layer: GGUFLinear, receive: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+    """Call `receive` with the tokens [M, K] of every call of a layer; return the hook."""
 
     def hook(module: nn.Module, arguments: tuple, keywords: dict) -> None:
         x = arguments[0] if arguments else keywords["input"]
-        hear(x.detach().reshape(-1, x.shape[-1]))
+        receive(x.detach().reshape(-1, x.shape[-1]))
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)

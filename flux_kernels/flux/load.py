@@ -1,4 +1,7 @@
-"""Build a FluxTransformer2DModel from a GGUF file: block matrices stay packed and memory-mapped, nothing is decoded."""
+"""Build a FluxTransformer2DModel from a GGUF file.
+
+Block matrices stay packed and memory-mapped; nothing is decoded.
+"""
 
 from __future__ import annotations
 
@@ -79,13 +82,13 @@ def load_flux(
 
 
 def _packed_linear(
-    module: nn.Linear, packed: StoredLayer, dtype: torch.dtype, device: torch.device, backend: str, compute: str
+    module: nn.Linear, stored: StoredLayer, dtype: torch.dtype, device: torch.device, backend: str, compute: str
 ) -> nn.Module:
     """Return the GGUFLinear over a layer's packed rows that takes the place of the empty `module`."""
-    bias, rows = nn.Parameter(packed.bias.to(device)), packed.rows.to(device)
-    layer = GGUFLinear.from_packed(rows, packed.format, bias, backend=backend, compute=compute, compute_dtype=dtype)
-    if packed.low_rank is not None:
-        down, up = packed.low_rank
+    rows, fmt, bias = stored.weight.data.to(device), stored.weight.fmt, nn.Parameter(stored.bias.to(device))
+    layer = GGUFLinear.from_packed(rows, fmt, bias, backend=backend, compute=compute, compute_dtype=dtype)
+    if stored.low_rank is not None:
+        down, up = stored.low_rank
         layer.set_low_rank(down.to(device), up.to(device))
     # On the CPU the rows stay mapped as they are; a layer arranges them itself when it is moved.
     return carry_over(module, layer if device.type == "cpu" else layer.arrange())

@@ -1,4 +1,4 @@
-"""Write a FluxTransformer2DModel as a GGUF file: packed rows as they are, bit for bit, one tensor at a time."""
+"""Write a FluxTransformer2DModel as a GGUF file: packed rows bit for bit, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ from .types import BLOCK, file_type, tensor_kind
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, the only one there is for these types
-_EXACT = "F32"  # holds every value of the 16-bit types
-_IMAGE_INPUT = "img_in.weight"  # in BF16, diffusers takes its bytes for columns and the file for FLUX.1-Depth
-Entry = tuple[str, str, tuple[int, ...], Any]  # of a tensor to write: name, ggml type, shape, and its bytes or what makes them
+# GGML_QNT_VERSION, the only one there is for these types.
+_QUANTIZATION_VERSION = 2
+# It holds every value of the 16-bit types.
+_EXACT = "F32"
+# In BF16, diffusers takes its bytes for columns and the file for FLUX.1-Depth.
+_IMAGE_INPUT = "img_in.weight"
+# A tensor to write: name, ggml type, shape, and its data or a function that gives them.
+Entry = tuple[str, str, tuple[int, ...], Any]
 _PLAIN_NAMES = {plain.dtype: name for name, plain in PLAIN_TYPES.items() if name in ("F32", "F16", "BF16")}
 
 
@@ -38,7 +42,7 @@ def save_gguf(model: FluxTransformer2DModel, path: str | os.PathLike, *, names: 
 
     GGUFLinear layers are written as they are packed: load, save and load again gives the same bytes. Plain matrices keep
     their dtype and vectors become F32, which changes no value; readers have no 16-bit vectors in common. A low-rank branch
-    (a correction, or a fused LoRA) becomes two tensors beside its weight, which only `load_flux` reads.
+    (a correction, or a fused LoRA) becomes two tensors of its own, which only `load_flux` reads.
 
     Args:
         model: a FluxTransformer2DModel, with any mix of GGUFLinear and plain layers.
@@ -122,7 +126,7 @@ def _assemble(model: nn.Module, kind: str, parts: Mapping[str, Source]) -> Tenso
 
 
 def _correction(model: nn.Module, name: str, parts: Mapping[str, Source]) -> list[tuple[str, str, tuple[int, ...], Any]]:
-    """Return the tensors of a matrix's low-rank correction (see low_rank_tensors.py), where its layers have branches."""
+    """Return the tensors of a matrix's low-rank correction, where its layers have branches."""
     ordered = sorted(parts, key=lambda parameter: parts[parameter].rows[0][0])
     if not all(parameter.endswith(".weight") for parameter in ordered):
         return []
@@ -138,7 +142,7 @@ def _correction(model: nn.Module, name: str, parts: Mapping[str, Source]) -> lis
 
 
 def _branch(layer: nn.Module, source: Source) -> tuple[Tensor, Tensor] | None:
-    """Return down and up of a layer's low-rank branch, the rows of up in the order of the file; None where it has none."""
+    """Return down and up of a layer's low-rank branch, or None; the rows of up are in the file's order."""
     down, up = getattr(layer, "low_rank_down", None), getattr(layer, "low_rank_up", None)
     if down is None or up is None:
         return None

@@ -1,4 +1,4 @@
-"""A FLUX.1 file that was opened, understood and checked: where every parameter of the model lies in it."""
+"""A FLUX.1 file, opened and checked: where every parameter of the model lies in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GGUFError
-from ..formats import FORMATS, Packed, PlainType
+from ..formats import Packed, PlainType
 from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..torch_backend.reference import dequantize
@@ -32,14 +32,12 @@ class StoredLayer(NamedTuple):
     """Hold what a file stores of a linear layer whose matrix is quantized.
 
     Attributes:
-        format: ggml type name of the rows.
-        rows: uint8 [N, row bytes] as they are stored: mapped, unless they change order.
+        weight: the rows as they are stored: mapped, unless they change order.
         bias: [N] in the dtype asked for.
         low_rank: down [r, K] and up [N, r] of the matrix's correction, in memory of their own, or None.
     """
 
-    format: str
-    rows: Tensor
+    weight: Packed
     bias: Tensor
     low_rank: tuple[Tensor, Tensor] | None
 
@@ -72,15 +70,19 @@ class StoredFlux:
         return {bare: self.file.tensors[name].format for bare, name in self.names.items()}
 
     def packed_layer(self, name: str, dtype: torch.dtype) -> StoredLayer | None:
-        """Return what the file stores of the linear layer `name`, its bias in `dtype`; None where its matrix is plain."""
+        """Return what the file stores of the linear layer `name`, or None where its matrix is plain.
+
+        The bias has `dtype`.
+        """
         source = self.sources[f"{name}.weight"]
-        format = self._tensor(source).format
-        if format not in FORMATS:
+        fmt = self._tensor(source).block_format
+        if isinstance(fmt, PlainType):
             return None
-        return StoredLayer(format, _join(self._ranges(source)), self.decoded(f"{name}.bias", dtype), self._low_rank(source))
+        weight = Packed(_join(self._ranges(source)), fmt)
+        return StoredLayer(weight, self.decoded(f"{name}.bias", dtype), self._low_rank(source))
 
     def rows_together(self, layers: list[str]) -> Tensor | None:
-        """Return the packed rows of layers, mapped, where the file stores them one after the other in one tensor, or None."""
+        """Return the packed rows of layers that lie one after the other in one tensor, mapped, or None."""
         located = [self.sources[f"{layer}.weight"] for layer in layers]
         ranges = [rows for source in located for rows in source.rows]
         consecutive = all(before[1] == after[0] for before, after in pairwise(ranges))
@@ -89,7 +91,10 @@ class StoredFlux:
         return _join(self._ranges(Source(located[0].tensor, ((ranges[0][0], ranges[-1][1]),))))
 
     def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """Return a plain matrix or any vector in `dtype`; mapped where stored so, a quantized vector decoded in float32."""
+        """Return a plain matrix or any vector in `dtype`.
+
+        It is mapped where it is stored in that type; a quantized vector is decoded in float32.
+        """
         source = self.sources[parameter]
         tensor = self._tensor(source)
         if isinstance(tensor.block_format, PlainType):
@@ -133,7 +138,11 @@ def open_flux(path: str | os.PathLike, config: object | None = None) -> StoredFl
 
 
 def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
-    """Locate every parameter of the model in an opened file, or raise GGUFError saying why it cannot be loaded."""
+    """Locate every parameter of the model in an opened file.
+
+    Raises:
+        GGUFError: where it cannot be loaded, with the reason.
+    """
     names = canonical_names(file.tensors)
     shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
     extra = {bare: names.pop(bare) for bare in [*names] if is_correction(bare)}
@@ -175,7 +184,11 @@ def torch_shape(file: GGUFFile, bare: str, name: str) -> tuple[int, ...]:
 
 
 def _original_shape(key: str, sizes: Any, tensor: GGUFTensor) -> tuple[int, ...]:
-    """Return the shape that a key-value gives a tensor; raise GGUFError where its bytes cannot have that shape."""
+    """Return the shape that a key-value gives a tensor.
+
+    Raises:
+        GGUFError: where its bytes cannot have that shape.
+    """
     row = tensor.block_format
     integers = isinstance(sizes, list) and all(isinstance(size, int) for size in sizes)
     if not integers or prod(sizes) != prod(tensor.shape) or not sizes or sizes[-1] % row.block_size:

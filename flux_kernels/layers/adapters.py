@@ -1,4 +1,4 @@
-"""Adapters of peft, which put themselves around a layer: what is inside them, and what a layer is called without them."""
+"""Adapters of peft, which go around a layer: the layer inside, and its name without them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
-_BASE = "base_layer"  # what peft calls the layer that an adapter is around
-_ADDED = {_BASE, "_orig_mod"}  # components that peft and torch.compile put into names
+# What peft calls the layer inside an adapter.
+_BASE = "base_layer"
+# Components that peft and torch.compile put into names.
+_ADDED = {_BASE, "_orig_mod"}
 
 
 def without_adapters(name: str) -> str:
@@ -33,7 +35,7 @@ def is_merged_into(layer: nn.Module, parent: nn.Module) -> bool:
 
 
 def adapter_parts(model: nn.Module) -> set[nn.Module]:
-    """Return the modules inside a model that belong to adapters: all that they hold but the layers they are around."""
+    """Return the modules of a model that belong to adapters: all inside them but their base layers."""
     adapters = filter(has_adapter, model.modules())
     parts = [part for adapter in adapters for key, part in adapter._modules.items() if key != _BASE and part is not None]
     return {module for part in parts for module in part.modules()}

@@ -1,4 +1,4 @@
-"""fuse_projections: compute the layers of an attention or a single block that share an input in one product.
+"""fuse_projections: compute layers of an attention or a block that share an input in one product.
 
 q, k and v (and in the single blocks of FLUX.1 the MLP's input too) read the same activation. Fused, it is read, and in int8
 quantized, once. The rows move as they are packed, so nothing else changes.
@@ -54,14 +54,14 @@ class _Group:
 
     def layers(self) -> dict[str, Any]:
         """Return path -> layer, adapters taken off; None where the module has no such layer."""
-        found = {path: attrgetter(path)(self.home) for path in self.paths}
-        return {path: None if layer is None else base_layer_of(layer) for path, layer in found.items()}
+        layers = {path: attrgetter(path)(self.home) for path in self.paths}
+        return {path: None if layer is None else base_layer_of(layer) for path, layer in layers.items()}
 
 
 def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: Join | None = None) -> FuseReport:
-    """Fuse the packed projections of a model, in place; every layer is checked before the first is touched.
+    """Fuse the packed projections of a model, in place.
 
-    Attention modules of diffusers get `to_qkv` (and `to_added_qkv`, `to_kv`), as `model.fuse_qkv_projections()` makes them.
+    Every layer is checked before the first is touched. Attention modules of diffusers get `to_qkv` (and `to_added_qkv`, `to_kv`), as `model.fuse_qkv_projections()` makes them.
     Outputs change by the order of sums at most. Parts keep their names: adapters go on and come off as before, and while one
     is on, its group is computed part by part. State dicts name the fused layers; `save_gguf` writes the parts. Packed memory is
     the same: each group's rows are copied together once, and its parts let go.
@@ -120,14 +120,15 @@ def unfuse_projections(model: nn.Module) -> None:
 
 
 class FuseMethod:
-    """Stand in for `fuse_projections` or `unfuse_projections` of one attention module whose layers are packed.
+    """Stand in for `fuse_projections` or `unfuse_projections` of a packed attention module.
 
-    The method of diffusers would decode the rows into an ordinary linear. This object lies in the instance, beside the
-    method in its class, because it has to survive deepcopy and pickle.
+    The method of diffusers would decode the rows into an ordinary linear. This object lies in the instance, where it hides the
+    method of the class, because it has to survive deepcopy and pickle.
     """
 
     def __init__(self, attention: nn.Module, fuse: bool):
-        self._attention, self.fuse = weakref.ref(attention), fuse  # weak: a cycle would keep the layers of a deleted model
+        # Weak: a cycle would keep the layers of a deleted model.
+        self._attention, self.fuse = weakref.ref(attention), fuse
 
     @property
     def attention(self) -> nn.Module:
@@ -167,9 +168,9 @@ def offer_fusing(model: nn.Module) -> None:
 
 
 class ProjectAfterNorm:
-    """Forward hook on a single block's `norm`: hand on linear1 of its output, from which the parts select their columns.
+    """Forward hook on a single block's `norm`: hand on linear1 of its output.
 
-    With an adapter around a part the output goes on as it is, and each part computes its own rows.
+    The parts select their columns from it. With an adapter around a part the output goes on as it is, and each part computes its own rows.
     """
 
     def __init__(self, block: Any):
@@ -199,7 +200,7 @@ def _groups(attention: nn.Module) -> list[_Group]:
 
 
 def _is_candidate(attention: nn.Module) -> bool:
-    """Tell whether fusing an attention module means anything: packed projections of its own that are apart."""
+    """Tell whether an attention module has packed projections of its own that are apart."""
     if not getattr(attention, "_supports_qkv_fusion", True) or not hasattr(attention, "to_v") or not _is_packed(attention):
         return False
     return not getattr(attention, "fused_projections", False) and not _part_of_linear1(attention)
@@ -259,7 +260,7 @@ def _part_of_linear1(attention: nn.Module) -> bool:
 
 
 def _fuse(groups: list[_Group], names: dict[nn.Module, str], rows_of: Join | None) -> None:
-    """Make the fused layers of one attention or block and put parts in place of the layers, which are let go."""
+    """Make the fused layers of one attention or block, and put parts in place of the layers."""
     for group in groups:
         layers = group.layers()
         rows = rows_of([_join_names(names[group.home], path) for path in group.paths]) if rows_of else None
@@ -284,7 +285,8 @@ def _unfuse(home: Any, name: str) -> None:
     fused = home._modules[name]
     for rows in fused.parts:
         part = base_layer_of(home.get_submodule(rows.path))
-        if isinstance(part, FusedPart):  # a layer that a user put in its place stays
+        # A layer that a user put in its place stays.
+        if isinstance(part, FusedPart):
             replace_base_layer(home, rows.path, fused.separate(part))
     delattr(home, name)
     if name == "linear1":
