@@ -118,7 +118,7 @@ def test_q_k_v_of_different_types_need_diffusers_names(tmp_path):
 
 @pytest.mark.parametrize(("types", "first"), [("*.to_v", "transformer_blocks."), ("nothing", "double_blocks.")])
 def test_default_names_are_those_that_can_hold_the_model(tmp_path, types, first):
-    """The demo's mixed file has attention inputs of two types in one block; loaded, it is saved as it came."""
+    """The demo's mixed file has attention inputs of two types in one block; it is saved as it came."""
     model = FluxTransformer2DModel(**config_of(TINY)).eval()
     swap_linear(model, format={types: "Q8_0", "*": "Q4_K"}, include=["transformer_blocks.*", "single_transformer_blocks.*"])
     save_gguf(model, tmp_path / "out.gguf")
@@ -201,8 +201,9 @@ def test_diffusers_loads_files_with_diffusers_names(tmp_path):
 
 @pytest.mark.slow
 def test_one_block_of_each_kind_at_the_true_width(tmp_path):
-    """Width 3072: diffusers' own conversion, applied to packed bytes, is the oracle of the map; the file then runs and
-    comes back from save_gguf as it was, and diffusers loads it.
+    """Width 3072: diffusers' own conversion, applied to packed bytes, is the oracle of the map.
+
+    The file then runs and comes back from save_gguf as it was, and diffusers loads it.
     """
     wide = Architecture(width=3072, head=128, text=256, pooled=256)
     file = flux_file(wide, layout_types("old", "Q4_K"))
