@@ -219,13 +219,14 @@ def _swap(layer: LinearLayer, wish: Wish, fmt: BlockFormat, detail: str, make: C
     module = layer.module
     size = fmt.row_bytes(module.in_features, layer.names[0]) * module.out_features
     check_runnable(wish.backend, wish.compute, layer.stored.device, fmt, module.in_features)
+    asked = fmt if wish.format is None else wish.format
     row = replace(
         _describe(layer, "swapped", detail),
         format=fmt.name,
         bytes=size,
         backend=wish.backend,
         compute=wish.compute,
-        unmet=wish.format.name if wish.format not in (None, fmt) else "",
+        unmet="" if asked is fmt else asked.name,
     )
     return Step(layer, row, partial(make, module, backend=wish.backend, compute=wish.compute))
 

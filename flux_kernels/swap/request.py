@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import UnionType
 from typing import Any, TypeVar
 
 from ..backends import check_names
@@ -57,7 +58,7 @@ class Request:
         """
         for mode in names_in(self.compute, "compute"):
             check_names(self.backend, mode)
-        for name in names_in(self.format, "format") if self.format is not None else ():
+        for name in names_in(self.format, "format", str | BlockFormat) if self.format is not None else ():
             quantizer(get_format(name))
         include, exclude = _as_tuple(self.include, ("*",)), _as_tuple(self.exclude, ())
         layers = list(layers)
@@ -77,14 +78,14 @@ class Request:
             backend=self.backend,
             compute=modes.pop() if len(modes) == 1 else "exact",
             format=None if format is None else get_format(format),
-            any_format=self.format is not None,
+            any_format=bool(self.format),
         )
 
 
-def names_in(value: object, argument: str) -> list[str]:
+def names_in(value: object, argument: str, legal: type | UnionType = str) -> list[str]:
     """List the names in a name or a map of fnmatch pattern -> name; raise TypeError for anything else."""
     names: list[Any] = list(value.values()) if isinstance(value, Mapping) else [value]
-    if not all(isinstance(name, str | BlockFormat) for name in names):
+    if not all(isinstance(name, legal) for name in names):
         raise TypeError(f"{argument} must be a name or a map of fnmatch pattern -> name, got {value!r}.")
     return names
 
