@@ -10,7 +10,8 @@ from torch import nn
 
 import flux_kernels as fk
 
-from ..swap.test_operations_table import CLOSE, assert_same, lora_config, lora_state_dict, packed_layers, pipeline, run, twin
+from ..swap.lora import lora_config, lora_state_dict, pipeline
+from ..swap.twins import CLOSE, assert_same, packed_layers, run, twin
 
 peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
