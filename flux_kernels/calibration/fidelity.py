@@ -115,7 +115,7 @@ def _measure(
     """Return a function of a call's tokens that measures a layer on them and adds to `sums`."""
 
     def add(tokens: Tensor) -> None:
-        x = _some_tokens(tokens)
+        x = _sample(tokens)
         weight = ops.dequantize(layer.qweight, layer.format, torch.float32, backend=layer.backend, planes=layer.planes)
         oracle = x.double() @ weight.double().T
         for mode, index in measured:
@@ -137,7 +137,7 @@ def _measure(
     return add
 
 
-def _some_tokens(tokens: Tensor) -> Tensor:
+def _sample(tokens: Tensor) -> Tensor:
     if tokens.shape[0] <= _MAX_TOKENS:
         return tokens
     return tokens[torch.linspace(0, tokens.shape[0] - 1, _MAX_TOKENS, device=tokens.device).long()]
