@@ -49,6 +49,9 @@ def main(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,
 ) -> None:
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
+    from ..generation.base_pipeline import go_offline_quietly
+
+    go_offline_quietly()
 
 
 for _command in (demo, generate, inspect, quantize, measure, plan, doctor, tune, warmup, bench):

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
+
+from ._options import comma_separated, own_device
+from ._progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +59,6 @@ def bench(
       flux-kernels bench --formats Q4_K --peers --contribute my-card.csv
       flux-kernels bench --all --report everything.html
     """
-    import torch
-
     from ..benchmark.json_rows import document, unfinished
     from ..benchmark.page import fidelity_rows, page
     from ..benchmark.row_files import RowFiles
@@ -68,7 +69,7 @@ def bench(
     console = Console(highlight=False, stderr=as_json)
     files = RowFiles(contribute, lambda line: console.print(line, markup=False, soft_wrap=True))
     _check_targets(report, plot)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     plan = _plan(device, formats, peers or everything, everything, step, minutes, repeats, scale)
     rows: dict[str, list[dict]] = dict(linear=[], step=[])
 
@@ -108,8 +109,7 @@ def _measure(plan: Plan, device: torch.device, console: Console, keep: Callable[
 
     from ..benchmark.session import measure_all
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress(console, MofNCompleteColumn()) as bar:
         task = bar.add_task("measuring", total=plan.work(device))
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         return measure_all(
@@ -146,9 +146,7 @@ def _plan(
     groups = ("base", "ours", "peer") if peers else ("base", "ours")
     wanted = [one.name for one in PROVIDERS.values() if one.group in groups and (peers or "compiled" not in one.name)]
     return Plan(
-        formats=list(FORMATS)
-        if everything
-        else list(dict.fromkeys(get_format(name.strip()).name for name in formats.split(","))),
+        formats=list(FORMATS) if everything else [get_format(name).name for name in comma_separated(formats)],
         providers=wanted,
         sizes=list(STEPS) if everything else [MAIN_SIZE],
         scale=scale or (1 if device.type == "cuda" else _CPU_SCALE),

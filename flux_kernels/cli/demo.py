@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TaskProgressColumn
 from rich.table import Table
 
 from ._own_command import own_command
+from ._progress import progress
 
 
 def demo(
@@ -38,24 +39,20 @@ def demo(
       flux-kernels demo
       flux-kernels demo -p "a red seven" -p "the digit 4 in blue" --seed 5 --out /tmp/sheet.png
     """
-    from ..generation.base_pipeline import go_offline_quietly
-
     started = time.perf_counter()
     console = Console(stderr=as_json)
     with console.status("loading diffusers and the embedded model"):
-        go_offline_quietly()
         from ..generation import demo as work
     prompts = prompt or list(work.PROMPTS)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("quantizing", total=work.demo_steps(steps) * len(work.VARIANTS))
+    with progress(console, TaskProgressColumn()) as bar:
+        task = bar.add_task("quantizing", total=work.demo_steps(steps) * len(work.VARIANTS))
         drawn = work.run_demo(
             out.parent,
             prompts=prompts,
             seed=work.SEED if seed is None else seed,
             backend=backend,
             steps=steps,
-            step=lambda status: progress.update(task, advance=1, description=status),
+            step=lambda status: bar.update(task, advance=1, description=status),
         )
     work.demo_sheet(drawn, prompts).save(out, "PNG", optimize=True)
     seconds = time.perf_counter() - started

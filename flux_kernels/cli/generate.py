@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
-
-class Offload(str, Enum):
-    """Name the ways to spread a pipeline over GPU and CPU memory."""
-
-    auto = "auto"
-    none = "none"
-    model = "model"
-    group = "group"
-    sequential = "sequential"
-
-
-class Dtype(str, Enum):
-    """Name the dtypes to compute in."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
+from ..generation.memory_plan import OFFLOADS
+from ._options import DTYPES, one_of
+from ._progress import progress
 
 _FILES, _PICTURE, _IMAGES, _RUN, _OUTPUT = "Files", "The picture", "Pictures to start from", "How it runs", "Output"
 
@@ -108,13 +92,14 @@ def generate(
         ),
     ] = None,
     offload: Annotated[
-        Offload,
-        typer.Option(
-            help="What stays on the GPU: none offloads nothing, model keeps one model at a time there, group and sequential one "
+        str,
+        one_of(
+            OFFLOADS,
+            "What stays on the GPU: none offloads nothing, model keeps one model at a time there, group and sequential one "
             "layer; auto takes the first that fits the free memory and says why.",
             rich_help_panel=_RUN,
         ),
-    ] = Offload.auto,
+    ] = "auto",
     pin: Annotated[
         bool,
         typer.Option(
@@ -131,7 +116,7 @@ def generate(
             rich_help_panel=_RUN,
         ),
     ] = "exact",
-    dtype: Annotated[Dtype, typer.Option(help="Of activations, text encoders and VAE.", rich_help_panel=_RUN)] = Dtype.bfloat16,
+    dtype: Annotated[str, one_of(DTYPES, "Of activations, text encoders and VAE: {}.", rich_help_panel=_RUN)] = "bfloat16",
     out: Annotated[
         Path, typer.Option(help="PNG to write; the parameters are stored inside it.", rich_help_panel=_OUTPUT)
     ] = Path("out.png"),
@@ -157,11 +142,8 @@ def generate(
       flux-kernels generate --gguf flux1-depth-Q6_K.gguf --base FLUX.1-dev -p "a robot" --control-image depth.png
       flux-kernels generate --gguf demo-Q4_K.gguf -p "a red seven"
     """
-    from ..generation.base_pipeline import go_offline_quietly
-
     console = Console(stderr=as_json)
     with console.status("loading torch and diffusers"):
-        go_offline_quietly()
         import torch
 
         from ..generation import generate as work
@@ -183,21 +165,20 @@ def generate(
         control_image=control_image,
         kontext=kontext,
         strength=strength,
-        offload=offload.value,
+        offload=offload,
         pin=pin,
         loras=[work.Lora.parse(text) for text in lora or ()],
         backend=backend,
         compute=compute,
-        dtype=getattr(torch, dtype.value),
+        dtype=getattr(torch, dtype),
     )
     work.check_out(out, request)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("checking files", total=None)
+    with progress(console, MofNCompleteColumn()) as bar:
+        task = bar.add_task("checking files", total=None)
         made = work.generate(
             request,
-            status=lambda text: progress.update(task, description=text),
-            step=lambda done, total: progress.update(task, completed=done, total=total),
+            status=lambda text: bar.update(task, description=text),
+            step=lambda done, total: bar.update(task, completed=done, total=total),
         )
     work.save_png(made, out)
     if as_json:

@@ -36,9 +36,6 @@ def inspect(
       flux-kernels inspect flux1-dev-Q4_K_S.gguf --tensors
       flux-kernels inspect flux1-dev-Q4_K_S.gguf --json | jq .fits
     """
-    from ..generation.base_pipeline import go_offline_quietly
-
-    go_offline_quietly()
     from ..generation.inspect_file import inspect_file
 
     facts = inspect_file(file)

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskProgressColumn
 from rich.table import Table
 
+from ._options import DTYPES, comma_separated, one_of
 from ._own_command import own_command
+from ._progress import progress
 
 _SHOWN = 10  # tensors in the table on the screen
 _STATES_A_RANK = 4  # below, a correction fits the states themselves: 6 states and rank 8 cost 9 times as much on others
@@ -58,11 +60,12 @@ def measure(
         Path | None, typer.Option(help="Measure this plan as a whole, instead of single tensors; costs do not add.")
     ] = None,
     dtype: Annotated[
-        str,
-        typer.Option(
-            help="float32, bfloat16 or float16 to compute in. Default: float32 on a CPU, bfloat16 on a GPU, whose own rounding hides costs below about 1e-5."
+        str | None,
+        one_of(
+            DTYPES,
+            "{} to compute in. Default: float32 on a CPU, bfloat16 on a GPU, whose own rounding hides costs below about 1e-5.",
         ),
-    ] = "",
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... Default: this process's GPU, or the CPU.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")] = False,
 ) -> None:
@@ -87,15 +90,16 @@ def measure(
 
     Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.
     """
+    import torch
+
     from ..files import check_writable
-    from ..generation.base_pipeline import go_offline_quietly, one_thread
+    from ..generation.base_pipeline import one_thread
 
     check_writable(out, "--out")
     if states_file is not None and not states_file.exists():
         check_writable(states_file, "--states-file")
     console = Console(stderr=as_json, highlight=False)
     with console.status("loading diffusers"):
-        go_offline_quietly()
         from ..measure import run as work
         from ..measure.capture import read_prompts
         from ..measure.measured_model import find_source
@@ -104,7 +108,7 @@ def measure(
     request = work.Request(
         out=out,
         source=find_source(gguf, model, base),
-        types=tuple(types.split(",")) if types else work.TYPES,
+        types=tuple(comma_separated(types)) if types else work.TYPES,
         prompts=None if prompts is None else read_prompts(prompts),
         states_file=states_file,
         count=states,
@@ -114,7 +118,7 @@ def measure(
         imatrix=imatrix,
         weighted=weighted,
         device=_device(device),
-        dtype=_dtype(dtype),
+        dtype=getattr(torch, dtype) if dtype else None,
     )
     types_of_plan = None if plan is None else options_of(Plan.load(plan))
     if plan is not None and out.exists() and imatrix is None:
@@ -122,12 +126,9 @@ def measure(
     if types_of_plan is not None and any("+r" in option for option in types_of_plan.values()):
         request = replace(request, covariance=True)  # what corrections are fitted to in a file made with measure's covariances
     world = work.World.from_environment()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
     with (
         one_thread() if request.source.embedded else nullcontext(),
-        Progress(
-            *columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True, disable=world.rank > 0
-        ) as bar,
+        progress(console, TaskProgressColumn(), shown=world.rank == 0) as bar,
     ):
         show = _show(bar)
         opened = work.open_measurement(request, world, show, planned=types_of_plan or ())
@@ -222,16 +223,6 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
             )
         found.append((int(match[1]), int(match[2])))
     return tuple(found)
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    from ..errors import FormatError
-
-    if name not in ("", "float32", "bfloat16", "float16"):
-        raise FormatError(f"--dtype is float32, bfloat16 or float16, got {name!r}.")
-    return getattr(torch, name) if name else None
 
 
 def _device(name: str) -> Any:

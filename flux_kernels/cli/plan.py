@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import FormatError
+from ._options import comma_separated
 from ._own_command import own_command
 
 if TYPE_CHECKING:
@@ -80,9 +81,6 @@ def plan(
             check_writable(path, option)
     console = Console(stderr=as_json, highlight=False)
     with console.status("reading the costs"):
-        from ..generation.base_pipeline import go_offline_quietly
-
-        go_offline_quietly()
         from ..plan.constraints import Constraints, parse_pair
 
         _need("scipy", *(["matplotlib"] if report else []))  # before anything is written
@@ -90,7 +88,7 @@ def plan(
         constraints = Constraints(
             keep=tuple(parse_pair(text, "--keep") for text in keep or ()),
             at_least=tuple(parse_pair(text, "--at-least") for text in at_least or ()),
-            only_types=tuple(filter(None, (kind.strip() for kind in only_types.split(",")))),
+            only_types=tuple(comma_separated(only_types)) if only_types else (),
             same=tuple(same or ()),
             per_block=per_block,
         )

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, TransferSpeedColumn
 from rich.table import Table
+
+from ._progress import progress
 
 if TYPE_CHECKING:
     from ..convert.convert import Conversion
@@ -86,9 +78,6 @@ def quantize(
     if output is None and not dry_run:
         raise typer.BadParameter("name the file to write, or give --dry-run", param_hint="OUTPUT")
     overrides = [_override(text) for text in tensor_type or ()]
-    from ..generation.base_pipeline import go_offline_quietly
-
-    go_offline_quietly()
     from ..convert.choose_types import Request
     from ..convert.convert import check_target, prepare
     from ..mixed.plan_file import Plan
@@ -112,8 +101,13 @@ def quantize(
         check_target(conversion.source, output, conversion.nbytes, force)
     _print_plan(console, conversion)
     if not dry_run and output is not None:
-        with _shown(console) as show:
-            conversion.write(output, force=force, progress=show)
+        with progress(console, DownloadColumn(), TransferSpeedColumn()) as bar:
+            task = bar.add_task("quantizing", total=None)
+            conversion.write(
+                output,
+                force=force,
+                progress=lambda name, done, total: bar.update(task, completed=done, total=total, description=name),
+            )
         _print_done(console, conversion, output)
     if as_json:
         typer.echo(json.dumps(_as_dict(conversion, None if dry_run else output)))
@@ -148,22 +142,6 @@ def _print_plan(console: Console, conversion: Conversion) -> None:
         f"at most {conversion.peak_bytes / MB:,.0f} MB of memory beside torch, on {conversion.device}",
         soft_wrap=True,
     )
-
-
-@contextmanager
-def _shown(console: Console) -> Iterator:
-    """Show bytes of the source done, speed and time left."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("quantizing", total=None)
-        yield lambda name, done, total: progress.update(task, completed=done, total=total, description=name)
 
 
 def _print_done(console: Console, conversion: Conversion, output: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from ..errors import GGUFError
 from ..install_hints import PIPELINE_DOWNLOAD
+from ..integrations.on_import import after_import
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 _INDEX = "model_index.json"
@@ -24,16 +27,20 @@ _HOW = (
 
 
 def go_offline_quietly() -> None:
-    """Keep the Hugging Face libraries off the network and their notes off the screen; call it before they are imported."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for library in ("TRANSFORMERS", "DIFFUSERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    """Keep the Hugging Face libraries off the network and their notes off the screen.
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    Call it before they are imported. It imports none itself: each falls silent when it is imported, if ever.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for library in ("transformers", "diffusers"):
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
+        after_import(f"{library}.utils.logging", partial(_silence, f"{library}.utils.logging"))
+
+
+def _silence(name: str) -> None:
+    logging = sys.modules[name]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def check_base(base: Path, given: Sequence[str] = ()) -> None:

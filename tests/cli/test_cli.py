@@ -250,8 +250,7 @@ def test_traceback_lets_the_error_through():
     assert isinstance(result.exception, GGUFError)
 
 
-def test_missing_package_names_the_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flux_kernels.machine.doctor", None)
-    monkeypatch.setitem(sys.modules, "diffusers.utils", None)
-    result = invoke("inspect", "x.gguf")
+def test_missing_package_names_the_command(monkeypatch, gguf_file):
+    monkeypatch.setitem(sys.modules, "diffusers.models.transformers.transformer_flux", None)
+    result = invoke("inspect", gguf_file)
     assert result.exit_code == 1 and f"diffusers is not installed. Run: {install_command()}" in result.stderr
