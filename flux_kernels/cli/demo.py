@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import TaskProgressColumn
 from rich.table import Table
 
@@ -43,7 +44,10 @@ def demo(
     console = Console(stderr=as_json)
     with console.status("loading diffusers and the embedded model"):
         from ..generation import demo as work
+        from ..generation.embedded import words_note
     prompts = prompt or list(work.PROMPTS)
+    if note := words_note(*prompts):
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     with progress(console, TaskProgressColumn()) as bar:
         task = bar.add_task("quantizing", total=work.demo_steps(steps) * len(work.VARIANTS))
         drawn = work.run_demo(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
 from ..generation.memory_plan import OFFLOADS
@@ -120,6 +121,7 @@ def generate(
     out: Annotated[
         Path, typer.Option(help="PNG to write; the parameters are stored inside it.", rich_help_panel=_OUTPUT)
     ] = Path("out.png"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a picture that exists.", rich_help_panel=_OUTPUT)] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Show what was done with each layer.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -147,7 +149,7 @@ def generate(
         import torch
 
         from ..generation import generate as work
-        from ..generation.embedded import embedded_model_path
+        from ..generation.embedded import embedded_model_path, words_note
     request = work.Request(
         gguf=gguf,
         base=base or embedded_model_path(),
@@ -172,7 +174,9 @@ def generate(
         compute=compute,
         dtype=getattr(torch, dtype),
     )
-    work.check_out(out, request)
+    work.check_out(out, request, force)
+    if request.embedded and (note := words_note(prompt, negative or "")):
+        console.print(f"[yellow]Note:[/] {escape(note)} --base names the folder of another model.", soft_wrap=True)
     with progress(console, MofNCompleteColumn()) as bar:
         task = bar.add_task("checking files", total=None)
         made = work.generate(

@@ -101,7 +101,6 @@ def measure(
     console = Console(stderr=as_json, highlight=False)
     with console.status("loading diffusers"):
         from ..measure import run as work
-        from ..measure.capture import read_prompts
         from ..measure.measured_model import find_source
         from ..mixed.plan_file import Plan
         from ..plan.problem import options_of
@@ -109,7 +108,7 @@ def measure(
         out=out,
         source=find_source(gguf, model, base),
         types=tuple(comma_separated(types)) if types else work.TYPES,
-        prompts=None if prompts is None else read_prompts(prompts),
+        prompts=None if prompts is None else _prompts(prompts),
         states_file=states_file,
         count=states,
         sizes=_sizes(sizes),
@@ -202,13 +201,27 @@ def _cost_table(table: Any, types: tuple[str, ...]) -> Table:
     middle = shown[len(shown) // 2]
     ranked = sorted(by_tensor, key=lambda name: -by_tensor[name][middle].cost if middle in by_tensor[name] else 0)
     drawn = Table(title=f"Cost (squared error of the velocity, fraction): the {min(_SHOWN, len(ranked))} dearest tensors")
-    drawn.add_column("tensor")
+    drawn.add_column("tensor", overflow="fold")
     for name in shown:
-        drawn.add_column(name, justify="right")
+        drawn.add_column(name, justify="right", overflow="fold")
     for tensor in ranked[:_SHOWN]:
         costs = (by_tensor[tensor].get(name) for name in shown)
-        drawn.add_row(tensor, *("" if row is None else f"{row.cost:.1e}" for row in costs))
+        drawn.add_row(tensor.removesuffix(".weight"), *("" if row is None else f"{row.cost:.1e}" for row in costs))
     return drawn
+
+
+def _prompts(path: Path) -> list[str]:
+    from ..errors import FormatError
+    from ..measure.capture import read_prompts
+
+    if not path.is_file():
+        raise FormatError(f"--prompts {path} is no file. It is a text file, a prompt a line.")
+    try:
+        return read_prompts(path)
+    except UnicodeDecodeError:
+        raise FormatError(f"--prompts {path} is not text in UTF-8. It is a text file, a prompt a line.") from None
+    except FormatError as error:
+        raise FormatError(f"--prompts {error}") from None
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:

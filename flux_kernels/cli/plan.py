@@ -83,8 +83,6 @@ def plan(
     with console.status("reading the costs"):
         from ..plan.constraints import Constraints, parse_pair
 
-        _need("scipy", *(["matplotlib"] if report else []))  # before anything is written
-
         constraints = Constraints(
             keep=tuple(parse_pair(text, "--keep") for text in keep or ()),
             at_least=tuple(parse_pair(text, "--at-least") for text in at_least or ()),
@@ -93,6 +91,8 @@ def plan(
             per_block=per_block,
         )
         table, problem = _read(costs, model, rule, constraints, metric)
+        # After what was given, whose mistakes need no package to be seen, and before anything is written.
+        _need("scipy", *(["matplotlib"] if report else []))
     budget, asked = _budget(console, problem, size, bpw, fits, at, offload)
     asked["rule"] = rule
     with console.status("planning"):
@@ -125,12 +125,15 @@ def _read(costs: Path, model: str | None, rule: str, constraints: Any, metric: s
     from ..mixed.cost import CostTable
     from ..plan.problem import find_layout, make_problem
 
-    if is_casting_cost(costs):
-        layout = find_layout(CostTable([]), model or "flux1-dev", rule)
-        table = read_casting_cost(costs, layout)
-    else:
-        table = CostTable.load(costs)
-        layout = find_layout(table, model, rule)
+    try:
+        if is_casting_cost(costs):
+            layout = find_layout(CostTable([]), model or "flux1-dev", rule)
+            table = read_casting_cost(costs, layout)
+        else:
+            table = CostTable.load(costs)
+            layout = find_layout(table, model, rule)
+    except UnicodeDecodeError:
+        raise FormatError(f"{costs} is not text, so it is no cost table. `flux-kernels measure` makes one.") from None
     return table, make_problem(table, layout, constraints, metric=metric, costs_sha256=file_sha256(costs))
 
 

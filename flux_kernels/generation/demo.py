@@ -22,7 +22,14 @@ from ..layers.linear import GGUFLinear
 from ..report.contact_sheet import contact_sheet
 from ..swap import swap_linear
 from .base_pipeline import load_pipeline, one_thread
-from .embedded import BLOCKS, EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, embedded_transformer, read_digits
+from .embedded import (
+    BLOCKS,
+    EMBEDDED_PROMPTS,
+    PIPELINE_KWARGS,
+    embedded_model_path,
+    embedded_transformer,
+    read_digits,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image

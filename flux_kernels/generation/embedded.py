@@ -12,6 +12,8 @@ Importing this module imports neither torch nor diffusers.
 
 from __future__ import annotations
 
+import json
+import string
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +23,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-__all__ = ["BLOCKS", "EMBEDDED_PROMPTS", "PIPELINE_KWARGS", "embedded_model_path", "embedded_transformer", "read_digits"]
+__all__ = [
+    "BLOCKS",
+    "EMBEDDED_PROMPTS",
+    "PIPELINE_KWARGS",
+    "embedded_model_path",
+    "embedded_transformer",
+    "read_digits",
+    "words_note",
+]
 
 BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")  # what Flux GGUF files quantize
 EMBEDDED_PROMPTS: tuple[str, ...] = (
@@ -60,6 +70,22 @@ def embedded_model_path() -> Path:
     if not (path / "model_index.json").is_file():
         raise FileNotFoundError(f"the embedded model is missing from {path}: reinstall flux_kernels with its package data")
     return path
+
+
+def words_note(*texts: str) -> str:
+    """Return a sentence that names the words the embedded model does not know; "" where it knows all.
+
+    Its text encoders were trained on digits, colours and the few words around them: all else is noise to it.
+    """
+    tokenizer = json.loads((embedded_model_path() / "tokenizer_2" / "tokenizer.json").read_text(encoding="utf-8"))
+    known = {piece.removeprefix("▁") for piece, _ in tokenizer["model"]["vocab"] if piece.startswith("▁")}
+    words = dict.fromkeys(word.strip(string.punctuation) for text in texts for word in text.split())
+    unknown = [word for word in words if word not in known]
+    if not unknown:
+        return ""
+    return (
+        f'The embedded model draws digits in colours, such as "{EMBEDDED_PROMPTS[0]}"; it does not know: {", ".join(unknown)}.'
+    )
 
 
 def read_digits(images: Iterable[Image]) -> list[int]:

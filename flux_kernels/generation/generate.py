@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends import check_names
 from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..files import check_writable, written_whole
@@ -98,6 +99,11 @@ class Request:
     compute: str = "exact"
     dtype: torch.dtype = torch.bfloat16
 
+    @property
+    def embedded(self) -> bool:
+        """Whether text encoders and VAE are those of the model inside this package."""
+        return self.base.resolve() == embedded_model_path().resolve()
+
 
 @dataclass(frozen=True)
 class Job:
@@ -175,11 +181,12 @@ def check_request(request: Request) -> Job:
                     f"--lora {lora.file}: {scale!r} is no scale. Write FILE:SCALE with a number, such as {name}:0.8."
                 )
             raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")
+    check_names(request.backend, request.compute)
     check_offload(request.offload, request.pin)
     check_base(request.base, given=() if request.t5 is None else ("text_encoder_2",))
     facts = inspect_file(request.gguf)
     if facts.refused:
-        raise GGUFError(facts.refused if facts.refused.startswith(f"{request.gguf}: ") else f"{request.gguf}: {facts.refused}")
+        raise GGUFError(f"{request.gguf}: {facts.refused}")
     if facts.role != TRANSFORMER:
         raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a FLUX.1 transformer as --gguf.")
     task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
@@ -197,7 +204,7 @@ def _t5_width(path: Path | None) -> int | None:
 
 def call_settings(request: Request, job: Job) -> dict[str, Any]:
     """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
-    if _embedded(request):
+    if request.embedded:
         settings = dict(PIPELINE_KWARGS)
     else:
         settings = {**default_settings(job.facts.config["guidance_embeds"]), **job.task.defaults}
@@ -224,12 +231,14 @@ def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[An
     status(f"loading {request.gguf.name}: {job.facts.variant}")
     fuse = None if request.compute == "exact" else "qkv"  # the other modes scale each activation: once for q, k and v
     transformer = load_flux(request.gguf, dtype=request.dtype, fuse=fuse)
+    # The swap arranges packed rows as a GPU wants them, before offloading moves them behind the layers' backs, and its report
+    # says what runs: so it comes second, and backend and compute mode are given to it alone.
     report = swap_linear(transformer, backend=request.backend, compute=request.compute)
     t5 = None
     if request.t5 is not None:
         status(f"loading {request.t5.name}")
         t5 = load_t5(request.t5, dtype=request.dtype, backend=request.backend)
-        swap_linear(t5, backend=request.backend)  # arranges packed rows as a GPU wants them, before offloading moves them
+        swap_linear(t5, backend=request.backend)
     status(f"loading text encoders and VAE from {request.base}")
     pipeline = load_pipeline(request.base, transformer, request.dtype, kind=job.task.pipeline, text_encoder_2=t5)
     if t5 is not None and len(pipeline.tokenizer_2) > t5.config.vocab_size:
@@ -243,10 +252,6 @@ def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[An
     if request.loras:
         pipeline.set_adapters([f"lora{i}" for i in range(len(request.loras))], [lora.scale for lora in request.loras])
     return pipeline, report
-
-
-def _embedded(request: Request) -> bool:
-    return request.base.resolve() == embedded_model_path().resolve()
 
 
 def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
@@ -268,9 +273,9 @@ def _draw(pipeline: Any, request: Request, arguments: dict[str, Any], step: Call
 
     if "FluxKontext" in type(pipeline).__name__:
         # Its own sizes are about 1024 x 1024 pixels: what the user asks for counts, and the embedded model needs small ones
-        arguments = {**arguments, "max_area": arguments["width"] * arguments["height"], "_auto_resize": not _embedded(request)}
+        arguments = {**arguments, "max_area": arguments["width"] * arguments["height"], "_auto_resize": not request.embedded}
     generator = torch.Generator("cpu").manual_seed(request.seed)  # the same noise with and without a GPU
-    with torch.inference_mode(), one_thread() if _embedded(request) else nullcontext():
+    with torch.inference_mode(), one_thread() if request.embedded else nullcontext():
         return pipeline(prompt=request.prompt, generator=generator, callback_on_step_end=after_step, **arguments).images[0]
 
 
@@ -304,15 +309,22 @@ def save_png(made: Made, path: Path) -> None:
         made.image.save(part, "PNG", pnginfo=text)
 
 
-def check_out(path: Path, request: Request) -> None:
+def check_out(path: Path, request: Request, force: bool = False) -> None:
     """Check that a picture can be written, before anything is loaded.
+
+    Args:
+        path: of the picture.
+        request: what to draw.
+        force: whether a file that exists is replaced.
 
     Raises:
         GGUFError: where `path` is a file that the request reads.
-        FormatError: where it is a folder, or in a folder that is not there or cannot be written to.
+        FormatError: where it exists, is a folder, or in a folder that is not there or cannot be written to.
     """
     read = [getattr(request, name) for name in ("gguf", "t5", *IMAGE_OPTIONS)] + [lora.file for lora in request.loras]
     if path.exists() and any(file is not None and file.exists() and path.samefile(file) for file in read):
         raise GGUFError(f"{path} is read by this very command. Give --out another name.")
     if path.is_file() or path.is_dir() or not path.exists():  # /dev/null is none of these
         check_writable(path, "--out")
+    if path.is_file() and not force:
+        raise FormatError(f"--out {path} exists. Give --force to replace it, or another name.")

@@ -16,6 +16,7 @@ from ..flux.types import BLOCK, tensor_kind
 from ..flux.variant import layout_of, variant_name
 from ..formats import FORMATS
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
+from ..gguf.spec import shown_path
 from ..t5.load import understand_t5
 from ..t5.names import block_name as t5_block_name
 from .memory_plan import (
@@ -74,7 +75,7 @@ class FileFacts:
         path: the file.
         nbytes: its size in bytes.
         role: TRANSFORMER or T5_ENCODER.
-        refused: why `load_flux` (or `load_t5`) would refuse it; None where it loads.
+        refused: why `load_flux` (or `load_t5`) would refuse it, without its path; None where it loads.
         variant: the FLUX.1 variant, or the encoder's size; None where refused.
         layout: "legacy", "old", "new", "mixed" or "other"; None where refused, and for a T5 encoder.
         naming: "bfl" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
@@ -121,7 +122,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
     try:
         file = read_gguf(path)
     except GGUFError as error:
-        return FileFacts(name, nbytes, refused=str(error))
+        return FileFacts(name, nbytes, refused=str(error).removeprefix(f"{shown_path(name)}: "))
     known = _known_of_any(name, nbytes, file)
     if any(map(t5_block_name, file.tensors)) and not any(block_of(strip_prefix(name)) for name in file.tensors):
         return _t5_facts(known, file)

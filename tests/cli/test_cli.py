@@ -55,6 +55,7 @@ def generate(gguf_file, out, *more):
             "float32",
             "--out",
             out,
+            "--force",
             "--json",
             *more,
         )
@@ -154,9 +155,29 @@ def test_lora_scales(gguf_file, tmp_path):
 
 
 def test_generate_tells_people_what_it_did(gguf_file, tmp_path):
-    arguments = ("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--steps", 1, "--out", tmp_path / "a.png")
+    arguments = ("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--steps", 1, "--out", tmp_path / "a.png", "--force")
     assert re.search(r"26 layers swapped.*64 x 64, 1 steps in [\d.]+ s", ok(*arguments), re.DOTALL)
     assert "transformer_blocks.0.norm1.linear" in ok(*arguments, "--report")
+
+
+def test_a_picture_is_replaced_only_by_force(gguf_file, tmp_path):
+    """As a GGUF file is, and before anything is loaded."""
+    out = tmp_path / "a.png"
+    out.write_bytes(b"mine")
+    arguments = ("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--steps", 1, "--out", out)
+    refused = invoke(*arguments)
+    assert refused.exit_code == 1 and refused.stderr.endswith("exists. Give --force to replace it, or another name.\n")
+    assert out.read_bytes() == b"mine"
+    ok(*arguments, "--force")
+    assert Image.open(out).size == (64, 64)
+
+
+def test_words_that_the_embedded_model_never_saw_are_noted(gguf_file, tmp_path):
+    arguments = ("generate", "--gguf", gguf_file, "--steps", 1, "--force", "--out", tmp_path / "a.png", "--json")
+    result = invoke(*arguments, "--prompt", "A Cat on a red sofa, in blue.", "--negative", "a dog")
+    assert "it does not know: Cat, on, sofa, dog. --base names the folder of another model." in result.stderr
+    assert json.loads(result.stdout)["prompt"] == "A Cat on a red sofa, in blue."
+    assert "does not know" not in invoke(*arguments, "--prompt", "The digit 4, in blue!").stderr
 
 
 @pytest.mark.parametrize(
@@ -238,6 +259,13 @@ def test_errors_are_one_line(gguf_file, tmp_path, arguments, code, message):
 def test_offload_without_a_gpu_is_refused(gguf_file, tmp_path, offload):
     result = invoke("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--offload", offload, "--out", tmp_path / "x.png")
     assert result.exit_code == 1 and "torch sees none. Use --offload none." in result.stderr
+
+
+def test_inspect_names_a_refused_file_once(tmp_path):
+    text = tmp_path / "README.md"
+    text.write_text("# flux_kernels")
+    result = invoke("inspect", text)
+    assert result.exit_code == 1 and result.stdout.count("README.md") == 1 and "Refused: header, byte 0" in result.stdout
 
 
 def test_inspect_of_a_missing_file_is_one_line():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from flux_kernels.generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits
+from flux_kernels.generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits, words_note
 
 MAX_BYTES = 16_000_000
 SEEDS_PER_DIGIT = 4
@@ -90,6 +90,7 @@ def test_listed_prompts_consist_of_known_words(pipeline):
         assert len(pipeline.tokenizer(prompt).input_ids) == len(prompt.split()) + 2, prompt
         assert len(pipeline.tokenizer_2(prompt).input_ids) == len(prompt.split()) + 1, prompt
         assert len(prompt.split()) + 1 <= PIPELINE_KWARGS["max_sequence_length"]
+    assert not words_note(*EMBEDDED_PROMPTS)
 
 
 def test_missing_data_is_reported(monkeypatch, tmp_path):

@@ -43,7 +43,7 @@ def files(tmp_path_factory):
 def run(files, gguf, *options):
     filled = [str(option).replace("@", f"{files}/") for option in options]
     arguments = ["--gguf", str(files / f"{gguf}.gguf"), "-p", "a red seven", "--steps", "2", "--dtype", "float32"]
-    return CliRunner().invoke(app, ["generate", *arguments, "--out", str(files / "out.png"), "--json", *filled])
+    return CliRunner().invoke(app, ["generate", *arguments, "--out", str(files / "out.png"), "--force", "--json", *filled])
 
 
 def drawn(files, gguf, *options):
@@ -157,7 +157,8 @@ def test_depth_is_told_from_canny_by_name_and_other_stacks_are_refused():
 
 
 def test_people_are_told_about_task_and_offload(files):
-    arguments = ["generate", "--gguf", f"{files}/digits.gguf", "-p", "a seven", "--steps", "1", "--out", f"{files}/out.png"]
+    arguments = ["generate", "--gguf", f"{files}/digits.gguf", "-p", "a seven", "--steps", "1"]
+    arguments += ["--out", f"{files}/out.png", "--force"]
     said = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments).stdout
     assert "text to image, seed 0" in said
     assert torch.cuda.is_available() or "Torch sees no GPU: everything runs on the CPU, and nothing is offloaded." in said
