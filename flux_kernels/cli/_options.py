@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-DTYPES = ("bfloat16", "float16", "float32")
+from ..backends import ACTIVATION_DTYPES
+from ..compute import dtype_name
+
+DTYPES = {dtype_name(dtype): dtype for dtype in ACTIVATION_DTYPES}
 
 Width = Annotated[int, typer.Option(help="Picture width in pixels.")]
 Height = Annotated[int, typer.Option(help="Picture height in pixels.")]

@@ -146,8 +146,6 @@ def generate(
     """
     console = Console(stderr=as_json)
     with console.status("loading torch and diffusers"):
-        import torch
-
         from ..generation import generate as work
         from ..generation.embedded import embedded_model_path, words_note
     request = work.Request(
@@ -172,7 +170,7 @@ def generate(
         loras=[work.Lora.parse(text) for text in lora or ()],
         backend=backend,
         compute=compute,
-        dtype=getattr(torch, dtype),
+        dtype=DTYPES[dtype],
     )
     work.check_out(out, request, force)
     if request.embedded and (note := words_note(prompt, negative or "")):

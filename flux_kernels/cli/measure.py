@@ -90,8 +90,6 @@ def measure(
 
     Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.
     """
-    import torch
-
     from ..files import check_writable
     from ..generation.base_pipeline import one_thread
 
@@ -117,7 +115,7 @@ def measure(
         imatrix=imatrix,
         weighted=weighted,
         device=_device(device),
-        dtype=getattr(torch, dtype) if dtype else None,
+        dtype=DTYPES[dtype] if dtype else None,
     )
     types_of_plan = None if plan is None else options_of(Plan.load(plan))
     if plan is not None and out.exists() and imatrix is None:

@@ -38,8 +38,6 @@ def tune(
       flux-kernels tune --formats Q4_K --compute exact --minutes 3
       flux-kernels tune --width 1360 --height 768
     """
-    import torch
-
     from ..backends import BACKENDS, check_names, resolve
     from ..compute import mode_of_call
     from ..errors import BackendUnavailable
@@ -73,7 +71,7 @@ def tune(
                 gain = row.default_ms / row.ms
                 console.print(f"{call}: {row.algorithm} {row.tile or ''} {row.ms:.3f} ms, {gain:.2f} x the default")
 
-        path = tune(jobs, device, dtype=getattr(torch, dtype), minutes=minutes, again=again, processes=processes, on_row=show)
+        path = tune(jobs, device, dtype=DTYPES[dtype], minutes=minutes, again=again, processes=processes, on_row=show)
     if as_json:
         typer.echo(json.dumps(dict(record=str(path), measured=len(rows), jobs=len(jobs))))
     else:

@@ -32,12 +32,10 @@ def warmup(
 
       flux-kernels warmup --gguf flux1-dev-Q4_K_S.gguf --compute int8
     """
-    import torch
-
     from ..flux import load_flux
     from ..machine.warmup import warmup
 
-    model = load_flux(gguf, dtype=getattr(torch, dtype), compute=compute)
+    model = load_flux(gguf, dtype=DTYPES[dtype], compute=compute)
     console = Console(highlight=False, stderr=as_json)
     with progress(console, MofNCompleteColumn()) as bar:
         task = bar.add_task("compiling", total=None)

@@ -27,9 +27,9 @@ def invoke(*arguments):
 )
 def test_a_dtype_that_is_unknown_is_refused_in_one_way(command, arguments):
     result = invoke(command, *arguments, "--dtype", "fp16")
-    sentence = "Invalid value for '--dtype': 'fp16' is not one of bfloat16, float16, float32."
+    sentence = "Invalid value for '--dtype': 'fp16' is not one of float16, bfloat16, float32."
     assert result.exit_code == 2 and sentence in result.stderr
-    assert "bfloat16, float16 or float32" in " ".join(invoke(command, "--help").stdout.split())
+    assert "float16, bfloat16 or float32" in " ".join(invoke(command, "--help").stdout.split())
 
 
 def test_offloads_are_those_of_the_arithmetic():
