@@ -46,6 +46,7 @@ def demo(
         from ..generation import demo as work
         from ..generation.embedded import words_note
     prompts = prompt or list(work.PROMPTS)
+    seed = work.SEED if seed is None else seed
     if note := words_note(*prompts):
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     with progress(console, TaskProgressColumn()) as bar:
@@ -53,7 +54,7 @@ def demo(
         drawn = work.run_demo(
             out.parent,
             prompts=prompts,
-            seed=work.SEED if seed is None else seed,
+            seed=seed,
             backend=backend,
             steps=steps,
             step=lambda status: bar.update(task, advance=1, description=status),
@@ -67,9 +68,8 @@ def demo(
     ran = ", ".join(sorted({one.runs_as for one in drawn[1:]}))
     console.print(f"Packed layers ran on the {ran} backend, {len(prompts)} prompts, {seconds:.0f} s in all.")
     console.print(f"Contact sheet: [bold]{out}[/]. Look into a file, or draw with one:", soft_wrap=True)
-    command, plainly = own_command(), dict(soft_wrap=True, markup=False, highlight=False)
-    console.print(f"  {command} inspect {drawn[-1].file}", **plainly)
-    console.print(f'  {command} generate --gguf {drawn[-1].file} --prompt "{prompts[0]}"', **plainly)
+    for command in (f"inspect {drawn[-1].file}", f'generate --gguf {drawn[-1].file} --prompt "{prompts[0]}" --seed {seed}'):
+        console.print(f"  {own_command()} {command}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _table(drawn: list, count: int) -> Table:

@@ -42,8 +42,8 @@ def doctor(
     diagnosis = diagnose()
     calls = _calls(diagnosis, format, compute, capability)
     if as_json:
-        facts = {device: [asdict(call) for call in found] for device, found in calls.items()}
-        typer.echo(json.dumps({**asdict(diagnosis), "calls": facts}))
+        by_place = {place: [asdict(call) for call in facts] for place, facts in calls.items()}
+        typer.echo(json.dumps({**asdict(diagnosis), "calls": by_place}))
         return
     console = Console(highlight=False)
     build = f"CUDA/ROCm {diagnosis.cuda_build}" if diagnosis.cuda_build else "CPU build"
@@ -53,8 +53,8 @@ def doctor(
     console.print(_packages(diagnosis))
     for device in diagnosis.devices:
         _print_device(console, device)
-    for device, found in calls.items():
-        console.print(_call_table(f"One 1024 x 1024 step of FLUX.1-dev in {format}, compute={compute}, on {device}", found))
+    for place, facts in calls.items():
+        console.print(_call_table(f"One 1024 x 1024 step of FLUX.1-dev in {format}, compute={compute}, on {place}", facts))
     for line in diagnosis.advice:
         console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
     if not diagnosis.advice:

@@ -39,11 +39,11 @@ def tune(
       flux-kernels tune --width 1360 --height 768
     """
     from ..backends import BACKENDS, check_names, resolve
-    from ..compute import mode_of_call
     from ..errors import BackendUnavailable
     from ..flux.calls import step_calls
     from ..formats import get_format
-    from ..machine.tune import Job, tune
+    from ..machine.tune import tune
+    from ..machine.tune_jobs import step_jobs
 
     device = own_device()
     names, modes = [get_format(name).name for name in comma_separated(formats)], comma_separated(computes)
@@ -55,9 +55,7 @@ def tune(
     for mode in modes if computes != _COMPUTES else ():
         resolve("triton", mode, device, get_format(names[0]))  # says why where this card refuses a mode that was asked for
     modes = [mode for mode in modes if _runs(mode, device, get_format(names[0]))]
-    calls = sorted(step_calls(height, width, batch), key=lambda call: -call.flops * call.calls)
-    jobs = [Job(mode, name, call.m, call.n, call.k) for mode in modes for name in names for call in calls]
-    jobs = [job for job in dict.fromkeys(jobs) if job.compute == mode_of_call(job.compute, job.m)]
+    jobs = step_jobs(step_calls(height, width, batch), modes, names)
     console = Console(highlight=False, stderr=as_json)
     rows = []
     with progress(console, MofNCompleteColumn()) as bar:

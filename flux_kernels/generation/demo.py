@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +135,7 @@ def _run(folder, prompts, seed, backend, steps, variants, step) -> list[Drawn]:
         swap_linear(transformer, backend=backend)
         pipeline.register_modules(transformer=transformer)
         status = f"drawing with {variant.name}, {file.stat().st_size / 1e6:.1f} MB"
-        images = _draw(pipeline, prompts, seed, settings, lambda status=status: step(status))
+        images = _draw(pipeline, prompts, seed, settings, partial(step, status))
         reference = drawn[0].images if drawn else images
         drawn.append(
             Drawn(
@@ -209,22 +211,22 @@ def _blocks(transformer: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(("transformer_blocks.", "single_transformer_blocks."))
+        if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in BLOCKS)
     }
 
 
 def _bits_per_weight(transformer: nn.Module) -> float:
-    held = [(m.qweight if isinstance(m, GGUFLinear) else m.weight, m) for m in _blocks(transformer).values()]
-    nbytes = sum(tensor.numel() if isinstance(m, GGUFLinear) else 2 * tensor.numel() for tensor, m in held)
-    return 8 * nbytes / sum(m.in_features * m.out_features for _, m in held)
+    layers = _blocks(transformer).values()
+    nbytes = sum(layer.qweight.numel() if isinstance(layer, GGUFLinear) else 2 * layer.weight.numel() for layer in layers)
+    return 8 * nbytes / sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _weight_error(transformer: nn.Module) -> float:
     """Return the RMS error of the block matrices over their RMS."""
-    exact = embedded_transformer()
+    originals = _blocks(embedded_transformer())
     error = signal = 0.0
     for name, module in _blocks(transformer).items():
-        original = exact.get_submodule(name).weight.detach().float()
+        original = originals[name].weight.detach().float()
         decoded = module.dequantize(torch.float32).weight if isinstance(module, GGUFLinear) else module.weight
         error += (decoded.detach().float().cpu() - original).square().sum().item()
         signal += original.square().sum().item()

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     from PIL.Image import Image
-    from torch import nn
 
 __all__ = [
     "BLOCKS",
@@ -104,7 +104,7 @@ def read_digits(images: Iterable[Image]) -> list[int]:
     return [int(digit) for digit in (hidden @ weights["out.weight"].T + weights["out.bias"]).argmax(axis=1)]
 
 
-def embedded_transformer() -> nn.Module:
+def embedded_transformer() -> FluxTransformer2DModel:
     """Load the embedded transformer in the 16 bits it ships in."""
     from diffusers import FluxTransformer2DModel
     from safetensors import safe_open

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from statistics import quantiles
+from typing import TypeVar
 
 import torch
 
 from .gpu_clock import GpuClock, Replay, no_capture
 
 Work = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 _LEAST_REPLAYS = 3
 _LEAST_FLUSH = 1 << 26  # bytes
 
 
 def interleaved(
-    functions: Mapping[str, Work],
+    functions: Mapping[Key, Work],
     repeats: int,
     device: torch.device,
     before: Work = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Run every function `repeats` times in turn, after one warm-up each; return milliseconds of each run.
 
     The order changes from turn to turn (`balanced_order`): what runs right after a heavy function finds cold caches, and sometimes
@@ -30,7 +32,7 @@ def interleaved(
     for function in functions.values():
         function()
     measured = _clock(device)
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Key, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(repeats):
         for name in (names[index] for index in balanced_order(len(names), turn)):
@@ -51,7 +53,8 @@ def graph_replayed(
     """
     if device.type != "cuda":
         return dict.fromkeys(functions)
-    clock, times = GpuClock(device), {}
+    clock = GpuClock(device)
+    times: dict[str, list[float] | None] = {}
     for name, function in functions.items():
         try:
             with Replay(function, device) as replay:

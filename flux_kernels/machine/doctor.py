@@ -14,8 +14,6 @@ from ..formats import FORMATS, get_format
 from ..install_hints import install_command
 from ..version import installed_version, own_version
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Package:
@@ -161,7 +159,7 @@ def _driver() -> str | None:
     """Return the CUDA version that the driver supports, or None without a driver."""
     if not torch.cuda.is_available() or torch.version.hip:
         return None
-    number = torch._C._cuda_getDriverVersion()
+    number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # of builds with CUDA
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

@@ -7,13 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# hierarchy -> its folder, limit, usage, and the keys of memory.stat that count pages of files, which are given back on demand
-_V2 = ("", "memory.max", "memory.current", ("active_file", "inactive_file"))
-_V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+
+
+class _Hierarchy(NamedTuple):
+    """Name the files of a hierarchy of control groups.
+
+    Attributes:
+        folder: of the hierarchy.
+        limit: file with the bytes that may be used.
+        usage: file with those in use.
+        pages: keys of memory.stat that count pages of files, which are given back on demand.
+    """
+
+    folder: str
+    limit: str
+    usage: str
+    pages: tuple[str, ...]
+
+
+_V2 = _Hierarchy("", "memory.max", "memory.current", ("active_file", "inactive_file"))
+_V1 = _Hierarchy("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -65,25 +83,26 @@ def _limits() -> Iterator[tuple[int, int]]:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        folder, *names = _V1 if controllers else _V2
-        root = _CGROUPS / folder
+        hierarchy = _V1 if controllers else _V2
+        root = _CGROUPS / hierarchy.folder
         group = root / path.lstrip("/")
-        for place in (group, *group.parents):  # a container may see its own group as the root, whatever the path says
+        # A container may see its own group as the root, whatever the path says.
+        for place in (group, *group.parents):
             if not place.is_relative_to(root):
                 break
-            found = _limit(place, *names)
-            if found is not None:
-                yield found
+            limit = _limit(place, hierarchy)
+            if limit is not None:
+                yield limit
 
 
-def _limit(group: Path, limit: str, usage: str, files: tuple[str, ...]) -> tuple[int, int] | None:
+def _limit(group: Path, hierarchy: _Hierarchy) -> tuple[int, int] | None:
     """Return (limit, bytes in use without pages of files) of a group, None where it has no limit or tells none."""
     try:
-        most = (group / limit).read_text().strip()
-        used = int((group / usage).read_text())
+        most = (group / hierarchy.limit).read_text().strip()
+        used = int((group / hierarchy.usage).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
     if most == "max":
         return None
-    return int(most), max(0, used - sum(int(stat.get(name, 0)) for name in files))
+    return int(most), max(0, used - sum(int(stat.get(name, 0)) for name in hierarchy.pages))

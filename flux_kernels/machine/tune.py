@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -22,34 +22,19 @@ from .._triton import TRITON_VERSION
 from ..compute import dtype_name
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
-from ..kernels import MODULES, int8
 from ..kernels import choice as choices
-from ..kernels.choice import Choice, default_choice
-from ..kernels.launching import capability_of, device_of
+from ..kernels.choice import default_choice
+from ..kernels.launching import capability_of, processors_of
 from ..kernels.record import TuningRecord, TuningRow, kernel_hash, record_path
-from ..torch_backend import reference
 from .candidates import Call, Candidate, candidates
 from .clock import cache_flusher, interleaved
-from .random_rows import random_rows
 from .tune_compile import Compilers, Spills, device_is_lost, said
+from .tune_jobs import Job, Operands
 
 WRONG = 0.03  # relative error above which a candidate is broken; int8's own error on gaussian data is 0.01
-BRANCH_RANK = 16
 _QUICK, _CLOSE, _FINALISTS, _REPEATS = 3, 1.25, 4, 15
-_CHECKED_ROWS, _CHECKED_COLUMNS = 64, 256  # of y, against float64
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Name one call to tune: x [M, K] times w [N, K] of a ggml type in a compute mode."""
-
-    compute: str
-    format: str
-    m: int
-    n: int
-    k: int
 
 
 def tune(
@@ -146,7 +131,7 @@ def tune_call(
     Raises:
         BackendUnavailable: where no candidate runs.
     """
-    operands, spills = _Operands(job, device, dtype), spills or Spills()
+    operands, spills = Operands(job, device, dtype), spills or Spills()
     default, *others = _tried(job, device, dtype, limit)
     tried = [candidate for candidate in (default, *others) if candidate not in frozenset(refused)]
     runs = _working(operands, tried, spills, keep=default)
@@ -159,12 +144,13 @@ def tune_call(
     return [row] if beside is None else [row, beside]
 
 
-def _with_branch(operands: _Operands, best: Candidate, spills: Spills) -> TuningRow | None:
+def _with_branch(operands: Operands, best: Candidate, spills: Spills) -> TuningRow | None:
     """Time the winner with a low-rank branch in its epilogue; None where it fails, spills, or loses to the default's tile for that."""
     job, device = operands.job, operands.device
     shape = job.m, job.n, job.k
     choice = default_choice(
-        *(job.compute, operands.fmt, *shape, capability_of(device), operands.dtype, True), processors=_processors(device)
+        *(job.compute, operands.fmt, *shape, capability_of(device), operands.dtype, True),
+        processors=(processors_of(device) or 1),
     )
     default = Candidate(choice.algorithm, choice.tile, choice.rows)
     runs = _working(operands, list(dict.fromkeys([best, default])), spills, branch=True)
@@ -187,7 +173,7 @@ def _race(runs: dict[Candidate, Callable[[], Tensor]], device: torch.device, def
     return {key: median(found) for key, found in interleaved({k: runs[k] for k in finalists}, _REPEATS, device, flush).items()}
 
 
-def _row(operands: _Operands, best: Candidate, ms: float, default_ms: float, branch: bool = False) -> TuningRow:
+def _row(operands: Operands, best: Candidate, ms: float, default_ms: float, branch: bool = False) -> TuningRow:
     job = operands.job
     return TuningRow(
         *(job.compute, job.format, job.m, job.n, job.k, best.algorithm, best.tile, round(ms, 5), round(default_ms, 5)),
@@ -200,7 +186,7 @@ def _row(operands: _Operands, best: Candidate, ms: float, default_ms: float, bra
 
 
 def _tried(job: Job, device: torch.device, dtype: torch.dtype, limit: int | None) -> list[Candidate]:
-    call = Call(FORMATS[job.format], job.m, job.n, job.k, capability_of(device), _processors(device), dtype)
+    call = Call(FORMATS[job.format], job.m, job.n, job.k, capability_of(device), (processors_of(device) or 1), dtype)
     return candidates(job.compute, call)[:limit]
 
 
@@ -226,7 +212,7 @@ def _compile_all(
 def _compile_one(job: Job, candidate: Candidate, device: str, dtype: torch.dtype) -> str:
     """Launch one candidate once; return why that failed, "" where it did not."""
     try:
-        operands = _Operands(job, torch.device(device), dtype)
+        operands = Operands(job, torch.device(device), dtype)
         operands.runner(candidate)().sum().item()
     except Exception as error:  # noqa: BLE001  whatever a compiler, a driver or a launch may raise
         return said(error)
@@ -238,61 +224,19 @@ def _same_divisibility(size: int) -> int:
     return size if size == 1 else 16 if size % 16 == 0 else 17
 
 
-class _Operands:
-    """Hold the tensors of one call, and the right values of some of its outputs."""
-
-    def __init__(self, job: Job, device: torch.device, dtype: torch.dtype):
-        self.job, self.device, self.dtype, self.fmt = job, device, dtype, FORMATS[job.format]
-        self.weight = random_rows(self.fmt, job.n, job.k, self.fmt.planes).to(device)
-        self.x, self.bias, hidden, up = (
-            torch.randn(shape, device=device).to(dtype)
-            for shape in ((job.m, job.k), (job.n,), (job.m, BRANCH_RANK), (job.n, BRANCH_RANK))
-        )
-        self.branch = hidden, up
-        self._rows = torch.linspace(0, job.m - 1, min(_CHECKED_ROWS, job.m)).long().to(device)
-        self._columns = slice(0, _CHECKED_COLUMNS)
-        weight = reference.dequantize(self.weight[self._columns], self.fmt, torch.float32, self.fmt.planes).double()
-        self._right = self.x[self._rows].double() @ weight.T + self.bias[self._columns].double()
-
-    def runner(self, candidate: Candidate, branch: bool = False) -> Callable[[], Tensor]:
-        """Return what computes the call in one way."""
-        module, chosen = MODULES[self.job.compute], Choice(candidate.algorithm, candidate.tile, "", candidate.rows)
-        added = self.branch if branch else None
-        kept = {}
-        if candidate.algorithm == "row_scales":  # a layer finds them once and keeps them
-            kept = dict(row_scale=int8.row_scale(self.weight, self.fmt, self.fmt.planes))
-
-        def run() -> Tensor:
-            y = torch.empty(self.job.m, self.job.n, dtype=self.dtype, device=self.device)
-            with device_of(y):
-                module.linear(self.x, self.weight, self.bias, y, self.fmt, self.fmt.planes, added, choice=chosen, **kept)
-            return y
-
-        return run
-
-    def error(self, y: Tensor, branch: bool = False) -> float:
-        """Return the relative error of y against float64."""
-        right = self._right
-        if branch:
-            hidden, up = self.branch
-            right = right + hidden[self._rows].double() @ up[self._columns].double().T
-        return ((y[self._rows, self._columns].double() - right).norm() / right.norm()).item()
-
-
 def _working(
-    operands: _Operands, tried: list[Candidate], spills: Spills, keep: Candidate | None = None, branch: bool = False
+    operands: Operands, tried: list[Candidate], spills: Spills, keep: Candidate | None = None, branch: bool = False
 ) -> dict[Candidate, Callable[[], Tensor]]:
     """Return what can be compiled and launched, gives the right product, and does not spill registers.
 
     What spills is returned where nothing else is left; `keep` is returned even where it spills. One line is logged for all others.
     """
-    found: dict[Candidate, Callable[[], Tensor]] = {}
+    working: dict[Candidate, Callable[[], Tensor]] = {}
     spilling: dict[Candidate, Callable[[], Tensor]] = {}
     for candidate in tried:
-        run, made = operands.runner(candidate, branch), []
+        run = operands.runner(candidate, branch)
         try:
-            spilled = spills.after(_code(operands, candidate, branch), lambda run=run, made=made: made.append(run()))
-            error = operands.error(made.pop(), branch)
+            spilled, error = _outcome(operands, candidate, run, spills, branch)
         except Exception as problem:  # noqa: BLE001  whatever a compiler, a driver or a launch may raise
             _skip(operands.job, candidate, said(problem))
             continue
@@ -302,11 +246,20 @@ def _working(
             _skip(operands.job, candidate, f"spills {spilled} registers")
             spilling[candidate] = run
         else:
-            found[candidate] = run
-    return found or spilling
+            working[candidate] = run
+    return working or spilling
 
 
-def _code(operands: _Operands, candidate: Candidate, branch: bool) -> tuple:
+def _outcome(
+    operands: Operands, candidate: Candidate, run: Callable[[], Tensor], spills: Spills, branch: bool
+) -> tuple[int, float]:
+    """Run a candidate once; return how many registers it spills, and its relative error."""
+    outputs: list[Tensor] = []
+    spilled = spills.after(_code(operands, candidate, branch), lambda: outputs.append(run()))
+    return spilled, operands.error(outputs.pop(), branch)
+
+
+def _code(operands: Operands, candidate: Candidate, branch: bool) -> tuple:
     """Return all that decides what is compiled for a candidate."""
     job = operands.job
     sizes = _same_divisibility(job.m), _same_divisibility(job.n), job.k
@@ -329,12 +282,8 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} (interpreter)"
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _describe(device: torch.device, name: str) -> dict:
-    facts: dict = dict(name=name, capability=list(capability_of(device) or ()), processors=_processors(device))
+    facts: dict = dict(name=name, capability=list(capability_of(device) or ()), processors=(processors_of(device) or 1))
     if device.type == "cuda":
         facts["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     return facts

@@ -109,6 +109,7 @@ def test_demo_writes_the_sheet_and_the_files(tmp_path):
 def test_demo_table_is_for_people(tmp_path):
     text = ok("demo", "--out", tmp_path / "sheet.png", "-p", PROMPT, "--steps", 1)
     assert re.search(r"Q4_K .* 4\.50 ", text) and "1 of 1" in text and "sheet.png" in text
+    assert f'--prompt "{PROMPT}" --seed 2' in text  # the very picture of the sheet
 
 
 def test_generate_draws_and_keeps_the_parameters(gguf_file, tmp_path):

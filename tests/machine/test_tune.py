@@ -20,8 +20,9 @@ from flux_kernels.kernels import record
 from flux_kernels.kernels.record import TuningRecord
 from flux_kernels.machine import tune as tuning
 from flux_kernels.machine.candidates import Candidate
-from flux_kernels.machine.tune import Job, tune, tune_call
+from flux_kernels.machine.tune import tune, tune_call
 from flux_kernels.machine.tune_compile import KILLED, Compilers, Spills
+from flux_kernels.machine.tune_jobs import Job
 
 CPU = torch.device("cpu")
 FEW = 4  # candidates: the interpreter takes a second for each
@@ -39,14 +40,14 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def runners(monkeypatch):
     """Let a test say what a candidate does instead of its work: a function of candidate and branch that may return None."""
-    real, instead, seen = tuning._Operands.runner, [], []
+    real, instead, seen = tuning.Operands.runner, [], []
 
     def runner(self, candidate, branch=False):
         seen.append((candidate, branch))
         made = instead[0](candidate, branch) if instead else None
         return made or real(self, candidate, branch)
 
-    monkeypatch.setattr(tuning._Operands, "runner", runner)
+    monkeypatch.setattr(tuning.Operands, "runner", runner)
     return instead, seen
 
 
@@ -321,7 +322,7 @@ def test_runs_are_timed_from_an_empty_cache(monkeypatch):
 
 def test_a_winner_that_is_slow_with_a_branch_has_no_row_for_it(monkeypatch):
     """With a branch it is not even among the fastest few, which alone are timed again."""
-    best, operands = Candidate("fused", None), tuning._Operands(JOB, CPU, torch.float16)
+    best, operands = Candidate("fused", None), tuning.Operands(JOB, CPU, torch.float16)
     monkeypatch.setattr(tuning, "_working", lambda _, tried, *__, **___: dict.fromkeys(tried))
     monkeypatch.setattr(tuning, "_race", lambda runs, *_: {key: 1.0 for key in runs if key != best})
     assert tuning._with_branch(operands, best, Spills()) is None
@@ -329,14 +330,14 @@ def test_a_winner_that_is_slow_with_a_branch_has_no_row_for_it(monkeypatch):
 
 def test_an_error_outside_a_candidate_costs_its_call_alone(tmp_path, monkeypatch):
     """No memory for a call's operands: one log line, the other calls are measured; a device that is lost ends the run, its rows saved."""
-    made = tuning._Operands
+    made = tuning.Operands
 
     def operands(job, *rest):
         if job.m == 17:
             raise torch.OutOfMemoryError("no memory")
         return made(job, *rest)
 
-    monkeypatch.setattr(tuning, "_Operands", operands)
+    monkeypatch.setattr(tuning, "Operands", operands)
     jobs = [Job("exact", "Q8_0", m, 32, 64) for m in (17, 1)]
     path = tune(jobs, torch.device("cpu"), path=tmp_path / "record.json", dtype=torch.float32, processes=1)
     assert {row.m for row in TuningRecord.load(path).rows.values()} == {1}
