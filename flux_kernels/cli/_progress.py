@@ -1,4 +1,4 @@
-"""Show progress in one way: what is being done, a bar, how much of it, the time it took and the time left."""
+"""Show progress in one way: what is being done, a bar, how much is done, time taken, time left."""
 
 from __future__ import annotations
 

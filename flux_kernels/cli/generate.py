@@ -113,7 +113,8 @@ def generate(
     compute: Annotated[
         str,
         typer.Option(
-            help="exact, fp16_accumulate or int8: less exact, meant to be faster on GeForce cards (not measured there); on an H200 int8 is slower than exact.",
+            help="exact, fp16_accumulate or int8: less exact, meant to be faster on GeForce cards (not measured there); on an "
+            "H200 int8 is slower than exact.",
             rich_help_panel=_RUN,
         ),
     ] = "exact",
@@ -131,7 +132,8 @@ def generate(
 ) -> None:
     """Draw an image with your own GGUF file. Everything is local: nothing is downloaded.
 
-    The file decides what can be done: Fill repaints, Canny and Depth draw along lines, Kontext edits, all others draw from text.
+    The file decides what can be done: Fill repaints, Canny and Depth draw along lines, Kontext edits, all others draw from
+    text.
 
     [bold]Examples[/]
 
@@ -177,26 +179,26 @@ def generate(
         console.print(f"[yellow]Note:[/] {escape(note)} --base names the folder of another model.", soft_wrap=True)
     with progress(console, MofNCompleteColumn()) as bar:
         task = bar.add_task("checking files", total=None)
-        made = work.generate(
+        drawing = work.generate(
             request,
             status=lambda text: bar.update(task, description=text),
             step=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    work.save_png(made, out)
+    work.save_png(drawing, out)
     if as_json:
         done = {
-            "offload": made.plan.offload,
-            "offload_reason": made.plan.sentence,
-            "load_seconds": made.load_seconds,
-            "draw_seconds": made.draw_seconds,
+            "offload": drawing.plan.offload,
+            "offload_reason": drawing.plan.sentence,
+            "load_seconds": drawing.load_seconds,
+            "draw_seconds": drawing.draw_seconds,
         }
-        typer.echo(json.dumps({"out": str(out), **made.parameters, **done}))
+        typer.echo(json.dumps({"out": str(out), **drawing.parameters, **done}))
         return
-    lines = str(made.report).splitlines()
+    lines = str(drawing.report).splitlines()
     console.print("\n".join(lines if report else lines[-1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"[bold]{out}[/]: {made.image.width} x {made.image.height}, {made.parameters['num_inference_steps']} steps in "
-        f"{made.draw_seconds:.1f} s after {made.load_seconds:.1f} s of loading; {made.task}, seed {seed}",
+        f"[bold]{out}[/]: {drawing.image.width} x {drawing.image.height}, {drawing.parameters['num_inference_steps']} steps in "
+        f"{drawing.draw_seconds:.1f} s after {drawing.load_seconds:.1f} s of loading; {drawing.task}, seed {seed}",
         soft_wrap=True,
     )
-    console.print(f"[dim]{made.plan.sentence[0].upper()}{made.plan.sentence[1:]}[/]", highlight=False, soft_wrap=True)
+    console.print(f"[dim]{drawing.plan.sentence[0].upper()}{drawing.plan.sentence[1:]}[/]", highlight=False, soft_wrap=True)

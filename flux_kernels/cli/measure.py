@@ -18,8 +18,10 @@ from ._options import DTYPES, comma_separated, one_of
 from ._own_command import own_command
 from ._progress import progress
 
-_SHOWN = 10  # tensors in the table on the screen
-_STATES_A_RANK = 4  # below, a correction fits the states themselves: 6 states and rank 8 cost 9 times as much on others
+# Tensors in the table on the screen.
+_SHOWN = 10
+# With fewer, a correction fits the states themselves: 6 states and rank 8 cost 9 times as much on others.
+_STATES_A_RANK = 4
 
 
 def measure(
@@ -69,7 +71,7 @@ def measure(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... Default: this process's GPU, or the CPU.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")] = False,
 ) -> None:
-    """Measure what every type costs for every tensor of your 16-bit model: the table that `plan` chooses from.
+    """Measure what every type costs for every tensor of your 16-bit model, for `plan` to choose from.
 
     Pictures are drawn from your prompts, each up to a random step. Then one tensor at a time is quantized, and the error of
     the model's velocity on those states is its cost. Importance matrices are collected on the way. Every result is logged:
@@ -85,8 +87,9 @@ def measure(
     FLUX.1-dev's 304 matrices in 13 types are 4,000 measurements of half a forward pass on every state: fewer states, types or
     smaller pictures take less.
 
-    FLUX.1-dev needs about 35 GB of GPU memory, or 69 GB of RAM in float32; with --dtype bfloat16 on a CPU its weights stay in the
-    file, and 5 GB are enough beside it, slow where the file is larger than the free memory. What does not fit is refused at once.
+    FLUX.1-dev needs about 35 GB of GPU memory, or 69 GB of RAM in float32; with --dtype bfloat16 on a CPU its weights stay in
+    the file, and 5 GB are enough beside it, slow where the file is larger than the free memory. What does not fit is refused
+    at once.
 
     Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.
     """
@@ -121,7 +124,8 @@ def measure(
     if plan is not None and out.exists() and imatrix is None:
         request = request.as_table()
     if types_of_plan is not None and any("+r" in option for option in types_of_plan.values()):
-        request = replace(request, covariance=True)  # what corrections are fitted to in a file made with measure's covariances
+        # What corrections are fitted to in a file that quantize makes with measure's covariances.
+        request = replace(request, covariance=True)
     world = work.World.from_environment()
     with (
         one_thread() if request.source.embedded else nullcontext(),
@@ -131,14 +135,13 @@ def measure(
         opened = work.open_measurement(request, world, show, planned=types_of_plan or ())
         if types_of_plan is not None:
             show("measuring the plan", 0, 0)
-            found = work.measure_plan(opened, types_of_plan) if world.rank == 0 else None
+            row = work.measure_plan(opened, types_of_plan) if world.rank == 0 else None
         else:
-            found = work.measure(opened, world, show)
-    if types_of_plan is not None:
-        if found is not None:
-            _report_plan(console, found, out, as_json)
-        return
-    _report_table(console, found, request, as_json)
+            table = work.measure(opened, world, show)
+    if types_of_plan is None:
+        _report_table(console, table, request, as_json)
+    elif row is not None:
+        _report_plan(console, row, out, as_json)
 
 
 def _show(bar: Progress) -> Any:
@@ -162,8 +165,8 @@ def _report_plan(console: Console, row: Any, out: Path, as_json: bool) -> None:
         return
     console.print(
         f"The plan as a whole costs {row.cost:.3e} (95 % of resampled states: {row.cost_low:.3e} to {row.cost_high:.3e}); "
-        f"by MixedQuantFlux's metric {row.mfq_cost:.4g}, not to be compared with it: not normalized, and with the text tokens of the "
-        "last block, which no picture sees and which often dominate it.",
+        f"by MixedQuantFlux's metric {row.mfq_cost:.4g}, not to be compared with it: not normalized, and with the text tokens "
+        "of the last block, which no picture sees and which often dominate it.",
         soft_wrap=True,
     )
     if out.exists():
@@ -182,18 +185,19 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
     rank = max((int(name.rpartition("+r")[2]) for name in request.types if "+r" in name), default=0)
     if table.states["count"] < _STATES_A_RANK * rank:
         console.print(
-            f"[yellow]Note:[/] rank {rank} is fitted to {table.states['count']} states and judged on the same; modulation sees one "
-            f"vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
+            f"[yellow]Note:[/] rank {rank} is fitted to {table.states['count']} states and judged on the same; modulation sees "
+            f"one vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
             soft_wrap=True,
         )
     console.print(
-        f"{len(table.rows)} costs, on {table.states['count']} states, in [bold]{request.out}[/]. Next: {own_command()} plan {request.out} --bpw 5",
+        f"{len(table.rows)} costs, on {table.states['count']} states, in [bold]{request.out}[/]. "
+        f"Next: {own_command()} plan {request.out} --bpw 5",
         soft_wrap=True,
     )
 
 
 def _cost_table(table: Any, types: tuple[str, ...]) -> Table:
-    """List the tensors that are dearest in the middle type, with a few types beside it."""
+    """List the tensors that cost most in the middle type, with a few types on both sides of it."""
     shown = [name for name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K") if name in types] or list(types)[:6]
     by_tensor = table.by_tensor()
     middle = shown[len(shown) // 2]
@@ -225,15 +229,15 @@ def _prompts(path: Path) -> list[str]:
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     from ..errors import FormatError
 
-    found = []
+    sizes = []
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", part)
         if match is None or any(int(side) % 16 or not int(side) for side in match.groups()):
             raise FormatError(
                 f"--sizes has {part!r}; sizes are WIDTHxHEIGHT in multiples of 16 pixels, such as 1024x1024,832x1216."
             )
-        found.append((int(match[1]), int(match[2])))
-    return tuple(found)
+        sizes.append((int(match[1]), int(match[2])))
+    return tuple(sizes)
 
 
 def _device(name: str) -> Any:

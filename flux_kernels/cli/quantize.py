@@ -27,7 +27,8 @@ def quantize(
         str | None,
         typer.Option(
             "--type",
-            help="File type: Q4_K_S, Q4_K_M, Q5_K_S, Q6_K, Q8_0, Q3_K_L, IQ4_XS, ... Beside --plan: of the matrices it does not name.",
+            help="File type: Q4_K_S, Q4_K_M, Q5_K_S, Q6_K, Q8_0, Q3_K_L, IQ4_XS, ... With --plan: of the matrices that it does "
+            "not name.",
         ),
     ] = None,
     rule: Annotated[
@@ -55,7 +56,7 @@ def quantize(
     full_hash: Annotated[bool, typer.Option("--full-hash", help="Hash the whole source: reads it twice.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, for machines.")] = False,
 ) -> None:
-    """Make a GGUF file from a 16-bit FLUX.1 (or another GGUF file): one type, a layout people know, or a plan.
+    """Make a GGUF file of one type, of a known layout, or of a plan, from a 16-bit FLUX.1.
 
     The source is safetensors in 32, 16 or 8 bit (fp8), one file or shards, under BFL's names or diffusers', or a GGUF file. The
     layouts are those of published files: "new" (community files), "old" and "legacy" (city96, August 2024); sizes agree to the
@@ -92,7 +93,8 @@ def quantize(
         config=str(config) if config else None,
         architecture=architecture,
         device=device,
-        engine=engine,  # type: ignore[arg-type]  # checked where it is used
+        # Checked where it is used.
+        engine=engine,  # type: ignore[arg-type]
         workers=workers,
         provenance=not bare,
         whole_hash=full_hash,
@@ -135,8 +137,8 @@ def _print_plan(console: Console, conversion: Conversion) -> None:
         table.add_row(share.type, str(share.tensors), f"{share.weights:,}", f"{share.nbytes / MB:,.2f}")
     console.print(table)
     without = conversion.nbytes - conversion.bare_nbytes
-    beside = f" ({conversion.bare_nbytes:,} without the {without} that say what it was made from)" if without else ""
-    console.print(f"File: {conversion.nbytes:,} bytes{beside}", soft_wrap=True)
+    bare = f" ({conversion.bare_nbytes:,} without the {without} that say what it was made from)" if without else ""
+    console.print(f"File: {conversion.nbytes:,} bytes{bare}", soft_wrap=True)
     console.print(
         f"{conversion.bits_per_weight:.2f} bits per weight, {conversion.block_bits_per_weight:.2f} inside the blocks; "
         f"at most {conversion.peak_bytes / MB:,.0f} MB of memory beside torch, on {conversion.device}",

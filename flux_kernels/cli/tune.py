@@ -27,10 +27,10 @@ def tune(
     again: Annotated[bool, typer.Option("--again", help="Measure anew what is up to date.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record's path and rows as JSON.")] = False,
 ) -> None:
-    """Measure which kernel and tile is fastest for each call of a FLUX.1 step on this card, and remember it.
+    """Measure which kernel and tile is fastest for each call of a FLUX.1 step on this card.
 
-    Without it a table of defaults is used; with it the measured choice, from then on and in every program. The result is
-    one file per card (flux-kernels doctor shows where); contribute it, so that others with this card need not measure.
+    Without it a table of defaults is used; with it the measured choice, from then on and in every program. The result is one
+    file per card (flux-kernels doctor shows where); contribute it, so that others with this card need not measure.
 
     [bold]Examples[/]
 
@@ -53,7 +53,8 @@ def tune(
     if refusal:
         raise BackendUnavailable(f"There is nothing to tune: {refusal}. `flux-kernels doctor` tells more.")
     for mode in modes if computes != _COMPUTES else ():
-        resolve("triton", mode, device, get_format(names[0]))  # says why where this card refuses a mode that was asked for
+        # Says why where this card refuses a mode that was asked for.
+        resolve("triton", mode, device, get_format(names[0]))
     modes = [mode for mode in modes if _runs(mode, device, get_format(names[0]))]
     jobs = step_jobs(step_calls(height, width, batch), modes, names)
     console = Console(highlight=False, stderr=as_json)

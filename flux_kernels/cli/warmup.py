@@ -46,11 +46,11 @@ def warmup(
 
         compiled = warmup(model, [(height, width)], batch=batch, on_compiled=show)
     if as_json:
-        typer.echo(json.dumps([_as_dict(found) for found in compiled]))
+        typer.echo(json.dumps([_as_dict(call) for call in compiled]))
     elif not compiled:
         console.print("Nothing to compile: on this machine the layers run on the torch backend (see flux-kernels doctor).")
     else:
-        seconds = sum(found.seconds for found in compiled)
+        seconds = sum(call.seconds for call in compiled)
         console.print(f"{len(compiled)} kinds of calls are ready ({seconds:.1f} s).")
 
 

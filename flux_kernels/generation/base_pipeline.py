@@ -1,4 +1,4 @@
-"""Put a transformer into a local diffusers Flux pipeline: no hub, no network, and no chatter from the libraries."""
+"""Put a transformer into a local diffusers Flux pipeline, without a hub, a network or chatter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def _silence(name: str) -> None:
 
 
 def check_base(base: Path, given: Sequence[str] = ()) -> None:
-    """Raise FileNotFoundError, saying what is missing and how to get it, where `base` is no complete Flux pipeline folder.
+    """Raise FileNotFoundError where `base` is no complete Flux pipeline folder.
+
+    The sentence says what is missing and how to get it.
 
     Args:
         base: the folder.
@@ -68,10 +70,10 @@ def check_base(base: Path, given: Sequence[str] = ()) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{path} is missing or no JSON ({error}). Get the --base folder again.") from error
-    return held if isinstance(held, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def base_sizes(base: Path, t5_width: int | None = None) -> dict[str, tuple[str, int | None]]:
@@ -140,7 +142,10 @@ def load_pipeline(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch to one CPU thread: the embedded model is so small that a second one only waits, long on a busy machine."""
+    """Keep torch to one CPU thread.
+
+    The embedded model is so small that a second thread would only wait, long on a busy machine.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -39,7 +39,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """Name a column and the types of its block matrices: a ggml type, fnmatch patterns -> types, or None for 16 bit."""
+    """Name a column of the sheet and the types of its block matrices.
+
+    Attributes:
+        name: of the column.
+        format: a ggml type, fnmatch patterns -> types, or None for 16 bit.
+    """
 
     name: str
     format: str | Mapping[str, str] | None
@@ -63,12 +68,13 @@ VARIANTS = (
     Variant("mixed", MIXED),
 )
 PROMPTS = EMBEDDED_PROMPTS[:6]
-SEED = 2  # draws these prompts clearly; about one picture in 25 of other seeds is not read as asked (demo_model/README.md)
+# Draws these prompts clearly; about one picture in 25 of other seeds is not read as asked (demo_model/README.md).
+SEED = 2
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Hold what one variant came to.
+    """Hold the pictures of one variant, and what they cost.
 
     Attributes:
         name: of the variant.
@@ -103,7 +109,7 @@ def run_demo(
     variants: Sequence[Variant] = VARIANTS,
     step: Callable[[str], None] = lambda status: None,
 ) -> list[Drawn]:
-    """Draw every prompt with every variant of the embedded model; the first variant is what the others are compared with.
+    """Draw every prompt with every variant of the embedded model, and compare them with the first.
 
     Args:
         folder: where the GGUF files go.
@@ -169,16 +175,16 @@ def write_variant(variant: Variant, file: Path) -> None:
 
 def demo_sheet(drawn: Sequence[Drawn], prompts: Sequence[str]) -> Image:
     """Compose the contact sheet: a column a variant with size and error, a row a prompt."""
-    columns = [[one.name, *_small_print(one, drawn[0], len(prompts))] for one in drawn]
+    columns = [[column.name, *_small_print(column, drawn[0], len(prompts))] for column in drawn]
     title = "flux_kernels: one model, one seed a row, five GGUF files" if len(drawn) == 5 else "flux_kernels demo"
-    return contact_sheet(title, columns, list(prompts), [one.images for one in drawn])
+    return contact_sheet(title, columns, list(prompts), [column.images for column in drawn])
 
 
-def _small_print(one: Drawn, reference: Drawn, count: int) -> list[str]:
-    size = f"{one.nbytes / 1e6:.2f} MB, {one.bits_per_weight:.2f} b/w"
-    if one is reference:
+def _small_print(column: Drawn, reference: Drawn, count: int) -> list[str]:
+    size = f"{column.nbytes / 1e6:.2f} MB, {column.bits_per_weight:.2f} b/w"
+    if column is reference:
         return [size, "what the others", "are compared with"]
-    return [size, f"weights {one.weight_error:.2%} off", f"{psnr_text(one.psnr)}, digits {one.same_digit}/{count}"]
+    return [size, f"weights {column.weight_error:.2%} off", f"{psnr_text(column.psnr)}, digits {column.same_digit}/{count}"]
 
 
 def psnr_text(value: float) -> str:

@@ -33,7 +33,8 @@ __all__ = [
     "words_note",
 ]
 
-BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")  # what Flux GGUF files quantize
+# What Flux GGUF files quantize.
+BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 EMBEDDED_PROMPTS: tuple[str, ...] = (
     "a red seven",
     "a blue three",

@@ -1,4 +1,4 @@
-"""Draw with a user's own files: a GGUF transformer in a local diffusers pipeline, with LoRAs and offloading."""
+"""Draw with a GGUF transformer in a local diffusers pipeline, with LoRAs and offloading."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Request:
         image: picture to edit, repaint or redraw.
         mask: picture whose white part is repainted (Fill).
         control_image: edges or depth map to draw along (Canny, Depth).
-        kontext: whether the file is a Kontext, which its tensors do not tell.
+        kontext: whether the file is a Kontext, which its tensors do not show.
         strength: of redrawing `image` with a dev file, 0 to 1.
         offload: a key of OFFLOADS.
         pin: whether weights that are copied to the GPU at every step are pinned in host memory.
@@ -107,7 +107,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """Hold a checked request: facts about the file, what to do with it, and the pictures (argument -> picture)."""
+    """Hold a checked request: facts about the file, what to do with it, and the pictures.
+
+    Attributes:
+        facts: about the transformer's file.
+        task: what to do with it.
+        pictures: argument of the pipeline -> picture.
+    """
 
     facts: FileFacts
     task: Task = TEXT
@@ -115,8 +121,18 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Made:
-    """Hold an image, the parameters to write into its file, and what was done: layers swapped, offload, task, seconds."""
+class Drawing:
+    """Hold an image and how it was drawn.
+
+    Attributes:
+        image: the result.
+        parameters: to write into its file.
+        report: the layers that were swapped.
+        plan: the offload.
+        task: its name.
+        load_seconds: until the pipeline was ready.
+        draw_seconds: from then on.
+    """
 
     image: Image
     parameters: dict[str, Any]
@@ -132,7 +148,7 @@ def generate(
     *,
     status: Callable[[str], None] = lambda text: None,
     step: Callable[[int, int], None] = lambda done, total: None,
-) -> Made:
+) -> Drawing:
     """Draw one image.
 
     Args:
@@ -161,11 +177,11 @@ def generate(
     status(f"drawing, offload {plan.offload}")
     image = _draw(pipeline, request, {**settings, **job.pictures}, step)
     parameters = _parameters(request, settings, job)
-    return Made(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded)
+    return Drawing(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded)
 
 
 def check_request(request: Request) -> Job:
-    """Check files, folders and what goes together before anything large is read; return what is to be done."""
+    """Check what goes together before anything large is read; return what is to be done."""
     if not request.gguf.is_file():
         raise FileNotFoundError(f"{request.gguf} is no file. --gguf is a FLUX.1 transformer in a GGUF file.")
     numbers = {"--guidance": request.guidance, "--true-cfg": request.true_cfg}
@@ -229,7 +245,8 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
 def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[Any, SwapReport]:
     """Load the pipeline on the CPU, with its LoRAs."""
     status(f"loading {request.gguf.name}: {job.facts.variant}")
-    fuse = None if request.compute == "exact" else "qkv"  # the other modes scale each activation: once for q, k and v
+    # The other modes scale each activation: once for q, k and v.
+    fuse = None if request.compute == "exact" else "qkv"
     transformer = load_flux(request.gguf, dtype=request.dtype, fuse=fuse)
     # The swap arranges packed rows as a GPU wants them, before offloading moves them behind the layers' backs, and its report
     # says what runs: so it comes second, and backend and compute mode are given to it alone.
@@ -260,21 +277,25 @@ def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
     where = {"weight_name": lora.file.name, "adapter_name": name, "local_files_only": True}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are meant
+            # Several LoRAs at once are meant.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
             pipeline.load_lora_weights(str(lora.file.parent), **where)
-    except (ValueError, KeyError, RuntimeError, OSError) as error:  # what diffusers, peft and safetensors raise on wrong files
+    # What diffusers, peft and safetensors raise on wrong files.
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise FormatError(f"{lora.file} does not load as a LoRA of this FLUX.1 model: {error}") from error
 
 
 def _draw(pipeline: Any, request: Request, arguments: dict[str, Any], step: Callable[[int, int], None]) -> Image:
     def after_step(running, index, _timestep, tensors):
-        step(index + 1, running.num_timesteps)  # fewer than asked for where a strength skips the first
+        # Fewer than asked for where a strength skips the first.
+        step(index + 1, running.num_timesteps)
         return tensors
 
     if "FluxKontext" in type(pipeline).__name__:
         # Its own sizes are about 1024 x 1024 pixels: what the user asks for counts, and the embedded model needs small ones
         arguments = {**arguments, "max_area": arguments["width"] * arguments["height"], "_auto_resize": not request.embedded}
-    generator = torch.Generator("cpu").manual_seed(request.seed)  # the same noise with and without a GPU
+    # On the CPU the noise is the same with and without a GPU.
+    generator = torch.Generator("cpu").manual_seed(request.seed)
     with torch.inference_mode(), one_thread() if request.embedded else nullcontext():
         return pipeline(prompt=request.prompt, generator=generator, callback_on_step_end=after_step, **arguments).images[0]
 
@@ -296,17 +317,19 @@ def _parameters(request: Request, settings: dict[str, Any], job: Job) -> dict[st
     }
 
 
-def save_png(made: Made, path: Path) -> None:
+def save_png(drawing: Drawing, path: Path) -> None:
     """Write the image as a PNG whose "flux_kernels" text holds the parameters as JSON."""
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
-    text.add_itxt("flux_kernels", json.dumps(made.parameters, ensure_ascii=False))
-    if path.exists() and not path.is_file():  # /dev/null
-        made.image.save(path, "PNG", pnginfo=text)
+    text.add_itxt("flux_kernels", json.dumps(drawing.parameters, ensure_ascii=False))
+    # Such as /dev/null.
+    if path.exists() and not path.is_file():
+        drawing.image.save(path, "PNG", pnginfo=text)
         return
-    with written_whole(path) as part:  # a full disk leaves the picture of the last run as it was
-        made.image.save(part, "PNG", pnginfo=text)
+    # A full disk leaves the picture of the last run as it was.
+    with written_whole(path) as part:
+        drawing.image.save(part, "PNG", pnginfo=text)
 
 
 def check_out(path: Path, request: Request, force: bool = False) -> None:
@@ -324,7 +347,8 @@ def check_out(path: Path, request: Request, force: bool = False) -> None:
     read = [getattr(request, name) for name in ("gguf", "t5", *IMAGE_OPTIONS)] + [lora.file for lora in request.loras]
     if path.exists() and any(file is not None and file.exists() and path.samefile(file) for file in read):
         raise GGUFError(f"{path} is read by this very command. Give --out another name.")
-    if path.is_file() or path.is_dir() or not path.exists():  # /dev/null is none of these
+    # /dev/null is none of these.
+    if path.is_file() or path.is_dir() or not path.exists():
         check_writable(path, "--out")
     if path.is_file() and not force:
         raise FormatError(f"--out {path} exists. Give --force to replace it, or another name.")

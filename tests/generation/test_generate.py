@@ -12,7 +12,7 @@ from PIL import Image
 from flux_kernels import FormatError, GGUFError
 from flux_kernels.generation.base_pipeline import PARTS, base_sizes, check_base, check_fit
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.generation.generate import Job, Lora, Made, Request, call_settings, check_out, save_png
+from flux_kernels.generation.generate import Drawing, Job, Lora, Request, call_settings, check_out, save_png
 from flux_kernels.generation.inspect_file import FileFacts
 from flux_kernels.generation.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
 
@@ -147,8 +147,8 @@ def test_where_the_picture_goes_is_checked_before_loading(tmp_path):
 
 def test_a_picture_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
     out = tmp_path / "out.png"
-    made = Made(Image.new("RGB", (16, 16)), {}, None, None, "", 0.0, 0.0)
-    save_png(made, out)
+    drawing = Drawing(Image.new("RGB", (16, 16)), {}, None, None, "", 0.0, 0.0)
+    save_png(drawing, out)
     before = out.read_bytes()
 
     def fails(self, path, *args, **kwargs):
@@ -157,5 +157,5 @@ def test_a_picture_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypa
 
     monkeypatch.setattr(Image.Image, "save", fails)
     with pytest.raises(OSError, match="No space"):
-        save_png(made, out)
+        save_png(drawing, out)
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
