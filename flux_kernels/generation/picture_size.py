@@ -32,7 +32,8 @@ def check_positions(width: int, height: int, dtype: torch.dtype) -> None:
     name = dtype_name(dtype)
     raise FormatError(
         f"A picture of {width} x {height} is too large: positions in {name} are exact up to {longest} pixels a side, and "
-        "FLUX.1 was made for about 1024 x 1024. Take a smaller --width and --height, or another --dtype (float32 counts further)."
+        "FLUX.1 was made for about 1024 x 1024. Take a smaller --width and --height, or another --dtype (float32 "
+        "counts further)."
     )
 
 

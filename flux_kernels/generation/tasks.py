@@ -134,8 +134,8 @@ def _by_channels(config: Mapping[str, Any], request: Any, title: str) -> Task:
         return IMAGE
     raise GGUFError(
         "FLUX.1-dev and FLUX.1-Kontext files have the same tensors, and this one's name does not tell which it is. Add "
-        "--kontext for a Kontext file, which edits the --image by the prompt, or --strength 0.6 to redraw the --image with a dev "
-        "file."
+        "--kontext for a Kontext file, which edits the --image by the prompt, or --strength 0.6 to redraw the --image with a "
+        "dev file."
     )
 
 

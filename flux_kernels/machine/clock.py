@@ -1,4 +1,4 @@
-"""Time functions against each other: interleaved repeats, medians, on a GPU with events and on a CPU with a wall clock."""
+"""Time functions against each other, on a GPU with events and on a CPU with a wall clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .gpu_clock import GpuClock, Replay, no_capture
 Work = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 _LEAST_REPLAYS = 3
-_LEAST_FLUSH = 1 << 26  # bytes
+# Bytes.
+_LEAST_FLUSH = 1 << 26
 
 
 def interleaved(
@@ -25,9 +26,9 @@ def interleaved(
 ) -> dict[Key, list[float]]:
     """Run every function `repeats` times in turn, after one warm-up each; return milliseconds of each run.
 
-    The order changes from turn to turn (`balanced_order`): what runs right after a heavy function finds cold caches, and sometimes
-    threads that still spin. With one order it would always be the same function that pays for it. `before` runs ahead of
-    every run, untimed: what empties a cache, for example. On CUDA the times are the GPU's alone (gpu_clock.py).
+    The order changes from turn to turn (`balanced_order`): what runs right after a heavy function finds cold caches, and
+    sometimes threads that still spin. With one order it would always be the same function that pays for it. `before` runs ahead
+    of every run, untimed: what empties a cache, for example. On CUDA the times are the GPU's alone (gpu_clock.py).
     """
     for function in functions.values():
         function()
@@ -46,10 +47,11 @@ def graph_replayed(
     device: torch.device,
     before: Work = lambda: None,
 ) -> dict[str, list[float] | None]:
-    """Return milliseconds of each function's replays as a CUDA graph; None where it cannot be captured, and a log line why.
+    """Return milliseconds of each function's replays as a CUDA graph.
 
-    One function after the other, so that only one graph holds memory. `before` runs ahead of every replay: many replays in a row
-    would find in the L2 cache what a model reads from memory. Not on CUDA: None for each.
+    None where it cannot be captured, with a log line why, and for each where the device is not CUDA's. One function runs after
+    the other, so that only one graph holds memory. `before` runs ahead of every replay: many replays in a row would find in the
+    L2 cache what a model reads from memory.
     """
     if device.type != "cuda":
         return dict.fromkeys(functions)
@@ -66,9 +68,10 @@ def graph_replayed(
 
 
 def cache_flusher(device: torch.device) -> Work:
-    """Return what empties a GPU's L2 cache, by writing twice its size; on a CPU, whose caches the operands outgrow, nothing.
+    """Return what empties a GPU's L2 cache, by writing twice its size.
 
-    Inside a step each weight comes from memory. Repeats of one call would find it in the cache of a large card.
+    On a CPU, whose caches the operands outgrow, it does nothing. Inside a step each weight comes from memory. Repeats of one
+    call would find it in the cache of a large card.
     """
     if device.type != "cuda":
         return lambda: None
@@ -77,16 +80,17 @@ def cache_flusher(device: torch.device) -> Work:
 
 
 def balanced_order(count: int, turn: int) -> list[int]:
-    """Return in which order `count` things run in a turn: each comes after every other equally often, and never after itself.
+    """Return the order in which `count` functions run in a turn.
 
-    The turns are the rows of a Williams design: it is complete after `count` turns, or twice as many where `count` is odd. Two things
-    alternate, which is balanced already.
+    Each comes after every other equally often, and never after itself. The turns are the rows of a Williams design: it is
+    complete after `count` turns, or twice as many where `count` is odd. Two functions alternate, which is balanced already.
 
     Source: Williams 1949, Experimental designs balanced for the estimation of residual effects of treatments.
     """
     if count < 3:
         return list(range(count))
-    zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(count)]  # 0, 1, -1, 2, -2, ...
+    # 0, 1, -1, 2, -2, ...
+    zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(count)]
     if count % 2 and turn % 2:
         zigzag.reverse()
     return [(turn + step) % count for step in zigzag]
@@ -101,7 +105,7 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def _clock(device: torch.device) -> Callable[[Work, Work], float]:
-    """Return what times one run: function, and what runs untimed ahead of it."""
+    """Return what times one run of a function, after what runs untimed ahead of it."""
     return GpuClock(device).milliseconds if device.type == "cuda" else _wall_milliseconds
 
 

@@ -1,4 +1,4 @@
-"""Tell how much memory is free for this process: of a GPU, or of the computer within the limits of its control groups.
+"""Measure the free memory of a GPU, or of the computer within this process's control groups.
 
 Source: the kernel's documentation, proc.rst (MemAvailable), cgroup-v1/memory.rst and cgroup-v2.rst.
 """
@@ -35,7 +35,7 @@ _V1 = _Hierarchy("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("t
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device, None where the system does not tell.
+    """Return the bytes that are free on a device, None where the system does not say.
 
     Args:
         device: a GPU, whose unused share of what torch holds counts as free, or the CPU.
@@ -51,7 +51,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def total_bytes() -> int | None:
-    """Return the bytes of memory that this process may ever have, None where the system does not tell."""
+    """Return the bytes of memory that this process may ever have, None where the system does not say."""
     system = _meminfo("MemTotal")
     return _elsewhere("total") if system is None else min([system, *(limit for limit, _ in _limits())])
 
@@ -59,7 +59,8 @@ def total_bytes() -> int | None:
 def _meminfo(key: str) -> int | None:
     try:
         lines = (_PROC / "meminfo").read_text().splitlines()
-    except OSError:  # not Linux
+    # Not Linux.
+    except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
 
@@ -74,7 +75,10 @@ def _elsewhere(what: str) -> int | None:
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Yield (limit, bytes in use that are not given back on demand) of this process's control groups and those around them."""
+    """Yield (limit, bytes in use) of this process's control groups and those around them.
+
+    Bytes that are given back on demand are not in use.
+    """
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -96,7 +100,7 @@ def _limits() -> Iterator[tuple[int, int]]:
 
 
 def _limit(group: Path, hierarchy: _Hierarchy) -> tuple[int, int] | None:
-    """Return (limit, bytes in use without pages of files) of a group, None where it has no limit or tells none."""
+    """Return (limit, bytes in use without pages of files) of a group, None where it has no limit."""
     try:
         most = (group / hierarchy.limit).read_text().strip()
         used = int((group / hierarchy.usage).read_text())

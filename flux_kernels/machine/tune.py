@@ -1,4 +1,4 @@
-"""Measure which algorithm and tile is fastest for a call on this card, and write it to the card's tuning record.
+"""Measure which algorithm and tile is fastest for a call on this card, and record it.
 
 Needs torch and triton alone. Nothing is tuned at a first call: this runs when it is asked to, writes every result at once,
 and a second run goes on where the first was stopped.
@@ -28,10 +28,11 @@ from ..kernels.launching import capability_of, processors_of
 from ..kernels.record import TuningRecord, TuningRow, kernel_hash, record_path
 from .candidates import Call, Candidate, candidates
 from .clock import cache_flusher, interleaved
-from .tune_compile import Compilers, Spills, device_is_lost, said
+from .tune_compile import Compilers, Spills, device_is_lost, one_line
 from .tune_jobs import Job, Operands
 
-WRONG = 0.03  # relative error above which a candidate is broken; int8's own error on gaussian data is 0.01
+# Relative error above which a candidate is broken; int8's own error on gaussian data is 0.01.
+WRONG = 0.03
 _QUICK, _CLOSE, _FINALISTS, _REPEATS = 3, 1.25, 4, 15
 
 log = logging.getLogger(__name__)
@@ -82,18 +83,18 @@ def tune(
             if again or not _up_to_date(record, job, dtype):
                 refused = _compile_all(compilers, job, device, dtype, limit) if compilers else frozenset()
                 try:
-                    found = tune_call(job, device, dtype, limit, refused, spills)
+                    rows = tune_call(job, device, dtype, limit, refused, spills)
                 except Exception as error:  # noqa: BLE001  no memory for the operands, a launch that ends the device
                     failed = error
                     if not isinstance(error, BackendUnavailable):
-                        failed = BackendUnavailable(f"{job} could not be measured on {device}: {said(error)}")
+                        failed = BackendUnavailable(f"{job} could not be measured on {device}: {one_line(error)}")
                     log.warning("%s", failed)
                     if device_is_lost(device):
                         log.warning("%s answers no more; the rows measured so far are saved. Start again to go on.", device)
                         break
                     continue
-                row = found[0]
-                _replace(record, found)
+                row = rows[0]
+                _replace(record, rows)
                 record.save(path)
             done += 1
             on_row(job, row)
@@ -104,7 +105,10 @@ def tune(
 
 
 def _replace(record: TuningRecord, rows: list[TuningRow]) -> None:
-    """Put the rows of a call into the record; a row with a branch that is there already goes, even where there is no new one."""
+    """Put the rows of a call into the record.
+
+    A row with a branch that is there already goes, even where there is no new one.
+    """
     record.rows.pop(replace(rows[0], branch=True).key, None)
     record.rows.update({row.key: row for row in rows})
     record.versions, record.date = _versions(), datetime.date.today().isoformat()
@@ -118,7 +122,9 @@ def tune_call(
     refused: Iterable[Candidate] = (),
     spills: Spills | None = None,
 ) -> list[TuningRow]:
-    """Time the candidates of one call; return the best as a row, and another for calls with a low-rank branch where it serves them.
+    """Time the candidates of one call and return the best as a row.
+
+    Where it serves calls with a low-rank branch, another row follows for those.
 
     Args:
         job: the call.
@@ -126,7 +132,7 @@ def tune_call(
         dtype: of the activations.
         limit: of candidates, None for all.
         refused: candidates that are known to fail.
-        spills: what earlier calls found.
+        spills: what is known from earlier calls.
 
     Raises:
         BackendUnavailable: where no candidate runs.
@@ -140,12 +146,15 @@ def tune_call(
     times = _race(runs, device, default)
     best = min(times, key=times.__getitem__)
     row = _row(operands, best, times[best], times.get(default, float("inf")))
-    beside = None if best.tile is None else _with_branch(operands, best, spills)
-    return [row] if beside is None else [row, beside]
+    with_branch = None if best.tile is None else _with_branch(operands, best, spills)
+    return [row] if with_branch is None else [row, with_branch]
 
 
 def _with_branch(operands: Operands, best: Candidate, spills: Spills) -> TuningRow | None:
-    """Time the winner with a low-rank branch in its epilogue; None where it fails, spills, or loses to the default's tile for that."""
+    """Time the winner with a low-rank branch in its epilogue, and return its row.
+
+    None where it fails, spills, or loses to the default's tile for that.
+    """
     job, device = operands.job, operands.device
     shape = job.m, job.n, job.k
     choice = default_choice(
@@ -157,7 +166,8 @@ def _with_branch(operands: Operands, best: Candidate, spills: Spills) -> TuningR
     if best not in runs:
         return None
     times = _race(runs, device, default)
-    if best not in times or times[best] > times.get(default, float("inf")):  # not even among the fastest few
+    # Not even among the fastest few, or slower than the default.
+    if best not in times or times[best] > times.get(default, float("inf")):
         return None
     return _row(operands, best, times[best], times.get(default, float("inf")), branch=True)
 
@@ -170,7 +180,8 @@ def _race(runs: dict[Candidate, Callable[[], Tensor]], device: torch.device, def
     finalists = [key for key in ranked if quick[key] <= _CLOSE * quick[ranked[0]]][:_FINALISTS]
     if default in runs and default not in finalists:
         finalists.append(default)
-    return {key: median(found) for key, found in interleaved({k: runs[k] for k in finalists}, _REPEATS, device, flush).items()}
+    measured = interleaved({key: runs[key] for key in finalists}, _REPEATS, device, flush)
+    return {key: median(times) for key, times in measured.items()}
 
 
 def _row(operands: Operands, best: Candidate, ms: float, default_ms: float, branch: bool = False) -> TuningRow:
@@ -193,9 +204,10 @@ def _tried(job: Job, device: torch.device, dtype: torch.dtype, limit: int | None
 def _compile_all(
     compilers: Compilers, job: Job, device: torch.device, dtype: torch.dtype, limit: int | None
 ) -> frozenset[Candidate]:
-    """Have processes compile every candidate into Triton's cache on disk, from which this one then takes it; return what failed.
+    """Have processes compile every candidate into Triton's cache on disk; return what failed.
 
-    Where everything failed the processes are to blame (a card in exclusive mode serves one only), and nothing is returned.
+    This process then takes it from there. Where everything failed the processes are to blame (a card in exclusive mode serves
+    one only), and nothing is returned.
     """
     small = replace(job, m=_same_divisibility(job.m), n=_same_divisibility(job.n))
     tried = _tried(job, device, dtype, limit)
@@ -215,12 +227,15 @@ def _compile_one(job: Job, candidate: Candidate, device: str, dtype: torch.dtype
         operands = Operands(job, torch.device(device), dtype)
         operands.runner(candidate)().sum().item()
     except Exception as error:  # noqa: BLE001  whatever a compiler, a driver or a launch may raise
-        return said(error)
+        return one_line(error)
     return ""
 
 
 def _same_divisibility(size: int) -> int:
-    """Return a small size for which Triton compiles the same code: it looks at 1 and at multiples of 16 only."""
+    """Return a small size for which Triton compiles the same code.
+
+    It looks at 1 and at multiples of 16 only.
+    """
     return size if size == 1 else 16 if size % 16 == 0 else 17
 
 
@@ -229,7 +244,8 @@ def _working(
 ) -> dict[Candidate, Callable[[], Tensor]]:
     """Return what can be compiled and launched, gives the right product, and does not spill registers.
 
-    What spills is returned where nothing else is left; `keep` is returned even where it spills. One line is logged for all others.
+    What spills is returned where nothing else is left; `keep` is returned even where it spills. One line is logged for all
+    others.
     """
     working: dict[Candidate, Callable[[], Tensor]] = {}
     spilling: dict[Candidate, Callable[[], Tensor]] = {}
@@ -238,9 +254,10 @@ def _working(
         try:
             spilled, error = _outcome(operands, candidate, run, spills, branch)
         except Exception as problem:  # noqa: BLE001  whatever a compiler, a driver or a launch may raise
-            _skip(operands.job, candidate, said(problem))
+            _skip(operands.job, candidate, one_line(problem))
             continue
-        if not error <= WRONG:  # also NaN
+        # Also NaN.
+        if not error <= WRONG:
             _skip(operands.job, candidate, f"wrong result, relative error {error:.2g}")
         elif spilled and candidate != keep:
             _skip(operands.job, candidate, f"spills {spilled} registers")

@@ -19,7 +19,8 @@ from .candidates import Candidate
 from .random_rows import random_rows
 
 BRANCH_RANK = 16
-_CHECKED_ROWS, _CHECKED_COLUMNS = 64, 256  # of y, against float64
+# Of y, against float64.
+_CHECKED_ROWS, _CHECKED_COLUMNS = 64, 256
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Operands:
         module, chosen = MODULES[self.job.compute], Choice(candidate.algorithm, candidate.tile, "", candidate.rows)
         added = self.branch if branch else None
         kept = {}
-        if candidate.algorithm == "row_scales":  # a layer finds them once and keeps them
+        # A layer computes them once and keeps them.
+        if candidate.algorithm == "row_scales":
             kept = dict(row_scale=int8.row_scale(self.weight, self.fmt, self.fmt.planes))
 
         def run() -> Tensor:
