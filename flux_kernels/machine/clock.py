@@ -61,7 +61,8 @@ def graph_replayed(
         try:
             with Replay(function, device) as replay:
                 times[name] = [clock.milliseconds(replay, before) for _ in range(max(repeats, _LEAST_REPLAYS))]
-        except Exception as error:  # noqa: BLE001  whatever a function does that a capture forbids
+        # Whatever a function does that a capture forbids.
+        except Exception as error:  # noqa: BLE001
             no_capture(name, error)
             times[name] = None
     return times

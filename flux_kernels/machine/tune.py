@@ -84,7 +84,8 @@ def tune(
                 refused = _compile_all(compilers, job, device, dtype, limit) if compilers else frozenset()
                 try:
                     rows = tune_call(job, device, dtype, limit, refused, spills)
-                except Exception as error:  # noqa: BLE001  no memory for the operands, a launch that ends the device
+                # Such as no memory for the operands, or a launch that ends the device.
+                except Exception as error:  # noqa: BLE001
                     failed = error
                     if not isinstance(error, BackendUnavailable):
                         failed = BackendUnavailable(f"{job} could not be measured on {device}: {one_line(error)}")
@@ -226,7 +227,8 @@ def _compile_one(job: Job, candidate: Candidate, device: str, dtype: torch.dtype
     try:
         operands = Operands(job, torch.device(device), dtype)
         operands.runner(candidate)().sum().item()
-    except Exception as error:  # noqa: BLE001  whatever a compiler, a driver or a launch may raise
+    # Whatever a compiler, a driver or a launch may raise.
+    except Exception as error:  # noqa: BLE001
         return one_line(error)
     return ""
 
@@ -253,7 +255,8 @@ def _working(
         run = operands.runner(candidate, branch)
         try:
             spilled, error = _outcome(operands, candidate, run, spills, branch)
-        except Exception as problem:  # noqa: BLE001  whatever a compiler, a driver or a launch may raise
+        # Whatever a compiler, a driver or a launch may raise.
+        except Exception as problem:  # noqa: BLE001
             _skip(operands.job, candidate, one_line(problem))
             continue
         # Also NaN.

@@ -104,7 +104,8 @@ def _outcome(future: Future[str]) -> str:
         return future.result()
     except BrokenProcessPool:
         return KILLED
-    except Exception as error:  # noqa: BLE001  such as one that could not be pickled
+    # Such as one that could not be pickled.
+    except Exception as error:  # noqa: BLE001
         return one_line(error)
 
 

@@ -55,7 +55,10 @@ def test_weights_are_stored_in_16_bit(part):
 
 
 def test_clip_is_named_as_every_release_of_transformers_5_reads_it():
-    """transformers 5.0 finds no weight without the prefix, and draws random ones without a word; later ones take both."""
+    """transformers 5.0 finds no weight without the prefix, and draws random ones silently.
+
+    Later releases take both.
+    """
     raw = (embedded_model_path() / "text_encoder" / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert all(name.startswith("text_model.") for name in header if name != "__metadata__")

@@ -1,4 +1,4 @@
-"""The decisions inside `generate`: LoRA arguments, defaults by model, sizes by picture, what a base folder must hold."""
+"""The decisions inside `generate`: LoRA arguments, defaults by model, sizes by picture, base folders."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def test_defaults_follow_the_task(task, guidance, steps):
     assert (settings["guidance_scale"], settings["num_inference_steps"]) == (guidance, steps)
 
 
-SIZES = [  # task, size of the picture, what is asked for -> size of the result
+# Task, size of the picture, what is asked for -> size of the result.
+SIZES = [
     (FILL, (640, 480), {}, (640, 480)),
     (FILL, (4000, 3000), {}, (1184, 880)),
     (KONTEXT, (64, 64), {}, (1024, 1024)),
