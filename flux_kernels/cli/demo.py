@@ -30,10 +30,10 @@ def demo(
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, for machines.")] = False,
 ) -> None:
-    """Draw with the small model inside this package, in 16 bit, Q8_0, Q6_K, Q4_K and mixed.
+    """Draw with the small model inside this package, in five types, without a network or a GPU.
 
-    It needs no network and no GPU. For each type: a GGUF file is written, loaded without decoding it, swapped and drawn with.
-    The contact sheet shows the pictures side by side with file size and error.
+    For each of 16 bit, Q8_0, Q6_K, Q4_K and mixed types a GGUF file is written, loaded without decoding it, swapped and drawn
+    with. The contact sheet shows the pictures side by side with file size and error.
 
     [bold]Examples[/]
 
