@@ -93,6 +93,7 @@ def measure(
 
     Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.
     """
+    from ..backends import usable_device
     from ..files import check_writable
     from ..generation.base_pipeline import one_thread
 
@@ -117,7 +118,7 @@ def measure(
         seed=seed,
         imatrix=imatrix,
         weighted=weighted,
-        device=_device(device),
+        device=usable_device(device) if device else None,
         dtype=DTYPES[dtype] if dtype else None,
     )
     types_of_plan = None if plan is None else options_of(Plan.load(plan))
@@ -238,9 +239,3 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
             )
         sizes.append((int(match[1]), int(match[2])))
     return tuple(sizes)
-
-
-def _device(name: str) -> Any:
-    from ..backends import usable_device
-
-    return usable_device(name) if name else None

@@ -52,10 +52,11 @@ def tune(
     refusal = "no GPU is seen" if device.type == "cpu" else BACKENDS["triton"].refusal(device, get_format(names[0]), "exact")
     if refusal:
         raise BackendUnavailable(f"There is nothing to tune: {refusal}. `flux-kernels doctor` tells more.")
-    for mode in modes if computes != _COMPUTES else ():
+    if computes == _COMPUTES:
+        modes = [mode for mode in modes if BACKENDS["triton"].refusal(device, get_format(names[0]), mode) is None]
+    for mode in modes:
         # Says why where this card refuses a mode that was asked for.
         resolve("triton", mode, device, get_format(names[0]))
-    modes = [mode for mode in modes if _runs(mode, device, get_format(names[0]))]
     jobs = step_jobs(step_calls(height, width, batch), modes, names)
     console = Console(highlight=False, stderr=as_json)
     rows = []
@@ -75,14 +76,3 @@ def tune(
         typer.echo(json.dumps(dict(record=str(path), measured=len(rows), jobs=len(jobs))))
     else:
         console.print(f"Written to {path}, {len(rows)} calls measured of {len(jobs)}.")
-
-
-def _runs(mode: str, device, fmt) -> bool:
-    """Tell whether a card runs a mode; the default list is of all modes, and some cards refuse one."""
-    from ..backends import resolve
-    from ..errors import BackendUnavailable
-
-    try:
-        return resolve("triton", mode, device, fmt) is not None
-    except BackendUnavailable:
-        return False
