@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..generation.base_pipeline import go_offline_quietly
 from ._errors import OneLineErrors
 from ._help_text import help_text
 from .bench import bench
@@ -49,8 +50,6 @@ def main(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,
 ) -> None:
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
-    from ..generation.base_pipeline import go_offline_quietly
-
     go_offline_quietly()
 
 
