@@ -47,8 +47,6 @@ def demo(
         from ..generation.embedded import words_note
     prompts = prompt or list(work.PROMPTS)
     seed = work.SEED if seed is None else seed
-    if note := words_note(*prompts):
-        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     with progress(console, TaskProgressColumn()) as bar:
         task = bar.add_task("quantizing", total=work.demo_steps(steps) * len(work.VARIANTS))
         drawn = work.run_demo(
@@ -60,6 +58,8 @@ def demo(
             step=lambda status: bar.update(task, advance=1, description=status),
         )
     work.demo_sheet(drawn, prompts).save(out, "PNG", optimize=True)
+    if note := words_note(*prompts):
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     seconds = time.perf_counter() - started
     if as_json:
         typer.echo(

@@ -150,7 +150,8 @@ def generate(
     with console.status("loading torch and diffusers"):
         from ..generation import generate as work
         from ..generation.embedded import embedded_model_path, words_note
-    request = work.Request(
+        from ..generation.request import Lora, Request
+    request = Request(
         gguf=gguf,
         base=base or embedded_model_path(),
         prompt=prompt,
@@ -169,14 +170,12 @@ def generate(
         strength=strength,
         offload=offload,
         pin=pin,
-        loras=[work.Lora.parse(text) for text in lora or ()],
+        loras=[Lora.parse(text) for text in lora or ()],
         backend=backend,
         compute=compute,
         dtype=DTYPES[dtype],
     )
     work.check_out(out, request, force)
-    if request.embedded and (note := words_note(prompt, negative or "")):
-        console.print(f"[yellow]Note:[/] {escape(note)} --base names the folder of another model.", soft_wrap=True)
     with progress(console, MofNCompleteColumn()) as bar:
         task = bar.add_task("checking files", total=None)
         drawing = work.generate(
@@ -185,6 +184,8 @@ def generate(
             step=lambda done, total: bar.update(task, completed=done, total=total),
         )
     work.save_png(drawing, out)
+    if request.embedded and (note := words_note(prompt, negative or "")):
+        console.print(f"[yellow]Note:[/] {escape(note)} --base names the folder of another model.", soft_wrap=True)
     if as_json:
         done = {
             "offload": drawing.plan.offload,

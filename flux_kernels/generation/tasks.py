@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GGUFError
 from ..flux.calls import PIXELS_A_TOKEN
+from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,7 +86,7 @@ IMAGE = Task(
 )
 
 
-def choose_task(config: Mapping[str, Any], request: Any, title: str) -> Task:
+def choose_task(config: Mapping[str, Any], request: Request, title: str) -> Task:
     """Choose what to do with a transformer and the request's pictures.
 
     Args:
@@ -111,7 +112,7 @@ def choose_task(config: Mapping[str, Any], request: Any, title: str) -> Task:
     return task
 
 
-def _by_channels(config: Mapping[str, Any], request: Any, title: str) -> Task:
+def _by_channels(config: Mapping[str, Any], request: Request, title: str) -> Task:
     channels = config["in_channels"]
     latent = config.get("out_channels") or channels
     stacked = channels / latent
@@ -159,7 +160,7 @@ _HOMES = {
 }
 
 
-def read_pictures(task: Task, request: Any) -> dict[str, Image]:
+def read_pictures(task: Task, request: Request) -> dict[str, Image]:
     """Read the request's pictures: argument of the pipeline -> RGB picture, or grey for the mask.
 
     Raises:

@@ -12,8 +12,9 @@ from PIL import Image
 from flux_kernels import FormatError, GGUFError
 from flux_kernels.generation.base_pipeline import PARTS, base_sizes, check_base, check_fit
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.generation.generate import Drawing, Job, Lora, Request, call_settings, check_out, save_png
+from flux_kernels.generation.generate import Drawing, Job, call_settings, check_out, save_png
 from flux_kernels.generation.inspect_file import FileFacts
+from flux_kernels.generation.request import Lora, Request
 from flux_kernels.generation.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
 
 

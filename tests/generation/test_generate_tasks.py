@@ -18,6 +18,7 @@ from flux_kernels.generation import generate as work
 from flux_kernels.generation.base_pipeline import load_pipeline
 from flux_kernels.generation.demo import Variant, write_variant
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.generation.request import Request
 from flux_kernels.generation.tasks import DEPTH, choose_task
 
 from ..t5_files import decoded_twin
@@ -154,7 +155,7 @@ def test_a_t5_with_another_vocabulary_is_refused(files, tmp_path):
 
 
 def test_depth_is_told_from_canny_by_name_and_other_stacks_are_refused():
-    request = work.Request(None, None, "", control_image="x.png")
+    request = Request(None, None, "", control_image="x.png")
     config = {"in_channels": 128, "out_channels": 64, "guidance_embeds": True}
     assert choose_task(config, request, "flux1-Depth-dev.gguf") is DEPTH
     assert choose_task(config, request, "flux1-canny-dev.gguf").defaults["guidance_scale"] == 30
