@@ -9,7 +9,8 @@ import torch
 
 from bench.gpu_session.predict import product_ms, read_ms
 from bench.gpu_session.session import Session
-from flux_kernels.machine.tune import Job, tune
+from flux_kernels.machine.tune import tune
+from flux_kernels.machine.tune_jobs import Job
 
 KEY = ("compute", "format", "m", "n", "k")
 _EXACT = ((512, 3072, 3072), (512, 12288, 3072), (512, 3072, 12288), (1, 18432, 3072))

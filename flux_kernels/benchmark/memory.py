@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
+
+from ..machine.silence import STDERR, silenced
 
 
 def extra_peak(function: Callable[[], object], device: torch.device) -> int | None:
@@ -39,7 +37,8 @@ def _counted(function: Callable[[], object]) -> int:
         changes = (e.nbytes() for e in profiler.kineto_results.events() if e.name() == "[memory]")
         return max(accumulate(changes, initial=0))
 
-    with _silence():
+    # The profiler's C++ library writes to standard error at every start and stop.
+    with silenced(STDERR):
         with _profiler():  # the first one must start in the main thread
             pass
         with ThreadPoolExecutor(1) as thread:
@@ -49,17 +48,3 @@ def _counted(function: Callable[[], object]) -> int:
 def _profiler() -> torch.autograd.profiler.profile:
     # torch.profiler.profile would do the same and import torch's compiler first, which takes seconds.
     return torch.autograd.profiler.profile(profile_memory=True)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Hide what the profiler's C++ library writes to standard error at every start and stop."""
-    sys.stderr.flush()
-    shown = os.dup(2)
-    try:
-        with tempfile.TemporaryFile() as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(shown, 2)
-        os.close(shown)
