@@ -25,7 +25,7 @@ def test_the_step_is_that_of_diffusers():
     for parameter in theirs.parameters():  # norms' weights are ones and biases small; a swap of two would not be seen
         parameter.data += 0.1 * torch.randn_like(parameter)
     config = StepConfig.read(TINY_FLUX)
-    ours = StepModel(lambda _, n, k: nn.Linear(k, n), config).double()
+    ours = StepModel(config).double()
     ours.load_state_dict(theirs.state_dict())
     inputs = step_inputs(config, 64, 96, 2, CPU, torch.float64, text=7)
     with torch.no_grad():
@@ -64,7 +64,9 @@ def test_the_calls_are_those_of_the_tables(size):
     made: Counter = Counter()
     meta = torch.device("meta")
     with meta:
-        model = StepModel(lambda _, n, k: Recorder(n, k, made)).to(torch.bfloat16)
+        model = StepModel().to(torch.bfloat16)
+    for name, linear in model.linears().items():
+        model.set_submodule(name, Recorder(linear.out_features, linear.in_features, made))
     inputs = step_inputs(StepConfig(), **{"batch": 1, **STEPS[size]}, device=meta, dtype=torch.bfloat16)
     assert model(inputs).shape == (inputs.image.shape[0], inputs.image.shape[1], 64)
     listed: Counter = Counter()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...compute import dtype_name
 from ...errors import BackendUnavailable
@@ -164,7 +164,7 @@ def why(problem: Exception) -> str:
 
 def _unquantized(config: StepConfig, stored: Mapping[str, Tensor]) -> StepModel:
     """Return the float32 model of the weights that were quantized."""
-    model = StepModel(lambda _, n, k: nn.Linear(k, n), config)
+    model = StepModel(config)
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     return model
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from ..providers import PROVIDERS, Problem
 from .inputs import StepConfig
 from .model import StepModel
 
+T = TypeVar("T")
 _OURS = "ours "
 _INDEX = re.compile(r"(?<=blocks\.)\d+")
 
@@ -50,10 +52,11 @@ class StepWeights:
         """Return the weights of a model of the first double and the first single block, the same tensors."""
         config = replace(self.config, num_layers=1, num_single_layers=1)
         names = linear_shapes(config).keys() | _norms(config).keys()
-        packed, plain, norms = (
-            {name: one for name, one in found.items() if name in names} for found in (self.packed, self.plain, self.norms)
-        )
-        return StepWeights(config, self.fmt, self.dtype, packed, plain, norms)
+
+        def kept(weights: dict[str, T]) -> dict[str, T]:
+            return {name: weight for name, weight in weights.items() if name in names}
+
+        return replace(self, config=config, packed=kept(self.packed), plain=kept(self.plain), norms=kept(self.norms))
 
     def to_file_order(self) -> None:
         """Undo field planes, one weight at a time; models made before must be gone, or both arrangements stay in memory."""
@@ -103,9 +106,8 @@ def _rows(weights: StepWeights, name: str, n: int, k: int, planes: bool, device:
     fmt, first, index = weights.fmt, first_block(name), _INDEX.search(name)
     if stored is not None:
         weight = stored[f"{name}.weight"].float()
-        even = (
-            None if fmt.quantize is not None else torch.ones_like(weight[:1]).expand_as(weight)
-        )  # libggml's quantizers of some types insist on one
+        # libggml's quantizers of some types insist on an importance.
+        even = None if fmt.quantize is not None else torch.ones_like(weight[:1]).expand_as(weight)
         rows = quantizer(fmt)(weight, even)
         return (fmt.layout.to_planes(rows) if planes else rows).to(device)
     if first in weights.packed and index is not None:
@@ -118,23 +120,19 @@ def first_block(name: str) -> str:
     return _INDEX.sub("0", name)
 
 
+def _empty_model(config: StepConfig) -> StepModel:
+    with torch.device("meta"):
+        return StepModel(config)
+
+
 def linear_shapes(config: StepConfig) -> dict[str, tuple[int, int]]:
     """Return name -> (N, K) of every linear layer."""
-    found: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, n: int, k: int) -> nn.Module:
-        found[name] = (n, k)
-        return nn.Identity()
-
-    with torch.device("meta"):
-        StepModel(note, config)
-    return found
+    return {name: (linear.out_features, linear.in_features) for name, linear in _empty_model(config).linears().items()}
 
 
 def _norms(config: StepConfig) -> dict[str, int]:
-    with torch.device("meta"):
-        model = StepModel(lambda *_: nn.Identity(), config)
-    return {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.RMSNorm)}
+    modules = _empty_model(config).named_modules()
+    return {name: module.weight.numel() for name, module in modules if isinstance(module, nn.RMSNorm)}
 
 
 class _Calling(nn.Module):
@@ -160,7 +158,7 @@ def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) 
     """
     made: dict[str, nn.Module] = {}
 
-    def make(name: str, problem: Problem) -> nn.Module:
+    def make(name: str) -> nn.Module:
         key = first_block(name) if first_blocks_only else name
         if key not in made:
             made[key] = make_layer(provider, weights.packed[key], name)
@@ -169,13 +167,11 @@ def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) 
     return _assemble(weights, make)
 
 
-def _assemble(weights: StepWeights, make: Callable[[str, Problem], nn.Module], dtype: torch.dtype | None = None) -> StepModel:
-    def layer(name: str, n: int, k: int) -> nn.Module:
-        if name in weights.packed:
-            return make(name, weights.packed[name])
-        return _linear(*(tensor.to(dtype or tensor.dtype) for tensor in weights.plain[name]))
-
-    model = StepModel(layer, weights.config)
+def _assemble(weights: StepWeights, make: Callable[[str], nn.Module], dtype: torch.dtype | None = None) -> StepModel:
+    model = _empty_model(weights.config)
+    for name in model.linears():
+        plain = (tensor.to(dtype or tensor.dtype) for tensor in weights.plain.get(name, ()))
+        model.set_submodule(name, make(name) if name in weights.packed else _linear(*plain))
     for name, weight in weights.norms.items():
         model.get_submodule(name).weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
     return model.eval()
@@ -221,7 +217,7 @@ def build_reference(
     """
     generator = torch.Generator(next(iter(weights.packed.values())).data.device).manual_seed(0)
 
-    def make(name: str, problem: Problem) -> nn.Module:
+    def make(name: str) -> nn.Module:
         problem = weights.packed[first_block(name) if first_blocks_only else name]
 
         def call(x: Tensor) -> Tensor:
