@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING
 
+from ..report.plot_style import BLUE, DPI, GREEN, INK, ORANGE, RED, png
 from .record import origin_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT = "#222222", "#8a8a8a"
 _SIDES = {  # name for people, colour, mark
     "torch": ("not quantized (torch)", INK, "s"),
-    "diffusers": ("diffusers' GGUF layers", "#e8890c", "^"),
+    "diffusers": ("diffusers' GGUF layers", ORANGE, "^"),
     "diffusers compiled": ("diffusers' layers, compiled", "#a85f00", "v"),
     "dequantize": ("decode, then multiply", "#9a8f00", "D"),
-    "ours exact": ("flux_kernels exact", "#2f6db3", "o"),
-    "ours fp16_accumulate": ("flux_kernels fp16_accumulate", "#2b8a3e", "d"),
-    "ours int8": ("flux_kernels int8", "#c2255c", "X"),
+    "ours exact": ("flux_kernels exact", BLUE, "o"),
+    "ours fp16_accumulate": ("flux_kernels fp16_accumulate", GREEN, "d"),
+    "ours int8": ("flux_kernels int8", RED, "X"),
 }
 _PEER_COLORS, _PEER_MARKS = (
     ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29"),
     ("P", "*", "<", ">", "p", "8", "H"),
 )
-_COLUMNS, _DPI = 3, 150  # panels beside each other; dots an inch
+_COLUMNS = 3  # panels beside each other
 _WIDTH = 9.6  # inches of a figure: at the width of a page its words are as large as the page's
 _HEIGHT = 3.1  # inches of a line of panels
 _WORDS = 9.5  # points
@@ -63,7 +62,7 @@ def panels(names: Sequence[str], one_x: bool = True) -> tuple[Figure, list[tuple
 
     columns = min(_COLUMNS, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(_WIDTH, 0.9 + _HEIGHT * lines), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.9 + _HEIGHT * lines), dpi=DPI, layout="constrained")
     grid = figure.subplots(lines, columns, sharex=one_x, sharey=True, squeeze=False).flatten()
     for axes in grid[len(names) :]:
         axes.set_visible(False)
@@ -97,9 +96,7 @@ def finished(figure: Figure, rows: Sequence[Mapping], title: str, x: str, y: str
     figure.supxlabel("\n".join(textwrap.fill(line, int(13 * _WIDTH)) for line in lines), fontsize=_WORDS)
     figure.supylabel(y, fontsize=_WORDS)
     _head(figure, title, handles, names)
-    held = BytesIO()
-    figure.savefig(held, format="png", facecolor="white", metadata={"Software": None})
-    return held.getvalue()
+    return png(figure)
 
 
 def _head(figure: Figure, title: str, handles: Sequence, names: Sequence[str]) -> None:
@@ -109,10 +106,10 @@ def _head(figure: Figure, title: str, handles: Sequence, names: Sequence[str]) -
             handles, names, loc="upper left", ncols=columns, fontsize=_WORDS, frameon=False, borderaxespad=0, borderpad=0
         )
         box = legend.get_window_extent()
-        if box.width < 0.98 * _DPI * _WIDTH or columns == 1:
+        if box.width < 0.98 * DPI * _WIDTH or columns == 1:
             break
         legend.remove()
-    above = _TITLE + box.height / _DPI + 2 * _GAP
+    above = _TITLE + box.height / DPI + 2 * _GAP
     height = figure.get_figheight() + above
     figure.set_figheight(height)
     figure.suptitle(title, x=0.01, y=1 - _GAP / height, ha="left", va="top", fontweight="bold", fontsize=12)

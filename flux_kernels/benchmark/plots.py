@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..flux.calls import Call
+from ..report.plot_style import FAINT, INK
 from .ceilings import Ceilings
 from .linears import least_bytes
-from .plot_style import FAINT, INK, finished, label, log_scale, look, panels, providers
+from .plot_style import finished, label, log_scale, look, panels, providers
 
 _SPREAD = 1.6  # how far apart the sides of one M are drawn, as a factor
 _DOT = dict(linestyle="", markersize=5, alpha=0.75)
