@@ -25,16 +25,14 @@ import torch
 from bench.aot import model as compile_time
 from bench.aot.cards import CARDS
 from bench.aot.model import MODELS, MODES, Case, Model, Record, both_cases, call_ms, choice_of, clocks, tile_from, torch_ms
-from bench.record import write_csv
+from bench.record import AOT, read_csv, write_csv
 from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import least_bytes
-from flux_kernels.benchmark.record import read_csv
 from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import modes
 from flux_kernels.kernels.choice import Choice, tile_of
 
-RECORD = Path(__file__).parent / "results" / "aot.csv"
 TABLES = ("linear", "sweep", "two_stage", "int8", "small_m")  # of a session, those whose rows the model predicts
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _LONG_NS = 50_000  # kernels of the profiler that tell the clock under load
@@ -231,7 +229,7 @@ def main() -> None:
         "--model", choices=[model.name for model in MODELS], help="rates by a card's data sheet, instead of measured ones"
     )
     arguments = parser.parse_args()
-    (model, tables), record = _inputs(arguments.measured, arguments.model), read_csv(RECORD)
+    (model, tables), record = _inputs(arguments.measured, arguments.model), read_csv(AOT)
     found = [row for name, rows in tables.items() for row in calibrate(rows, model, record, name)]
     if not found:
         raise SystemExit(f"no measured call that the record predicts for capability {model.capability}")

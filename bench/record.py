@@ -1,5 +1,12 @@
-"""Origin columns and CSV files, for everything under bench/ and tools/ (the code is part of the package)."""
+"""Where recorded results stand, and how they are read and written, for everything under bench/ and tools/.
 
-from flux_kernels.benchmark.record import append_csv, origin, write_csv
+The code for rows and their origin is part of the package.
+"""
 
-__all__ = ["append_csv", "origin", "write_csv"]
+from flux_kernels.benchmark.record import CHECKOUT as ROOT
+from flux_kernels.benchmark.record import append_csv, origin, read_csv, write_csv
+
+__all__ = ["AOT", "RESULTS", "ROOT", "append_csv", "origin", "read_csv", "write_csv"]
+
+RESULTS = ROOT / "bench" / "results"
+AOT = RESULTS / "aot.csv"  # the compile-time report's rows

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from flux_kernels.benchmark.record import read_csv, write_csv
+from bench.record import ROOT, read_csv, write_csv
 
 COLUMNS = ("format", "provider", "m", "n", "k", "ms", "bound", "share", "of_matmul", "of_copy")
 
@@ -56,8 +56,7 @@ def _measured(options: argparse.Namespace) -> list[dict]:
         path = Path(folder) / "rows.csv"
         command = [sys.executable, "-m", "bench.run", "--formats", options.formats, "--scale", str(options.scale)]
         command += ["--write", str(path), "--device", options.device]
-        root = Path(__file__).resolve().parents[1]
-        if subprocess.run(command, cwd=root, stdout=sys.stderr, check=False).returncode:
+        if subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode:
             raise SystemExit("bench.run failed, see above: no table of wrong or missing results")
         return read_csv(path)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from bench.record import append_csv, origin, read_csv
 from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import is_broken, measure, summary
 from flux_kernels.benchmark.providers import default_providers
-from flux_kernels.benchmark.record import append_csv, origin, read_csv
 from flux_kernels.benchmark.shapes import STEPS, Call, reduced, size_name, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.launching import capability_of

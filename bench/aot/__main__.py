@@ -15,6 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bench.record import AOT
+
+from .cards import CARDS
+from .invariants import problems
+from .launches import ANY, DTYPES, FORMATS, ROWS
+from .recorder import Recorder, compiled, items, lacking, read_record
+from .report import Row, key
+
 
 def main(
     formats: Annotated[str, typer.Option(help="Comma-separated ggml types; empty means all.")] = "",
@@ -42,9 +50,7 @@ def main(
     jobs: Annotated[int, typer.Option(help="Compiling processes.")] = 2,
 ) -> None:
     """Compile what the library launches for cards that are not here; report registers, spills, main loop and clocks."""
-    from .recorder import RECORD, lacking, read_record
-
-    record = read_record(write or RECORD)
+    record = read_record(write or AOT)
     wanted = _wanted(_words(formats), _words(capabilities), _words(kernels), _words(dtypes), _words(rows), k)
     if list_only:
         unrecorded = _list(wanted, record, _words(tritons))
@@ -66,10 +72,6 @@ def _words(text: str) -> list[str]:
 
 def _wanted(formats: list[str], capabilities: list[str], kernels: list[str], dtypes: list[str], rows: list[str], k: int):
     """Return the launches that the options name; kernels that are the same for all formats or dtypes are among them."""
-    from .cards import CARDS
-    from .launches import ANY, DTYPES, FORMATS, ROWS
-    from .recorder import items
-
     cards = [int(capability) for capability in capabilities] or list(CARDS)
     found = items(cards, tuple(map(int, rows)) or ROWS)
     _known("capabilities", cards, CARDS)
@@ -93,10 +95,6 @@ def _known(what: str, given: list, known) -> None:
 
 def _compile(wanted: list, record: dict, write: Path | None, jobs: int, quiet: bool) -> tuple[list[dict], list[str]]:
     """Compile launches; return their rows, and what is wrong with them."""
-    from .invariants import problems
-    from .recorder import Recorder, compiled
-    from .report import Row, key
-
     rows, broken, recorder = [], [], Recorder(write) if write else None
     with _progress(quiet) as progress:
         task = progress.add_task("compiling", total=len(wanted))
@@ -122,8 +120,6 @@ def _progress(quiet: bool) -> Progress:
 
 
 def _drop_unlaunched(write: Path) -> None:
-    from .recorder import Recorder
-
     recorder = Recorder(write)
     if gone := recorder.drop_unlaunched():
         Console(stderr=True).print(f"dropped {gone} rows that nothing launches any more")

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 
-import torch
-
 from flux_kernels.compute import DATACENTER, WEIGHT_ONLY_M, group_width, mode_of_call
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
@@ -23,10 +21,9 @@ from flux_kernels.kernels.chunks import chunk_sizes, wave_efficiency
 from flux_kernels.kernels.tiles import Tile
 
 from .cards import CARDS, CONVERT_RATES, MEASURED_CONVERT_RATES, SHARED_WAIT
+from .launches import ANY, DTYPES
 
 MODES = ("exact", "fp16_accumulate", "int8")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_ANY = "any"
 _LEAST_K = 128  # rows of no more weights leave no loop to predict from
 _KERNELS = {"fused": "fused_gemm", "split_k": "split_k"}
 # Kernels whose operands both pass shared memory, and what decodes alike on the capability that was measured.
@@ -86,8 +83,8 @@ class Record:
             row
             for key in (
                 (kernel, format, capability, dtype),
-                (kernel, format, capability, _ANY),
-                (kernel, _ANY, capability, dtype),
+                (kernel, format, capability, ANY),
+                (kernel, ANY, capability, dtype),
             )
             for row in self._rows.get(key, [])
             if tile in ("", row["tile"]) and (int(row["k"]) == 0 or int(row["k"]) > _LEAST_K)
@@ -127,7 +124,7 @@ class Case:
     @property
     def itemsize(self) -> int:
         """Return the bytes of a value of x."""
-        return _DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype].itemsize
 
     def row(self, kernel: str, tile: str = "") -> dict:
         """Return a kernel's row on this card."""
@@ -202,7 +199,7 @@ def choice_of(case: Case, mode: str, call: Call) -> tuple[str, Choice]:
     """Return the compute mode that a call really runs in (few rows run as exact), and the default table's choice."""
     compute = mode_of_call(mode, call.m)
     fmt, capability = FORMATS[case.format], divmod(case.model.capability, 10)
-    processors, dtype = case.model.processors, _DTYPES[case.dtype]
+    processors, dtype = case.model.processors, DTYPES[case.dtype]
     return compute, default_choice(compute, fmt, call.m, call.n, call.k, capability, dtype, False, processors)
 
 

@@ -19,10 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.aot.model import H200_MEASURED, MODELS, MODES, Record, predict
-from bench.record import write_csv
-from flux_kernels.benchmark.record import read_csv
-
-RESULTS = Path(__file__).parents[1] / "results"
+from bench.record import AOT, read_csv, write_csv
 
 
 def main(
@@ -30,7 +27,7 @@ def main(
     write: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
     """Predict each mode on cards from an RTX 3060 to an H200 from bench/results/aot.csv, beside torch's bf16 product."""
-    record, found = Record(read_csv(RESULTS / "aot.csv")), []
+    record, found = Record(read_csv(AOT)), []
     for model in (*MODELS, H200_MEASURED):
         for name in formats.split(","):
             for mode, fused in (("exact", False), ("exact", True), *((mode, False) for mode in MODES[1:])):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import triton
 
-from bench.record import write_csv
+from bench.record import AOT, read_csv, write_csv
+from flux_kernels.machine.tune_compile import said
 
 from .cards import CARDS
 from .launches import ROWS, Launch, launches
 from .report import key, launch_key, row_of
 
-RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
 _SAVED_EVERY = 30  # seconds
 
 
@@ -44,12 +43,9 @@ def items(capabilities: Iterable[int] = CARDS, rows: tuple[int, ...] = ROWS) -> 
     return [Item(capability, rows, place) for capability in capabilities for place in range(len(launches(capability, rows)))]
 
 
-def read_record(path: Path = RECORD) -> dict[tuple, dict]:
+def read_record(path: Path = AOT) -> dict[tuple, dict]:
     """Return the recorded rows by key; none where there is no file, or one from before a column was added."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path) if path.exists() else []
     return {key(row): row for row in rows} if rows and "code" in rows[0] else {}
 
 
@@ -72,7 +68,7 @@ def _one(item: Item) -> dict | str:
     try:
         return row_of(item.launch, item.capability)
     except Exception as error:  # noqa: BLE001  (whatever a compiler raises is a result: it is reported, the others go on)
-        return f"{' '.join(item.key())}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{' '.join(item.key())}: {said(error)}"
 
 
 class Recorder:

@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .sweep import cases
+from .sweep.outcome import run_case
+
 _EPILOG = """Examples:
 
 python -m bench.aot.run --small    each kernel with each format once, cards and dtypes in turn: what CI runs
@@ -58,8 +61,6 @@ def main(
     asynchronous copy too early, and where the code has an instruction that the interpreter does not know. Exit code 1 where
     any case faults or is wrong. A whole run takes about an hour on two cores, most of it compiling.
     """
-    from .sweep import cases
-
     named = {"kernels": kernels, "formats": formats, "dtypes": dtypes, "capabilities": capabilities}
     chosen = {option: tuple(filter(None, text.split(","))) for option, text in named.items()}
     _refuse_unknown(chosen)
@@ -77,8 +78,6 @@ def main(
 
 
 def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
-    from .sweep import cases
-
     known = {
         "kernels": list(cases.KERNELS),
         "formats": list(cases.FORMATS),
@@ -92,8 +91,6 @@ def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
 
 def _run(work: list, options: tuple, jobs: int, quiet: bool) -> list:
     """Run all cases, with a progress bar on stderr, and print each problem when it is found."""
-    from .sweep.outcome import run_case
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     outcomes = []
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress, ProcessPoolExecutor(jobs) as pool:

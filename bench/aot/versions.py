@@ -14,7 +14,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.record import ROOT
 
 
 def fetch(version: str) -> Path | None:

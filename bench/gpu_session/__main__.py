@@ -24,8 +24,8 @@ from bench.gpu_session import cache, summary
 from bench.gpu_session.kernels import Kernel, save
 from bench.gpu_session.sections import SECTIONS, Section
 from bench.gpu_session.session import Session
+from bench.record import ROOT
 from bench.stand_in import CARDS
-from flux_kernels.benchmark.record import CHECKOUT
 
 _MARGIN, _LEAST_SECONDS, _LATE = 2.0, 12.0, 3
 _STACK_SECONDS = 1.0  # before its limit, a section that did not stop by itself writes where it is
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("No GPU is seen here: `--dry-run` runs every section on a stand-in. Nothing was run or marked as done.")
         return 2
     manifest = cache.take_over(options.archive, cache.FOLDER, seconds=60)
-    has_git = shutil.which("git") is not None and (CHECKOUT / ".git").exists()
+    has_git = shutil.which("git") is not None and (ROOT / ".git").exists()
     told = options.commit or (None if has_git else manifest.get("commit"))
     if told:
         os.environ["FLUX_KERNELS_COMMIT"] = told

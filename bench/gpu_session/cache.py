@@ -30,9 +30,9 @@ from triton.runtime import cache as triton_cache
 
 from bench.gpu_session.kernels import Kernel, compile_all, distinct, load, save
 from bench.gpu_session.key import short, triton_key_of
+from bench.record import ROOT
 from flux_kernels.benchmark.record import commit
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "out" / "gpu_session"
 ARCHIVE = FOLDER / "cache.tar.xz"
 _ENTRIES, _KERNELS, _MANIFEST = "triton", "kernels.pickle", "manifest.json"

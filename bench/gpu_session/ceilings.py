@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from bench.gpu_session.predict import moved_ms, product_ms
 from bench.gpu_session.session import Session
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
 from flux_kernels.flux.calls import step_calls
 
 _BYTES = 1 << 30
@@ -29,9 +29,8 @@ def run(session: Session) -> None:
         Case(dict(what="copy", m="", n="", k=""), lambda: torch.bitwise_not(words, out=copied), moved_ms(rates, 2 * _BYTES)),
         Case(dict(what="read", m="", n="", k=""), lambda: torch.amax(words, 0), moved_ms(rates, _BYTES)),
     ]
-    time_cases(session, table, memory)
-    for m, n, k in shapes():
-        time_cases(session, table, _products(session, m, n, k))
+    time_groups(session, table, [memory])
+    time_groups(session, table, (_products(session, m, n, k) for m, n, k in shapes()))
 
 
 def _products(session: Session, m: int, n: int, k: int) -> list[Case]:

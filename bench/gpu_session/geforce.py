@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from bench.aot import model as compile_time
 from bench.aot.cards import CARDS as LIMITS
 from bench.aot.cards import CONVERT_RATES, occupancy
-from bench.gpu_session.predict import RECORD, case_ms, product_ms
+from bench.gpu_session.predict import case_ms, product_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.sweep import exact_call
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
+from bench.record import AOT, read_csv
 from bench.stand_in import CARDS
 from bench.stand_in_ptx import compiled_for
 from flux_kernels import kernels
-from flux_kernels.benchmark.record import read_csv
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
@@ -42,10 +42,8 @@ def run(session: Session) -> None:
     for m, n, k in _SHAPES:
         for format in _FORMATS[:1] if session.reduced else _FORMATS:
             for card in _CARDS:
-                if session.late():
-                    return
                 with compiled_for(CARDS[card]):
-                    time_cases(session, table, list(_cases(session, card, format, m, n, k)))
+                    time_groups(session, table, [_cases(session, card, format, m, n, k)])
 
 
 def _cases(session: Session, card: str, format: str, m: int, n: int, k: int) -> Iterator[Case]:
@@ -82,7 +80,7 @@ def predicted_ms(
 
 @cache
 def _record() -> compile_time.Record:
-    return compile_time.Record([_translated(row) for row in read_csv(RECORD)])
+    return compile_time.Record([_translated(row) for row in read_csv(AOT)])
 
 
 def _translated(row: dict) -> dict:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from statistics import median
 
 import torch
 from torch import nn
 
 import flux_kernels as fk
-from bench.gpu_session.session import Session
-from flux_kernels.benchmark.record import read_csv
+from bench.gpu_session.session import Session, timed
+from bench.record import RESULTS, read_csv
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.clock import balanced_order
 
@@ -21,7 +19,6 @@ _N = _K = 3072
 _CALLS = 60  # whose launches, up to five each, fit the driver's queue of about a thousand
 _ROUNDS = 15
 _CASES = {"small m": ("exact", 1), "fused": ("exact", 16), "two-stage": ("exact", 640), "int8": ("int8", 640)}
-_RECORDED = Path(__file__).parents[1] / "results" / "launch_cost.csv"
 
 
 def run(session: Session) -> None:
@@ -36,11 +33,8 @@ def run(session: Session) -> None:
             for index in balanced_order(len(calls), turn):
                 key = list(calls)[index]
                 times[key].append(_issue(calls[key]))
-    for key, found in times.items():
-        predicted = _predicted(key[0])
-        p50 = median(found)
-        more = dict(p50_ms=f"{p50:.5f}", least_ms=f"{min(found):.5f}", predicted_ms=f"{predicted:.5f}")
-        table.add(_key(*key) | more | dict(measured_over_predicted=f"{p50 / predicted:.2f}", note=""))
+    for key, milliseconds in times.items():
+        table.add(_key(*key) | timed(milliseconds, _predicted(key[0])) | dict(note=""))
 
 
 def _key(case: str, m: int, entry: str) -> dict:
@@ -73,5 +67,5 @@ def _issue(call: Callable[[], object]) -> float:
 
 def _predicted(case: str) -> float:
     """Return the milliseconds that the stand-in driver's record has for an H100's choices; the driver's own part is not in them."""
-    rows = [row for row in read_csv(_RECORDED) if row["card"] == "H100" and row["case"] == case]
+    rows = [row for row in read_csv(RESULTS / "launch_cost.csv") if row["card"] == "H100" and row["case"] == case]
     return float(rows[-1]["us"]) / 1e3

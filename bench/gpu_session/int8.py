@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.gpu_session.plain_int8 import plain_int8
 from bench.gpu_session.predict import modelled_ms, moved_ms, product_ms, read_ms
 from bench.gpu_session.session import Session
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
 from flux_kernels import kernels
 from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS
@@ -39,12 +39,8 @@ _FORMAT = "Q4_K"
 
 def run(session: Session) -> None:
     """Write int8.csv."""
-    table = session.table("int8", KEY)
-    for m, n, k in _SHAPES:
-        for cases in (_pieces, _whole, _products):
-            if session.late():
-                return
-            time_cases(session, table, list(cases(session, m, n, k)))
+    groups = (cases(session, *shape) for shape in _SHAPES for cases in (_pieces, _whole, _products))
+    time_groups(session, session.table("int8", KEY), groups)
 
 
 def product_clock_ms(session: Session, m: int, n: int, k: int, scales: str) -> float:

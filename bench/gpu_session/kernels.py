@@ -9,7 +9,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import cache as triton_cache
 from triton.runtime.jit import JITFunction
+
+from flux_kernels.machine.tune_compile import said
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,7 @@ class Kernel:
 
     def compile(self) -> None:
         """Compile it into Triton's cache; code for another card than the session's keeps its PTX beside the machine code."""
-        binary_only = self.target.arch == 90
-        triton.knobs.compilation.store_binary_only = binary_only
+        triton.knobs.compilation.store_binary_only = self.target.arch == 90
         triton.compile(self.source, target=self.target, options=self.options)
 
 
@@ -96,14 +97,9 @@ def _named(module: str, name: str) -> JITFunction:
 def save(kernels: list[Kernel], path: Path) -> None:
     """Write kernels to a file; functions by their names."""
     buffer = io.BytesIO()
-    _Pickler(buffer).dump([(k.fn, k.signature, k.constants, k.attributes, tuple_of(k.target), k.options) for k in kernels])
+    _Pickler(buffer).dump([(k.fn, k.signature, k.constants, k.attributes, astuple(k.target), k.options) for k in kernels])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
-
-
-def tuple_of(target: GPUTarget) -> tuple:
-    """Return a target's fields."""
-    return target.backend, target.arch, target.warp_size
 
 
 def load(path: Path) -> list[Kernel]:
@@ -123,9 +119,8 @@ def compile_all(kernels: list[Kernel], processes: int = os.cpu_count() or 1, sec
         return 0, []
     _WORK[:] = kernels
     failed, done, end = [], 0, time.monotonic() + seconds
-    with multiprocessing.get_context("fork").Pool(
-        processes, torch.set_num_threads, (1,)
-    ) as pool:  # for want of the parent's threads
+    # On one thread each: a fork has none of its parent's.
+    with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
         for problem in pool.imap_unordered(_compile, range(len(kernels))):
             done += not problem
             failed += [problem] if problem else []
@@ -140,5 +135,5 @@ def _compile(index: int) -> str:
     try:
         kernel.compile()
     except Exception as problem:  # noqa: BLE001 - such as a tile that the compiler cannot do: the session's row will say so
-        return f"{kernel.fn.fn.__name__}: {type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
+        return f"{kernel.fn.fn.__name__}: {said(problem)}"
     return ""

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 from bench.aot import model as compile_time
-from flux_kernels.benchmark.record import read_csv
+from bench.record import AOT, read_csv
 from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.chunks import wave_efficiency
-
-RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
 
 
 @dataclass(frozen=True)
@@ -85,4 +82,4 @@ def case_ms(case: compile_time.Case, compute: str, m: int, n: int, k: int, choic
 
 @cache
 def _record() -> compile_time.Record:
-    return compile_time.Record(read_csv(RECORD))
+    return compile_time.Record(read_csv(AOT))

@@ -8,13 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.gpu_session import ceilings, geforce, host, int8, profiled, rates, small_m, step, sweep, tuning, two_stage
 from bench.gpu_session.session import Session
+from bench.record import ROOT
 from flux_kernels.formats import FORMATS
 
-ROOT = Path(__file__).resolve().parents[2]
 _TESTS = "tests/gpu/test_on_gpu.py"  # the others need diffusers
 _WORKERS = 12  # pytest processes: cores are 16, and each takes a CUDA context
 _TABLE = ("Q4_K", "Q8_0", "Q6_K")

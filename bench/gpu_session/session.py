@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from bench.gpu_session.predict import Rates, rates_of
-from flux_kernels.benchmark.record import append_csv, origin, read_csv
+from bench.record import append_csv, origin, read_csv
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.random_rows import random_rows
 
@@ -110,3 +111,11 @@ class Table:
         append_csv(row | self.made_at, self.path)
         self.done.add(self._key(row))
         print(" ".join(f"{value}" for value in row.values() if value != ""), flush=True)
+
+
+def timed(times: Sequence[float], predicted: float | None, digits: int = 5) -> dict[str, str]:
+    """Return the columns of some runs' milliseconds beside their prediction, "" for what is not known."""
+    p50 = median(times) if times else None
+    columns = dict(p50_ms=p50, least_ms=min(times, default=None), predicted_ms=predicted)
+    texts = {name: "" if value is None else f"{value:.{digits}f}" for name, value in columns.items()}
+    return texts | dict(measured_over_predicted=f"{p50 / predicted:.2f}" if p50 is not None and predicted else "")

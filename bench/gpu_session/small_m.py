@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bench.gpu_session.predict import moved_ms, read_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.sweep import exact_call
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
 from bench.gpu_session.two_stage import FORMAT_NAMES
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, choose
@@ -24,12 +24,8 @@ _ROWS = (1, 2, 4, 8)
 
 def run(session: Session) -> None:
     """Write small_m.csv."""
-    table = session.table("small_m", KEY)
-    for m in _ROWS:
-        for format in FORMAT_NAMES if m == 1 else FORMAT_NAMES[:1]:
-            if session.late():
-                return
-            time_cases(session, table, list(_cases(session, format, m, *_SHAPE)))
+    calls = ((format, m) for m in _ROWS for format in (FORMAT_NAMES if m == 1 else FORMAT_NAMES[:1]))
+    time_groups(session, session.table("small_m", KEY), (_cases(session, *call, *_SHAPE) for call in calls))
 
 
 def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Case]:

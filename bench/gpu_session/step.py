@@ -11,22 +11,22 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 import torch
 
 from bench.gpu_session.predict import Rates, modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
-from bench.gpu_session.session import Session
-from flux_kernels.benchmark.providers import PROVIDERS, Unavailable
+from bench.gpu_session.session import Session, timed
+from flux_kernels.benchmark.names import WRONG, mode_of
+from flux_kernels.benchmark.providers import CANNOT_RUN, PROVIDERS
 from flux_kernels.benchmark.step.inputs import step_inputs
 from flux_kernels.benchmark.step.jobs import true_size
 from flux_kernels.benchmark.step.timing import Oracle
 from flux_kernels.benchmark.step.timing import run as run_step
 from flux_kernels.benchmark.step.weights import StepWeights, build, make_weights
-from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.gpu_clock import GpuClock, Replay
+from flux_kernels.machine.tune_compile import said
 
 KEY = ("format", "provider", "size", "what")
 _PROVIDERS = ("torch", "ours exact", "ours int8", "dequantize")
@@ -64,8 +64,8 @@ def _format(session: Session, table, format: str, size: str, providers: list[str
             return
         try:
             _provider(session, table, weights, oracle, provider, size)
-        except (Unavailable, BackendUnavailable, torch.OutOfMemoryError, RuntimeError, ValueError) as problem:
-            table.add(_row(_key(format, provider, size, "graph"), [], None, f"{type(problem).__name__}: {str(problem)[:150]}"))
+        except (*CANNOT_RUN, RuntimeError, ValueError) as problem:
+            table.add(_row(_key(format, provider, size, "graph"), [], None, said(problem)))
         gc.collect()
 
 
@@ -80,7 +80,7 @@ def _provider(session: Session, table, weights: StepWeights, oracle: Oracle, pro
     session.expected += (4 * _ROUNDS * predicted + 3000) / 1e3
     found = dict(error=f"{error:.3g}", gate=f"{gate:.3g}")
     if not error <= gate and not session.dry:
-        table.add(_row(_key(format, provider, size, "graph"), [], predicted, "wrong result", **found))
+        table.add(_row(_key(format, provider, size, "graph"), [], predicted, WRONG.strip(": "), **found))
         return
     rounds = 1 if session.dry else _ROUNDS
     clock = GpuClock(session.device)
@@ -133,7 +133,7 @@ def _call_ms(rates: Rates, format: str, provider: str, call: Call) -> float:
         return product_ms(rates, *shape)
     if call.m <= 16:
         return read_ms(rates, format, call.n, call.k)
-    modelled = None if provider == "dequantize" else modelled_ms(rates, provider.removeprefix("ours "), format, *shape)
+    modelled = None if provider == "dequantize" else modelled_ms(rates, mode_of(provider), format, *shape)
     if modelled is not None:
         return modelled
     if provider == "ours int8":
@@ -144,14 +144,5 @@ def _call_ms(rates: Rates, format: str, provider: str, call: Call) -> float:
 
 
 def _row(key: dict, times: list[float], predicted: float | None, note: str, **more: str) -> dict:
-    p50 = median(times) if times else None
-    return key | dict(
-        p50_ms="" if p50 is None else f"{p50:.3f}",
-        least_ms=f"{min(times):.3f}" if times else "",
-        predicted_ms="" if predicted is None else f"{predicted:.3f}",
-        measured_over_predicted=f"{p50 / predicted:.2f}" if p50 is not None and predicted else "",
-        error=more.get("error", ""),
-        gate=more.get("gate", ""),
-        peak_gb=more.get("peak_gb", ""),
-        note=note,
-    )
+    checked = {name: more.get(name, "") for name in ("error", "gate", "peak_gb")}
+    return key | timed(times, predicted, 3) | checked | dict(note=note)

@@ -8,23 +8,11 @@ from pathlib import Path
 
 from bench.gpu_session.kernels import load
 from bench.gpu_session.sections import SECTIONS, Section
-from flux_kernels.benchmark.record import read_csv
+from bench.record import read_csv
+from flux_kernels.benchmark.record import ORIGIN
 
 MOST_CHARACTERS = 11_500
-_HIDDEN = {
-    "least_ms",
-    "note",
-    "device",
-    "capability",
-    "driver",
-    "torch",
-    "triton",
-    "libggml",
-    "commit",
-    "date",
-    "error",
-    "gate",
-}
+_HIDDEN = {"least_ms", "note", "error", "gate", *ORIGIN}
 _ROWS = {  # table -> most rows, in the order in which they are cut
     "step": 16,
     "tuning": 12,

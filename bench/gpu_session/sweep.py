@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from bench.gpu_session.predict import modelled_ms, product_ms, two_stage_ms
 from bench.gpu_session.session import Session
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
 from bench.gpu_session.two_stage import FORMAT_NAMES
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import exact, two_stage
@@ -28,13 +28,8 @@ _FUSED = 0.7  # of cuBLAS's speed, where the model has no row: issue slots of th
 
 def run(session: Session) -> None:
     """Write sweep.csv."""
-    table = session.table("sweep", KEY)
-    for n, k in _SHAPES:
-        for format in FORMAT_NAMES:
-            for m in _ROWS:
-                if session.late():
-                    return
-                time_cases(session, table, list(_cases(session, format, m, n, k)))
+    calls = ((format, m, n, k) for n, k in _SHAPES for format in FORMAT_NAMES for m in _ROWS)
+    time_groups(session, session.table("sweep", KEY), (_cases(session, *call) for call in calls))
 
 
 def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Case]:

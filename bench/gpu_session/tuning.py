@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict
 
 import torch
 
@@ -31,23 +32,12 @@ def run(session: Session) -> None:
     def show(job: Job, row) -> None:
         if row is None:
             return
-        predicted = (
-            read_ms(session.rates, job.format, job.n, job.k) if job.m == 1 else product_ms(session.rates, job.m, job.n, job.k)
-        )
+        shape = job.m, job.n, job.k
+        predicted = read_ms(session.rates, job.format, *shape[1:]) if job.m == 1 else product_ms(session.rates, *shape)
         session.expected += count * (_CANDIDATE_SECONDS + 4 * predicted / 1e3)
         ratio = f"{row.ms / predicted:.2f}"
-        table.add(
-            dict(
-                compute=job.compute,
-                format=job.format,
-                m=job.m,
-                n=job.n,
-                k=job.k,
-                algorithm=row.algorithm,
-                tile=str(row.tile or ""),
-            )
-            | dict(p50_ms=row.ms, default_ms=row.default_ms, predicted_ms=f"{predicted:.5f}", measured_over_predicted=ratio)
-        )
+        chosen = dict(algorithm=row.algorithm, tile=str(row.tile or ""), p50_ms=row.ms, default_ms=row.default_ms)
+        table.add(asdict(job) | chosen | dict(predicted_ms=f"{predicted:.5f}", measured_over_predicted=ratio))
 
     minutes = max(0.0, session.end - time.monotonic()) / 60
     options, todo = (dict(limit=2), jobs()[:3]) if session.reduced else ({}, jobs())

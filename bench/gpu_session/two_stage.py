@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.gpu_session.ceilings import shapes
 from bench.gpu_session.predict import product_ms, two_stage_ms
 from bench.gpu_session.session import Session
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
 from flux_kernels import kernels
 from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.kernels import two_stage
@@ -38,33 +38,20 @@ _VARIANTS = (  # rows, bias, scratch
 
 def run(session: Session) -> None:
     """Write two_stage.csv: M of 512 is left to the sweep."""
-    table = session.table("two_stage", KEY)
-    for format in FORMAT_NAMES:
-        for m, n, k in (shape for shape in shapes() if shape[0] > 512):
-            if session.late():
-                return
-            time_cases(session, table, _cases(session, format, m, n, k))
+    calls = ((format, *shape) for format in FORMAT_NAMES for shape in shapes() if shape[0] > 512)
+    time_groups(session, session.table("two_stage", KEY), (_cases(session, *call) for call in calls))
 
 
-def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
+def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Case]:
     fmt, rates, x, bias = FORMATS[format], session.rates, session.activations(m, k), session.bias(n)
     weights = session.weights(format, n, k)
     turns, shape = cycle(weights), dict(format=format, m=m, n=n, k=k)
     dense = two_stage.unpack(weights[0], fmt, x.dtype, fmt.planes)
     right = F.linear(x, dense, bias)
-    cases = [
-        Case(
-            shape | dict(rows="torch", bias="epilogue", scratch=""),
-            lambda: F.linear(x, dense, bias),
-            product_ms(rates, m, n, k),
-        ),
-        Case(
-            shape | dict(rows="shipped", bias="", scratch=""),
-            lambda: kernels.linear(x, next(turns), bias, fmt, "exact", fmt.planes),
-            two_stage_ms(rates, format, m, n, k),
-            right,
-        ),
-    ]
+    plain, shipped = (shape | dict(rows=rows, bias=bias, scratch="") for rows, bias in (("torch", "epilogue"), ("shipped", "")))
+    yield Case(plain, lambda: F.linear(x, dense, bias), product_ms(rates, m, n, k))
+    call = lambda: kernels.linear(x, next(turns), bias, fmt, "exact", fmt.planes)
+    yield Case(shipped, call, two_stage_ms(rates, format, m, n, k), right)
     for rows, added, scratch in _VARIANTS:
         count = _rows(rows, n, k, rates.l2_bytes)
         if scratch == _BESIDE:
@@ -72,8 +59,7 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
         else:
             call = _variant(x, turns, bias if added != "none" else None, fmt, count, added == "strided y", scratch == "kept")
         predicted = two_stage_ms(rates, format, m, n, k, count, copied_bias=added == "strided y")
-        cases.append(Case(shape | dict(rows=rows, bias=added, scratch=scratch), call, predicted, right))
-    return cases
+        yield Case(shape | dict(rows=rows, bias=added, scratch=scratch), call, predicted, right)
 
 
 def _rows(name: str, n: int, k: int, l2_bytes: int) -> int | None:

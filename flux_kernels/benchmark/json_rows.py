@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from .record import ORIGIN
 from .session import Found
-from .step.verdict import step_verdict
+from .verdict import step_verdict
 
 _WORDS = ("format", "provider", "size", "where", "what", "dtype", "note", "compute")
-_ORIGIN = ("device", "capability", "driver", "torch", "triton", "libggml", "commit", "date")
 
 
 def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[str, object]] = ()) -> str:
@@ -43,7 +43,7 @@ def unfinished(linears: Sequence[Mapping[str, object]], steps: Sequence[Mapping[
 
 
 def _plain(row: Mapping[str, object]) -> dict[str, object]:
-    return {name: value if name in (*_WORDS, *_ORIGIN) else _number(value) for name, value in row.items()}
+    return {name: value if name in (*_WORDS, *ORIGIN) else _number(value) for name, value in row.items()}
 
 
 def _number(value: object) -> float | int | None:

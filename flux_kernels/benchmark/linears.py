@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from ..compute import dtype_name
-from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
 from ..machine.random_rows import random_rows
 from ..torch_backend import reference
 from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings
-from .providers import PROVIDERS, Problem, Unavailable, same_call
+from .names import FAILED, OURS, TORCH, WRONG
+from .providers import CANNOT_RUN, PROVIDERS, Problem, same_call, why
 from .shapes import Call
 from .totals import MARKS, by_step, marked, totals
 
 _TIMES = ("repeats", "p20_ms", "p50_ms", "p80_ms", "graph_ms")
 _MEASURED = (*_TIMES, "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
-WRONG, FAILED = "wrong result: ", "failed: "  # how the notes of such rows begin
 _ORACLE_ROWS, _ORACLE_COLUMNS = 64, 256
 
 
@@ -75,12 +74,8 @@ def measure(
                 notes[provider] = _version(PROVIDERS[provider].package)
             else:
                 notes[provider] = f"{WRONG}relative error {errors[provider][0]:.2g}, at most {gate}"
-        except (Unavailable, BackendUnavailable) as error:
-            notes[provider] = str(error)
-        except torch.OutOfMemoryError:
-            notes[provider] = "out of memory"
         except Exception as error:  # noqa: BLE001  (a failure is a result: it becomes the row's note, and the other rows stay)
-            notes[provider] = f"{FAILED}{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            notes[provider] = f"{'' if isinstance(error, CANNOT_RUN) else FAILED}{why(error)}"
     alike = {one: same_call(one, call.m) for one in functions}
     timed = {one: function for one, function in functions.items() if alike[one] == one or alike[one] not in functions}
     flush = cache_flusher(device)
@@ -104,14 +99,14 @@ def _version(package: str) -> str:
 
 def is_broken(row: Mapping[str, object]) -> bool:
     """Tell whether a row says that one of our own sides gave a wrong result or failed."""
-    return str(row["provider"]).startswith("ours") and str(row["note"]).startswith((WRONG, FAILED))
+    return str(row["provider"]).startswith(OURS) and str(row["note"]).startswith((WRONG, FAILED))
 
 
 def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | None:
     """Return the bytes a call must move at least: weight, activation and output; None where the weight's are not known here."""
     if PROVIDERS[provider].own_weights:
         return None
-    weight = itemsize * call.n * call.k if provider == "torch" else call.n * FORMATS[name].row_bytes(call.k)
+    weight = itemsize * call.n * call.k if provider == TORCH else call.n * FORMATS[name].row_bytes(call.k)
     return weight + itemsize * call.m * (call.k + call.n)
 
 
@@ -132,7 +127,7 @@ def _row(name, size, call, provider, times, graph, errors, note, problem, ceilin
     if times is None:
         return row | dict.fromkeys(_MEASURED, "") | checked
     p20, p50, p80 = percentiles(times)
-    packed = provider != "torch" and not PROVIDERS[provider].own_weights  # else it reads other bytes
+    packed = provider != TORCH and not PROVIDERS[provider].own_weights  # else it reads other bytes
     speeds = dict(tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(problem.data.numel() / p50 / 1e6) if packed else "")
     shares = dict.fromkeys(("share_of_matmul", "share_of_copy"), "")
     if ceilings is not None:
@@ -154,9 +149,9 @@ def summary(rows: list[dict]) -> str:
     """Return the time of a whole step's linears by size, format and provider, and its speed beside plain torch's in the same run."""
     lines: list[str] = []
     for (size, name), mine in by_step(rows).items():
-        found = totals(mine)
-        for provider, total in found.items():
-            beside = f", {marked(total, found['torch']):>5} x torch" if "torch" in found else ""
+        sums = totals(mine)
+        for provider, total in sums.items():
+            beside = f", {marked(total, sums[TORCH]):>5} x torch" if TORCH in sums else ""
             lines.append(f"{name:8} {provider:30} {total.p50:10.1f} ms a step{beside}  {size}".rstrip())
     said = "\n".join(lines)
     return "\n".join([said, *(f"{sign} {words}" for sign, words in MARKS.items() if f" {sign}" in said)])

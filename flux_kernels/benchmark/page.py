@@ -6,12 +6,13 @@ import html
 from collections.abc import Mapping, Sequence
 
 from ..report.html_page import document, image, table
+from .names import TORCH
 from .plots import memory_against_time, roofline, speed_beside_rows, throughput
 from .prices import prices
 from .providers import PROVIDERS
 from .record import CHECKOUT, origin_text, read_csv
 from .session import Found
-from .step.verdict import step_verdict
+from .verdict import step_verdict
 
 _FIDELITY = CHECKOUT / "bench" / "results" / "embedded_fidelity.csv"
 _CAPTIONS = {
@@ -45,9 +46,10 @@ _CAPTIONS = {
         ),
     ),
 }
-_LINEAR = {
+_TITLES = {  # of the columns that tables of rows show
     "format": "type",
-    "size": "step",
+    "what": "what",
+    "size": "size",
     "provider": "side",
     "where": "call",
     "m": "M",
@@ -64,26 +66,13 @@ _LINEAR = {
     "packed_gb_s": "GB/s of weight",
     "share_of_matmul": "of arithmetic limit",
     "share_of_copy": "of memory limit",
+    "peak_bytes": "most bytes in use",
+    "weight_bytes": "bytes of weights",
     "error": "RMS error",
     "max_error": "largest error",
     "note": "note",
 }
-_STEP = {
-    "format": "type",
-    "what": "what",
-    "size": "size",
-    "provider": "side",
-    "dtype": "dtype",
-    "repeats": "repeats",
-    "p20_ms": "p20 ms",
-    "p50_ms": "median ms",
-    "p80_ms": "p80 ms",
-    "peak_bytes": "most bytes in use",
-    "weight_bytes": "bytes of weights",
-    "error": "RMS error",
-    "note": "note",
-}
-_WORDS = ("type", "step", "side", "call", "dtype", "what", "size", "note")
+_WORDS = ("format", "what", "size", "provider", "where", "dtype", "note")
 
 
 def figures(found: Found) -> dict[str, bytes]:
@@ -93,7 +82,7 @@ def figures(found: Found) -> dict[str, bytes]:
         ImportError: where matplotlib is missing.
     """
     drawn = {}
-    if any(row["provider"] == "torch" and row["p50_ms"] for row in found.linears):
+    if any(row["provider"] == TORCH and row["p50_ms"] for row in found.linears):
         drawn["speed"] = speed_beside_rows(found.linears)
         drawn["throughput"] = throughput(found.linears)
         drawn["roofline"] = roofline(found.linears, found.ceilings)
@@ -126,19 +115,20 @@ def page(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ())
         title, caption = _CAPTIONS[name]
         parts.append(f"<h2>{title}</h2><p>{html.escape(caption)}</p>{image(png, title)}")
     origins = list(dict.fromkeys(origin_text(row) for row in (*found.linears, *found.steps) or (found.origin,)))
-    parts.append(_every("Every linear call", _LINEAR, found.linears, origins))
-    parts.append(_every("Every whole run", _STEP, found.steps, origins))
+    parts.append(_every("Every linear call", found.linears, origins))
+    parts.append(_every("Every whole run", found.steps, origins))
     parts.append(_sources(found, origins))
     return document(f"flux_kernels on {found.origin['device']}", parts)
 
 
-def _every(title: str, columns: Mapping[str, str], rows: Sequence[Mapping], origins: Sequence[str]) -> str:
+def _every(title: str, rows: Sequence[Mapping], origins: Sequence[str]) -> str:
     if not rows:
         return ""
-    heads = [*columns.values(), "origin"]
+    columns = [name for name in _TITLES if any(name in row for row in rows)]
     lines = [[*(_cell(name, row.get(name)) for name in columns), origins.index(origin_text(row)) + 1] for row in rows]
-    numbers = [head for head in heads if head not in _WORDS]
-    return f"<details><summary>{title} ({len(rows)} rows)</summary>{table(heads, lines, numbers)}</details>"
+    numbers = [_TITLES[name] for name in columns if name not in _WORDS]
+    shown = table([*map(_TITLES.__getitem__, columns), "origin"], lines, [*numbers, "origin"])
+    return f"<details><summary>{title} ({len(rows)} rows)</summary>{shown}</details>"
 
 
 def _cell(column: str, value: object) -> object:

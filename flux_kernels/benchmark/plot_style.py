@@ -6,26 +6,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..report.plot_style import BLUE, DPI, GREEN, INK, ORANGE, RED, png
+from ..report.plot_style import DPI, png
+from .names import SIDES
 from .record import origin_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SIDES = {  # name for people, colour, mark
-    "torch": ("not quantized (torch)", INK, "s"),
-    "diffusers": ("diffusers' GGUF layers", ORANGE, "^"),
-    "diffusers compiled": ("diffusers' layers, compiled", "#a85f00", "v"),
-    "dequantize": ("decode, then multiply", "#9a8f00", "D"),
-    "ours exact": ("flux_kernels exact", BLUE, "o"),
-    "ours fp16_accumulate": ("flux_kernels fp16_accumulate", GREEN, "d"),
-    "ours int8": ("flux_kernels int8", RED, "X"),
-}
-_PEER_COLORS, _PEER_MARKS = (
-    ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29"),
-    ("P", "*", "<", ">", "p", "8", "H"),
-)
+_PEER_COLORS = ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29")
+_PEER_MARKS = "P*<>p8H"
 _COLUMNS = 3  # panels beside each other
 _WIDTH = 9.6  # inches of a figure: at the width of a page its words are as large as the page's
 _HEIGHT = 3.1  # inches of a line of panels
@@ -34,21 +24,16 @@ _TITLE, _GAP = 0.36, 0.08  # inches that the title takes, and between it, legend
 
 
 def providers(rows: Sequence[Mapping]) -> list[str]:
-    """List the sides of these rows: known ones in the order of `_SIDES`, then other libraries as they come."""
-    found = list(dict.fromkeys(row["provider"] for row in rows))
-    return [name for name in _SIDES if name in found] + [name for name in found if name not in _SIDES]
-
-
-def label(provider: str) -> str:
-    """Return a side's name for people."""
-    return _SIDES[provider][0] if provider in _SIDES else provider
+    """List the sides of these rows: known ones in the order of `SIDES`, then other libraries as they come."""
+    sides = dict.fromkeys(row["provider"] for row in rows)
+    return [name for name in SIDES if name in sides] + [name for name in sides if name not in SIDES]
 
 
 def look(provider: str, rows: Sequence[Mapping]) -> dict:
     """Return colour and mark of a side: its own in every plot of these rows."""
-    if provider in _SIDES:
-        return dict(color=_SIDES[provider][1], marker=_SIDES[provider][2])
-    index = [name for name in providers(rows) if name not in _SIDES].index(provider)
+    if provider in SIDES:
+        return dict(color=SIDES[provider].color, marker=SIDES[provider].mark)
+    index = [name for name in providers(rows) if name not in SIDES].index(provider)
     return dict(color=_PEER_COLORS[index % len(_PEER_COLORS)], marker=_PEER_MARKS[index % len(_PEER_MARKS)])
 
 

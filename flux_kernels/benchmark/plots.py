@@ -6,19 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from ..flux.calls import Call
 from ..report.plot_style import FAINT, INK
+from ..report.sizes import unit_of
 from .ceilings import Ceilings
 from .linears import least_bytes
-from .plot_style import finished, label, log_scale, look, panels, providers
+from .names import KINDS, TORCH, label
+from .plot_style import finished, log_scale, look, panels, providers
 
 _SPREAD = 1.6  # how far apart the sides of one M are drawn, as a factor
 _DOT = dict(linestyle="", markersize=5, alpha=0.75)
 _FORMAT_MARKS = "osD^vP*X<>hpd8"
-_KINDS = {
-    "step": "one step of FLUX.1-dev",
-    "embedded step": "one step of the tiny embedded model",
-    "denoising": "pictures of the tiny embedded model",
-    "denoising, model offload": "the same, with model offload",
-}
 _BYTES = dict(peak_bytes="full", weight_bytes="none")
 _TFLOPS = "TFLOP/s: million million operations a second"
 _ROWS = "rows M of the layer's input: image and text tokens (M = 1: one vector for the whole picture)"
@@ -72,12 +68,12 @@ def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
 def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
     """Return a PNG: speed of every call beside torch's in the same run, over the rows M of its input."""
     measured = [row for row in rows if row["p50_ms"]]
-    base = {_call(row): float(row["p50_ms"]) for row in measured if row["provider"] == "torch"}
+    base = {_call(row): float(row["p50_ms"]) for row in measured if row["provider"] == TORCH}
     measured = [row for row in measured if _call(row) in base]
     figure, drawn = panels(_formats(measured))
-    sides = [name for name in providers(measured) if name != "torch"]
+    sides = [name for name in providers(measured) if name != TORCH]
     for axes, name in drawn:
-        axes.axhline(1, color=INK, linewidth=1.2, label=label("torch"))
+        axes.axhline(1, color=INK, linewidth=1.2, label=label(TORCH))
         for index, provider in enumerate(sides):
             shift = _SPREAD ** (index / max(1, len(sides) - 1) - 0.5)  # at one M the sides would hide each other
             mine = [(int(row["m"]) * shift, base[_call(row)] / float(row["p50_ms"])) for row in _of(measured, name, provider)]
@@ -97,18 +93,18 @@ def memory_against_time(rows: Sequence[Mapping]) -> bytes:
     measured = [row for row in rows if row["p50_ms"] and (row["weight_bytes"] or row["peak_bytes"])]
     figure, drawn = panels(list(dict.fromkeys(row["what"] for row in measured)), one_x=False)
     largest = max(float(row[key] or 0) for row in measured for key in _BYTES)
-    gigabytes, seconds = largest >= 1e9, max(float(row["p50_ms"]) for row in measured) >= 1e3
+    (unit, unit_name), seconds = unit_of(largest), max(float(row["p50_ms"]) for row in measured) >= 1e3
     marks = {name: _FORMAT_MARKS[index % len(_FORMAT_MARKS)] for index, name in enumerate(_formats(measured))}
     for axes, what in drawn:
         for row in (row for row in measured if row["what"] == what):
             time = float(row["p50_ms"]) / (1e3 if seconds else 1)
             color = look(row["provider"], measured)["color"]
-            sizes = {key: float(row[key]) / (1e9 if gigabytes else 1e6) for key in _BYTES if row[key]}
+            sizes = {key: float(row[key]) / unit for key in _BYTES if row[key]}
             axes.plot([time] * len(sizes), list(sizes.values()), color=color, linewidth=0.8, alpha=0.5)
             for key, size in sizes.items():
                 axes.plot(time, size, marks[row["format"]], color=color, markersize=7, fillstyle=_BYTES[key])
-        axes.set_ylim(0, 1.08 * largest / (1e9 if gigabytes else 1e6))
-        axes.set_title(_KINDS.get(what, what), fontsize=11)
+        axes.set_ylim(0, 1.08 * largest / unit)
+        axes.set_title(KINDS[what].title, fontsize=11)
         log_scale(axes, "x")
     sides = [
         Line2D([], [], color=look(name, measured)["color"], linewidth=4, label=label(name)) for name in providers(measured)
@@ -121,7 +117,7 @@ def memory_against_time(rows: Sequence[Mapping]) -> bytes:
         measured,
         "Memory and time of whole runs: lower left is best",
         f"time in {'seconds' if seconds else 'milliseconds'}, log scale",
-        f"memory in {'GB' if gigabytes else 'MB'}",
+        f"memory in {unit_name}",
         [*sides, *types, *fills],
     )
 

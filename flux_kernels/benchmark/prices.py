@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..report.html_page import table
-from .plot_style import label
+from .names import EMBEDDED_STEP, OURS, STEP, TORCH, label
 from .record import origin_text
 from .session import Found
 from .totals import MARKS, TWINS, Total, by_step, marked, totals
 
-_OURS = "ours "
 _HEADS = ("type", "step", "side", "speed, torch = 1", "RMS error", "largest error", "error of a step", "PSNR dB", "SSIM")
 _NUMBERS = _HEADS[3:]
 _SCALED = " \u201cM and N / ...\u201d: rows and outputs of each call divided by that, for machines without a GPU."
@@ -42,10 +41,10 @@ def prices(found: Found, pictures: Sequence[Mapping]) -> str:
 
 def _lines(size: str, name: str, rows: Sequence[Mapping], found: Found, pictures: Sequence[Mapping]) -> list[tuple]:
     """Return a line for each side of one type."""
-    seen = {_OURS + row["compute"]: row for row in pictures if row["format"] == name}
+    seen = {OURS + row["compute"]: row for row in pictures if row["format"] == name}
     runs = [row for row in found.steps if row["format"] == name]
-    steps = {row["provider"]: row for row in runs if row["what"] == "embedded step"}
-    steps |= {row["provider"]: row for row in runs if (row["what"], row["size"]) == ("step", size)}
+    steps = {row["provider"]: row for row in runs if row["what"] == EMBEDDED_STEP}
+    steps |= {row["provider"]: row for row in runs if (row["what"], row["size"]) == (STEP, size)}
     sums, made = totals(rows), []
     for side in dict.fromkeys(row["provider"] for row in rows):
         mine = [row for row in rows if row["provider"] == side]
@@ -71,8 +70,8 @@ def _words(sizes: Sequence[str], speeds: Sequence[str], found: Found, pictures: 
 
 
 def _speed(sums: Mapping[str, Total], side: str, rows: Sequence[Mapping]) -> str:
-    if {side, "torch"} <= sums.keys():
-        return marked(sums[side], sums["torch"])
+    if {side, TORCH} <= sums.keys():
+        return marked(sums[side], sums[TORCH])
     return next((row["note"] for row in rows if row["note"] and not row["p50_ms"]), "not measured")
 
 

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compute import COMPUTE_MODES, DATACENTER, WEIGHT_ONLY_M, mode_of_call
+from ..errors import BackendUnavailable
 from ..formats import BlockFormat
 from ..install_hints import install_command
+from ..machine.tune_compile import said
 from ..torch_backend import reference
+from .names import EXACT, OURS, TORCH, mode_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,17 @@ class Problem:
 
 class Unavailable(RuntimeError):
     """Say why a provider cannot run here."""
+
+
+# What is no failure of a provider: it cannot run here, or not in this memory.
+CANNOT_RUN = (Unavailable, BackendUnavailable, torch.OutOfMemoryError)
+
+
+def why(error: Exception) -> str:
+    """Return the note of a provider that could not run, or raised."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return str(error) if isinstance(error, CANNOT_RUN) else said(error)
 
 
 def not_installed(module: str, package: str = "") -> Unavailable:
@@ -74,7 +88,7 @@ def provider(name: str, group: str, gate: float = GATE_EXACT, **more):
     return register
 
 
-@provider("torch", "base")
+@provider(TORCH, "base")
 def _plain(problem: Problem):
     """The unquantized model: torch's linear on the decoded weight (the baseline)."""
     weight = _decoded(problem)
@@ -142,8 +156,8 @@ for _compute in ("exact", "fp16_accumulate", "int8"):
 
 def same_call(provider: str, m: int) -> str:
     """Return the side whose code `provider` runs with `m` rows."""
-    compute = provider.removeprefix("ours ")
-    return f"ours {mode_of_call(compute, m)}" if compute in COMPUTE_MODES else provider
+    compute = mode_of(provider)
+    return f"{OURS}{mode_of_call(compute, m)}" if compute in COMPUTE_MODES else provider
 
 
 def _algorithm(name: str):
@@ -172,7 +186,7 @@ for _name in ("fused", "two_stage", "small_m"):
 
 
 # The order of a default comparison, what tells most first: a run may be cut short.
-_FIRST = ("torch", "ours exact", "ours int8", "ours fp16_accumulate")
+_FIRST = (TORCH, EXACT, "ours int8", "ours fp16_accumulate")
 # Rows up to which fused or two-stage is to be measured on a data-center card, whose default switches below.
 _OPEN_QUESTION = 1024
 

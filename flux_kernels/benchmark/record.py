@@ -19,6 +19,7 @@ from ..files import written_whole
 from ..torch_backend import libggml
 
 CHECKOUT = Path(__file__).parents[2]
+ORIGIN = ("device", "capability", "driver", "torch", "triton", "libggml", "commit", "date")  # columns of every row
 _NONE = "none"
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import FormatError
 from ..formats import get_format
+from .names import OURS, WRONG
 from .record import append_csv, read_csv
 from .step.jobs import Key, denoising_job, step_job
 from .step.timing import COLUMNS
@@ -108,7 +109,7 @@ def _show(row: dict, path: Path | None) -> bool:
     print(f"{named} {row['p50_ms']:>10} ms {row['error']:>9}  {row['note']}", flush=True)
     if path:
         append_csv(row, path)
-    return row["provider"].startswith("ours") and row["note"].startswith("wrong result")
+    return row["provider"].startswith(OURS) and row["note"].startswith(WRONG)
 
 
 if __name__ == "__main__":

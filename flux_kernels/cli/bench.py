@@ -172,7 +172,7 @@ def _print(console: Console, found: Found, plan: Plan, lines: list[str]) -> None
     from ..benchmark.linears import summary
     from ..benchmark.record import origin_text
     from ..benchmark.shapes import size_name
-    from ..benchmark.step.verdict import step_verdict
+    from ..benchmark.verdict import step_verdict
 
     console.print(origin_text(found.origin), soft_wrap=True)
     console.print(summary([row for size in plan.sizes for row in found.whole(size_name(size, plan.scale))]), soft_wrap=True)

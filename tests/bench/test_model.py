@@ -23,21 +23,21 @@ from bench.aot.model import (
     tile_from,
     torch_ms,
 )
-from bench.calibrate import RECORD, TABLES, calibrate, fitted_wait, measured_card, summarize
-from flux_kernels.benchmark.record import read_csv
+from bench.calibrate import TABLES, calibrate, fitted_wait, measured_card, summarize
+from bench.record import AOT, RESULTS, read_csv
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, tile_of
 from flux_kernels.kernels.tiles import _UNPACKED_FROM, Tile
 
-H200 = RECORD.parent / "nvidia-h200"
+H200 = RESULTS / "nvidia-h200"
 LINEAR = Call(4608, 12288, 3072, 1, "single proj_mlp")
 BY_NAME = {model.name: model for model in MODELS}
 
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return Record(read_csv(RECORD))
+    return Record(read_csv(AOT))
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -216,15 +216,15 @@ def test_like_is_calibrated_with_like():
     """On an H200 exact mode is compared with two-stage at M = 4608, on an RTX 4090 with the fused kernel at 512, torch with torch."""
     names = ("ours exact", "ours fused", "ours int8", "torch", "ours two_stage", "bitsandbytes NF4")
     rows = [MEASURED | dict(provider=name) for name in names]
-    found = {row["provider"]: row for row in calibrate(rows, BY_NAME["H200"], read_csv(RECORD))}
+    found = {row["provider"]: row for row in calibrate(rows, BY_NAME["H200"], read_csv(AOT))}
     assert set(found) == set(names) - {"bitsandbytes NF4"}
     assert found["ours exact"]["ran"] == found["ours two_stage"]["ran"] == "two_stage"
     assert found["ours exact"]["bound_ms"] == found["ours two_stage"]["bound_ms"]
     assert found["ours fused"]["ran"].startswith("fused 128x128")
     assert found["ours int8"]["ran"].startswith("int8 row_scales")
-    few = calibrate([MEASURED | dict(provider="ours exact", m="512")], BY_NAME["RTX 4090"], read_csv(RECORD))
+    few = calibrate([MEASURED | dict(provider="ours exact", m="512")], BY_NAME["RTX 4090"], read_csv(AOT))
     assert few[0]["ran"].startswith("fused 128x128")
-    assert not calibrate([MEASURED | dict(provider="ours exact", p50_ms="")], BY_NAME["H200"], read_csv(RECORD))
+    assert not calibrate([MEASURED | dict(provider="ours exact", p50_ms="")], BY_NAME["H200"], read_csv(AOT))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_the_card_is_what_its_session_measured(measured):
 
 def test_the_wait_is_the_one_that_was_measured(measured):
     """Fitted to one format, shape and tile; where a kernel has changed since, it is to be measured again."""
-    assert fitted_wait(measured["sweep"], H200_MEASURED, read_csv(RECORD)) == pytest.approx(SHARED_WAIT, rel=0.05)
+    assert fitted_wait(measured["sweep"], H200_MEASURED, read_csv(AOT)) == pytest.approx(SHARED_WAIT, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -252,9 +252,7 @@ def test_the_wait_is_the_one_that_was_measured(measured):
 )
 def test_what_the_wait_was_not_fitted_to_is_within_a_third(measured, table: str, kernel: str):
     """The bound is missed by up to 4.1; with waits no row of another format, tile, shape or kernel is off by a third."""
-    rows = [
-        row for row in calibrate(measured[table], H200_MEASURED, read_csv(RECORD), table) if row["ran"].split()[0] == kernel
-    ]
+    rows = [row for row in calibrate(measured[table], H200_MEASURED, read_csv(AOT), table) if row["ran"].split()[0] == kernel]
     fitted = ("Q4_K", 3072, 3072) if kernel == "fused" else None
     ratios = [float(row["over_waiting"]) for row in rows if (row["format"], row["n"], row["k"]) != fitted]
     assert len(ratios) >= 3
@@ -264,7 +262,7 @@ def test_what_the_wait_was_not_fitted_to_is_within_a_third(measured, table: str,
 
 def test_a_session_s_tables_are_summed_up_by_kernel_and_format(measured):
     """Rows of what the model does not know (no scales at all, other chunks, torch's int8 product) are left out."""
-    found = calibrate(measured["int8"], H200_MEASURED, read_csv(RECORD), "int8")
+    found = calibrate(measured["int8"], H200_MEASURED, read_csv(AOT), "int8")
     summary = {row["ran"]: row for row in summarize(found)}
     kernels = {"quantize_activation", "unpack_int8", "unpack_int8_rows", "int8_gemm", "int8_gemm_rows"}
     assert set(summary) == {*kernels, "int8", "torch"}
@@ -272,5 +270,5 @@ def test_a_session_s_tables_are_summed_up_by_kernel_and_format(measured):
     for row in summary.values():
         for side in ("over_bound", "over_waiting"):
             assert float(row[f"{side}_least"]) <= float(row[f"{side}_median"]) <= float(row[f"{side}_most"])
-    chunks = calibrate(measured["two_stage"], H200_MEASURED, read_csv(RECORD), "two_stage")
+    chunks = calibrate(measured["two_stage"], H200_MEASURED, read_csv(AOT), "two_stage")
     assert {row["ran"] for row in chunks} == {"torch", "two_stage"}

@@ -12,9 +12,9 @@ from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.machine.random_rows import random_rows
 from flux_kernels.torch_backend import reference
 
+from ..launches import DTYPES
 from .cases import Case
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Flux's K are odd multiples of 1024 (3072, 15360) or of 4096: rows of K = 1024 have the alignment of those, 8 bytes for Q6_K.
 K = 1024
 RANK = 20  # of a branch: not a multiple of 16

@@ -17,8 +17,9 @@ from ...layers.memory import memory_footprint
 from ...machine.clock import interleaved
 from ...swap import swap_linear
 from ..memory import extra_peak
-from ..providers import Problem
-from .timing import COLUMNS, DENOISED, DENOISING, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, relative, timed, why
+from ..names import DENOISING, OFFLOADED
+from ..providers import Problem, why
+from .timing import COLUMNS, DENOISED, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, relative, timed, wrong
 from .weights import make_layer
 
 _NEEDS_GPU = "model offload needs a GPU"
@@ -44,11 +45,11 @@ def measure_denoising(
     expected: Tensor | None = None
     for provider in providers:
         progress(f"denoising, {name}: checking {provider}")
-        for what in DENOISING:
+        for what in (DENOISING, OFFLOADED):
             about = dict(format=name, provider=provider, what=what, size=DENOISED, dtype=dtype_name(dtype))
             row: dict = dict.fromkeys(COLUMNS, "") | about
             rows.append(row)
-            offload = what == DENOISING[1]
+            offload = what == OFFLOADED
             if offload and device.type == "cpu":
                 row["note"] = _NEEDS_GPU
                 continue
@@ -68,7 +69,7 @@ def measure_denoising(
                 calls[str(len(rows) - 1)] = call
                 row["peak_bytes"] = "" if extra is None else extra + (0 if offload else weight_bytes)
             else:
-                row["note"] = f"wrong result: relative error {error:.2g}, at most {LARGEST_GATE:.2g}"
+                row["note"] = wrong(error, LARGEST_GATE)
     progress(f"denoising, {name}: timing")
     for index, times in interleaved(calls, repeats, device).items():
         rows[int(index)] |= timed(times)

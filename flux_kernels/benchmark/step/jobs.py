@@ -15,11 +15,12 @@ from ...errors import FormatError
 from ...flux.calls import TEXT
 from ...generation.base_pipeline import one_thread
 from ...generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from ..names import DENOISING, DIFFUSERS, EMBEDDED_STEP, EXACT, OFFLOADED, OURS, STEP, TORCH
 from ..providers import not_installed
 from ..record import origin
 from ..shapes import STEPS
 from .inputs import FLUX_DEV, StepConfig
-from .timing import COLUMNS, DENOISED, DENOISING, EMBEDDED_BATCH, StepCase, measure_format
+from .timing import COLUMNS, DENOISED, EMBEDDED_BATCH, StepCase, measure_format
 
 Key = tuple[str, str, str, str, str]  # format, provider, what, size, commit
 Progress = Callable[[str], None]
@@ -77,8 +78,8 @@ def denoising_job(device: torch.device, repeats: int) -> Job:
     missing = [name for name in ("diffusers", "transformers", "gguf") if not _installed(name)]
     if missing:
         note = str(not_installed(", ".join(missing)))
-        row = dict.fromkeys(COLUMNS, "") | dict(provider="ours exact", what=DENOISING[0], size=DENOISED, note=note)
-        return Job(DENOISING[:1], DENOISED, ["ours exact"], made_at, lambda name, _: [row | dict(format=name)])
+        row = dict.fromkeys(COLUMNS, "") | dict(provider=EXACT, what=DENOISING, size=DENOISED, note=note)
+        return Job((DENOISING,), DENOISED, [EXACT], made_at, lambda name, _: [row | dict(format=name)])
 
     def measure(name: str, progress: Progress) -> Iterable[dict]:
         from .denoising import measure_denoising
@@ -86,7 +87,7 @@ def denoising_job(device: torch.device, repeats: int) -> Job:
         with one_thread():
             return measure_denoising(name, providers, device, _dtype(device), repeats, progress)
 
-    return Job(DENOISING, DENOISED, providers, made_at, measure)
+    return Job((DENOISING, OFFLOADED), DENOISED, providers, made_at, measure)
 
 
 def _embedded_origin(device: torch.device) -> dict[str, str]:
@@ -108,7 +109,7 @@ def _installed(*names: str) -> bool:
 def _providers() -> list[str]:
     """List who is compared; where diffusers is missing, decoding in torch at every call stands for such layers, by its own name."""
     instead = [] if _installed("diffusers", "gguf") else ["dequantize"]
-    return ["torch", "diffusers", *instead, *(f"ours {mode}" for mode in COMPUTE_MODES)]
+    return [TORCH, DIFFUSERS, *instead, *(OURS + mode for mode in COMPUTE_MODES)]
 
 
 def true_size(size: str) -> StepCase:
@@ -117,7 +118,7 @@ def true_size(size: str) -> StepCase:
     height, width, batch = (int(part or 1) for part in found.groups()) if found else (0, 0, 0)
     if not (height and width and batch) or height % 16 or width % 16:
         raise FormatError(f"A size is height x width in multiples of 16, got {size!r}. Known: {', '.join(STEPS)}.")
-    return StepCase("step", size, FLUX_DEV, height, width, batch, TEXT, at_once=True)
+    return StepCase(STEP, size, FLUX_DEV, height, width, batch, TEXT, at_once=True)
 
 
 def embedded() -> StepCase:
@@ -128,7 +129,7 @@ def embedded() -> StepCase:
 
         stored = load_file(folder / "diffusion_pytorch_model.safetensors")
     return StepCase(
-        what="embedded step",
+        what=EMBEDDED_STEP,
         size=DENOISED,
         config=StepConfig.read(json.loads((folder / "config.json").read_text())),
         height=PIPELINE_KWARGS["height"],

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from ...compute import dtype_name
-from ...errors import BackendUnavailable
 from ...formats import FORMATS
 from ...generation.embedded import PIPELINE_KWARGS
 from ...machine.clock import interleaved, percentiles
 from ...machine.free_memory import free_bytes
 from ..memory import extra_peak
-from ..providers import PROVIDERS, Unavailable
+from ..names import OURS, TORCH, WRONG
+from ..providers import CANNOT_RUN, PROVIDERS, Unavailable, why
 from .inputs import StepConfig, StepInputs, step_inputs
 from .model import StepModel
 from .weights import StepWeights, build, build_reference, make_layer, make_weights
 
 TIMES = ("p20_ms", "p50_ms", "p80_ms")
 COLUMNS = ("format", "provider", "what", "size", "dtype", "repeats", *TIMES, "peak_bytes", "weight_bytes", "error", "note")
-DENOISING = ("denoising", "denoising, model offload")
 EMBEDDED_BATCH = 4  # of 16 image tokens each: with fewer than 17 rows every mode runs as "exact"
 DENOISED = f"{PIPELINE_KWARGS['height']}x{PIPELINE_KWARGS['width']} batch {EMBEDDED_BATCH}"
 LARGEST_GATE = 0.5  # relative RMS error; unrelated outputs of equal size are 1.4 apart
@@ -114,7 +113,7 @@ def measure_format(
             continue
         rows = list(measured)
         gc.collect()
-        beside = next(row for row in rows if row["provider"] == "torch")
+        beside = next(row for row in rows if row["provider"] == TORCH)
         for row in rows:
             if row is not beside:
                 said = _OTHER_ORDER.format(float(beside["p50_ms"])) if row["p50_ms"] and beside["p50_ms"] else row["note"]
@@ -128,12 +127,12 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
     working = 32 * largest + 160 * tokens * weights.config.width  # decoding's intermediates; activations of about 10 widths
     free, whole = free_bytes(device), weights.nbytes(unquantized=True)
     reuse = free is not None and whole + working > free
-    second = [name for name in providers if not name.startswith("ours ") and name not in ("torch", "dequantize")]
+    second = [name for name in providers if not name.startswith(OURS) and name not in (TORCH, "dequantize")]
     if not any(_is_there(name, weights) for name in second) or not any(one.planes for one in weights.packed.values()):
         return reuse, [providers]
     if free is None or weights.nbytes() + working + (0 if reuse else whole) <= free:
         return reuse, [providers]
-    return reuse, [[name for name in providers if name not in second], ["torch", *second]]
+    return reuse, [[name for name in providers if name not in second], [TORCH, *second]]
 
 
 def _is_there(provider: str, weights: StepWeights) -> bool:
@@ -147,19 +146,12 @@ def _is_there(provider: str, weights: StepWeights) -> bool:
 
 def is_ours_to_mend(provider: str, problem: Exception) -> bool:
     """Tell whether a failure is an error of this library; that of another one is a result, and becomes the row's note."""
-    expected = (Unavailable, BackendUnavailable, torch.OutOfMemoryError)
-    return provider.startswith("ours ") and not isinstance(problem, expected)
+    return provider.startswith(OURS) and not isinstance(problem, CANNOT_RUN)
 
 
-def why(problem: Exception) -> str:
-    """Return the note of a provider that could not run."""
-    if isinstance(problem, torch.OutOfMemoryError):
-        return "out of memory"
-    return (
-        str(problem)
-        if isinstance(problem, Unavailable)
-        else f"{type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
-    )
+def wrong(error: float, gate: float) -> str:
+    """Return the note of a provider whose output is further off than it may be."""
+    return f"{WRONG}relative error {error:.2g}, at most {gate:.2g}"
 
 
 def _unquantized(config: StepConfig, stored: Mapping[str, Tensor]) -> StepModel:
@@ -186,7 +178,7 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
         if model is not None:
             progress(f"{case.what}, {weights.fmt.name}: timing {provider}")
             rows[provider] |= timed(interleaved(work, repeats, device)[provider])
-            work = {name: one for name, one in work.items() if name == "torch"}
+            work = {name: one for name, one in work.items() if name == TORCH}
             del model
         yield rows[provider]
     if not case.at_once:
@@ -199,14 +191,14 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
 
 def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, unquantized) -> tuple[dict, StepModel | None]:
     """Return a provider's row, and its model where its output is right."""
-    inputs, first_only = oracle.inputs, reuse and provider == "torch"
+    inputs, first_only = oracle.inputs, reuse and provider == TORCH
     row = dict.fromkeys(COLUMNS, "") | dict(
         format=weights.fmt.name,
         provider=provider,
         what=case.what,
         size=case.size,
         dtype=dtype_name(weights.dtype),
-        weight_bytes=weights.nbytes(unquantized=provider == "torch"),
+        weight_bytes=weights.nbytes(unquantized=provider == TORCH),
         note=f"{weights.nbytes(unquantized=True) / 1e9:.1f} GB {_REUSED}" if first_only else "",
     )
     try:
@@ -223,7 +215,7 @@ def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, 
     if unquantized is not None:
         row["note"] = f"{relative(y, unquantized):.2%} off the unquantized model's output"
     if not (error <= gate and y.isfinite().all()):  # also for NaN
-        return row | dict(note=f"wrong result: relative error {error:.2g}, at most {gate:.2g}"), None
+        return row | dict(note=wrong(error, gate)), None
     row["peak_bytes"] = "" if extra is None else row["weight_bytes"] + extra
     return row, model
 

@@ -22,12 +22,12 @@ from ...layers.linear import GGUFLinear
 from ...machine.random_rows import random_rows
 from ...packing import quantizer
 from ...torch_backend import reference
+from ..names import OURS, TORCH, mode_of
 from ..providers import PROVIDERS, Problem
 from .inputs import StepConfig
 from .model import StepModel
 
 T = TypeVar("T")
-_OURS = "ours "
 _INDEX = re.compile(r"(?<=blocks\.)\d+")
 
 
@@ -189,9 +189,9 @@ def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
     Raises:
         Unavailable: where the provider cannot run here.
     """
-    if provider == "torch":
+    if provider == TORCH:
         return _linear(reference.dequantize(problem.data, problem.fmt, problem.dtype, problem.planes), problem.bias)
-    if not provider.startswith(_OURS):
+    if not provider.startswith(OURS):
         layer = PROVIDERS[provider].make(problem)
         return layer if isinstance(layer, nn.Module) else _Calling(layer)
     return GGUFLinear.from_packed(
@@ -200,7 +200,7 @@ def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
         problem.bias,
         planes=problem.planes,
         backend="torch" if problem.data.device.type == "cpu" else "triton",
-        compute=compute_of_layer(provider.removeprefix(_OURS), [name]),
+        compute=compute_of_layer(mode_of(provider), [name]),
         compute_dtype=problem.dtype,
     )
 
