@@ -16,17 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from bench.aot.cards import CARDS as LIMITS
+from bench.aot.cards import LANES
 from bench.stand_in_cuda import Cuda, patched
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, technical specifications per compute capability
-_WARP = 32
 _MOST_THREADS = 1024
 
 
@@ -43,7 +43,32 @@ class Card:
     @property
     def shared_bytes(self) -> int:
         """Return the shared memory that one program may have."""
-        return LIMITS[10 * self.capability[0] + self.capability[1]].shared_per_block
+        return LIMITS[self.target.arch].shared_per_block
+
+    @property
+    def target(self) -> GPUTarget:
+        """Return what Triton compiles for."""
+        major, minor = self.capability
+        return GPUTarget("cuda", 10 * major + minor, LANES)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Return what Triton asks a driver for before it loads a kernel."""
+        return dict(max_shared_mem=self.shared_bytes, multiprocessor_count=self.processors, warpSize=LANES)
+
+    def properties(self, device=None) -> SimpleNamespace:
+        """Return what `torch.cuda.get_device_properties` tells of the card."""
+        major, minor = self.capability
+        return SimpleNamespace(
+            name=self.name,
+            major=major,
+            minor=minor,
+            total_memory=self.memory_bytes,
+            multi_processor_count=self.processors,
+            L2_cache_size=self.l2_bytes,
+            shared_memory_per_block_optin=self.shared_bytes,
+            warp_size=LANES,
+        )
 
 
 # Vendors' data sheets; the H100's and H200's as their drivers said.
@@ -111,22 +136,14 @@ def forget_choices() -> None:
                     value.cache_clear()
 
 
-class _Driver(DriverBase):
+class _Driver:
     """Be the driver that Triton asks for the target, the card's limits, and a way to launch."""
 
     def __init__(self, found: StandIn):
         self.found = found
         self.utils = _Utils(found)
         self.launcher_cls = lambda source, metadata: _Launcher(found, metadata.name)
-        major, minor = found.card.capability
-        self._target = GPUTarget("cuda", 10 * major + minor, _WARP)
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
+        self._target = found.card.target
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -151,8 +168,7 @@ class _Utils:
         self.found = found
 
     def get_device_properties(self, device: int) -> dict:
-        card = self.found.card
-        return dict(max_shared_mem=card.shared_bytes, multiprocessor_count=card.processors, warpSize=_WARP)
+        return self.found.card.limits
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
         """Return module, function, registers, spills and threads, as the driver does; the registers are not known here."""

@@ -48,21 +48,6 @@ class Cuda:
         if self.capturing:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
 
-    def properties(self, device=None) -> SimpleNamespace:
-        """Return what `torch.cuda.get_device_properties` tells of the card."""
-        card = self.card
-        major, minor = card.capability
-        return SimpleNamespace(
-            name=card.name,
-            major=major,
-            minor=minor,
-            total_memory=card.memory_bytes,
-            multi_processor_count=card.processors,
-            L2_cache_size=card.l2_bytes,
-            shared_memory_per_block_optin=card.shared_bytes,
-            warp_size=32,
-        )
-
     def synchronize(self, device=None) -> None:
         """Wait for nothing; raise inside a capture."""
         self.refuse_while_capturing("synchronize")
@@ -246,7 +231,7 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         set_device=_answering(None),
         get_device_name=lambda device=None: cuda.card.name,
         get_device_capability=lambda device=None: cuda.card.capability,
-        get_device_properties=cuda.properties,
+        get_device_properties=cuda.card.properties,
         is_bf16_supported=lambda *_, **__: True,
         synchronize=cuda.synchronize,
         current_stream=lambda device=None: stream,

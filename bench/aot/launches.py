@@ -123,9 +123,7 @@ def launched(
 def _either(one: Launch, other: Launch) -> Launch:
     """Return the launch that two calls share, with ANY where they differ."""
     return replace(
-        one,
-        format=one.format if one.format == other.format else ANY,
-        dtype=one.dtype if one.dtype == other.dtype else ANY,
+        one, format=one.format if one.format == other.format else ANY, dtype=one.dtype if one.dtype == other.dtype else ANY
     )
 
 

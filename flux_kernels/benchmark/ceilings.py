@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -44,8 +45,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 9)
     work: dict[str, Callable[[], object]] = dict(copy=lambda: target.copy_(source))
     for side in _SIDES[device.type]:
         a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-        work[f"{side}"] = lambda a=a, b=b: a @ b
-        work[f"{side} transposed"] = lambda a=a, b=b: a @ b.T  # as a linear layer has it
-    best = {name: min(found) for name, found in interleaved(work, repeats, device).items()}
+        # A linear layer has the second operand transposed.
+        work |= {f"{side}": partial(torch.matmul, a, b), f"{side} transposed": partial(torch.matmul, a, b.T)}
+    best = {name: min(times) for name, times in interleaved(work, repeats, device).items()}
     rates = [2 * int(name.split()[0]) ** 3 / time / 1e9 for name, time in best.items() if name != "copy"]
     return Ceilings(2 * source.numel() / best["copy"] / 1e6, max(rates), dtype_name(dtype))

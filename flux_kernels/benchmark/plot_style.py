@@ -99,4 +99,4 @@ def _head(figure: Figure, title: str, handles: Sequence, names: Sequence[str]) -
     figure.set_figheight(height)
     figure.suptitle(title, x=0.01, y=1 - _GAP / height, ha="left", va="top", fontweight="bold", fontsize=12)
     legend.set_bbox_to_anchor((0.01, 1 - (_TITLE + _GAP) / height), transform=figure.transFigure)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - above / height))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - above / height))

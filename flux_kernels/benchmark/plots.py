@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from ..flux.calls import Call
 from ..report.plot_style import FAINT, INK
@@ -11,11 +12,13 @@ from .ceilings import Ceilings
 from .linears import least_bytes
 from .names import KINDS, TORCH, label
 from .plot_style import finished, log_scale, look, panels, providers
+from .totals import Total
 
 _SPREAD = 1.6  # how far apart the sides of one M are drawn, as a factor
-_DOT = dict(linestyle="", markersize=5, alpha=0.75)
+_DOT: dict[str, Any] = dict(linestyle="", markersize=5, alpha=0.75)
 _FORMAT_MARKS = "osD^vP*X<>hpd8"
-_BYTES = dict(peak_bytes="full", weight_bytes="none")
+_BYTES: dict[str, Literal["full", "none"]] = dict(peak_bytes="full", weight_bytes="none")  # how a mark is filled
+_FILLS = dict(peak_bytes="filled marks: most in use at once", weight_bytes="hollow marks: the weights alone")
 _TFLOPS = "TFLOP/s: million million operations a second"
 _ROWS = "rows M of the layer's input: image and text tokens (M = 1: one vector for the whole picture)"
 
@@ -68,15 +71,15 @@ def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
 def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
     """Return a PNG: speed of every call beside torch's in the same run, over the rows M of its input."""
     measured = [row for row in rows if row["p50_ms"]]
-    base = {_call(row): float(row["p50_ms"]) for row in measured if row["provider"] == TORCH}
-    measured = [row for row in measured if _call(row) in base]
+    base = {_key(row): float(row["p50_ms"]) for row in measured if row["provider"] == TORCH}
+    measured = [row for row in measured if _key(row) in base]
     figure, drawn = panels(_formats(measured))
     sides = [name for name in providers(measured) if name != TORCH]
     for axes, name in drawn:
         axes.axhline(1, color=INK, linewidth=1.2, label=label(TORCH))
         for index, provider in enumerate(sides):
             shift = _SPREAD ** (index / max(1, len(sides) - 1) - 0.5)  # at one M the sides would hide each other
-            mine = [(int(row["m"]) * shift, base[_call(row)] / float(row["p50_ms"])) for row in _of(measured, name, provider)]
+            mine = [(int(row["m"]) * shift, base[_key(row)] / float(row["p50_ms"])) for row in _of(measured, name, provider)]
             if mine:
                 axes.plot(*zip(*mine), **look(provider, measured), **_DOT, label=label(provider))
         log_scale(axes, "x", "y")
@@ -110,8 +113,7 @@ def memory_against_time(rows: Sequence[Mapping]) -> bytes:
         Line2D([], [], color=look(name, measured)["color"], linewidth=4, label=label(name)) for name in providers(measured)
     ]
     types = [Line2D([], [], color=FAINT, marker=mark, linestyle="", label=name) for name, mark in marks.items()]
-    said = [("full", "filled marks: most in use at once"), ("none", "hollow marks: the weights alone")]
-    fills = [Line2D([], [], color=FAINT, marker="o", linestyle="", fillstyle=fill, label=text) for fill, text in said]
+    fills = [Line2D([], [], color=FAINT, marker="o", linestyle="", fillstyle=_BYTES[key], label=_FILLS[key]) for key in _BYTES]
     return finished(
         figure,
         measured,
@@ -130,28 +132,29 @@ def _of(rows: Sequence[Mapping], name: str, provider: str) -> list[Mapping]:
     return [row for row in rows if (row["format"], row["provider"]) == (name, provider)]
 
 
-def _call(row: Mapping) -> tuple:
+def _key(row: Mapping) -> tuple:
     return row["format"], row["size"], row["where"]
 
 
-def _flops(row: Mapping) -> int:
-    return 2 * int(row["m"]) * int(row["n"]) * int(row["k"])
+def _call(row: Mapping) -> Call:
+    return Call(int(row["m"]), int(row["n"]), int(row["k"]), int(row["calls"]), row["where"])
 
 
 def _flops_a_byte(row: Mapping) -> float | None:
     import torch
 
-    call = Call(int(row["m"]), int(row["n"]), int(row["k"]), int(row["calls"]), row["where"])
+    call = _call(row)
     moved = least_bytes(row["format"], row["provider"], call, getattr(torch, row["dtype"]).itemsize)
     return None if moved is None else call.flops / moved
 
 
 def _by_rows(rows: Sequence[Mapping]) -> list[tuple[int, float, float, float]]:
     """Return M and TFLOP/s (low, median, high) of its calls together, each as often as a step has it."""
-    found = []
+    points = []
     for m in sorted({int(row["m"]) for row in rows}):
         mine = [row for row in rows if int(row["m"]) == m]
-        flops = sum(_flops(row) * int(row["calls"]) for row in mine)
-        times = [sum(float(row[name]) * int(row["calls"]) for row in mine) for name in ("p80_ms", "p50_ms", "p20_ms")]
-        found.append((m, *(flops / time / 1e9 for time in times)))
-    return found
+        flops = sum(_call(row).flops * int(row["calls"]) for row in mine)
+        total = Total.of(*mine)
+        low, middle, high = (flops / time / 1e9 for time in (total.p80, total.p50, total.p20))
+        points.append((m, low, middle, high))
+    return points

@@ -29,10 +29,13 @@ def prices(found: Found, pictures: Sequence[Mapping]) -> str:
         pictures: rows of `page.fidelity_rows`.
     """
     whole = [row for one in dict.fromkeys(row["size"] for row in found.linears) for row in found.whole(one)]
-    lines = [line for (size, name), rows in by_step(whole).items() for line in _lines(size, name, rows, found, pictures)]
+    lines: list[tuple[str, ...]] = [
+        line for (size, name), rows in by_step(whole).items() for line in _lines(size, name, rows, found, pictures)
+    ]
     if not lines:
         return ""
-    heads, sizes = _HEADS, list(dict.fromkeys(size for _, size, *_ in lines))
+    heads: tuple[str, ...] = _HEADS
+    sizes = list(dict.fromkeys(size for _, size, *_ in lines))
     text = html.escape(_words(sizes, [line[3] for line in lines], found, pictures))
     if len(sizes) == 1:  # which the words say already
         heads, lines = (heads[0], *heads[2:]), [(name, *rest) for name, _, *rest in lines]

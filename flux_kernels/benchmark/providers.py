@@ -144,8 +144,10 @@ def _ours(compute: str):
     def make(problem: Problem):
         from ..layers.linear import GGUFLinear
 
-        names = dict(backend="torch" if problem.data.device.type == "cpu" else "triton", compute=compute, planes=problem.planes)
-        return GGUFLinear.from_packed(problem.data, problem.fmt, problem.bias, **names)  # which keeps what a layer keeps
+        backend = "torch" if problem.data.device.type == "cpu" else "triton"
+        return GGUFLinear.from_packed(
+            problem.data, problem.fmt, problem.bias, planes=problem.planes, backend=backend, compute=compute
+        )
 
     return make
 
@@ -170,7 +172,7 @@ def _algorithm(name: str):
 
         def call(x: Tensor) -> Tensor:
             y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
-            tile = tile_of(name, problem.fmt, *y.shape, x.shape[1], capability_of(x.device))
+            tile = tile_of(name, problem.fmt, y.shape[0], y.shape[1], x.shape[1], capability_of(x.device))
             with device_of(x):
                 choice = Choice(name, tile, "named")
                 exact.linear(x, problem.data, problem.bias, y, problem.fmt, problem.planes, choice=choice)

@@ -17,13 +17,7 @@ from .numbers import add_odd, fma, round_from_odd
 from .parse import Instruction
 from .threads import Mask, Threads, reader
 
-_ORDERED = {
-    "eq": np.equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
+_ORDERED = {"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 
 
 def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:

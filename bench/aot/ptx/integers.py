@@ -12,14 +12,7 @@ from .forms import elementwise
 _NIBBLES = np.arange(0, 16, 4, dtype=np.uint32)
 _SIZES = (16, 32, 64)
 _WIDER = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
-_COMPARE = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
+_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -27,12 +27,7 @@ _NOTE = f"{PIPELINE_KWARGS['num_inference_steps']} steps, text encoders included
 
 
 def measure_denoising(
-    name: str,
-    providers: list[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
-    progress: Callable[[str], None],
+    name: str, providers: list[str], device: torch.device, dtype: torch.dtype, repeats: int, progress: Callable[[str], None]
 ) -> list[dict]:
     """Return a row for each provider, without and with model offload, all timed in turn.
 

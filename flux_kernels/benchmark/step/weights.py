@@ -72,11 +72,7 @@ def _packed_bytes(one: Problem, unquantized: torch.dtype | None) -> int:
 
 
 def make_weights(
-    config: StepConfig,
-    fmt: BlockFormat,
-    device: torch.device,
-    dtype: torch.dtype,
-    stored: Mapping[str, Tensor] | None = None,
+    config: StepConfig, fmt: BlockFormat, device: torch.device, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None
 ) -> StepWeights:
     """Make the weights of a whole step on `device`.
 
