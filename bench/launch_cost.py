@@ -19,12 +19,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import flux_kernels as fk
 from bench.record import origin, write_csv
 from bench.stand_in import CARDS, StandIn, stand_in
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.machine.clock import balanced_order
 from flux_kernels.machine.random_rows import random_rows
 
@@ -55,12 +55,12 @@ def cases(card: StandIn, format: str, dtype: torch.dtype, entry: str) -> dict[st
     """
     plain = nn.Linear(8, 8).requires_grad_(False)
     x = torch.zeros(8, 8)
-    found: dict[str, Callable[[], object]] = {"nn.Linear": lambda: plain(x)}
+    calls: dict[str, Callable[[], object]] = {"nn.Linear": lambda: plain(x)}
     fmt = FORMATS[format]
     data, bias = random_rows(fmt, _N, _K, fmt.planes), torch.zeros(_N, dtype=dtype)
     for name, (compute, m) in _CASES.items():
-        found[name] = _call(torch.empty(m, _K, dtype=dtype), data, bias, format, compute, fmt.planes, entry)
-    return {name: call for name, call in found.items() if _runs(name, call)}
+        calls[name] = entered(torch.empty(m, _K, dtype=dtype), data, bias, fmt, compute, entry)
+    return {name: call for name, call in calls.items() if _runs(name, call)}
 
 
 def _runs(name: str, call: Callable[[], object]) -> bool:
@@ -73,10 +73,11 @@ def _runs(name: str, call: Callable[[], object]) -> bool:
     return True
 
 
-def _call(x, data, bias, format: str, compute: str, planes: bool, entry: str) -> Callable[[], object]:
+def entered(x: Tensor, data: Tensor, bias: Tensor, fmt: BlockFormat, compute: str, entry: str) -> Callable[[], object]:
+    """Return one call of packed rows, entered as a "layer" or a "function"."""
     if entry == "function":
-        return lambda: fk.linear(x, data, format, bias, compute=compute, planes=planes)
-    layer = fk.GGUFLinear.from_packed(data, format, bias, planes=planes, compute=compute)
+        return lambda: fk.linear(x, data, fmt.name, bias, compute=compute, planes=fmt.planes)
+    layer = fk.GGUFLinear.from_packed(data, fmt.name, bias, planes=fmt.planes, compute=compute)
     return lambda: layer(x)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-import flux_kernels as fk
 from bench.gpu_session.session import Session, timed
+from bench.launch_cost import entered
 from bench.record import RESULTS, read_csv
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.clock import balanced_order
@@ -48,10 +48,8 @@ def _calls(session: Session) -> Iterator[tuple[tuple, Callable[[], object]]]:
     yield ("nn.Linear", 640, "layer"), lambda x=x: plain(x)
     for name, (compute, m) in _CASES.items():
         x = session.activations(m, _K)
-        layer = fk.GGUFLinear.from_packed(data, "Q4_K", bias, planes=fmt.planes, backend="triton", compute=compute)
-        yield (name, m, "layer"), lambda layer=layer, x=x: layer(x)
-        function = lambda x=x, compute=compute: fk.linear(x, data, "Q4_K", bias, compute=compute, planes=fmt.planes)
-        yield (name, m, "function"), function
+        for entry in ("layer", "function"):
+            yield (name, m, entry), entered(x, data, bias, fmt, compute, entry)
 
 
 def _issue(call: Callable[[], object]) -> float:

@@ -14,7 +14,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from bench.gpu_session.predict import Rates, rates_of
+from bench.aot.model import Model
+from bench.gpu_session.predict import rates_of
 from bench.record import append_csv, origin, read_csv
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.random_rows import random_rows
@@ -46,7 +47,7 @@ class Session:
     tables: dict[str, Table] = field(default_factory=dict)
 
     @property
-    def rates(self) -> Rates:
+    def rates(self) -> Model:
         """Return what predictions assume of this card."""
         return rates_of(torch.cuda.get_device_name())
 

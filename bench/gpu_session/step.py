@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from bench.gpu_session.predict import Rates, modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
+from bench.aot.model import Model
+from bench.gpu_session.predict import modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
 from bench.gpu_session.session import Session, timed
 from flux_kernels.benchmark.names import WRONG, mode_of
 from flux_kernels.benchmark.providers import CANNOT_RUN, PROVIDERS
@@ -117,7 +118,7 @@ def _profile(session: Session, call: Callable[[], object], name: str) -> None:
     trace.unlink()
 
 
-def predicted_ms(rates: Rates, format: str, provider: str, size: str) -> float:
+def predicted_ms(rates: Model, format: str, provider: str, size: str) -> float:
     """Predict a step: the sum of its calls and attention at the products' rate."""
     case = true_size(size)
     calls = step_calls(case.height, case.width, case.batch)
@@ -127,7 +128,7 @@ def predicted_ms(rates: Rates, format: str, provider: str, size: str) -> float:
     return linears + attention
 
 
-def _call_ms(rates: Rates, format: str, provider: str, call: Call) -> float:
+def _call_ms(rates: Model, format: str, provider: str, call: Call) -> float:
     shape = call.m, call.n, call.k
     if provider == "torch":
         return product_ms(rates, *shape)

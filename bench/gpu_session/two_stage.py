@@ -53,7 +53,7 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Ca
     call = lambda: kernels.linear(x, next(turns), bias, fmt, "exact", fmt.planes)
     yield Case(shipped, call, two_stage_ms(rates, format, m, n, k), right)
     for rows, added, scratch in _VARIANTS:
-        count = _rows(rows, n, k, rates.l2_bytes)
+        count = _rows(rows, n, k, torch.cuda.get_device_properties(session.device).L2_cache_size)
         if scratch == _BESIDE:
             call = _overlapped(x, turns, fmt, count)
         else:
