@@ -1,4 +1,4 @@
-"""Put the compile-time model's predictions beside measured kernels of the same card, with the error of each.
+"""Compare the compile-time model's predictions with measured kernels of the same card.
 
     python -m bench.calibrate results/linear.csv --write results/calibration.csv     # on the card itself
     python -m bench.calibrate bench/results/nvidia-h200 --write calibration.csv      # without a GPU
@@ -42,7 +42,7 @@ Predicted = tuple[str, Callable[[Case], float]]  # what ran, as text, and its mi
 
 
 def this_card() -> Model:
-    """Describe the GPU of this machine: multiprocessors and clock as its driver says, bf16 rate and memory as measured now."""
+    """Describe this machine's GPU: multiprocessors and clock by its driver, rates as measured now."""
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     ceilings = measure_ceilings(device, torch.bfloat16)
@@ -62,7 +62,7 @@ def this_card() -> Model:
 
 
 def measured_card(linear: list[dict], counters: list[dict]) -> Model:
-    """Describe the card of a session by what it measured: ceilings behind its linear calls, the clock of its longer kernels.
+    """Describe a session's card by what it measured: ceilings of its calls, clock of its long kernels.
 
     Args:
         linear: rows of linear.csv, whose shares are of a copy's GB/s and of a large product's TFLOP/s.
@@ -85,7 +85,7 @@ def measured_card(linear: list[dict], counters: list[dict]) -> Model:
 
 
 def calibrate(rows: list[dict], model: Model, record: list[dict], table: str = "linear") -> list[dict]:
-    """Return a row for each measured time that the model predicts: what ran, measured, bound, waiting, and their origin."""
+    """Return a row for each time the model predicts: what ran, measured, bound, waiting, origin."""
     recorded, found = Record(record), []
     for row in rows:
         dtype = _DTYPES.get(row.get("dtype") or "bfloat16")
@@ -108,7 +108,7 @@ def calibrate(rows: list[dict], model: Model, record: list[dict], table: str = "
 
 
 def summarize(found: list[dict]) -> list[dict]:
-    """Return a row for each kernel or algorithm, format and table: how many times, median and range of measured / predicted."""
+    """Return a row for each kernel, format and table: median and range of measured / predicted."""
     groups: dict[tuple, list[dict]] = {}
     for row in found:
         groups.setdefault((row["table"], row["ran"].split(" ")[0], row["format"], row["dtype"]), []).append(row)
@@ -123,7 +123,7 @@ def summarize(found: list[dict]) -> list[dict]:
 def fitted_wait(
     rows: list[dict], model: Model, record: list[dict], format: str = "Q4_K", n: int = 3072, k: int = 3072
 ) -> float:
-    """Return the clocks that one program waits for a shared-memory instruction: SHARED_WAIT of bench/aot/cards.py.
+    """Return the clocks a program waits for a shared-memory instruction: SHARED_WAIT of cards.py.
 
     The median over the fused rows of one format and shape in sweep.csv, of its wide tile: one program a multiprocessor, so that
     all that is measured beyond the bound is wait.
@@ -210,7 +210,7 @@ def _int8_piece(row: dict, call: Call) -> Predicted:
 
 
 def _inputs(path: Path, named: str | None) -> tuple[Model, dict[str, list[dict]]]:
-    """Return the card, and the measured rows by table: of a session's folder, or of one CSV file of `bench.run`."""
+    """Return the card and measured rows by table, of a session's folder or one CSV of `bench.run`."""
     names = {model.name: model for model in MODELS}
     if path.is_dir():
         tables = {name: read_csv(path / f"{name}.csv") for name in TABLES if (path / f"{name}.csv").exists()}

@@ -1,4 +1,4 @@
-"""Time the torch backend on a CPU side by side with diffusers' GGUF layer and a plain linear, in one run.
+"""Time the torch backend on a CPU in turn with diffusers' GGUF layer and a plain linear.
 
     python -m bench.cpu_ratio                                              # the table of docs/decisions/torch-backend-on-cpu.md
     python -m bench.cpu_ratio --formats Q6_K --m 64 --dtypes bfloat16 --threads 1
@@ -34,7 +34,7 @@ Times = dict[str, list[float]]
 
 
 def main() -> int:
-    """Parse the command line, measure every cell, print the table; return 1 where a cell is below 1 (slower than diffusers)."""
+    """Parse the command line, measure every cell, print the table; return 1 where diffusers is faster."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(TYPES), help="comma-separated ggml types")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="of x, weight and y on every side")
@@ -105,7 +105,7 @@ def _sides(name: str, call: Call, dtype: torch.dtype) -> dict[str, Callable[[], 
 
 @torch.inference_mode()
 def measure(functions: dict[str, Callable[[], object]], least: int, most: int, spread: float) -> tuple[Times, Times]:
-    """Time functions in turns, until the ratios settle; return wall and processor times in ms, warm-up left out."""
+    """Time functions in turns until the ratios settle; return wall and processor times in ms."""
     for function in functions.values():
         function()
     wall: Times = {name: [] for name in functions}

@@ -1,4 +1,4 @@
-"""Time what a call costs in Python before the GPU gets it, above what nn.Linear costs in the same run; no GPU is needed.
+"""Time what a call costs in Python above nn.Linear in the same run; no GPU is needed.
 
     python -m bench.launch_cost                                         # an H100's choices
     python -m bench.launch_cost --card "RTX 3090" --write bench/results/launch_cost.csv
@@ -40,7 +40,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_memory() -> None:
-    """Make malloc keep what is freed, as torch's allocator for a GPU does; else large results cost system calls."""
+    """Make malloc keep what is freed, as torch's GPU allocator does: large results cost no system calls."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
@@ -48,7 +48,7 @@ def keep_memory() -> None:
 
 
 def cases(card: StandIn, format: str, dtype: torch.dtype, entry: str) -> dict[str, Callable[[], object]]:
-    """Return name -> one call, for nn.Linear and every mode the card has, each called once so that its kernels are compiled.
+    """Return name -> one call, for nn.Linear and every mode the card has, each called once to compile.
 
     Args:
         entry: "layer" calls a `GGUFLinear`, "function" calls `flux_kernels.linear`.

@@ -1,4 +1,4 @@
-"""Where recorded results stand, and how they are read and written, for everything under bench/ and tools/.
+"""Hold where results stand, and how they are read and written, for bench/ and tools/.
 
 The code for rows and their origin is part of the package.
 """

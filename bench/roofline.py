@@ -1,4 +1,4 @@
-"""Say what bounds each call, and how far it is from there: shares of the copy bandwidth and matmul rate measured in the same run.
+"""Say what bounds each call, and how far it is from there, by rates measured in the same run.
 
     python -m bench.roofline --csv bench/results/linear.csv
     python -m bench.roofline --formats Q4_K --scale 32                # measures first
@@ -24,7 +24,7 @@ COLUMNS = ("format", "provider", "m", "n", "k", "ms", "bound", "share", "of_matm
 
 
 def roofline(rows: list[dict]) -> list[dict]:
-    """Return a row for each measured call whose ceilings are known: what bounds it, and the shares it reached."""
+    """Return what bounds each measured call whose ceilings are known, and the shares it reached."""
     found = []
     for row in rows:
         if not row["p50_ms"] or not row.get("share_of_matmul"):

@@ -1,4 +1,4 @@
-"""Let the library launch its kernels where no GPU is: a stand-in driver for Triton that compiles for real and launches nothing.
+"""Let the library launch kernels without a GPU: a driver that compiles for real and launches nothing.
 
     with stand_in(CARDS["H100"]) as card:
         y = layer(x.to("cuda"))             # the library's own path: choice, grid, compilation, launch
@@ -32,7 +32,7 @@ _MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Card:
-    """Hold what a driver tells of a card: name, compute capability, multiprocessors, bytes of L2, shared memory and memory."""
+    """Hold what a driver tells of a card: name, capability, multiprocessors, and bytes of its memories."""
 
     name: str
     capability: tuple[int, int]
@@ -85,7 +85,7 @@ CARDS = {
 
 @dataclass
 class StandIn:
-    """Hold what happened: launches by kernel name, the name of every kernel loaded, in order, and the code of each name's last."""
+    """Hold what happened: launches by kernel, the kernels loaded in order, and the code of each name."""
 
     card: Card
     cuda: Cuda
@@ -171,7 +171,7 @@ class _Utils:
         return self.found.card.limits
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
-        """Return module, function, registers, spills and threads, as the driver does; the registers are not known here."""
+        """Return module, function, registers (unknown here), spills and threads, as the driver does."""
         self.found.cuda.refuse_while_capturing(f"loading {name}")
         self.found.loaded.append(name)
         self.found.code[name] = kernel

@@ -1,4 +1,4 @@
-"""Let torch's CPU stand for a CUDA device: the functions of `torch.cuda` that code asks before and around its launches.
+"""Let torch's CPU stand for a CUDA device: what code asks of `torch.cuda` around its launches.
 
 Tensors stay on the CPU and say that they are on "cuda:0"; a tensor made for or moved to that device is made on the CPU. What the
 library leaves to torch, products and a maximum, costs one dispatch on a tiny tensor and leaves the result as it was.
@@ -35,7 +35,7 @@ class _Generator(torch.Generator):
 
 
 class Cuda:
-    """Hold the state of the stand-in device: whether a graph is being captured, and how often one was replayed."""
+    """Hold the stand-in device's state: whether a graph is captured, and how often one was replayed."""
 
     def __init__(self, card):
         self.card = card
@@ -110,7 +110,7 @@ def _moved_here(function: Callable) -> Callable:
 
 
 def _products() -> Iterator[tuple[object, str, object]]:
-    """Yield stand-ins of the work that kernels leave to torch; products check the inner sizes, as real ones do."""
+    """Yield stand-ins of what kernels leave to torch; products check the inner sizes, as real ones do."""
     tiny, row = torch.zeros(8, 8), torch.zeros(8)
     mm, addmm, amax = torch.mm, torch.addmm, torch.Tensor.amax
 
@@ -148,7 +148,7 @@ _FRESH = 1 << 16  # bytes from which memory then comes from the system, which ha
 
 @contextmanager
 def without_arithmetic() -> Iterator[None]:
-    """Make torch's larger work cost nothing inside a stand-in: fresh memory is zeros, products are zeros of the right shape.
+    """Make torch's larger work cost nothing in a stand-in: fresh memory and products are zeros.
 
     For dry runs at true sizes, in a process of their own: malloc keeps the setting. Errors computed there are zero and mean nothing.
     """

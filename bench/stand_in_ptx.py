@@ -1,4 +1,4 @@
-"""Run what the library compiles for another card on the GPU that is here: the driver translates the other card's PTX.
+"""Run what the library compiles for another card on this GPU: the driver translates the PTX.
 
     with compiled_for(CARDS["RTX 3090"]):
         y = fk.linear(x, data, "Q4_K", compute="int8")      # sm_86's choices, tiles and code, on a Hopper
@@ -21,7 +21,7 @@ from bench.stand_in import Card, forget
 
 @contextmanager
 def compiled_for(card: Card) -> Iterator[None]:
-    """Let the library choose and compile for `card`, of an older or the same capability as the GPU, until the context ends."""
+    """Let the library choose and compile for `card`, of at most the GPU's capability, in the context."""
     real, compile_for_real = triton.runtime.driver.active, triton.compiler.compile
     forget()
     triton.runtime.driver.set_active(_Translating(real, card))

@@ -1,4 +1,4 @@
-"""Tune this card without the command line's packages: torch and triton are enough (`flux-kernels tune` is the same, nicer).
+"""Tune this card with torch and triton alone (`flux-kernels tune` is the same, nicer).
 
     python -m bench.tune --formats Q4_K,Q8_0 --minutes 8 --out results/tuning.json
 

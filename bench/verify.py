@@ -1,4 +1,4 @@
-"""Compare the working tree's speed with a git ref's: same calls, same weights, runs in turn (A B A B ...), checked results.
+"""Compare the working tree's speed with a git ref's: same calls and weights, runs in turn, checked.
 
     python -m bench.verify --ref HEAD~3 --formats Q4_K,Q8_0                 # on a GPU
     python -m bench.verify --ref main --scale 32 --rounds 9                  # a small version for a CPU
@@ -63,7 +63,7 @@ def worktree(ref: str, root: Path = ROOT) -> Iterator[Path]:
 
 
 def _git(root: Path, *words: str) -> subprocess.CompletedProcess:
-    """Run git to its end, whatever signal comes: killed in the middle, its own children would go on writing into the worktree."""
+    """Run git to its end, whatever signal comes: killed, its children would go on writing the worktree."""
     with _signals_later():
         return subprocess.run(["git", "-C", str(root), "worktree", *words], capture_output=True, text=True, check=False)
 
@@ -110,7 +110,7 @@ def ask(process: subprocess.Popen, **order) -> dict:
 def compare(
     sides: dict[str, subprocess.Popen], name: str, call: Call, compute: str, device: str, dtype: torch.dtype, rounds: int
 ) -> dict:
-    """Compare one call on both sides: errors, the median time of each, their ratio and its interval, or why there is none."""
+    """Compare one call on both sides: errors, median times, their ratio and interval, or why not."""
     row = dict(format=name, compute=compute, m=call.m, n=call.n, k=call.k, calls=call.calls, where=call.where)
     row |= dict.fromkeys(("ref_error", "error", "ref_ms", "ms", "ratio", "low", "high", "note"), "")
     with tempfile.TemporaryDirectory(prefix="flux_kernels_verify_") as folder:
@@ -152,7 +152,7 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 
 
 def _write_problem(folder: Path, name: str, call: Call, dtype: torch.dtype) -> tuple[Path, list[int], torch.Tensor]:
-    """Write the weight, activation and bias for both sides; return some rows of the output and their values in float64."""
+    """Write weight, activation and bias for both sides; return some output rows and float64 values."""
     generator, fmt = torch.Generator().manual_seed(call.n + call.k), get_format(name)
     data = random_rows(fmt, call.n, call.k, seed=call.n + call.k)
     x, bias = torch.randn(call.m, call.k, generator=generator).to(dtype), torch.randn(call.n, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""One side of `bench.verify`: time calls with the flux_kernels on the path, told what to do by JSON lines on standard input.
+"""Be one side of `bench.verify`: time calls of the flux_kernels on the path, as JSON lines say.
 
 The file of the working tree runs on both sides, so it uses only what older commits have: `ops.linear` and the formats.
 """

@@ -1,4 +1,4 @@
-"""Write what was measured on GPUs as markdown: a table for each folder of bench/results with a GPU's rows, and size of step."""
+"""Write what was measured on GPUs as markdown: a table for each card and size of step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FILES = ("linear", "step", "sweep", "int8")
 
 
 class Changed(NamedTuple):
-    """Name what exact mode ran at some rows of x when a commit was measured, and what it runs by default since."""
+    """Name what exact mode ran at some rows of x when a commit was measured, and what it runs since."""
 
     capability: str
     rows: range
@@ -44,13 +44,13 @@ CHANGED = {"e096d77": Changed("9.0", range(17, 513), "fused", "two_stage", "deco
 
 
 def gpu_section(results: Path) -> str:
-    """Return the tables of every folder of `results` with a GPU's linear.csv or step.csv, one after another."""
+    """Return the tables of every folder of `results` with a GPU's linear.csv or step.csv."""
     folders = sorted(path for path in results.iterdir() if path.is_dir())
     return "\n\n".join(part for folder in folders for part in card_parts(folder))
 
 
 def card_parts(folder: Path) -> list[str]:
-    """Return one card's tables, each with the lines below it; none where there are no rows of linear calls or steps."""
+    """Return one card's tables with the lines below them; none without rows of calls or steps."""
     files = {name: _gpu_rows(folder / f"{name}.csv") for name in _FILES}
     sizes = {row["size"] for row in files["linear"] + files["step"]}
     return [_part(size, *(_of_size(rows, size) for rows in files.values())) for size in STEPS if size in sizes]
@@ -89,14 +89,14 @@ def linear_cells(rows: Rows, size: str) -> Cell:
 
 
 def _linear_totals(rows: Rows, size: str) -> dict[str, Total]:
-    """Return the sums of the sides that were right in every call; none where calls of the step are missing."""
+    """Return the sums of the sides that were right in every call; none where calls are missing."""
     if not {call.where for call in step_calls(**STEPS[size])} <= {row["where"] for row in rows}:
         return {}
     return totals([row | {"p50_ms": "" if _is_wrong(row) else row["p50_ms"]} for row in rows])
 
 
 def step_cells(rows: Rows) -> Cell:
-    """Return side -> milliseconds and speed of a whole step: a session's as a CUDA graph, `whole_step`'s as it issues it."""
+    """Return side -> milliseconds and speed of a whole step: a session's graph, or `whole_step`'s."""
     times = _step_times(rows)
     return _time_cell(rows, times, lambda side: f"{times['torch'] / times[side]:.2f}")
 
@@ -118,7 +118,7 @@ def _step_times(rows: Rows) -> dict[str, float]:
 
 
 def peak_cells(rows: Rows, size: str, name: str) -> Cell:
-    """Return side -> peak memory of a step, torch's without the packed weights that its own were decoded from."""
+    """Return side -> peak memory of a step, torch's less the packed weights it was decoded from."""
     calls, fmt = step_calls(**STEPS[size]), get_format(name)
     packed = sum(call.calls * call.n * fmt.row_bytes(call.k) for call in calls) / 1e9
     plain = sum(call.calls * call.n * call.k for call in calls) * 2 / 1e9
@@ -151,7 +151,7 @@ def decoding_line(steps: Rows) -> str:
 
 
 def int8_line(rows: Rows) -> str:
-    """Say what the scales cost int8's product at the widest weight that was taken apart: the best tile with and without."""
+    """Say what the scales cost int8's product at the widest weight: the best tile with and without."""
     shape = lambda row: (int(row["n"]), int(row["k"]), int(row["m"]))
     timed = [row for row in rows if row["p50_ms"] and not _is_wrong(row)]
     widest = [row for row in timed if shape(row) == max(map(shape, timed))]
@@ -171,7 +171,7 @@ def int8_line(rows: Rows) -> str:
 
 
 def changed_line(linears: Rows, sweep: Rows, size: str) -> str:
-    """Add up the linear calls of exact mode with a default that changed after they were timed, where `sweep` has both ways."""
+    """Add up exact mode's linear calls with a default that changed later, where `sweep` has both."""
     said, change = [], CHANGED.get(linears[0]["commit"]) if linears else None
     for (_, name), rows in by_step(linears).items():
         found = _linear_totals(rows, size)
@@ -188,7 +188,7 @@ def changed_line(linears: Rows, sweep: Rows, size: str) -> str:
 
 
 def saved_ms(rows: Rows, sweep: Rows, change: Changed) -> float | None:
-    """Return what the step's changed calls save, both ways timed alike; None where the sweep lacks one of them.
+    """Return what the step's changed calls save, both ways timed alike; None where one is missing.
 
     tuning.csv of 2026-11-28 timed some of them call by call, as linear.csv does: its totals are within 0.1 ms of these.
     """

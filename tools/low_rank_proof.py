@@ -1,4 +1,4 @@
-"""Show whether a low-rank correction pays for its bytes: plans that may choose one against plans that may not.
+"""Show whether a low-rank correction pays for its bytes: plans with it against plans without.
 
     python -m tools.low_rank_proof --write bench/results/low_rank.csv
 
@@ -52,7 +52,7 @@ def main(
 
 
 def compare(proof: Proof, plain: CostTable, judges: dict[str, tuple[CostTable, Remembering]], kind: str) -> list[dict]:
-    """Judge, at the bytes of a uniform file: that file, the plan without corrections, and the plans with either fit."""
+    """Judge, at a uniform file's bytes: that file, the plan without corrections, and with either fit."""
     budget = proof.bytes(proof.uniform(kind))
     found = {
         "uniform": (proof.uniform(kind), proof.held_weighted),

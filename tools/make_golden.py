@@ -1,4 +1,4 @@
-"""Make the golden vectors of a block type with ggml's own library (libggml-python), never with this one.
+"""Make the golden vectors of a block type with ggml's own library, never with this one.
 
     python tools/make_golden.py Q8_0            # writes tests/golden/Q8_0.npz and its line in manifest.json
 
@@ -27,7 +27,10 @@ _ROWS, _K, _RANDOM_ROWS = 12, 512, 8
 
 
 def sample_rows(seed: int) -> np.ndarray:
-    """Return float32 [12, 512]: gaussian, Student-t, zero, half zero, positive, outliers, tiny, huge, and more gaussian rows."""
+    """Return float32 [12, 512]: rows of gaussian, Student-t, zero, sparse, positive, outlier weights.
+
+    Some are tiny and huge; the others are gaussian.
+    """
     random = np.random.default_rng(seed)
     x = random.standard_normal((_ROWS, _K)).astype(np.float32)
     x[1] = random.standard_t(3, _K)

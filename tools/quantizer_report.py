@@ -1,4 +1,4 @@
-"""Compare the quantizers with libggml's: error, worst row and single-thread speed by type and kind of weights.
+"""Compare the quantizers with libggml's: error, worst row and single-thread speed.
 
     python -m tools.quantizer_report                      # prints the table and writes bench/results/quantizers.csv
     python -m tools.quantizer_report --types Q4_K,Q5_K --rows 64 --out -
@@ -59,7 +59,7 @@ def made_weights(rows: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def real_weights(rows: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the block matrices of the embedded model, each kind (what its name ends in) concatenated, at most `rows` rows."""
+    """Yield the embedded model's block matrices, of each K together, at most `rows` rows."""
     from safetensors.torch import load_file
 
     tensors = {}

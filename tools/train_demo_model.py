@@ -99,7 +99,7 @@ class _Stages:
         return side
 
     def digit_reader(self, steps: int) -> tuple[dict, float]:
-        """Train the reader on 80 % of all digits, hard ones included; returns weights and share read right of the rest."""
+        """Train the reader on 80 % of all digits; return weights and the share read right of the rest."""
 
         def make() -> tuple[dict, float]:
             every = pictures.load_digits()
@@ -115,7 +115,7 @@ class _Stages:
 
 
 def _write(stages: _Stages, pipeline: export.FluxPipeline, weights: dict, out: Path) -> dict[str, Any]:
-    """Save the pipeline in the 16-bit type that loses less, load it back and measure it; returns the facts."""
+    """Save the pipeline in the 16-bit type that loses less, load it and measure it; return the facts."""
     losses = {dtype: export.rounding_loss(pipeline.transformer, dtype) for dtype in (torch.float16, torch.bfloat16)}
     stored = min(losses, key=losses.__getitem__)
     settings = dict(PIPELINE_KWARGS)

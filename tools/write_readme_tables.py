@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md and docs/decisions between their markers, or check that they are up to date.
+"""Write the generated tables of README.md and docs/decisions, or check that they are up to date.
 
 python tools/write_readme_tables.py            # write
 python tools/write_readme_tables.py --check    # exit code 1 and a diff where a page is behind
@@ -47,7 +47,7 @@ def _cells(fmt: BlockFormat) -> list[str]:
 
 
 def mode_table() -> str:
-    """Return the markdown table of bench/results/embedded_fidelity.csv: PSNR and SSIM by type and compute mode."""
+    """Return the table of embedded_fidelity.csv: PSNR and SSIM by type and compute mode."""
     rows = read_csv(FIDELITY)
     modes = list(dict.fromkeys(row["compute"] for row in rows))
     found = {(row["format"], row["compute"]): f"{float(row['psnr_db']):.1f} dB, {float(row['ssim']):.4f}" for row in rows}
@@ -60,7 +60,7 @@ def mode_table() -> str:
 
 
 def linear_table() -> str:
-    """Return the markdown table of bench/results/linear_cpu.csv: speed of one step's linear calls beside torch's, by type."""
+    """Return the table of linear_cpu.csv: speed of a step's linear calls, torch's as 1, by type."""
     rows = read_csv(LINEAR)
     sides = {"diffusers": "diffusers' GGUF layers", **{f"ours {mode}": mode for mode in COMPUTE_MODES}}
     lines = [f"| type | {' | '.join(sides.values())} |", "|---" * (len(sides) + 1) + "|"]
@@ -87,7 +87,7 @@ def gpu_table() -> str:
 
 
 def prediction_table() -> str:
-    """Return the markdown table of bench/results/predictions.csv: milliseconds of a step's linears by card, type and mode."""
+    """Return the table of predictions.csv: milliseconds of a step's linears by card, type and mode."""
     rows = read_csv(RESULTS / "predictions.csv")
     modes = list(dict.fromkeys(row["compute"] for row in rows))
     found = {(row["card"], row["format"], row["compute"]): _predicted(row) for row in rows}
@@ -99,7 +99,7 @@ def prediction_table() -> str:
 
 
 def _predicted(row: dict[str, str]) -> str:
-    """Write a prediction as bound and, where it differs by a hundredth, the one in which programs wait: milliseconds and ratios."""
+    """Write a prediction as bound and, where it differs by a hundredth, as the time with waits."""
     best, worst = float(row["ratio"]), float(row["ratio_waiting"])
     milliseconds, most = (f"{float(row[name]):.0f}" for name in ("predicted_ms", "predicted_ms_waiting"))
     if abs(best - worst) < 0.01:
@@ -114,7 +114,7 @@ PAGES = {
 
 
 def with_tables(page: Path, text: str) -> str:
-    """Return a page's text with every table between its markers; raise ValueError where a marker is missing."""
+    """Return a page with every table between its markers; raise ValueError where one is missing."""
     for name, table in PAGES[page].items():
         start, end = f"<!-- {name}: written by tools/write_readme_tables.py -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(start)

@@ -49,7 +49,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and problems as JSON.")] = False,
     jobs: Annotated[int, typer.Option(help="Compiling processes.")] = 2,
 ) -> None:
-    """Compile what the library launches for cards that are not here; report registers, spills, main loop and clocks."""
+    """Compile the library's launches for absent cards; report registers, spills, main loop and clocks."""
     record = read_record(write or AOT)
     wanted = _wanted(_words(formats), _words(capabilities), _words(kernels), _words(dtypes), _words(rows), k)
     if list_only:
@@ -71,7 +71,7 @@ def _words(text: str) -> list[str]:
 
 
 def _wanted(formats: list[str], capabilities: list[str], kernels: list[str], dtypes: list[str], rows: list[str], k: int):
-    """Return the launches that the options name; kernels that are the same for all formats or dtypes are among them."""
+    """Return the launches that the options name, with those that are the same for all formats or dtypes."""
     cards = [int(capability) for capability in capabilities] or list(CARDS)
     found = items(cards, tuple(map(int, rows)) or ROWS)
     _known("capabilities", cards, CARDS)

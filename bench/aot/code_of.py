@@ -1,4 +1,4 @@
-"""Hash the source of a kernel and of all it calls, so that a recorded row tells whether its kernel has changed since.
+"""Hash the source of a kernel and of all it calls: it tells whether a recorded row is of today's code.
 
 Comments, docstrings and positions in a file do not count: Triton's own cache key has them in.
 """

@@ -1,4 +1,4 @@
-"""Decide what CI refuses: properties that compiled code must have, and a ratchet against the recorded report.
+"""Decide what CI refuses: properties that compiled code must have, and growth past the record.
 
 Predicted clocks are no criterion: a kernel that decodes every weight four times still looks perfect in them.
 """
@@ -47,7 +47,10 @@ def _limits(row: Row) -> list[str]:
 
 
 def _products(row: Row) -> list[str]:
-    """Return what is wrong with the way from packed bytes to tensor cores; float32 x has products that they cannot do."""
+    """Return what is wrong with the way from packed bytes to tensor cores.
+
+    Float32 x has products that they cannot do.
+    """
     found, plain = [], row.dtype == "fp32" and not row.kernel.startswith(("fp16", "int8"))
     if not row.mma and row.kernel in TENSOR_CORE_KERNELS and not plain:
         found.append("no tensor-core instruction")

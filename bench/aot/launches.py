@@ -1,4 +1,4 @@
-"""List what the library launches: it runs on tensors without data, and each kernel is written down instead of launched.
+"""List what the library launches: it runs on tensors without data, kernels are written down.
 
 So the report follows the library by itself: a kernel, a tile or a constant that a call would launch with is what gets compiled,
 in every dtype of x. Calls stand for classes of calls: all M up to 16 and the sizes of the default table's steps above, K of
@@ -67,7 +67,7 @@ class Launch:
 
     @property
     def weights(self) -> int:
-        """Return how many weights (or values of x) one program decodes in an iteration, 0 where the kernel decodes none."""
+        """Return how many weights or values of x a program decodes in an iteration, 0 for none."""
         sizes = dict(self.constants)
         if "DECODE" in sizes:
             return sizes["BLOCK_N"] * sizes["TILE_K"]
@@ -89,7 +89,7 @@ class Launch:
 
 @cache
 def launches(capability: int, rows: tuple[int, ...] = ROWS) -> tuple[Launch, ...]:
-    """Return every distinct kernel that calls of `rows` rows launch on a card, over all formats and dtypes of x."""
+    """Return every distinct kernel that calls of `rows` rows launch, over all formats and dtypes of x."""
     found: dict[tuple, Launch] = {}
     for call in _calls(divmod(capability, 10), rows):
         for launch in launched(*call):
@@ -161,7 +161,10 @@ def _calls(capability: tuple[int, int], rows: tuple[int, ...]) -> Iterator[tuple
 def _tuned(
     fmt: BlockFormat, n: int, k: int, capability: tuple[int, int], dtype: str, branch: bool
 ) -> Iterator[tuple[str, Choice]]:
-    """Yield what the default table does not choose and tuning may: fused at any M, split-K, int8 with the other kind of scales."""
+    """Yield what tuning may choose and the default table does not.
+
+    Fused at any M, split-K, int8 with the other kind of scales.
+    """
     if dtype != "fp32":
         for m in (64, 512):
             yield "exact", Choice("fused", tile_of("fused", fmt, m, n, k, capability, branch), "")

@@ -1,4 +1,4 @@
-"""The model behind `bench.aot.predict`: what the busiest pipe and the memory would need, were nothing else in the way.
+"""Model what the busiest pipe and the memory would need, were nothing else in the way.
 
 A call is what the library runs for it: the default choice's algorithm with its tile and chunks, the kernels around the product
 (unpacking the weight, quantizing activations) and their traffic. Where a loop waits for all its products, products and
@@ -108,7 +108,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Case:
-    """Hold what a prediction is for: a product, the record, a format, x's dtype, and what is assumed of the card.
+    """Hold what a prediction is for: a product, the record, a format, x's dtype, and assumptions.
 
     convert_rate: results of conversions a clock and SM, where nobody measured them. waits: whether programs wait for shared
     memory, and products of a warp's own instruction (mma.sync) do not overlap with decoding either.
@@ -162,7 +162,7 @@ class Case:
 
 
 def clocks(row: dict, convert_rate: int) -> int:
-    """Return the clocks of one iteration of a kernel's loop: of its busiest pipe, or of products and then the rest."""
+    """Return the clocks of one iteration of a kernel: of its busiest pipe, or products and then the rest."""
     products, rest = int(row["tensor_clocks"]), _rest(row, convert_rate)
     return products + rest if int(row["mma_waits"]) else max(products, rest)
 
@@ -196,7 +196,7 @@ def tile_from(text: str) -> Tile:
 
 
 def choice_of(case: Case, mode: str, call: Call) -> tuple[str, Choice]:
-    """Return the compute mode that a call really runs in (few rows run as exact), and the default table's choice."""
+    """Return the compute mode a call runs in (few rows run as exact), and the default table's choice."""
     compute = mode_of_call(mode, call.m)
     fmt, capability = FORMATS[case.format], divmod(case.model.capability, 10)
     processors, dtype = case.model.processors, DTYPES[case.dtype]
@@ -234,7 +234,7 @@ def product_row(case: Case, compute: str, choice: Choice) -> dict | None:
 
 
 def torch_ms(case: Case, call: Call) -> float:
-    """Predict torch's own product with an unpacked weight: waves of 128 x 128 tiles at the peak rate, or the memory traffic."""
+    """Predict torch's own product: waves of 128 x 128 tiles at the peak rate, or the memory traffic."""
     return _torch_product_ms(case, call.m, call.n, call.k)
 
 
@@ -282,7 +282,7 @@ def _torch_product_ms(case: Case, m: int, n: int, k: int) -> float:
 
 
 def _int8_ms(case: Case, call: Call, choice: Choice, row: dict) -> float:
-    """Return the time of quantizing x, and chunk by chunk of unpacking the weight to int8 and of the product.
+    """Return the time of quantizing x, and by chunks of unpacking the weight to int8 and multiplying.
 
     The scales of weight rows are found once per layer, not in each call.
     """
@@ -293,7 +293,7 @@ def _int8_ms(case: Case, call: Call, choice: Choice, row: dict) -> float:
 
 
 def unpack_int8_ms(case: Case, call: Call, rows: int, row_scales: bool) -> float:
-    """Return the time of decoding `rows` rows of a weight to int8, with a scale for each group or each row."""
+    """Return the time of decoding `rows` weight rows to int8, with a scale for each group or row."""
     kernel, written = ("unpack_int8_rows", 1) if row_scales else ("unpack_int8", 1 + 4 / group_width(call.k))
     return unpack_ms(case, kernel, call, rows, written)
 
@@ -321,7 +321,7 @@ def both_cases(model: Model, record: Record, format: str, dtype: str = "bf16") -
 
 
 def predict(model: Model, mode: str, format: str, record: Record, fused: bool = False) -> dict:
-    """Predict the linears of one 1024 x 1024 step of FLUX.1-dev in a mode: the bound, and with slow conversions and waits.
+    """Predict the linears of one 1024 x 1024 step in a mode: the bound, and the time with waits.
 
     fused: whether exact mode decodes inside the product in every call of many rows, whatever the default.
 

@@ -1,4 +1,4 @@
-"""Predict the linears of a step from compiled code: what the busiest pipe and the memory would need, were nothing else in the way.
+"""Predict the linears of a step from compiled code: the time of the busiest pipe and the memory.
 
     python -m bench.aot.predict --formats Q4_K,Q8_0 --write bench/results/predictions.csv
 
@@ -26,7 +26,7 @@ def main(
     formats: Annotated[str, typer.Option(help="Comma-separated ggml types that the record has.")] = "Q4_K,Q6_K,Q8_0",
     write: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
-    """Predict each mode on cards from an RTX 3060 to an H200 from bench/results/aot.csv, beside torch's bf16 product."""
+    """Predict each mode on cards from an RTX 3060 to an H200, beside torch's bf16 product."""
     record, found = Record(read_csv(AOT)), []
     for model in (*MODELS, H200_MEASURED):
         for name in formats.split(","):

@@ -1,4 +1,4 @@
-"""Compile many launches in several processes, and keep the record of their rows: resumable, and free of rows out of date."""
+"""Compile many launches in several processes, and keep the record of their rows up to date."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAVED_EVERY = 30  # seconds
 
 @dataclass(frozen=True)
 class Item:
-    """Name one launch on one card so that another process finds it: its place among those of `rows` on the card."""
+    """Name one launch on one card for another process: its place among those of `rows` there."""
 
     capability: int
     rows: tuple[int, ...]

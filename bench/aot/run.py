@@ -55,7 +55,7 @@ def main(
         bool, typer.Option("--json", help="Print one JSON object with every outcome instead of a table.")
     ] = False,
 ) -> None:
-    """Compile the kernels for cards that are not here, execute the PTX in numpy, and hold the results to derived bounds.
+    """Compile kernels for absent cards, execute the PTX in numpy, and hold results to derived bounds.
 
     A case faults where a GPU would read what nobody wrote, leave a buffer, misalign an access, race in shared memory or read an
     asynchronous copy too early, and where the code has an instruction that the interpreter does not know. Exit code 1 where

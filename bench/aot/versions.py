@@ -18,7 +18,7 @@ from bench.record import ROOT
 
 
 def fetch(version: str) -> Path | None:
-    """Download one Triton wheel into a folder of its own, once; return the folder, or None for the installed version."""
+    """Download one Triton wheel into its own folder, once; return it, or None for the installed version."""
     if version == metadata.version("triton"):
         return None
     folder = ROOT / "out" / f"triton-{version}"

@@ -52,14 +52,14 @@ class State:
         self.path.write_text(json.dumps(self.ended, indent=1))
 
     def order(self, sections: tuple[Section, ...]) -> list[Section]:
-        """Return what is left to do: what was not reached or ran out of time, what may have hung, then what failed."""
+        """Return what is left to do: not reached or out of time, then what may have hung, then what failed."""
         ended = {section: self.ended.get(section.name, "") for section in sections}
         left = [section for section in sections if ended[section] != "done"]
         return sorted(left, key=lambda section: 2 if ended[section].startswith("failed") else ended[section] == _HUNG)
 
 
 def run_section(section: Section, out: Path, seconds: float, card: str | None = None, reduced: bool = False) -> str:
-    """Run a section in a process of its own, its output in a log; return "done", "out of time" (and no rows) or what failed."""
+    """Run a section in its own process with a log; return "done", "out of time", or what failed."""
     before = _results(out, section)
     process = get_context("fork").Process(target=_inside, args=(section, out, seconds, card, reduced))
     process.start()
@@ -194,7 +194,7 @@ def gpu_is_here() -> bool:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """Run every section on the stand-in; print the seconds each is expected to take; return 1 where one did not run to its end."""
+    """Run every section on the stand-in, print its expected seconds; return 1 where one did not end."""
     failed = False
     for path in [*options.out.glob("*.csv"), *options.out.glob("*.json")]:  # of an earlier dry run: each measures all anew
         path.unlink()

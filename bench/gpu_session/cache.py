@@ -1,4 +1,4 @@
-"""Compile ahead what the session will launch, into an archive that travels with the repository; no GPU is needed.
+"""Compile ahead, without a GPU, what the session launches, into an archive for the GPU machine.
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d out triton==3.6.0
     PYTHONPATH=out/triton-3.6.0 python -m bench.gpu_session.cache --wheel out/triton-3.6.0-cp312-....whl
@@ -99,7 +99,7 @@ def _libraries(**target: object) -> tuple[tuple[str, str], ...]:
 
 
 def take_over(archive: Path, folder: Path, seconds: float, processes: int = os.cpu_count() or 1) -> dict:
-    """Make the archive's kernels this machine's cache, and compile what is missing in parallel; return the manifest.
+    """Make the archive's kernels this machine's cache, compile what is missing; return the manifest.
 
     Call it before anything asks for a GPU: it forks. The environment it sets is for this process and those it starts.
     """

@@ -1,4 +1,4 @@
-"""Measure what the card can do: copies, reads, and torch's own products at the eight true shapes in bf16, int8 and fp8."""
+"""Measure what the card can do: copies, reads, and torch's products at true shapes in three dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time GeForce code here, through the driver's translation of its PTX: does decoding hide behind products of mma.sync?
+"""Time GeForce code here, from its PTX: does decoding hide behind products of mma.sync?
 
 The times say nothing of a GeForce. They say whether the compile-time model is right about such code, at this card's clock, with this
 card's rate of mma.sync: between its bound and "programs wait" lies whether fused decoding or unpacking is the better default there.
@@ -37,7 +37,7 @@ _FP32_SUMS, _OTHERS = 4, 2
 
 
 def run(session: Session) -> None:
-    """Write geforce.csv: times beside the model's bound (predicted_ms) and its prediction of programs that wait (waiting_ms)."""
+    """Write geforce.csv: times beside the model's bound (predicted_ms) and its time with waits."""
     table = session.table("geforce", KEY)
     for m, n, k in _SHAPES:
         for format in _FORMATS[:1] if session.reduced else _FORMATS:
@@ -71,7 +71,7 @@ def _cases(session: Session, card: str, format: str, m: int, n: int, k: int) -> 
 def predicted_ms(
     mode: str, format: str, m: int, n: int, k: int, capability: tuple[int, int], choice: Choice, waits: bool = False
 ) -> float | None:
-    """Predict a call of another card's code at an H200's measured clock and memory; None where the record lacks a kernel of it."""
+    """Predict a call of another card's code at an H200's clock and memory; None without a record."""
     major, minor = capability
     card = replace(compile_time.H200_MEASURED, capability=10 * major + minor)
     case = compile_time.Case(card, _record(), format, convert_rate=min(CONVERT_RATES), waits=waits)
@@ -84,7 +84,7 @@ def _record() -> compile_time.Record:
 
 
 def _translated(row: dict) -> dict:
-    """Return the row of a product in GeForce code as it would run here: at the rate of mma.sync, with this card's room for programs."""
+    """Return a row of GeForce code as it would run here: at mma.sync's rate, with this card's room."""
     if row["capability"] not in ("86", "89") or int(row["tensor_clocks"]) == 0:
         return row
     speed = _OTHERS if row["kernel"].startswith(("fp16_gemm", "int8_gemm")) else _FP32_SUMS

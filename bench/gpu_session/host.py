@@ -1,4 +1,4 @@
-"""Measure what a call costs the host before the GPU has it, driver included: calls are issued into an idle queue and only then waited for."""
+"""Measure a call's cost to the host, driver included: calls are issued into an idle queue."""
 
 from __future__ import annotations
 
@@ -64,6 +64,6 @@ def _issue(call: Callable[[], object]) -> float:
 
 
 def _predicted(case: str) -> float:
-    """Return the milliseconds that the stand-in driver's record has for an H100's choices; the driver's own part is not in them."""
+    """Return the stand-in driver's recorded milliseconds for an H100; the driver's part is not in them."""
     rows = [row for row in read_csv(RESULTS / "launch_cost.csv") if row["card"] == "H100" and row["case"] == case]
     return float(rows[-1]["us"]) / 1e3

@@ -1,4 +1,4 @@
-"""Ablate int8: each kernel alone, the product with groups, rows and no scales over tiles, and the rivals of the same shape."""
+"""Ablate int8: each kernel alone, the product by kind of scales and tile, and its rivals."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _products(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
 
 
 def product(problem: Problem, x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, tile: Tile) -> Callable[[], object]:
-    """Return the int8 product alone: w_scale [K // group, N], [1, N] for rows, [0, N] for the kernel without scales."""
+    """Return the int8 product alone: w_scale [K // group, N], [1, N] for rows, [0, N] for no scales."""
     if not w_scale.shape[0]:
         return lambda: plain_int8(x8, w8, tile)
     multiply = int8._multiplying(problem, problem.n, tile, w_scale.shape[0] == 1)

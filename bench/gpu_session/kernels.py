@@ -1,4 +1,4 @@
-"""Kernels as jobs that other processes can compile: collected where nothing is compiled, written to a file, compiled in parallel."""
+"""Handle kernels as jobs that are collected, written to a file, and compiled in parallel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flux_kernels.machine.tune_compile import said
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """Hold what `triton.compile` is called with; `options` are those that differ from the backend's defaults."""
+    """Hold what `triton.compile` is called with; `options` are those that differ from defaults."""
 
     fn: JITFunction
     signature: dict
@@ -35,7 +35,10 @@ class Kernel:
 
     @classmethod
     def of(cls, source: ASTSource, target: GPUTarget, options: dict) -> Kernel:
-        """Take a source apart. What the backend sets by itself is left out: it is of this machine, such as libdevice's path."""
+        """Take a source apart.
+
+        What the backend sets by itself is left out: it is of this machine, such as libdevice's path.
+        """
         own = vars(make_backend(target).parse_options({}))
         asked = {name: value for name, value in options.items() if name not in own or value != own[name]}
         return cls(source.fn, source.signature, source.constants, source.attrs, target, asked)
@@ -62,7 +65,7 @@ class Kernel:
         return any(folder.joinpath(self.folder).glob("__grp__*.json"))
 
     def compile(self) -> None:
-        """Compile it into Triton's cache; code for another card than the session's keeps its PTX beside the machine code."""
+        """Compile it into Triton's cache; another card's code keeps its PTX beside the machine code."""
         triton.knobs.compilation.store_binary_only = self.target.arch == 90
         triton.compile(self.source, target=self.target, options=self.options)
 

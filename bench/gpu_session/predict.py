@@ -1,4 +1,4 @@
-"""Predictions that stand beside the measurements: the compile-time model's where it has one, else arithmetic from these rates.
+"""Predict what is measured: by the compile-time model where it can, else by arithmetic from rates.
 
 A prediction is written before the number it is for is known, so that a miss teaches something. See docs/decisions/gpu-session.md.
 """
@@ -23,7 +23,7 @@ _LAUNCH_MS = 0.0012  # a launch in a full queue or a graph
 
 
 def rates_of(name: str) -> Model:
-    """Return the rates assumed for a card of the driver's name; a card that is not known counts as an H100."""
+    """Return the rates assumed for a card by its driver's name; an unknown one counts as an H100."""
     return _H200 if "H200" in name else _H100
 
 
@@ -33,7 +33,10 @@ def moved_ms(rates: Model, nbytes: float) -> float:
 
 
 def product_ms(rates: Model, m: int, n: int, k: int, rows: int | None = None, speed: float = 1.0) -> float:
-    """Predict cuBLAS's time for y[M, N], `rows` columns at a time: full waves of 128 x 128 tiles, or its operands' bytes."""
+    """Predict cuBLAS's time for y[M, N], `rows` columns at a time.
+
+    Full waves of 128 x 128 tiles, or its operands' bytes.
+    """
     compute = 2 * m * n * k / rates.bf16_tflops / 1e9 / speed / wave_efficiency(m, n, rows, rates.processors)
     return max(compute, moved_ms(rates, 2 * (m * k + n * k + m * n)))
 
@@ -41,7 +44,7 @@ def product_ms(rates: Model, m: int, n: int, k: int, rows: int | None = None, sp
 def two_stage_ms(
     rates: Model, format: str, m: int, n: int, k: int, rows: int | None = None, copied_bias: bool = False
 ) -> float:
-    """Predict the two-stage call: packed bytes read, the weight written, the product, and a bias copied to y and read back."""
+    """Predict the two-stage call: packed bytes read, the weight written, the product, a copied bias."""
     unpack = moved_ms(rates, n * (FORMATS[format].row_bytes(k) + 2 * k))
     chunks = 1 if rows is None else -(-n // rows)
     bias = moved_ms(rates, 4 * m * n) if copied_bias else 0.0
@@ -54,12 +57,12 @@ def read_ms(rates: Model, format: str, n: int, k: int) -> float:
 
 
 def modelled_ms(rates: Model, compute: str, format: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
-    """Return the compile-time model's prediction of a call at these rates, with waits, None where its record lacks a kernel."""
+    """Return the compile-time model's prediction at these rates, with waits; None without a record."""
     return case_ms(compile_time.Case(rates, _record(), format, waits=True), compute, m, n, k, choice)
 
 
 def case_ms(case: compile_time.Case, compute: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
-    """Return the compile-time model's prediction of a call in a case, None where its record lacks a kernel."""
+    """Return the compile-time model's prediction of a call in a case; None without a record."""
     try:
         return compile_time.call_ms(case, compute, Call(m, n, k, 1, ""), choice)
     except LookupError:

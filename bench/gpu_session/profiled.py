@@ -1,4 +1,4 @@
-"""Launch each kernel of interest once between the profiler's start and stop, for Nsight Compute to read its counters.
+"""Launch each kernel of interest once between the profiler's start and stop, for Nsight Compute.
 
 ncu --profile-from-start off --clock-control none ... python -m bench.gpu_session.profiled
 """
@@ -33,7 +33,7 @@ _MODULATION = 18432  # N that fills the card in a call of few rows
 
 
 def command(out: Path, python: list[str]) -> list[str]:
-    """Return the command that profiles this module with Nsight Compute, its report a CSV on standard output."""
+    """Return the command that profiles this module with Nsight Compute, a CSV on standard output."""
     chosen = [part for section in SECTIONS for part in ("--section", section)] + ["--metrics", _METRICS]
     ours = ["--profile-from-start", "off", "--clock-control", "none", "--target-processes", "application-only"]
     return ["ncu", *ours, *chosen, "--csv", "--page", "details", *python, "-m", "bench.gpu_session.profiled", "--out", str(out)]

@@ -1,4 +1,4 @@
-"""Measure results per clock and multiprocessor of the instructions that decoders are made of, and the bandwidth of L2.
+"""Measure the rates of the instructions that decoders are made of, and the bandwidth of L2.
 
 The compile-time model counts instructions against such rates (bench/aot/cards.py has them from the vendor's tables). A kernel of CUDA C++
 runs one PTX instruction in eight independent chains on all of a multiprocessor's schedulers; torch compiles it with NVRTC.
@@ -58,7 +58,7 @@ extern "C" __global__ void l2(const int4* in, int* out, int count, int turns) {
 
 @dataclass(frozen=True)
 class Instruction:
-    """Name a PTX instruction on the 32-bit register %0 (%1 is another), and the rate that is expected on a Hopper."""
+    """Name a PTX instruction on the 32-bit registers %0 and %1, and its expected rate on a Hopper."""
 
     asm: str
     expected: int

@@ -30,7 +30,7 @@ _PEERS = {  # file of rows -> providers
 
 @dataclass(frozen=True)
 class Section:
-    """Name one part of the session: its most seconds, what runs it, what it decides, and the seconds it took on an H200."""
+    """Name one part of the session: its limit in seconds, what runs it, decides, and took on an H200."""
 
     name: str
     seconds: float
@@ -40,7 +40,10 @@ class Section:
 
 
 def correctness(session: Session) -> None:
-    """Run the tests that a bare machine can in parallel, to the end. Outcomes are lines of the log as they come; the report is a JUnit file."""
+    """Run the tests that a bare machine can, in parallel, to the end.
+
+    Outcomes are lines of the log as they come; the report is a JUnit file.
+    """
     report = f"--junitxml={session.out / 'junit.xml'}"
     wanted = ["-m", "gpu and not slow", _TESTS, "--no-header", "-p", "no:cacheprovider", report]
     if session.dry:
@@ -73,7 +76,7 @@ def _linears(session: Session, formats: str, providers: str, file: str, **more: 
 
 
 def peers(session: Session) -> None:
-    """Time other libraries beside ours, those that compile nothing first; FLUX_KERNELS_PEERS names the folder they are in."""
+    """Time other libraries, those that compile nothing first, from the folder FLUX_KERNELS_PEERS."""
     if session.dry:
         print("peers run on a GPU alone")
         return

@@ -84,7 +84,7 @@ class Session:
         return torch.zeros(n, dtype=dtype, device=self.device)
 
     def weights(self, format: str, n: int, k: int) -> list[Tensor]:
-        """Make packed rows as Triton wants them, in as many copies as it takes to find them in memory, not in L2."""
+        """Make packed rows for Triton, in as many copies as it takes to find them in memory, not in L2."""
         fmt = FORMATS[format]
         if self.dry:
             return [torch.empty(n, fmt.row_bytes(k), dtype=torch.uint8, device=self.device)]

@@ -1,4 +1,7 @@
-"""Sweep the kernel for one to eight rows over the tiles that tuning tries; a graph holds as many calls as a step has modulation layers."""
+"""Sweep the kernel for one to eight rows over the tiles that tuning tries.
+
+A graph holds as many calls as a step has modulation layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time the whole step: eager and as a CUDA graph for each provider, with a profiler's table of each; memory and host time beside.
+"""Time the whole step for each provider: eager and as a CUDA graph, with profile and memory.
 
 What is checked is the first double and the first single block, against float32 on the same packed weights.
 """

@@ -1,4 +1,4 @@
-"""The last lines of a session: every table in few characters, measured beside predicted, the largest misses first."""
+"""Sum up a session in few characters: measured beside predicted, the largest misses first."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(out: Path, path: Path, ended: dict[str, str]) -> str:
 
 
 def _failed_tests(out: Path) -> list[str]:
-    """Return the names of the tests that failed, as the log of the correctness section has them while it runs."""
+    """Return the names of the tests that failed, as the correctness section's log has them."""
     logs = sorted(out.glob("correctness*.log"))
     lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
     failed = dict.fromkeys(words[-1] for line in lines if "FAILED" in line and (words := line.split()))
@@ -62,7 +62,7 @@ def _totals(out: Path) -> list[str]:
 
 
 def table(name: str, rows: list[dict], most: int) -> str:
-    """Return a table's rows in lines of words, those farthest from their prediction first; rows without a time are counted."""
+    """Return a table's rows in lines, the farthest from prediction first; rows without a time are counted."""
     timed = [row for row in rows if row.get("p50_ms")]
     failed = [row for row in rows if not row.get("p50_ms")]
     timed.sort(key=lambda row: -_miss(row))
@@ -80,7 +80,7 @@ def _miss(row: dict) -> float:
 
 @dataclass(frozen=True)
 class Expected:
-    """Hold what a dry run tells of a section: distinct kernels, seconds of the GPU, of this machine's Python, its limit, and an H200's."""
+    """Hold what a dry run tells of a section: kernels, GPU and host seconds, limit, and an H200's."""
 
     name: str
     kernels: int

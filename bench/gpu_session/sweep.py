@@ -1,4 +1,4 @@
-"""Sweep the rows of x: fused in registers, split over K, and two-stage, beside cuBLAS; the switch between them follows from it."""
+"""Sweep the rows of x: fused, split over K, and two-stage, beside cuBLAS; it decides the switch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time cases against each other: graph replays in turn, so that Python's part of a launch is not in the numbers, and eager beside.
+"""Time cases against each other: graph replays in turn, without Python's part, and eager calls.
 
 A case that fails becomes a row that says why; the others go on.
 """
@@ -25,7 +25,7 @@ _CAPTURE_SECONDS = 0.02  # a case's warm-ups, capture and first replay
 
 @dataclass(frozen=True)
 class Case:
-    """Name one thing to time: key columns, what runs it, and the predicted milliseconds of a call (None: no prediction).
+    """Name one case to time: key columns, what runs it, and the predicted milliseconds (None: unknown).
 
     `reference` is the result it has to equal within `tolerance` (relative error), where there is one.
     """
@@ -38,7 +38,7 @@ class Case:
 
 
 def time_groups(session: Session, table: Table, groups: Iterable[Iterable[Case]]) -> None:
-    """Time groups of cases, each against each other, until the section's time is up; a group is made when its turn comes."""
+    """Time groups of cases until the section's time is up; a group is made when its turn comes."""
     for group in groups:
         if session.late():
             return

@@ -1,4 +1,4 @@
-"""Tune the calls that decide most: M = 512 and M = 1 in exact mode, int8 at large M; the record is a file of its own."""
+"""Tune the calls that decide most, M = 512 and 1 in exact mode, int8 at large M, to an own record."""
 
 from __future__ import annotations
 

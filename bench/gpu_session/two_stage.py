@@ -1,4 +1,4 @@
-"""Ablate the two-stage path: rows at a time, where the bias is added, and whether the chunk before is freed first."""
+"""Ablate the two-stage path: rows at a time, where the bias is added, when scratch is freed."""
 
 from __future__ import annotations
 

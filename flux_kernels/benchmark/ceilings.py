@@ -1,4 +1,4 @@
-"""What this device can do at best, measured in the same run: copy bandwidth, and the rate of torch's own product."""
+"""Measure what a device can do at best: a copy's bandwidth, and the rate of torch's own product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024)}  # of square products; which
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Hold the best that was reached: GB/s read plus written by a copy, TFLOP/s of torch's matmul in `dtype`.
+    """Hold the best rates: GB/s of a copy (read plus written), TFLOP/s of torch's matmul in `dtype`.
 
     A call may pass them all the same: on a machine whose clock or other work changes, or whose caches hold its operands.
     """
@@ -27,7 +27,7 @@ class Ceilings:
     dtype: str
 
     def shares(self, milliseconds: float, flops: float, nbytes: float) -> dict[str, float]:
-        """Return which shares of both ceilings a call reached: operations, and bytes that it must move at least."""
+        """Return a call's shares of both ceilings: of its operations, and of the bytes it must move at least."""
         seconds = milliseconds / 1e3
         return dict(
             share_of_matmul=round(flops / seconds / 1e12 / self.matmul_tflops, 4),
@@ -36,7 +36,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 9) -> Ceilings:
-    """Time a large copy and square products of several sizes in turn, both ways round, and keep the best run of any.
+    """Time a large copy and square products of several sizes, both ways round; keep the best run of each.
 
     Medians will not do: on a busy CPU the median of one size was passed by half, by torch's own layer.
     """

@@ -15,7 +15,7 @@ _WORDS = ("format", "provider", "size", "where", "what", "dtype", "note", "compu
 
 
 def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[str, object]] = ()) -> str:
-    """Return JSON with the rows of linear calls and whole steps, the measured ceilings, the verdict, and what was not begun in time.
+    """Return JSON of a run: rows of calls and steps, ceilings, verdict, and what was not begun in time.
 
     Numbers are numbers; what was not measured, or is no finite number, is null.
     """
@@ -37,7 +37,7 @@ def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[st
 
 
 def unfinished(linears: Sequence[Mapping[str, object]], steps: Sequence[Mapping[str, object]]) -> str:
-    """Return JSON with the rows of a run that was stopped: each has its origin, and nothing is concluded from them."""
+    """Return JSON of a run that was stopped: rows with their origin, and no conclusion."""
     rows = dict(linears=[_plain(row) for row in linears], steps=[_plain(row) for row in steps])
     return json.dumps(dict(interrupted=True) | rows, indent=1, allow_nan=False)
 

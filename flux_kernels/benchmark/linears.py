@@ -1,4 +1,4 @@
-"""Time linear calls against each other, each provider only where its result passes the correctness gate in the same run."""
+"""Time linear calls against each other, each provider only where it passes the gate in the same run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def make_problem(name: str, call: Call, device: torch.device, dtype: torch.dtype
 
 
 def relative_errors(y: Tensor, x: Tensor, problem: Problem) -> tuple[float, float]:
-    """Return the RMS and the largest absolute error of some outputs, as shares of the RMS of float64 on the float32 weights."""
+    """Return the RMS and the largest absolute error of some outputs, as shares of the right outputs' RMS.
+
+    The right outputs are those of float64 on the float32 weights.
+    """
     rows = torch.linspace(0, x.shape[0] - 1, min(_ORACLE_ROWS, x.shape[0])).long().to(x.device)
     columns = slice(0, _ORACLE_COLUMNS)
     weight = reference.dequantize(problem.data[columns], problem.fmt, torch.float32, problem.planes).double()
@@ -55,7 +58,7 @@ def measure(
     ceilings: Ceilings | None = None,
     size: str = "",
 ):
-    """Yield a row for each provider of one format and call; on a GPU the L2 cache is emptied before each timed run.
+    """Yield a row for each provider of one format and call; a GPU's L2 cache is emptied before each run.
 
     Columns: times in ms, `graph_ms` the median of replays as a CUDA graph ("" where there is none, with a log line why); `tflops`
     and `packed_gb_s` (GB/s of packed weight) of the median; the shares of the ceilings; `error` and `max_error`, RMS and largest
@@ -103,7 +106,7 @@ def is_broken(row: Mapping[str, object]) -> bool:
 
 
 def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | None:
-    """Return the bytes a call must move at least: weight, activation and output; None where the weight's are not known here."""
+    """Return the least bytes a call moves: weight, x and y; None where the weight's are not known."""
     if PROVIDERS[provider].own_weights:
         return None
     weight = itemsize * call.n * call.k if provider == TORCH else call.n * FORMATS[name].row_bytes(call.k)
@@ -146,7 +149,7 @@ def _four(value: float) -> float:
 
 
 def summary(rows: list[dict]) -> str:
-    """Return the time of a whole step's linears by size, format and provider, and its speed beside plain torch's in the same run."""
+    """Return the time of a step's linears by size, format and provider, and its speed, torch's as 1."""
     lines: list[str] = []
     for (size, name), mine in by_step(rows).items():
         sums = totals(mine)

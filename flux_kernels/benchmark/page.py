@@ -1,4 +1,4 @@
-"""The report on one run of `flux-kernels bench`: an HTML page that needs no network, with figures, every row, and its price."""
+"""Write the report of `flux-kernels bench`: one HTML page with figures, every row, and its price."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def figures(found: Found) -> dict[str, bytes]:
 
 
 def fidelity_rows() -> list[dict[str, str]]:
-    """Read what types and modes cost in pictures of the embedded model, where this is a checkout that has it."""
+    """Read what types and modes cost in pictures of the embedded model; nothing outside a checkout."""
     return read_csv(_FIDELITY) if _FIDELITY.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""Other libraries as providers: each called as its own documentation recommends, on a plain linear with the decoded weight.
+"""Provide other libraries, each called as its own documentation recommends, on the decoded weight.
 
 They quantize the weight anew, to their own format. Their gate is wide: 4-bit peers lose up to 10 % on it, by design; the error
 of every row tells what a speed costs. A library that is not installed is a row that says so.
@@ -155,7 +155,7 @@ def _packed_call(multiply, problem: Problem):
 
 @provider("vllm-gguf-plugin", "peer", GATE_INT8, source=_VLLM, package="vllm-gguf-plugin")
 def _vllm_gguf(problem: Problem):
-    """Its own dispatch over M and type: CUDA kernels with 8-bit activations where its extension is built, Triton otherwise."""
+    """Its own dispatch over M and type: CUDA kernels with 8-bit activations where built, else Triton."""
     _gpu(problem, "vllm-gguf-plugin")
     linear = _needs("vllm_gguf_plugin.quantization.linear")
     return _packed_call(lambda data, x, kind, _: linear._fused_mul_mat_gguf(x, data, kind), problem)

@@ -1,4 +1,4 @@
-"""What the plots of benchmark rows share: colours and names of the sides, panels, legend, and the line that says where rows come from."""
+"""Share what plots of benchmark rows have in common: looks of the sides, panels, legend, origin."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def look(provider: str, rows: Sequence[Mapping]) -> dict:
 
 
 def panels(names: Sequence[str], one_x: bool = True) -> tuple[Figure, list[tuple[Axes, str]]]:
-    """Return a figure, and a panel of it for each name, at most three beside each other; `one_x`: the same x axis for all.
+    """Return a figure with a panel for each name, at most three in a line; `one_x`: one x axis for all.
 
     Raises:
         ImportError: where matplotlib is missing.
@@ -85,7 +85,7 @@ def finished(figure: Figure, rows: Sequence[Mapping], title: str, x: str, y: str
 
 
 def _head(figure: Figure, title: str, handles: Sequence, names: Sequence[str]) -> None:
-    """Put title and legend above the panels, the legend in as many columns as fit, and make the figure as much higher."""
+    """Put title and legend above the panels, in as many columns as fit, and make the figure higher."""
     for columns in (4, 3, 2, 1):
         legend = figure.legend(
             handles, names, loc="upper left", ncols=columns, fontsize=_WORDS, frameon=False, borderaxespad=0, borderpad=0

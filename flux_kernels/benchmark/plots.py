@@ -42,7 +42,7 @@ def throughput(rows: Sequence[Mapping]) -> bytes:
 
 
 def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
-    """Return a PNG: what bounds each call, memory or arithmetic, with both limits as measured in the same run.
+    """Return a PNG: what bounds each call, memory or arithmetic, with both limits as measured.
 
     Libraries with weights of their own are left out: how many bytes they move is not known here.
     """
@@ -90,7 +90,7 @@ def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
 
 
 def memory_against_time(rows: Sequence[Mapping]) -> bytes:
-    """Return a PNG: weights and peak memory of one whole step against its time, a panel for each kind of run."""
+    """Return a PNG: weights and peak memory of whole runs against their time, a panel for each kind."""
     from matplotlib.lines import Line2D
 
     measured = [row for row in rows if row["p50_ms"] and (row["weight_bytes"] or row["peak_bytes"])]

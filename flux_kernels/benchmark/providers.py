@@ -1,4 +1,4 @@
-"""What is compared: each provider makes, for one weight, a function x -> y. A provider that cannot run says why."""
+"""Compare providers: each makes, for one weight, a function x -> y, or says why it cannot run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .names import EXACT, OURS, TORCH, mode_of
 
 @dataclass(frozen=True)
 class Problem:
-    """Hold one weight for every provider: packed rows (as stored for Triton or in file order), bias, activation dtype."""
+    """Hold one weight for every provider: packed rows (for Triton or in file order), bias, dtype of x."""
 
     data: Tensor
     planes: bool
@@ -45,7 +45,7 @@ def why(error: Exception) -> str:
 
 
 def not_installed(module: str, package: str = "") -> Unavailable:
-    """Return what to raise where a module is missing: which, and the command that gets its package, or all the bench needs."""
+    """Return the error of a missing module, with the command that gets its package, or all of the bench."""
     command = f"pip install '{package}'" if package else install_command("bench")
     return Unavailable(f"not installed: {module}. Run: {command}")
 
@@ -98,7 +98,7 @@ def _plain(problem: Problem):
 
 @provider("dequantize", "base")
 def _dequantize_then_linear(problem: Problem):
-    """Decode in torch in one piece, then multiply, on every call: the way of GGUF layers that are storage only."""
+    """Decode in torch in one piece, then multiply, on every call: how GGUF layers that only store do it."""
 
     def call(x: Tensor) -> Tensor:
         weight = reference.decode_rows(problem.data, problem.fmt, problem.planes).to(problem.dtype)

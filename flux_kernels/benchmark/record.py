@@ -1,4 +1,4 @@
-"""Recorded results: what a number needs beside it (device, driver, versions, commit, date), and tidy CSV files."""
+"""Record results: tidy CSV files whose rows have device, driver, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def origin(device: torch.device) -> dict[str, str]:
 
 
 def origin_text(row: Mapping[str, object]) -> str:
-    """Write where a row comes from as one line: device, versions, commit and date, of the origin columns that are filled."""
+    """Write a row's origin as one line: device, versions, commit and date, as far as columns are filled."""
     named = ("driver", "torch", "triton", "libggml", "commit")
     said = [str(row[key]) if key not in named else f"{key} {row[key]}" for key in ("device", *named, "date") if row.get(key)]
     return ", ".join(said).replace(f"libggml {_NONE}", "no libggml")
 
 
 def commit() -> str:
-    """Return $FLUX_KERNELS_COMMIT where it is set, else the checkout's commit, with "+" where files differ from it.
+    """Return $FLUX_KERNELS_COMMIT, else the checkout's commit, with "+" where files differ from it.
 
     Where this is an installed package, or git is missing, it is the version.
     """

@@ -1,4 +1,4 @@
-"""Rows for others to read: CSV files beside their places while a run goes on, under their names when it is complete."""
+"""Write rows for others to read: CSV files that get their names when a run is complete."""
 
 from __future__ import annotations
 

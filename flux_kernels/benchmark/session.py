@@ -55,7 +55,10 @@ class Plan:
         return [(size, name, call) for size in self.sizes for name in self.formats for call in step_calls(**STEPS[size])]
 
     def whole_runs(self, device: torch.device) -> list[tuple[str, str, bool]]:
-        """List size and type of every whole run, and whether it is of pictures; a CPU has one size, the embedded model's."""
+        """List size and type of every whole run, and whether it is of pictures.
+
+        A CPU has one size, the embedded model's.
+        """
         if not self.steps:
             return []
         sizes = self.sizes if device.type != "cpu" else self.sizes[:1]
@@ -108,7 +111,7 @@ class Found:
 
 
 def measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell, on_row: OnRow) -> Found:
-    """Measure the linear calls, then the whole steps; every row is given to `on_row` as soon as it is there.
+    """Measure the linear calls, then the whole steps; give every row to `on_row` as soon as it is there.
 
     A CPU works on one thread: the shapes are small there, and on a busy machine several would wait for each other most of the time.
     """

@@ -1,4 +1,4 @@
-"""Sum the linear calls of one step by provider, with the spread of their repeats, and compare two such times."""
+"""Sum the linear calls of a step by provider, with the spread of their repeats, and compare sums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MARKS = {"~": f"{_SAME} (p20 to p80 of both overlap)", "?": UNKNOWN}
 
 @dataclass(frozen=True)
 class Total:
-    """Hold milliseconds a step: the sums of the 20th, 50th and 80th percentiles of its calls, and how often each ran.
+    """Hold milliseconds a step: sums of the 20th, 50th and 80th percentiles of its calls, and repeats.
 
     `repeats` is 0 where rows do not tell, as older ones.
     """
@@ -41,11 +41,11 @@ class Total:
         return self.p20 != self.p80 and not 0 < self.repeats < LEAST_REPEATS
 
     def differs(self, other: Total) -> bool:
-        """Return whether the spreads lie apart: where p20 to p80 overlap, or are not known, nobody can say which is faster."""
+        """Return whether the spreads p20 to p80 are known and lie apart: else nobody can say which is faster."""
         return self.known and other.known and (self.p80 < other.p20 or other.p80 < self.p20)
 
     def speed(self, base: Total) -> Total:
-        """Return how many times as fast as `base` it is: the least (its slow runs, the fast ones of `base`), median, most.
+        """Return how many times as fast as `base` it is: the least (slow runs to fast ones), median, most.
 
         The speeds of two steps that were timed beside bases of their own differ where these spreads lie apart.
         """
@@ -61,18 +61,21 @@ def doubt(mine: Total, other: Total) -> str:
 
 
 def speed_text(mine: Total, base: Total, unit: str = "") -> str:
-    """Write how many times as fast as `base` it is, `unit` after the number, and why that may be no difference."""
+    """Write a speed with `base` as 1, `unit` after the number, and why that may be no difference."""
     why = doubt(mine, base)
     return f"{base.p50 / mine.p50:.2f}{unit}{f' ({why})' if why else ''}"
 
 
 def marked(mine: Total, base: Total) -> str:
-    """Write how many times as fast as `base` it is: after "~" where no difference was seen, after "?" where no spread is known."""
+    """Write a speed with `base` as 1, "~" before it where no difference was seen, "?" without a spread."""
     return f"{'' if mine == base else _SIGNS[doubt(mine, base)]}{base.p50 / mine.p50:.2f}"
 
 
 def totals(rows: Sequence[Mapping]) -> dict[str, Total]:
-    """Return the time of a step by provider, of the rows of one format and size; only providers with a time for every call."""
+    """Return the time of a step by provider, for those with a time for every call.
+
+    The rows are of one format and size.
+    """
     sums, calls = {}, {_call(row) for row in rows}
     for provider in dict.fromkeys(row["provider"] for row in rows):
         mine = [row for row in rows if row["provider"] == provider]

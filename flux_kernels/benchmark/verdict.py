@@ -14,7 +14,7 @@ Run = tuple[str, str, str]  # kind, size and format
 
 
 def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]:
-    """Return five lines: machine, exact mode, best mode, beside diffusers, price; a sixth names what failed.
+    """Return five lines: machine, exact mode, best mode, diffusers, price; a sixth names what failed.
 
     They are about the linear calls of one step; the second is about a step as a whole where one was measured.
 
@@ -40,7 +40,7 @@ def _machine(row: Mapping) -> str:
 
 
 def _speeds(times: Mapping[str, Times], base: str) -> str:
-    """Write the speed of exact mode beside a provider's for every format that has both, and where nothing tells them apart."""
+    """Write exact mode's speed with a provider's as 1 for every format of both, and where it is in doubt."""
     both = {name: sides for name, sides in times.items() if {base, EXACT} <= sides.keys()}
     return ", ".join(f"{name} {speed_text(sides[EXACT], sides[base])}" for name, sides in both.items())
 
@@ -89,7 +89,7 @@ def _best(times: Mapping[str, Times]) -> str:
 
 
 def _apart(one: tuple[str, str], other: tuple[str, str], times: Mapping, speeds: Mapping) -> bool:
-    """Tell whether two modes differ: within a type by their times, across types by their speeds, each beside its own torch.
+    """Tell whether two modes differ: in one type by their times, across types by their speeds.
 
     Either way, what is not told apart from torch is not told apart from the best mode where that one is slower than torch.
     """
@@ -129,7 +129,7 @@ def _price(rows: Sequence[Mapping]) -> str:
 
 
 def step_verdict(rows: Sequence[Mapping]) -> list[str]:
-    """Return a sentence for each format and kind of run, one for what was not measured, one for what was wrong.
+    """Return a sentence for each format and kind of run, for what was not measured, and what was wrong.
 
     Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap, or are unknown.
 

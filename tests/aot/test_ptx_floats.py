@@ -1,4 +1,4 @@
-"""Floating-point instructions of the PTX interpreter against exact arithmetic with fractions, rounded by hand."""
+"""Test the PTX interpreter's floating point against exact fractions, rounded by hand."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def finite(name: str, seed: int, n: int = 512) -> np.ndarray:
 
 
 def narrow(name: str, instruction: str, sources: int) -> str:
-    """Return PTX that runs a 16-bit instruction on the low halves of %r1, %r2, ...; the result is zero-extended."""
+    """Return PTX of a 16-bit instruction on the low halves of %r1, %r2, ...; the result is zero-extended."""
     if name == "f32":
         return instruction
     into = [f"cvt.u16.u32 %rs{i}, %r{i};" for i in range(1, sources + 1)]
@@ -101,7 +101,7 @@ def test_fma_is_rounded_once(name):
 
 
 def test_fma_where_float64_rounds_to_the_tie():
-    """(1 + 2^-12)^2 lies half-way between two float32 numbers; 2^-80 more decides, but float64 has no room for it."""
+    """(1 + 2^-12)^2 is half-way between float32 numbers; 2^-80 decides, which float64 cannot hold."""
     a, b = f32(*[1 + 2.0**-12] * 32), f32(*[1 + 2.0**-12] * 32)  # product 1 + 2^-11 + 2^-24: a tie of float32
     c = f32(*[2.0**-80] * 32)
     assert np.float32(np.float64(1 + 2.0**-12) ** 2 + 2.0**-80) == np.float32(1 + 2.0**-11)  # what two roundings give

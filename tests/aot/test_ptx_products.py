@@ -1,4 +1,4 @@
-"""Matrix instructions of the PTX interpreter: fragments as the PTX ISA spells them out, element by element, and numpy's matmul."""
+"""Test the PTX interpreter's matrix instructions against the ISA's fragments and numpy's matmul."""
 
 from __future__ import annotations
 
@@ -142,7 +142,10 @@ def test_ldmatrix_and_stmatrix(transposed):
 
 
 def swizzled(address: int, width: int) -> int:
-    """Return where a byte stands: bits 4 to 6 of its address are exclusive-ored with bits 7 to 9, fewer for narrower patterns."""
+    """Return where a byte stands: bits 4 to 6 of its address exclusive-ored with bits 7 to 9.
+
+    Narrower patterns have fewer such bits.
+    """
     return address ^ (address >> 3 & {128: 0x70, 64: 0x30, 32: 0x10}[width])
 
 
@@ -229,7 +232,7 @@ def test_wgmma_without_its_fences():
 
 
 def test_wgmma_reads_asynchronous_copies():
-    """Triton 3.6 leaves the proxy fence between cp.async and wgmma out, which is a fault unless it is said to be allowed."""
+    """Triton 3.6 leaves out the fence between cp.async and wgmma: a fault unless it is allowed."""
     with pytest.raises(Fault, match=r"written after the last fence\.proxy"):
         wgmma_run(128, False, proxy="", fill="async")
     for options in (dict(proxy="", copies_need_fence=False), {}):

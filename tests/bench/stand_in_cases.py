@@ -1,4 +1,7 @@
-"""Cases of test_stand_in.py, for a process in which kernels can be compiled: `pytest --noconftest tests/bench/stand_in_cases.py`."""
+"""Hold the cases of test_stand_in.py, for a process in which kernels can be compiled.
+
+Run `pytest --noconftest tests/bench/stand_in_cases.py`.
+"""
 
 from __future__ import annotations
 

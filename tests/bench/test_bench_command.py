@@ -90,7 +90,10 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
 
 
 def test_a_run_for_machines_with_its_page_and_the_whole_step(tmp_path, monkeypatch):
-    """JSON alone on standard output, the page beside it, whole steps in a table of their own (without pictures, for time)."""
+    """JSON alone is on standard output, the page in its file, whole steps in a table of their own.
+
+    There are no pictures, for time.
+    """
     steps = session.measure_steps
     monkeypatch.setattr(session, "measure_steps", lambda *names, **options: steps(*names, **options | dict(denoising=False)))
     result = bench("--repeats", 1, "--json", "--report", tmp_path / "a.html", "--contribute", tmp_path / "card.csv")
@@ -115,7 +118,7 @@ def test_a_missing_folder_is_told_before_anything_is_measured(tmp_path, monkeypa
 
 
 def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monkeypatch):
-    """Three types, each of 40 s on a clock of ours; 119 s: the third would end too late, pictures of 30 s would not."""
+    """Three types take 40 s each on a clock of ours: of 119 s the third has no room, pictures of 30 s do."""
     clock, pipelines = [0.0], []
 
     def measured(names, *_, denoising, **__):

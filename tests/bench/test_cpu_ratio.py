@@ -29,7 +29,7 @@ def test_a_small_run_writes_its_cells_and_a_table(tmp_path, monkeypatch, capsys)
 
 
 def test_a_steady_cell_ends_early_and_a_noisy_one_goes_on(monkeypatch):
-    """Three functions that take fixed times on a made-up clock: the second case swings by a factor of two from turn to turn."""
+    """Three functions take fixed times on a made-up clock; in the second case one swings by two."""
     now, turn = [0.0], [0]
 
     def take(seconds):

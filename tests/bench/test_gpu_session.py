@@ -1,4 +1,4 @@
-"""The GPU session: a bare machine can run it, it goes on where it stopped, and what it prints fits and is true."""
+"""Test the GPU session: it runs on a bare machine, goes on where it stopped, prints what is true."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def python(*arguments: str, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> tuple[Path, str]:
-    """Return the folder and the output of a short dry run where only torch, triton, numpy and pytest can be imported."""
+    """Return folder and output of a short dry run with torch, triton, numpy and pytest alone."""
     folder = tmp_path_factory.mktemp("session")
     (folder / "sitecustomize.py").write_text(BLOCK.format(blocked=BLOCKED))
     out = folder / "rows"
@@ -103,7 +103,7 @@ def rehearsed(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_every_section_runs_on_a_bare_machine(rehearsed):
-    """No section fails for a file, an import or an option, and each tells the seconds and kernels it expects."""
+    """No section fails for a file, an import or an option; each tells its expected seconds and kernels."""
     out, text = rehearsed
     assert [line for line in text.splitlines() if line.endswith(": done")] == [f"{one.name}: done" for one in SECTIONS]
     for name in (
@@ -143,7 +143,7 @@ def test_the_summary_fits_the_last_lines(rehearsed, tmp_path):
 
 
 def test_kernels_are_compiled_ahead_and_found_again(rehearsed, tmp_path):
-    """A kernel collected by the dry run, compiled under another build's key and carried to another folder, is a hit there.
+    """A kernel compiled ahead under another build's key and carried to another folder is a hit there.
 
     The Triton that compiles has its libdevice at a path that is not there any more when the archive is taken over.
     """
@@ -210,7 +210,7 @@ def test_a_wheels_key_is_the_one_its_triton_computes():
 
 
 def test_a_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    """What was done is not run again; what was not reached comes before what failed; rows that are there are kept."""
+    """What was done is not run again, what was not reached precedes what failed, rows are kept."""
     ran = tmp_path / "ran"
 
     def note(name: str):
@@ -255,7 +255,7 @@ def test_a_section_out_of_time_ends_with_what_it_started(tmp_path):
 
 
 def test_a_section_that_hangs_is_told_from_a_slow_one_and_says_where(tmp_path):
-    """One that wrote rows, or outcomes of tests, before its time was up was slow; the log of either has its stack."""
+    """A section that wrote rows or outcomes of tests was slow; the log of either has its stack."""
 
     def hang(session):
         time.sleep(9)
@@ -283,12 +283,12 @@ def test_a_section_computes_where_its_parent_computed_on_several_threads(tmp_pat
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
 def test_importing_what_a_session_runs_starts_no_threads():
-    """Where one of torch's operations runs in parallel at import, its team is in every process that imported the library."""
+    """An operation of torch that runs in parallel at import leaves its team in every process."""
     assert python("-c", THREADS, OMP_NUM_THREADS="4").strip() == "0"
 
 
 def test_nine_minutes_reach_everything():
-    """By what sections took on an H200, and by their limits where none is known; all may take a third longer."""
+    """Count by what sections took on an H200, else by their limits; all may take a third longer."""
     seconds = 20.0 + sum(
         section.took or section.seconds for section in SECTIONS[: NAMES.index("racecheck") + 1]
     )  # 20: to start

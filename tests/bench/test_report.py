@@ -47,7 +47,7 @@ def test_overlapping_spreads_are_no_difference():
 
 @pytest.mark.parametrize("more", [dict(spread=0), dict(repeats=1), dict(repeats="2")])
 def test_fewer_than_three_repeats_have_no_spread_and_support_no_claim(more):
-    """Nor is "no difference seen" said, of 0.50 times the speed; ratios have the sense of the rows above them."""
+    """Nor is "no difference seen" said of 0.50 times the speed; ratios are speeds as in the rows."""
     rows = [row("torch", "2", **more), row("ours exact", "4", **more)]
     lines = verdict(rows)
     assert "Q4_K 0.50 (spread unknown with fewer than 3 repeats)" in lines[1] and "Speed of exact mode" in lines[1]
@@ -68,7 +68,7 @@ def test_terminal_rows_are_marked_as_in_the_readme():
 
 
 def test_what_is_like_torch_is_like_the_best_that_is_slower_than_torch():
-    """Q6_K at 0.78 with a spread that reaches torch's, Q8_0 at 0.90 with a narrow one: which is faster nobody can say."""
+    """Of Q6_K at 0.78, whose spread reaches torch's, and Q8_0 at 0.90 nobody can say which is faster."""
     sides = [("Q6_K", "torch", "10", 0.15), ("Q6_K", "ours exact", "12.8", 0.15), ("Q8_0", "torch", "10", 0.01)]
     rows = [row(side, time, spread, format=name) for name, side, time, spread in [*sides, ("Q8_0", "ours exact", "11.1", 0.01)]]
     lines = verdict(rows)

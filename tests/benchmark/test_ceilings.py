@@ -1,4 +1,4 @@
-"""The limits that calls are held against: the best that was seen, of every size, with the operations and bytes that it moved."""
+"""Test the limits of calls: the best of every size, with the operations and bytes that it moved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flux_kernels.benchmark.ceilings import Ceilings, measure_ceilings
 
 
 def test_the_best_run_of_the_best_size_counts(monkeypatch):
-    """A product of 512 in 2 ms is faster than one of 1024 in 20 ms; slow runs of either do not lower the limit."""
+    """A product of 512 in 2 ms is faster than one of 1024 in 20 ms; slow runs do not lower the limit."""
     times = {
         "copy": [9.0, 4.0],
         "512": [3.0, 2.0],

@@ -1,4 +1,4 @@
-"""The report of `bench`: one page without a network, verdict first, every row with its origin; and the same for machines."""
+"""Test the report of `bench`: a page without a network, verdict first, rows with origins, and JSON."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def line(figure: Figure, label: str, panel: int = 0):
 
 
 def check(png: bytes, figure: Figure) -> None:
-    """A PNG, whose words stay inside it and are legible at the width of a page, with labelled axes and an origin."""
+    """Check a PNG: words inside and legible at a page's width, labelled axes, an origin."""
     image = Image.open(BytesIO(png))
     image.verify()
     texts = [figure._suptitle, figure._supxlabel, figure._supylabel, *figure.legends]

@@ -1,4 +1,4 @@
-"""Origins of rows: what a CPU's numbers depend on is said, once, in words; older rows without it are still read."""
+"""Test the origins of rows: they say what a CPU's numbers depend on, and older rows are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step in plain torch is FLUX.1's: the same numbers as diffusers' model, and the calls that the tables list."""
+"""Test that the step in plain torch is FLUX.1's: diffusers' numbers, and the calls of the tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_the_step_is_that_of_diffusers():
-    """Float64 but for norms' and rotation's float32 parts that both have: what differs is float32 rounding, 57 times over at most."""
+    """Compare in float64, but for float32 parts that both have: norms' and rotation's roundings differ."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.FluxTransformer2DModel(**TINY_FLUX).double().eval()

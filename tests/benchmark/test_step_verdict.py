@@ -1,4 +1,4 @@
-"""The sentences about whole steps: ratios from the rows, nothing where spreads overlap, reasons for what is missing."""
+"""Test the sentences about whole steps: ratios of rows, nothing where spreads overlap, reasons."""
 
 from __future__ import annotations
 

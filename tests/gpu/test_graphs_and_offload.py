@@ -1,4 +1,4 @@
-"""What a GPU alone can show of compute modes and memory: CUDA graphs, streams, no waits, streamed offload, page-locked memory."""
+"""Test what a GPU alone shows of modes and memory: graphs, streams, waits, offload, page-locking."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def _decoded(program: Program, instruction: Instruction) -> _Decoded:
 
 @dataclass(frozen=True)
 class Launch:
-    """Hold what all blocks of a launch share: code, parameter values, bytes of shared memory, global memory, how div.full errs."""
+    """Hold what a launch's blocks share: code, parameters, shared bytes, global memory, div.full's error."""
 
     code: Executable
     parameters: dict[str, np.ndarray]

@@ -1,4 +1,4 @@
-"""Floating-point arithmetic in f16, bf16 and f32, each result rounded once (PTX ISA, "Floating-Point Instructions").
+"""Compute in f16, bf16 and f32, each result rounded once (PTX ISA, "Floating-Point Instructions").
 
 Only forms without .ftz are here: Triton compiles ours without. div.full.f32 is an approximation of at most two units in the
 last place; it is exact here unless Threads.division_error says by how many units it shall be off.
@@ -120,7 +120,7 @@ def _divide(instruction: Instruction) -> Step:
 
 
 def off_by(values: np.ndarray, units: int) -> np.ndarray:
-    """Move finite non-zero float32 numbers away from zero by so many units in the last place (towards it where negative)."""
+    """Move finite non-zero float32 numbers away from zero by units in the last place (to it if negative)."""
     moved = (values.view(np.int32) + np.int32(units)).view(np.float32)
     return np.where(np.isfinite(values) & (values != 0) & np.isfinite(moved), moved, values)
 

@@ -1,4 +1,4 @@
-"""Launch a kernel on arrays: give each a place in global memory between guard bytes, run the grid, copy back what was written."""
+"""Launch a kernel on arrays placed between guard bytes, run the grid, copy back what was written."""
 
 from __future__ import annotations
 

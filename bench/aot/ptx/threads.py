@@ -75,7 +75,7 @@ class Threads:
         return values if values.shape == (self.count,) else np.array(np.broadcast_to(values, self.count))
 
     def write(self, name: str, values: np.ndarray, mask: Mask = None) -> None:
-        """Set a register, to bool for a predicate and to unsigned words for the rest, in the threads of `mask`."""
+        """Set a register in the threads of `mask`: bool for a predicate, unsigned words for the rest."""
         if self.reserved and name in self.reserved:
             raise Fault(f"writes {name}, which {self.reserved[name]} still uses")
         values = self.spread(values)
@@ -88,7 +88,7 @@ class Threads:
         self.write(name, to_bits(values, ptx_type), mask)
 
     def move_in_flight(self, source: str, parts: dict[str, Callable[[np.ndarray], np.ndarray]]) -> bool:
-        """Where `source` is an accumulator under way, let `parts` of it land with it in other registers; tell whether it was.
+        """Let `parts` of an accumulator under way land in other registers; tell whether `source` is one.
 
         PTX leaves this undefined. Triton splits fp16 accumulators so before it waits, and ptxas makes no instruction of it, so
         it is counted and the parts stay unreadable until the wait, but it is no fault.

@@ -1,4 +1,4 @@
-"""wgmma: products of a warpgroup (128 threads) of sm_90 that run beside it until somebody waits for them.
+"""Multiply as a warpgroup (128 threads) of sm_90 does: wgmma runs on until somebody waits for it.
 
 The left matrix comes from registers or, like the right one, from shared memory through a descriptor. From its start to its
 wait a product owns its registers: its accumulator cannot be read or written (another product may go on adding to it), its left
@@ -36,7 +36,7 @@ class _Tile:
 
 @dataclass(frozen=True)
 class Product:
-    """Hold a product under way: what its accumulator registers will hold, the registers and the memory it reads."""
+    """Hold a product under way: what its accumulator will hold, the registers and memory it reads."""
 
     results: dict[str, np.ndarray]
     sources: tuple[str, ...]
@@ -87,14 +87,17 @@ def _multiply(instruction: Instruction) -> Step:
 
 
 def _refuse_modifiers(instruction: Instruction, modifiers: list[str], left_in_registers: bool, operand: str) -> None:
-    """Know only products without negation (1, 1) of K-major operands (0 for each that lies in shared memory)."""
+    """Know only products without negation (1, 1) of K-major operands (0 for each in shared memory)."""
     known = [] if operand == "s8" else ["1", "1", *["0"] * (1 if left_in_registers else 2)]
     if modifiers != known:
         raise Fault(f"unknown modifiers {modifiers}, {instruction}")
 
 
 def _sum_places(columns: int, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return row and column of the accumulator's registers in a warp's 16 rows: groups of eight columns one after the other."""
+    """Return row and column of the accumulator's registers in a warp's 16 rows.
+
+    Groups of eight columns come one after the other.
+    """
     row, column = places("sum", 4 // each, each)
     groups = np.arange(columns // 8)
     rows = np.tile(row, (1, len(groups), 1))

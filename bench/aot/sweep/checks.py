@@ -92,7 +92,7 @@ def _small_m_roundings(inputs: Inputs) -> int:
 
 
 def _small_m(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
-    """Codes are multiplied before any rounding: the error is at most that of rounding weights and result, as torch does."""
+    """Bound the error by that of torch, which rounds weights and result: codes are not rounded before."""
     if not codes_serve(inputs.fmt, divmod(case.capability, 10), inputs.dtype):
         return _exact(_small_m_roundings, _shipped)(case, inputs, card)
     y = kernels.linear(inputs.x, inputs.data, inputs.bias, inputs.fmt, "exact", inputs.fmt.planes, inputs.branch)
@@ -154,7 +154,9 @@ def _int8(row_scales: bool):
 
 
 def compare_codes(what: str, codes: Tensor, scale: Tensor, values: Tensor, group: int) -> list[Check]:
-    """Hold int8 codes [N, K] and scales [K // group, N] to the twin, bit for bit: a fused multiply-add is one rounding, as there.
+    """Hold int8 codes [N, K] and scales [K // group, N] to the twin, bit for bit.
+
+    A fused multiply-add is one rounding, as there.
 
     Where a scale is NaN the codes mean nothing.
     """

@@ -1,4 +1,4 @@
-"""Inputs of a case: packed rows, strided and offset activations, bias and branch, in shapes that are whole tiles nowhere."""
+"""Make a case's inputs: packed rows, strided x, bias and branch, in shapes that are no whole tiles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ _UNPACKED = ((37, 40), (37, 37))
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold x [M, K], packed rows, their float32 weights [N, K], bias [N] and a branch (hidden [M, R], up [N, R]) or None."""
+    """Hold x [M, K], packed rows, float32 weights [N, K], bias [N] and a branch or None.
+
+    The branch is hidden [M, R] and up [N, R].
+    """
 
     fmt: BlockFormat
     x: Tensor
@@ -47,7 +50,7 @@ class Inputs:
         return self.x.dtype
 
     def exact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return, in float64, y with weights rounded to `dtype`, and the sum of magnitudes that bounds its rounding errors."""
+        """Return, in float64, y of weights rounded to `dtype`, and the magnitudes that bound its errors."""
         x, weight, bias = self.x.double(), self.weight.to(dtype).double(), self.bias.double()
         y, magnitude = x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
         if self.branch is not None:
@@ -75,7 +78,7 @@ def make(case: Case, k: int = K) -> Inputs:
 
 
 def _strided(x: Tensor, offset: int, padding: int) -> Tensor:
-    """Return x [M, K] as columns `offset` and up of rows that are `padding` elements longer, NaN around it."""
+    """Return x [M, K] as columns `offset` and up of rows `padding` elements longer, NaN around it."""
     wide = x.new_full((x.shape[0], x.shape[1] + padding), float("nan"))
     view = wide[:, min(offset, padding) : min(offset, padding) + x.shape[1]]
     return view.copy_(x)

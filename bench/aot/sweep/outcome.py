@@ -18,7 +18,7 @@ from .inputs import make
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold a case's result: the worst error over its bound, what was worst, and a sentence where it went wrong."""
+    """Hold a case's result: the worst error over its bound, what it was, and what went wrong."""
 
     kernel: str
     format: str
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def run_case(case: Case, warps: bool = False, seed: int = 0, unfenced_copies: bool = False) -> Outcome:
-    """Compile and run one case; `warps` runs the warps of a block one by one, in an order drawn from `seed`.
+    """Compile and run one case; `warps` runs a block's warps one by one, in an order from `seed`.
 
     `unfenced_copies` lets wgmma read what cp.async wrote without a proxy fence: Triton 3.6 leaves the fence out.
     """

@@ -1,4 +1,4 @@
-"""Time one denoising run through diffusers' FluxPipeline on the embedded model, with and without model offload."""
+"""Time one denoising run of diffusers' FluxPipeline on the embedded model, also with model offload."""
 
 from __future__ import annotations
 

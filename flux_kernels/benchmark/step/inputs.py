@@ -15,7 +15,7 @@ from ..shapes import LATENT, POOLED, TEXT_WIDTH
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Hold the sizes of a transformer, under the names of its config in diffusers; the defaults are FLUX.1-dev's."""
+    """Hold a transformer's sizes under the names of its config in diffusers; defaults are FLUX.1-dev's."""
 
     num_layers: int = DOUBLE
     num_single_layers: int = SINGLE
@@ -42,7 +42,9 @@ FLUX_DEV = StepConfig()
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Hold the inputs of one step: image [B, T, latent], text [B, S, text width], pooled [B, pooled], time and guidance [B].
+    """Hold the inputs of one step: image [B, T, latent], text [B, S, width], pooled [B, pooled].
+
+    Time and guidance are [B].
 
     `positions` is [S + T, 3]: index, row and column of each token; text tokens have zeros.
     """
@@ -63,7 +65,10 @@ class StepInputs:
 def step_inputs(
     config: StepConfig, height: int, width: int, batch: int, device: torch.device, dtype: torch.dtype, text: int = TEXT
 ) -> StepInputs:
-    """Make random inputs for a picture of `height` x `width` pixels: unit latents, text features, middle of the schedule."""
+    """Make random inputs for a picture: unit latents, text features, middle of the schedule.
+
+    `height` and `width` are in pixels.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

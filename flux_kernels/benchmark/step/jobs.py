@@ -54,7 +54,7 @@ class Job:
 
 
 def step_job(size: str, full: bool, device: torch.device, repeats: int) -> Job:
-    """Make the job of one step, of FLUX.1-dev at its true size or of the embedded model, which runs on one thread.
+    """Make the job of one step, FLUX.1-dev's at its true size or the embedded model's on one thread.
 
     Raises:
         FormatError: on an unknown size.
@@ -73,7 +73,7 @@ def step_job(size: str, full: bool, device: torch.device, repeats: int) -> Job:
 
 
 def denoising_job(device: torch.device, repeats: int) -> Job:
-    """Make the job of a denoising run of the embedded model, on one thread; it says so where packages are missing."""
+    """Make the job of the embedded model's denoising run on one thread; its row names missing packages."""
     providers, made_at = [name for name in _providers() if name != "dequantize"], _embedded_origin(device)
     missing = [name for name in ("diffusers", "transformers", "gguf") if not _installed(name)]
     if missing:
@@ -107,13 +107,13 @@ def _installed(*names: str) -> bool:
 
 
 def _providers() -> list[str]:
-    """List who is compared; where diffusers is missing, decoding in torch at every call stands for such layers, by its own name."""
+    """List who is compared; where diffusers is missing, decoding in torch stands for it, by its own name."""
     instead = [] if _installed("diffusers", "gguf") else ["dequantize"]
     return [TORCH, DIFFUSERS, *instead, *(OURS + mode for mode in COMPUTE_MODES)]
 
 
 def true_size(size: str) -> StepCase:
-    """Describe one step of FLUX.1-dev for a size such as "1024x1024" or "1024x1024 batch 2"; raise FormatError on others."""
+    """Describe a FLUX.1-dev step of a size such as "1024x1024 batch 2"; raise FormatError on others."""
     found = re.fullmatch(r"(\d+)x(\d+)(?: batch (\d+))?", size)
     height, width, batch = (int(part or 1) for part in found.groups()) if found else (0, 0, 0)
     if not (height and width and batch) or height % 16 or width % 16:
@@ -122,7 +122,7 @@ def true_size(size: str) -> StepCase:
 
 
 def embedded() -> StepCase:
-    """Describe one step of the embedded model; its weights are random ones of its sizes where safetensors is not installed."""
+    """Describe a step of the embedded model; without safetensors its weights are random ones."""
     folder, stored = embedded_model_path() / "transformer", None
     if _installed("safetensors"):
         from safetensors.torch import load_file

@@ -23,7 +23,10 @@ _MLP_RATIO = MLP // WIDTH
 
 
 def rotary(positions: Tensor, axes: tuple[int, ...]) -> Angles:
-    """Return cosine and sine [tokens, head size] of the rotary angles: neighbours form a pair, each axis has its share of them."""
+    """Return cosine and sine [tokens, head size] of the rotary angles of neighbours.
+
+    Each axis has its share of the pairs.
+    """
     angles = []
     for axis, size in enumerate(axes):
         rates = _THETA ** -(torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)

@@ -1,4 +1,4 @@
-"""Time one step on one type of packed weights: all sides in turn, each only where its output passes the correctness gate."""
+"""Time one step on one type of packed weights: all sides in turn, each where it passes the gate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OTHER_ORDER = "in a round of its own: both arrangements of the rows do not fit;
 
 @dataclass(frozen=True)
 class StepCase:
-    """Say what is timed: the model's sizes, the picture's, and the weights to quantize (None: random packed ones).
+    """Say what is timed: the model's sizes, the picture's, and weights to quantize (None: random ones).
 
     With `at_once` each provider is checked on the first double and the first single block alone, whose oracle takes seconds where
     that of 57 blocks takes minutes, and its row is made as soon as it is timed, in turn with the unquantized step.
@@ -66,7 +66,7 @@ class Oracle:
         return relative(y, self.exact(first_blocks_only))
 
     def _gate(self, of_layer: float, first_blocks_only: bool = False) -> float:
-        """Return how far off a step may be: as far as one whose every packed layer is as far off as a single call may be.
+        """Return how far off a step may be: as one whose packed layers are each as far off as a call may be.
 
         That step runs in the dtype of the others, so what else rounds there is allowed too.
         """
@@ -121,7 +121,7 @@ def measure_format(
 
 
 def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device: torch.device) -> tuple[bool, list[list[str]]]:
-    """Tell whether the unquantized model must reuse one block of each kind, and which providers go in which round."""
+    """Tell whether the unquantized model must reuse blocks, and which providers go in which round."""
     largest = max(one.data.shape[0] * weights.fmt.row_weights(one.data.shape[1]) for one in weights.packed.values())
     tokens = inputs.positions.shape[0] * inputs.image.shape[0]
     working = 32 * largest + 160 * tokens * weights.config.width  # decoding's intermediates; activations of about 10 widths
@@ -136,7 +136,7 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
 
 
 def _is_there(provider: str, weights: StepWeights) -> bool:
-    """Tell whether a provider makes a layer of the smallest weight: a round for one that is not installed would be wasted."""
+    """Tell whether a provider makes a layer of the smallest weight: else a round for it would be wasted."""
     try:
         make_layer(provider, min(weights.packed.values(), key=lambda one: one.data.nbytes), "")
     except Unavailable:
@@ -145,7 +145,7 @@ def _is_there(provider: str, weights: StepWeights) -> bool:
 
 
 def is_ours_to_mend(provider: str, problem: Exception) -> bool:
-    """Tell whether a failure is an error of this library; that of another one is a result, and becomes the row's note."""
+    """Tell whether a failure is this library's error; another library's is a result, its row's note."""
     return provider.startswith(OURS) and not isinstance(problem, CANNOT_RUN)
 
 

@@ -1,4 +1,4 @@
-"""Weights of a whole step, packed or not, and the models that run on them: one for each side of the comparison.
+"""Make the weights of a whole step, packed or not, and the models on them, one for each side.
 
 Packed rows are random where none are given: those of the first double and the first single block are made, every further
 block has a copy with the rows moved on by one, so that its bytes are its own in memory and its matrix another one.
@@ -33,7 +33,7 @@ _INDEX = re.compile(r"(?<=blocks\.)\d+")
 
 @dataclass(frozen=True)
 class StepWeights:
-    """Hold a transformer's weights: packed ones of the blocks, plain ones around them, and norms, by module name."""
+    """Hold a transformer's weights by module name: packed ones of the blocks, plain ones around, norms."""
 
     config: StepConfig
     fmt: BlockFormat
@@ -59,7 +59,10 @@ class StepWeights:
         return replace(self, config=config, packed=kept(self.packed), plain=kept(self.plain), norms=kept(self.norms))
 
     def to_file_order(self) -> None:
-        """Undo field planes, one weight at a time; models made before must be gone, or both arrangements stay in memory."""
+        """Undo field planes, one weight at a time.
+
+        Models made before must be gone, or both arrangements stay in memory.
+        """
         for name, one in self.packed.items():
             if one.planes:
                 self.packed[name] = replace(one, data=self.fmt.layout.from_planes(one.data), planes=False)
@@ -143,7 +146,7 @@ class _Calling(nn.Module):
 
 
 def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) -> StepModel:
-    """Build the model of one provider on these weights; only "torch" and, with field planes, "diffusers" need further memory.
+    """Build the model of one provider; only "torch" and, with field planes, "diffusers" take memory.
 
     Args:
         provider: "torch", "ours " and a compute mode, or another one of PROVIDERS.
@@ -180,7 +183,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
-    """Make the layer of one provider for a packed weight; `name` decides whether a compute mode spares the layer.
+    """Make one provider's layer for a packed weight; `name` decides whether a mode spares it.
 
     Raises:
         Unavailable: where the provider cannot run here.
@@ -204,7 +207,7 @@ def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
 def build_reference(
     weights: StepWeights, dtype: torch.dtype = torch.float32, noise: float = 0.0, first_blocks_only: bool = False
 ) -> StepModel:
-    """Build the model that decodes its weights without Triton at every call: in float32, what the others are compared with.
+    """Build the model that decodes its weights without Triton at every call: in float32, the oracle.
 
     Args:
         dtype: of activations and decoded weights.
