@@ -159,7 +159,8 @@ def _ran(row: dict, case: Case, call: Call) -> Predicted:
         return _provider(row["provider"], case, call)
     if "scales" in row:
         return _int8_piece(row, call)
-    if "scratch" in row:  # two_stage.csv: chunks, biases and kinds of scratch; the library's own is "shipped"
+    # two_stage.csv: chunks, biases and kinds of scratch; the library's own is "shipped".
+    if "scratch" in row:
         named = {"torch": "torch", "shipped": "two_stage"}
         return _algorithm(named.get(row["rows"], ""), "", call)
     return _algorithm(row["algorithm"], row["tile"], call)
@@ -182,7 +183,8 @@ def _provider(provider: str, case: Case, call: Call) -> Predicted:
 def _algorithm(algorithm: str, tile: str, call: Call) -> Predicted:
     if algorithm == "torch":
         return "torch", lambda case: torch_ms(case, call)
-    if algorithm == "shipped":  # small_m.csv, whose tile starts with the algorithm
+    # small_m.csv, whose tile starts with the algorithm.
+    if algorithm == "shipped":
         algorithm, _, tile = tile.partition(" ")
     if algorithm not in modes.MODES["exact"].algorithms:
         raise LookupError(f"the model does not know {algorithm!r}")

@@ -32,7 +32,8 @@ def roofline(rows: list[dict]) -> list[dict]:
         matmul, copy = float(row["share_of_matmul"]), float(row["share_of_copy"] or 0)
         names = {name: row[name] for name in ("format", "provider", "m", "n", "k")}
         bound = "compute" if matmul >= copy else "memory"
-        if not row["share_of_copy"]:  # a library with weights of its own, whose bytes are not known
+        # A library with weights of its own, whose bytes are not known.
+        if not row["share_of_copy"]:
             bound = "?"
         shares = dict(share=max(matmul, copy), of_matmul=matmul, of_copy=copy if row["share_of_copy"] else "")
         found.append(names | dict(ms=row["p50_ms"], bound=bound) | shares)

@@ -185,7 +185,8 @@ class _Launcher:
         self.launches, self.name = found.launches, name
 
     def __call__(self, x: int, y: int, z: int, *arguments) -> None:
-        if x * y * z == 0:  # Triton's own launcher skips such a grid
+        # Triton's own launcher skips such a grid.
+        if x * y * z == 0:
             return
         if x > _GRID_LIMITS[0] or y > _GRID_LIMITS[1] or z > _GRID_LIMITS[2]:
             raise RuntimeError(f"Triton Error [CUDA]: invalid argument (grid {x, y, z} of {self.name})")

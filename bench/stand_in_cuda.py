@@ -56,7 +56,8 @@ class Cuda:
 @contextmanager
 def patched(cuda: Cuda) -> Iterator[None]:
     """Put the stand-in's functions into torch until the context ends."""
-    constructors = _device_constructors()  # asked before anything is replaced: it remembers the functions themselves
+    # Asked before anything is replaced: it remembers the functions themselves.
+    constructors = _device_constructors()
     with ExitStack() as stack:
         for owner, name, value in _replacements(cuda, constructors):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -83,7 +84,8 @@ def _replacements(cuda: Cuda, constructors) -> Iterator[tuple[object, str, objec
 def _here(device):
     """Return where a tensor for `device` is made: the CPU for "cuda", in any of the forms torch takes."""
     if not isinstance(device, torch.device):
-        device = torch.device(device)  # "cuda", "cuda:0" or a number
+        # "cuda", "cuda:0" or a number.
+        device = torch.device(device)
     return _CPU if device.type == "cuda" else device
 
 

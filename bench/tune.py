@@ -45,7 +45,8 @@ def main() -> None:
         return
     device = torch.device("cuda", 0)
     for mode in dict.fromkeys(job.compute for job in jobs):
-        resolve("triton", mode, device, FORMATS[jobs[0].format])  # raises where the card refuses the mode
+        # Raises where the card refuses the mode.
+        resolve("triton", mode, device, FORMATS[jobs[0].format])
     options = dict(
         dtype=getattr(torch, arguments.dtype), path=arguments.out, minutes=arguments.minutes, processes=arguments.processes
     )

@@ -46,9 +46,8 @@ def worktree(ref: str, root: Path = ROOT) -> Iterator[Path]:
         SystemExit: where git does not know the ref.
     """
     with tempfile.TemporaryDirectory(prefix="flux_kernels_verify_") as folder:
-        path = (
-            Path(folder) / Path(folder).name
-        )  # git calls the worktree by its last name, which two runs at once must not share
+        # Git calls the worktree by its last name, which two runs at once must not share.
+        path = Path(folder) / Path(folder).name
         try:
             added = _git(root, "add", "--quiet", "--detach", str(path), ref)
             if added.returncode:

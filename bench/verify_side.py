@@ -66,7 +66,8 @@ def _flusher(device: torch.device):
 def main() -> None:
     """Answer each line with a line, until the input ends; a failure is an answer too."""
     side, answers = Side(), sys.stdout
-    sys.stdout = sys.stderr  # what a library prints must not become an answer
+    # What a library prints must not become an answer.
+    sys.stdout = sys.stderr
     for line in sys.stdin:
         order = json.loads(line)
         try:

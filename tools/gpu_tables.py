@@ -123,7 +123,8 @@ def peak_cells(rows: Rows, size: str, name: str) -> Cell:
     packed = sum(call.calls * call.n * fmt.row_bytes(call.k) for call in calls) / 1e9
     plain = sum(call.calls * call.n * call.k for call in calls) * 2 / 1e9
     peaks = {row["provider"]: _peak_gb(row) for row in rows if _peak_gb(row) and not _is_wrong(row)}
-    if peaks.get("torch", 0.0) > plain + packed:  # a session holds both, a user would not
+    # A session holds both, a user would not.
+    if peaks.get("torch", 0.0) > plain + packed:
         peaks["torch"] -= packed
     return lambda side: f"{peaks[side]:.1f} GB" if side in peaks else _missing(rows, side)
 

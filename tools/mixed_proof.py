@@ -167,7 +167,8 @@ def candidates(proof: Proof, budget: int, kind: str, tables: dict, blocks: dict,
     found["mixed without importance"] = proof.planned(tables["plain"], budget), False
     found["mixed, types quantized here"] = proof.planned(without(tables["weighted"], BY_LIBGGML), budget), True
     found["mixed, streams tied"] = proof.planned(tables["weighted"], budget, STREAMS_TIED), True
-    own = {"greedy by block": "plain", "greedy by block, importance": "weighted"}  # the greedy's last step may save too much
+    # The greedy's last step may save too much.
+    own = {"greedy by block": "plain", "greedy by block, importance": "weighted"}
     for name, table in own.items():
         found[f"mixed at the bytes of {name}"] = proof.planned(tables[table], proof.bytes(found[name][0])), table == "weighted"
     found["mixed, not refined"] = proof.planned(tables["weighted"], budget), True

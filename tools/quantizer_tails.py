@@ -118,7 +118,8 @@ def compare(
     scale = x.double().square() if importance is None else x.double().square() * importance
     allowance = ALLOWANCE * scale.sum(-1).sqrt()
     ours = root_error(x, quantize(x, name, importance, engine="torch"), name, importance)
-    theirs = _libggml(name, x, importance, cache).nan_to_num(nan=torch.inf)  # its fp16 scales may overflow
+    # Its fp16 scales may overflow.
+    theirs = _libggml(name, x, importance, cache).nan_to_num(nan=torch.inf)
     return ours + allowance, theirs + allowance
 
 

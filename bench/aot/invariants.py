@@ -56,7 +56,8 @@ def _products(row: Row) -> list[str]:
         found.append("no tensor-core instruction")
     if row.mma and plain:
         found.append(f"{row.mma} rounds float32 products")
-    if row.kernel not in FUSED_KERNELS or not is_looped(row):  # without a loop the epilogue would be counted, too
+    # Without a loop the epilogue would be counted, too.
+    if row.kernel not in FUSED_KERNELS or not is_looped(row):
         return found
     operands = "fp16" if row.kernel.startswith("fp16") else row.dtype
     if row.decodes_per_weight != 1.0 and not plain and (row.format, operands) not in UNCOUNTED:

@@ -114,7 +114,8 @@ def launched(
     factors = (empty(m, RANK), empty(n, RANK)) if branch else None
     with _recorded(fmt.name, dtype) as written:
         MODULES[compute].linear(x, data, bias, y, fmt, fmt.planes, factors, choice=choice)
-        if compute == "int8" and branch:  # which outlier channels join, where there is one, or are: chosen for alike
+        # With outlier channels a call is chosen for as without.
+        if compute == "int8" and branch:
             outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
             int8.linear(x, data, bias, y, fmt, fmt.planes, factors, outliers, choice=choice)
     return written
@@ -187,7 +188,8 @@ def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, bra
         if compute == mode_of_call(compute, m):
             choice = default_choice(compute, fmt, m, n, k, capability, DTYPES[dtype], branch)
             found.setdefault((choice.algorithm, choice.tile), (m, choice))
-    if compute == "exact":  # its unpacking is what `dequantize` does on any card, to any dtype
+    # Its unpacking is what `dequantize` does on any card, to any dtype.
+    if compute == "exact":
         found.setdefault(("two_stage", None), (rows[-1], Choice("two_stage", None, "")))
     return list(found.values())
 

@@ -249,10 +249,12 @@ def _weights_of_a_warp(row: dict) -> float:
 
 def _product_ms(case: Case, call: Call, row: dict, tile: Tile, x_bytes: int) -> float:
     """Return the time of a kernel that reads packed rows: its programs, or its traffic."""
-    shared_k = tile.splits if row["kernel"] == "split_k" else 1  # programs; small M's splits are warps of one program
+    # Programs; small M's splits are warps of one program.
+    shared_k = tile.splits if row["kernel"] == "split_k" else 1
     programs = ceil(call.m / tile.block_m) * ceil(call.n / tile.block_n) * shared_k
     traffic = case.packed(call) + x_bytes * call.m * call.k + case.itemsize * call.m * call.n
-    sums = 2 * 4 * shared_k * call.m * call.n if shared_k > 1 else 0  # float32, written by one kernel and read by another
+    # Float32, written by one kernel and read by another.
+    sums = 2 * 4 * shared_k * call.m * call.n if shared_k > 1 else 0
     return max(case.running(row, programs, ceil(call.k / tile.tile_k / tile.splits)), case.moving(traffic)) + case.moving(sums)
 
 

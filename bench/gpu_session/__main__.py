@@ -66,7 +66,8 @@ def run_section(section: Section, out: Path, seconds: float, card: str | None = 
     process.join(seconds)
     late = process.is_alive()
     try:
-        os.killpg(process.pid, signal.SIGKILL)  # the whole group: a section has processes of its own
+        # The whole group: a section has processes of its own.
+        os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     process.join()
@@ -161,7 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     for folder in (options.out, options.results):
         folder.mkdir(parents=True, exist_ok=True)
     records = options.out.resolve() / "records"
-    os.environ.setdefault("FLUX_KERNELS_TUNING", str(records))  # so that what is tuned here is used here
+    # So that what is tuned here is used here.
+    os.environ.setdefault("FLUX_KERNELS_TUNING", str(records))
     if options.dry_run:
         return dry_run(options)
     if not gpu_is_here():
@@ -196,7 +198,8 @@ def gpu_is_here() -> bool:
 def dry_run(options: argparse.Namespace) -> int:
     """Run every section on the stand-in, print its expected seconds; return 1 where one did not end."""
     failed = False
-    for path in [*options.out.glob("*.csv"), *options.out.glob("*.json")]:  # of an earlier dry run: each measures all anew
+    # Of an earlier dry run: each measures all anew.
+    for path in [*options.out.glob("*.csv"), *options.out.glob("*.json")]:
         path.unlink()
     rows = []
     for section in _chosen(options.sections):

@@ -104,7 +104,8 @@ def take_over(archive: Path, folder: Path, seconds: float, processes: int = os.c
     Call it before anything asks for a GPU: it forks. The environment it sets is for this process and those it starts.
     """
     own = triton_cache.triton_key()
-    os.environ.pop("TRITON_PTXAS_PATH", None)  # another ptxas would be another key
+    # Another ptxas would be another key.
+    os.environ.pop("TRITON_PTXAS_PATH", None)
     os.environ["TRITON_CACHE_DIR"] = str(folder / _ENTRIES)
     print(f"Triton {triton.__version__}, own key {short(own)}", flush=True)
     if not archive.exists():

@@ -24,7 +24,8 @@ def run(session: Session) -> None:
     table, rates = session.table("ceilings", KEY), session.rates
     source = torch.empty(_BYTES >> 3 if session.dry else _BYTES, dtype=torch.uint8, device=session.device)
     target = torch.empty_like(source)
-    words, copied = source.view(torch.int32), target.view(torch.int32)  # a kernel: captured, copy_ is a slower memcpy node
+    # A kernel: captured, copy_ is a slower memcpy node.
+    words, copied = source.view(torch.int32), target.view(torch.int32)
     memory = [
         Case(dict(what="copy", m="", n="", k=""), lambda: torch.bitwise_not(words, out=copied), moved_ms(rates, 2 * _BYTES)),
         Case(dict(what="read", m="", n="", k=""), lambda: torch.amax(words, 0), moved_ms(rates, _BYTES)),

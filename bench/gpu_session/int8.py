@@ -80,7 +80,8 @@ def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     x8, w8 = _codes(session, m, n, k)
     around = moved_ms(rates, 3 * m * k) + read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
     shipped = modelled_ms(rates, "int8", _FORMAT, m, n, k) or product_clock_ms(session, m, n, k, "rows") + around
-    kept = {id(one): kernels.row_scale(one, fmt, fmt.planes) for one in weights}  # as a layer keeps them
+    # A layer keeps its scales.
+    kept = {id(one): kernels.row_scale(one, fmt, fmt.planes) for one in weights}
 
     def layer() -> torch.Tensor:
         one = next(turns)

@@ -55,7 +55,8 @@ def _key(format: str, provider: str, size: str, what: str) -> dict:
 
 
 def _format(session: Session, table, format: str, size: str, providers: list[str]) -> None:
-    case = true_size("128x128" if session.dry else size)  # with the text enough rows for the same choices
+    # With the text tokens there are enough rows for the same choices.
+    case = true_size("128x128" if session.dry else size)
     config = replace(case.config, num_layers=1, num_single_layers=1) if session.dry else case.config
     weights = make_weights(config, FORMATS[format], session.device, torch.bfloat16)
     inputs = step_inputs(config, case.height, case.width, case.batch, session.device, torch.bfloat16, case.text)

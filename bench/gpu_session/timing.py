@@ -79,7 +79,8 @@ def _captured(session: Session, case: Case, clock: GpuClock) -> tuple[Replay, in
     estimate = case.predicted_ms or 0.1 if session.dry else max(eager, 1e-3)
     calls = 1 if session.dry else max(1, min(_MOST_CALLS, round(_GRAPH_MS / estimate)))
 
-    def several() -> None:  # results go as they come: a graph that kept them all would fill the card
+    # Results go as they come: a graph that kept them all would fill the card.
+    def several() -> None:
         for _ in range(calls):
             case.call()
 

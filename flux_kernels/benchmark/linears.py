@@ -130,7 +130,8 @@ def _row(name, size, call, provider, times, graph, errors, note, problem, ceilin
     if times is None:
         return row | dict.fromkeys(_MEASURED, "") | checked
     p20, p50, p80 = percentiles(times)
-    packed = provider != TORCH and not PROVIDERS[provider].own_weights  # else it reads other bytes
+    # Other sides read other bytes than the packed ones.
+    packed = provider != TORCH and not PROVIDERS[provider].own_weights
     speeds = dict(tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(problem.data.numel() / p50 / 1e6) if packed else "")
     shares = dict.fromkeys(("share_of_matmul", "share_of_copy"), "")
     if ceilings is not None:

@@ -51,7 +51,8 @@ def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
     measured = [row for row, _ in points]
     figure, drawn = panels(_formats(measured))
     left, right = min(x for _, x in points) / 2, max(x for _, x in points) * 2
-    knee = 1e3 * ceilings.matmul_tflops / ceilings.copy_gb_s  # where both limits meet, in FLOP/byte
+    # Where both limits meet, in FLOP/byte.
+    knee = 1e3 * ceilings.matmul_tflops / ceilings.copy_gb_s
     slope = [x for x in (left, min(max(knee, left), right))]
     for axes, name in drawn:
         memory = f"limit of memory: a copy, {ceilings.copy_gb_s:.3g} GB/s"
@@ -78,7 +79,8 @@ def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
     for axes, name in drawn:
         axes.axhline(1, color=INK, linewidth=1.2, label=label(TORCH))
         for index, provider in enumerate(sides):
-            shift = _SPREAD ** (index / max(1, len(sides) - 1) - 0.5)  # at one M the sides would hide each other
+            # At one M the sides would hide each other.
+            shift = _SPREAD ** (index / max(1, len(sides) - 1) - 0.5)
             mine = [(int(row["m"]) * shift, base[_key(row)] / float(row["p50_ms"])) for row in _of(measured, name, provider)]
             if mine:
                 axes.plot(*zip(*mine), **look(provider, measured), **_DOT, label=label(provider))

@@ -37,7 +37,8 @@ def prices(found: Found, pictures: Sequence[Mapping]) -> str:
     heads: tuple[str, ...] = _HEADS
     sizes = list(dict.fromkeys(size for _, size, *_ in lines))
     text = html.escape(_words(sizes, [line[3] for line in lines], found, pictures))
-    if len(sizes) == 1:  # which the words say already
+    # The words say it already.
+    if len(sizes) == 1:
         heads, lines = (heads[0], *heads[2:]), [(name, *rest) for name, _, *rest in lines]
     return f"<h2>Speed and its price</h2><p>{text}</p>{table(heads, lines, _NUMBERS)}"
 

@@ -118,7 +118,8 @@ def _diffusers(problem: Problem):
         from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
     except ImportError as error:
         raise not_installed(error.name or "diffusers") from error
-    kind = problem.fmt.ggml_type  # the gguf package may not know a type as young as this library's youngest
+    # The gguf package may not know a type as young as this library's youngest.
+    kind = problem.fmt.ggml_type
     if kind not in {int(known) for known in dequantize_functions}:
         raise Unavailable(f"diffusers does not support {problem.fmt.name}")
     data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
@@ -136,7 +137,8 @@ _COMPILED = "https://huggingface.co/docs/diffusers/optimization/fp16#torchcompil
 def _diffusers_compiled(problem: Problem):
     """The same under torch.compile."""
     layer = _diffusers(problem)
-    torch.compiler.reset()  # every shape is a first shape, or the second one would be compiled for changing sizes
+    # Every shape is a first shape, or the second one would be compiled for changing sizes.
+    torch.compiler.reset()
     return torch.compile(layer, fullgraph=True)
 
 

@@ -146,7 +146,8 @@ def _linears(plan, found: Found, device, dtype, tell: Tell, end: float) -> Itera
 
 
 def _steps(plan, found: Found, device, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
-    longest = {False: 0.0, True: _PICTURE_SECONDS}  # seconds, of steps and of pictures
+    # Seconds, of steps and of pictures.
+    longest = {False: 0.0, True: _PICTURE_SECONDS}
     for size, name, pictures in plan.whole_runs(device):
         begun, words = time.monotonic(), f"{'denoising' if pictures else 'whole step'}, {name}, {size}"
         # Much work in one piece: it is begun only where one as long as the longest before would be done in time.

@@ -79,7 +79,8 @@ def totals(rows: Sequence[Mapping]) -> dict[str, Total]:
     sums, calls = {}, {_call(row) for row in rows}
     for provider in dict.fromkeys(row["provider"] for row in rows):
         mine = [row for row in rows if row["provider"] == provider]
-        if {_call(row) for row in mine} == calls and all(row["p50_ms"] for row in mine):  # some run at few rows of x only
+        # Some sides run at few rows of x only.
+        if {_call(row) for row in mine} == calls and all(row["p50_ms"] for row in mine):
             sums[provider] = Total.of(*mine)
     return sums
 

@@ -159,7 +159,8 @@ def run_async(body: str) -> np.ndarray:
 
 def test_asynchronous_copies_land_at_their_wait():
     assert (run_async(ASYNC) == 8 * np.arange(N)).all()
-    assert (run_async(ASYNC.replace("0x4, %r3", "0x4, 0")) == 4 * np.arange(N)).all()  # a source of 0 bytes: zeros
+    # A source of 0 bytes: zeros.
+    assert (run_async(ASYNC.replace("0x4, %r3", "0x4, 0")) == 4 * np.arange(N)).all()
 
 
 @pytest.mark.parametrize(

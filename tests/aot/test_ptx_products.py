@@ -189,7 +189,8 @@ def wgmma_body(width: int, left_in_registers: bool, fence: str, wait: str, proxy
 def wgmma_run(width: int, left_in_registers: bool, fence=FENCE, wait=WAIT, proxy=PROXY, fill="store", **options):
     """Return (got, expected) [64, 16] of twice a product."""
     random = np.random.default_rng(5)
-    a, b = random.integers(-8, 9, (64, 16)), random.integers(-8, 9, (16, 16))  # b is [N, K]
+    # B is [N, K].
+    a, b = random.integers(-8, 9, (64, 16)), random.integers(-8, 9, (16, 16))
     shared = np.zeros(16384, np.uint8)
     for matrix, start in ((a, 0), (b, 8192)):
         for row in range(matrix.shape[0]):

@@ -126,8 +126,10 @@ def test_every_section_runs_on_a_bare_machine(rehearsed):
     lines = [line.split() for line in text.splitlines() if len(line.split()) > 3 and not line.startswith(("in all", "section"))]
     expected = {name: (int(kernels), float(gpu), float(limit)) for name, kernels, _, gpu, _, _, limit, *_ in lines}
     assert len(expected) == len(SECTIONS) and sum(kernels for kernels, _, _ in expected.values()) > 100
-    assert expected["correctness"][0] <= 45  # those of one type
-    assert all(0 <= gpu < limit for _, gpu, limit in expected.values())  # the host's seconds depend on what else runs here
+    # Those of one type.
+    assert expected["correctness"][0] <= 45
+    # The host's seconds depend on what else runs here.
+    assert all(0 <= gpu < limit for _, gpu, limit in expected.values())
 
 
 def test_the_summary_fits_the_last_lines(rehearsed, tmp_path):
@@ -138,7 +140,8 @@ def test_the_summary_fits_the_last_lines(rehearsed, tmp_path):
         dict(name=str(i), p50_ms="1", measured_over_predicted=ratio, note="") for i, ratio in enumerate(("1.1", "0.2", "3.0"))
     ]
     shown = summary.table("some", [*rows, rows[0] | dict(p50_ms="", note="it broke")], 2).splitlines()
-    assert [line.split()[0] for line in shown[1:3]] == ["1", "2"]  # the largest misses
+    # The largest misses.
+    assert [line.split()[0] for line in shown[1:3]] == ["1", "2"]
     assert "3 timed, 1 not" in shown[0] and shown[-1] == "! it broke"
 
 
@@ -231,10 +234,12 @@ def test_a_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "take_over", lambda *_, **__: {})
     arguments = ["--out", str(tmp_path / "rows"), "--results", str(tmp_path)]
     monkeypatch.setenv("FLUX_KERNELS_TUNING", str(tmp_path))
-    assert command.main(arguments) == 2 and not ran.exists() and not (tmp_path / "rows" / "state.json").exists()  # no GPU here
+    # No GPU here.
+    assert command.main(arguments) == 2 and not ran.exists() and not (tmp_path / "rows" / "state.json").exists()
     assert "No GPU is seen" in capsys.readouterr().out
     monkeypatch.setattr(command, "gpu_is_here", lambda: True)
-    assert command.main([*arguments, "--minutes", "0.1"]) == 0  # too little for anything
+    # Too little for anything.
+    assert command.main([*arguments, "--minutes", "0.1"]) == 0
     assert "good: no time left" in capsys.readouterr().out
     assert command.main(arguments) == 1
     assert "bad: failed: ValueError: it broke" in capsys.readouterr().out
@@ -294,7 +299,8 @@ def test_nine_minutes_reach_everything():
     )  # 20: to start
     assert seconds <= 9 * 60
     assert all(section.seconds >= 1.35 * section.took for section in SECTIONS if section.took)
-    assert sum(section.seconds for section in SECTIONS if section.took) <= 8 * 60  # though each hung
+    # Though each hung.
+    assert sum(section.seconds for section in SECTIONS if section.took) <= 8 * 60
 
 
 def test_the_archive_leaves_out_what_does_not_fit(tmp_path, monkeypatch):

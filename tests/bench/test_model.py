@@ -87,7 +87,8 @@ def test_a_loop_that_waits_for_its_products_adds_up():
     assert clocks(row, 64) == 788
     assert clocks(row | dict(mma_waits="1"), 64) == 1300
     assert clocks(row, 16) == 2048
-    assert clocks(row | dict(mma_waits="1"), 16) == 2560  # conversions are part of what comes after the products
+    # Conversions are part of what comes after the products.
+    assert clocks(row | dict(mma_waits="1"), 16) == 2560
     assert busiest_pipe(row, 64) == "issue"
     assert busiest_pipe(row | dict(mma_waits="1"), 16) == "tensor + convert"
 
@@ -119,7 +120,8 @@ def test_loads_of_mma_sync_operands_are_no_waits(record):
     assert record.waits(geforce) == record.waits(hopper) == int(hopper["loop_shared"])
     narrower = Case(BY_NAME["RTX 4090"], record, "Q8_0").row("fp16_gemm", "128x64x128 warps 8 stages 2 ldmatrix")
     wide = Case(BY_NAME["H200"], record, "Q8_0").row("fused_gemm", "128x128x128 warps 8 stages 2 ldmatrix")
-    assert record.waits(narrower) < record.waits(wide)  # half as many weights a warp
+    # Half as many weights a warp.
+    assert record.waits(narrower) < record.waits(wide)
 
 
 def test_products_and_decoding_in_turn_are_the_far_end_of_a_range(record):
@@ -263,7 +265,8 @@ def test_what_the_wait_was_not_fitted_to_is_within_a_third(measured, table: str,
     ratios = [float(row["over_waiting"]) for row in rows if (row["format"], row["n"], row["k"]) != fitted]
     assert len(ratios) >= 3
     assert max(*ratios, *(1 / ratio for ratio in ratios)) < 4 / 3
-    assert median(float(row["over_bound"]) for row in rows) > 1.25  # so the term is needed
+    # So the term is needed.
+    assert median(float(row["over_bound"]) for row in rows) > 1.25
 
 
 def test_a_session_s_tables_are_summed_up_by_kernel_and_format(measured):

@@ -136,7 +136,8 @@ def test_every_side_runs_after_every_other_equally_often(count):
 def test_runs_alternate_and_percentiles_are_ordered():
     order = []
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
-    assert "".join(order) == "ab" * 4  # one warm-up each
+    # One warm-up each.
+    assert "".join(order) == "ab" * 4
     assert {len(found) for found in times.values()} == {3}
     assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0])[1] == 3.0
 

@@ -22,7 +22,8 @@ def test_the_step_is_that_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.FluxTransformer2DModel(**TINY_FLUX).double().eval()
-    for parameter in theirs.parameters():  # norms' weights are ones and biases small; a swap of two would not be seen
+    # Norms' weights are ones and biases small; a swap of two would not be seen.
+    for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     config = StepConfig.read(TINY_FLUX)
     ours = StepModel(config).double()

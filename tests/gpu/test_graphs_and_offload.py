@@ -122,7 +122,8 @@ def test_a_compiled_model_runs_as_cuda_graphs(host_model, compute, fused):
     with torch.no_grad():
         want = model(**arguments)[0]
         compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
-        for _ in range(4):  # the first two record
+        # The first two record.
+        for _ in range(4):
             torch.compiler.cudagraph_mark_step_begin()
             got = compiled(**arguments)[0].clone()
     assert_close(got, want)

@@ -216,7 +216,8 @@ def test_code_for_geforce_runs_here_through_its_ptx(card, name, compute):
 
     if torch.cuda.get_device_capability() < CARDS[card].capability:
         pytest.skip("an older GPU cannot run code for a newer one")
-    x, data, weight, bias, oracle = operands(name, 256, 256)  # fewer rows than those from which such cards unpack
+    # Fewer rows than those from which such cards unpack.
+    x, data, weight, bias, oracle = operands(name, 256, 256)
     fmt = FORMATS[name]
     if compute == "exact":
         allowed = 2 * compare.error(torch.nn.functional.linear(x, weight.to(x.dtype), bias), oracle)
@@ -271,7 +272,8 @@ def test_more_than_2_to_the_31_weights():
     fmt, n = FORMATS["Q8_0"], 700_000
     if torch.cuda.get_device_properties(0).total_memory < 16 << 30:
         pytest.skip("needs 16 GB of GPU memory")
-    data = torch.empty(n, fmt.row_bytes(K), dtype=torch.uint8, device="cuda").random_(0, 120)  # of scales, finite halves
+    # Of scales, finite halves.
+    data = torch.empty(n, fmt.row_bytes(K), dtype=torch.uint8, device="cuda").random_(0, 120)
     x = torch.randn(16, K, device="cuda").to(BF16)
     last = data[-256:].clone()
     got = kernels.linear(x, data, None, fmt, "exact", True)
@@ -330,7 +332,8 @@ def test_loading_x_by_ldmatrix_only_changes_the_order_of_sums(name):
     results = [
         exact_linear(name, x, data, None, Choice("fused", replace(base, ldmatrix=ldmatrix), "")) for ldmatrix in (False, True)
     ]
-    reordered = K * 2**-24 * (x.abs().float() @ weight.abs().T).max()  # K float32 roundings of the largest partial sum
+    # K float32 roundings of the largest partial sum.
+    reordered = K * 2**-24 * (x.abs().float() @ weight.abs().T).max()
     off = (results[0].float() - results[1].float()).abs() - torch.finfo(BF16).eps * results[0].float().abs()
     compare.right(bool(off.max() <= reordered), f"{name}: {off.max().item():.3g} apart, {reordered.item():.3g} explained")
 

@@ -32,7 +32,8 @@ def _copy(instruction: Instruction) -> Step:
     if size not in ((16,) if ".cg." in instruction.opcode else (4, 8, 16)):
         raise Fault(f"cannot copy {size} bytes, {instruction}")
     to, origin = address_reader(target), address_reader(source)
-    present = reader(rest[0], "u32") if rest else None  # bytes that are copied, the others become zeros
+    # Bytes that are copied, the others become zeros.
+    present = reader(rest[0], "u32") if rest else None
 
     def step(threads: Threads, mask: Mask) -> None:
         active = slice(None) if mask is None else mask

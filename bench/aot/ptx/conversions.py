@@ -35,7 +35,8 @@ def _integer_to_integer(source: str, target: str) -> None:
 
 def integer_to_float(values: np.ndarray, target: str) -> np.ndarray:
     """Round integers to the nearest float of a PTX type, ties to even."""
-    near = values.astype(np.float64)  # inexact for 64 bits only
+    # Inexact for 64 bits only.
+    near = values.astype(np.float64)
     if values.dtype.itemsize == 8:
         exact = np.array([int(whole) - int(rounded) for whole, rounded in zip(values, near, strict=True)], np.float64)
         near = odd(near, exact)

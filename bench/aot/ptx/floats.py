@@ -56,12 +56,14 @@ def _arithmetic(t: str) -> None:
     for rounding in ("", ".rn"):
         elementwise(f"add{rounding}.{t}", pair, t, add)
         elementwise(f"sub{rounding}.{t}", pair, t, lambda a, b: add(a, -b))
-        elementwise(f"mul{rounding}.{t}", pair, t, operator.mul)  # of bfloat16 exact in float32
+        # Of bfloat16 exact in float32.
+        elementwise(f"mul{rounding}.{t}", pair, t, operator.mul)
     elementwise(f"fma.rn.{t}", f"{t} {t} {t}", t, _fma_of(t.removesuffix("x2")))
 
 
 def _selection(t: str) -> None:
-    pair, more = f"{t} {t}", 1 if t == "f32" else 0  # sm_100 and up take three operands
+    # sm_100 and up take three operands.
+    pair, more = f"{t} {t}", 1 if t == "f32" else 0
     for name, choose in (("max", larger), ("min", smaller)):
         elementwise(f"{name}.{t}", pair, t, _of_all(choose), more)
         elementwise(f"{name}.NaN.{t}", pair, t, _of_all(_or_nan(choose)), more)

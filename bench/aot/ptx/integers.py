@@ -63,7 +63,8 @@ def extract_field(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np
     Past the end comes the sign or 0.
     """
     position, length = (value.astype(np.int64) & 255 for value in (position, length))
-    wide = a.astype(np.int64)  # sign-extended for signed a, zero-extended else
+    # Sign-extended for signed a, zero-extended else.
+    wide = a.astype(np.int64)
     field = wide >> np.minimum(position, 63)
     length = np.minimum(length, 63)
     low = field & (np.int64(1) << length) - 1

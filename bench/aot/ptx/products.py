@@ -41,7 +41,8 @@ def places(role: str, registers: int, each: int) -> tuple[np.ndarray, np.ndarray
         return g + 8 * (i % 2) + zero, each * t + h + 4 * each * (i // 2) + zero
     if role == "right":
         return each * t + h + 4 * each * i + zero, g + zero
-    element = each * i + h  # of four: two neighbours in row g, two in row g + 8
+    # Of four: two neighbours in row g, two in row g + 8.
+    element = each * i + h
     return g + 8 * (element // 2) + zero, 2 * t + element % 2 + zero
 
 

@@ -40,7 +40,8 @@ class Races:
         before = self._reader[at]
         shared = (before >= self._start) & (before != tag)
         self._reader[at] = np.where(shared, self._start + _SEVERAL, tag)
-        disagree = self._reader[at] != tag  # two warps of this very instruction
+        # Two warps of this very instruction.
+        disagree = self._reader[at] != tag
         self._reader[at[disagree]] = self._start + _SEVERAL
 
     def write(

@@ -145,7 +145,8 @@ def _register_reader(name: str, ptx_type: str) -> Reader:
     def read(threads: Threads) -> np.ndarray:
         bits = threads.read(name)
         if bits.itemsize != width and bits.dtype != bool:
-            bits = bits.astype(UNSIGNED[width])  # a narrow load left zeros above, a narrow use looks at the low bits
+            # A narrow load left zeros above, a narrow use looks at the low bits.
+            bits = bits.astype(UNSIGNED[width])
         return from_bits(bits, ptx_type)
 
     return read
@@ -156,7 +157,8 @@ def _immediate(text: str, ptx_type: str) -> np.ndarray:
     if text == _SHARED_BASE:
         value = 0
     elif text[:2] in ("0f", "0d", "0F", "0D"):
-        value = int.from_bytes(bytes.fromhex(text[2:]))  # the bits of a float
+        # The bits of a float.
+        value = int.from_bytes(bytes.fromhex(text[2:]))
         if ptx_type == "f64" and text[1] in "fF" or ptx_type == "f32" and text[1] in "dD":
             raise Fault(f"immediate {text} is not of type {ptx_type}")
     else:

@@ -178,7 +178,8 @@ def _wait(instruction: Instruction) -> Step:
         for one in landed:
             _finish(threads, one)
         _reserve(threads)
-        threads.fenced = dict(threads.registers)  # what products delivered is in order with the next ones
+        # What products delivered is in order with the next ones.
+        threads.fenced = dict(threads.registers)
 
     return step
 

@@ -88,7 +88,8 @@ def _mma_roundings(inputs: Inputs) -> int:
 
 
 def _small_m_roundings(inputs: Inputs) -> int:
-    return K // 32 + 5 + 1 + RANK + 1  # slices of 32 reduced in 5 levels, a product each, branch and bias
+    # Slices of 32 reduced in 5 levels, a product each, branch and bias.
+    return K // 32 + 5 + 1 + RANK + 1
 
 
 def _small_m(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:

@@ -36,7 +36,8 @@ def measure_denoising(
     """
     go_offline_quietly()
     rows: list[dict] = []
-    calls: dict[str, Callable[[], Tensor]] = {}  # by position of the row
+    # By position of the row.
+    calls: dict[str, Callable[[], Tensor]] = {}
     expected: Tensor | None = None
     for provider in providers:
         progress(f"denoising, {name}: checking {provider}")

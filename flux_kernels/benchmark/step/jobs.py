@@ -91,7 +91,8 @@ def denoising_job(device: torch.device, repeats: int) -> Job:
 
 
 def _embedded_origin(device: torch.device) -> dict[str, str]:
-    with one_thread():  # as the rows are measured
+    # As the rows are measured.
+    with one_thread():
         return origin(device)
 
 

@@ -124,7 +124,8 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
     """Tell whether the unquantized model must reuse blocks, and which providers go in which round."""
     largest = max(one.data.shape[0] * weights.fmt.row_weights(one.data.shape[1]) for one in weights.packed.values())
     tokens = inputs.positions.shape[0] * inputs.image.shape[0]
-    working = 32 * largest + 160 * tokens * weights.config.width  # decoding's intermediates; activations of about 10 widths
+    # Decoding's intermediates; activations of about 10 widths.
+    working = 32 * largest + 160 * tokens * weights.config.width
     free, whole = free_bytes(device), weights.nbytes(unquantized=True)
     reuse = free is not None and whole + working > free
     second = [name for name in providers if not name.startswith(OURS) and name not in (TORCH, "dequantize")]
@@ -214,7 +215,8 @@ def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, 
     row["error"] = f"{error:.3g}"
     if unquantized is not None:
         row["note"] = f"{relative(y, unquantized):.2%} off the unquantized model's output"
-    if not (error <= gate and y.isfinite().all()):  # also for NaN
+    # Also for NaN.
+    if not (error <= gate and y.isfinite().all()):
         return row | dict(note=wrong(error, gate)), None
     row["peak_bytes"] = "" if extra is None else row["weight_bytes"] + extra
     return row, model

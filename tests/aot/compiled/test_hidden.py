@@ -42,14 +42,16 @@ def test_nan_and_inf_weights_spoil_their_own_scale_alone(capability, value, row_
         codes, scale = int8.unpack_weight(data, Q4_K, 128, Q4_K.planes, row_scales)
         card.allocations.check(codes), card.allocations.check(scale)
     expected = torch.zeros_like(scale, dtype=torch.bool)
-    expected[: 1 if row_scales else 2, 3] = True  # a superblock is two groups of 128
+    # A superblock is two groups of 128.
+    expected[: 1 if row_scales else 2, 3] = True
     assert torch.equal(scale.isnan(), expected)
 
 
 def test_a_plain_maximum_would_drop_nan():
     """The check above can fail: with max for max.NaN one block of NaN among four is dropped."""
     fmt = FORMATS["Q4_0"]
-    data = random_rows(fmt, 20, K, fmt.planes)  # the first two bytes are a block's d either way
+    # The first two bytes are a block's d either way.
+    data = random_rows(fmt, 20, K, fmt.planes)
     data[3, :2] = torch.tensor([float("nan")], dtype=torch.float16).view(torch.uint8)
     found = []
     for instead in ("max.NaN.f32", "max.f32"):
@@ -129,7 +131,8 @@ def test_branches_of_any_rank(rank, m):
     with absent_card(89) as card:
         y = kernels.linear(x, inputs.data, inputs.bias, inputs.fmt, "exact", inputs.fmt.planes, branch)
         card.allocations.check(y)
-    weight = (inputs.weight if m <= CODES_M else inputs.weight.half()).double()  # codes are multiplied before any rounding
+    # Codes are multiplied before any rounding.
+    weight = (inputs.weight if m <= CODES_M else inputs.weight.half()).double()
     expected = x.double() @ weight.T + inputs.bias.double() + branch[0].double() @ branch[1].double().T
     magnitude = x.double().abs() @ weight.abs().T + branch[0].double().abs() @ branch[1].double().abs().T + 10
     assert ((y.double() - expected).abs() <= 2.0**-11 * expected.abs() + 2.0**-24 * (K / 16 + 40) * 1.01 * magnitude).all()
