@@ -86,7 +86,7 @@ def measured_card(linear: list[dict], counters: list[dict]) -> Model:
 
 def calibrate(rows: list[dict], model: Model, record: list[dict], table: str = "linear") -> list[dict]:
     """Return a row for each time the model predicts: what ran, measured, bound, waiting, origin."""
-    recorded, found = Record(record), []
+    recorded, predicted = Record(record), []
     for row in rows:
         dtype = _DTYPES.get(row.get("dtype") or "bfloat16")
         if dtype is None or not row["p50_ms"]:
@@ -97,26 +97,26 @@ def calibrate(rows: list[dict], model: Model, record: list[dict], table: str = "
             bound, waiting = (milliseconds(case) for case in cases)
         except LookupError:
             continue
-        found.append(
+        predicted.append(
             dict(table=table, ran=ran, format=row["format"], m=call.m, n=call.n, k=call.k, dtype=dtype)
             | dict(provider=row.get("provider", ""), measured_ms=f"{measured:.5f}")
             | dict(bound_ms=f"{bound:.5f}", over_bound=f"{measured / bound:.3f}")
             | dict(waiting_ms=f"{waiting:.5f}", over_waiting=f"{measured / waiting:.3f}", model=model.name)
             | {name: row.get(name, "") for name in _ORIGIN}
         )
-    return found
+    return predicted
 
 
-def summarize(found: list[dict]) -> list[dict]:
+def summarize(times: list[dict]) -> list[dict]:
     """Return a row for each kernel, format and table: median and range of measured / predicted."""
     groups: dict[tuple, list[dict]] = {}
-    for row in found:
+    for row in times:
         groups.setdefault((row["table"], row["ran"].split(" ")[0], row["format"], row["dtype"]), []).append(row)
     return [
         dict(zip(("table", "ran", "format", "dtype"), key, strict=True))
-        | dict(rows=len(mine), **_spread(mine, "over_bound"), **_spread(mine, "over_waiting"), model=mine[0]["model"])
-        | {name: mine[0][name] for name in _ORIGIN}
-        for key, mine in groups.items()
+        | dict(rows=len(group), **_spread(group, "over_bound"), **_spread(group, "over_waiting"), model=group[0]["model"])
+        | {name: group[0][name] for name in _ORIGIN}
+        for key, group in groups.items()
     ]
 
 
@@ -128,15 +128,15 @@ def fitted_wait(
     The median over the fused rows of one format and shape in sweep.csv, of its wide tile: one program a multiprocessor, so that
     all that is measured beyond the bound is wait.
     """
-    case, found = Case(model, Record(record), format), []
+    case, waits = Case(model, Record(record), format), []
     for row in rows:
         if (row["algorithm"], row["format"], int(row["n"]), int(row["k"])) != ("fused", format, n, k) or int(row["m"]) < 128:
             continue
         tile, code = tile_from(row["tile"]), case.row("fused_gemm", row["tile"])
         turns = ceil(tile.programs(int(row["m"]), n) / model.processors) * ceil(k / tile.tile_k)
         measured = float(row["p50_ms"]) * model.ghz * 1e6 / turns
-        found.append((measured - clocks(code, case.converts)) / case.record.waits(code))
-    return median(found)
+        waits.append((measured - clocks(code, case.converts)) / case.record.waits(code))
+    return median(waits)
 
 
 def _spread(rows: list[dict], column: str) -> dict[str, str]:
@@ -232,12 +232,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     (model, tables), record = _inputs(arguments.measured, arguments.model), read_csv(AOT)
-    found = [row for name, rows in tables.items() for row in calibrate(rows, model, record, name)]
-    if not found:
+    times = [row for name, rows in tables.items() for row in calibrate(rows, model, record, name)]
+    if not times:
         raise SystemExit(f"no measured call that the record predicts for capability {model.capability}")
     if arguments.rows:
-        write_csv(found, arguments.rows)
-    summary = summarize(found)
+        write_csv(times, arguments.rows)
+    summary = summarize(times)
     write_csv(summary, arguments.write)
     print(f"{model.name}: {model.bf16_tflops} TFLOP/s, {model.memory_gb_s} GB/s, {model.ghz} GHz; measured / predicted")
     for row in summary:

@@ -132,8 +132,8 @@ def table(rows: list[dict], column: str, bracketed: str = "") -> str:
     cells = list(dict.fromkeys((row["dtype"], row["m"]) for row in rows))
     lines = [f"| {column} | " + " | ".join(f"{dtype} M={m}" for dtype, m in cells) + " |", "|---" * (len(cells) + 1) + "|"]
     for name in dict.fromkeys(row["format"] for row in rows):
-        found = {(row["dtype"], row["m"]): row for row in rows if row["format"] == name}
-        texts = [f"{found[key][column]:.1f}" + (f" [{found[key][bracketed]:.1f}]" if bracketed else "") for key in cells]
+        by_cell = {(row["dtype"], row["m"]): row for row in rows if row["format"] == name}
+        texts = [f"{by_cell[key][column]:.1f}" + (f" [{by_cell[key][bracketed]:.1f}]" if bracketed else "") for key in cells]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

@@ -130,16 +130,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         times = time_calls(calls, options.rounds, options.repeats)
     plain = median(times["nn.Linear"])
     rows = []
-    for name, found in times.items():
-        us, compute, m = median(found), *_CASES.get(name, ("", ""))
+    for name, means in times.items():
+        us, compute, m = median(means), *_CASES.get(name, ("", ""))
         rows.append(
             dict(case=name, card=options.card, format=options.format, dtype=options.dtype, entry=options.entry)
-            | dict(compute=compute, m=m, us=f"{us:.1f}", us_above_linear=f"{us - plain:.1f}", least_us=f"{min(found):.1f}")
+            | dict(compute=compute, m=m, us=f"{us:.1f}", us_above_linear=f"{us - plain:.1f}", least_us=f"{min(means):.1f}")
             | dict(rounds=options.rounds, repeats=options.repeats, kernels=kernels[name])
             | made_at
         )
         print(
-            f"{name:16} {us:7.1f} us {us - plain:7.1f} above nn.Linear, least {min(found):7.1f}   {kernels[name]}", flush=True
+            f"{name:16} {us:7.1f} us {us - plain:7.1f} above nn.Linear, least {min(means):7.1f}   {kernels[name]}", flush=True
         )
     if options.write:
         write_csv(rows, options.write)

@@ -25,7 +25,7 @@ COLUMNS = ("format", "provider", "m", "n", "k", "ms", "bound", "share", "of_matm
 
 def roofline(rows: list[dict]) -> list[dict]:
     """Return what bounds each measured call whose ceilings are known, and the shares it reached."""
-    found = []
+    bounded = []
     for row in rows:
         if not row["p50_ms"] or not row.get("share_of_matmul"):
             continue
@@ -36,8 +36,8 @@ def roofline(rows: list[dict]) -> list[dict]:
         if not row["share_of_copy"]:
             bound = "?"
         shares = dict(share=max(matmul, copy), of_matmul=matmul, of_copy=copy if row["share_of_copy"] else "")
-        found.append(names | dict(ms=row["p50_ms"], bound=bound) | shares)
-    return found
+        bounded.append(names | dict(ms=row["p50_ms"], bound=bound) | shares)
+    return bounded
 
 
 def table(rows: list[dict]) -> str:
@@ -74,14 +74,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.csv and not options.csv.exists():
         raise SystemExit(f"{options.csv} is not there. Name a CSV of bench.run, or leave --csv out to measure now.")
     rows = read_csv(options.csv) if options.csv else _measured(options)
-    found = roofline(rows)
-    if not found:
+    bounded = roofline(rows)
+    if not bounded:
         raise SystemExit("no row has a time and measured ceilings (share_of_matmul): record them anew with bench.run")
     origin = {" ".join(row.get(name, "") for name in ("device", "dtype", "commit", "date")) for row in rows}
     print("\n".join(sorted(origin)))
-    print(table(found))
+    print(table(bounded))
     if options.write:
-        write_csv(found, options.write)
+        write_csv(bounded, options.write)
 
 
 if __name__ == "__main__":

@@ -103,15 +103,15 @@ def stand_in(card: Card, compiler: Callable | None = None) -> Iterator[StandIn]:
         compiler: called instead of `triton.compile` with the same arguments, such as `counting_compiler` returns.
     """
     cuda = Cuda(card)
-    found = StandIn(card, cuda)
+    state = StandIn(card, cuda)
     before, compile_before = triton.runtime.driver._active, triton.compiler.compile
     forget()
-    triton.runtime.driver.set_active(_Driver(found))
+    triton.runtime.driver.set_active(_Driver(state))
     if compiler is not None:
         triton.compiler.compile = compiler
     try:
         with patched(cuda):
-            yield found
+            yield state
     finally:
         triton.runtime.driver._active, triton.compiler.compile = before, compile_before
         forget()
@@ -139,11 +139,11 @@ def forget_choices() -> None:
 class _Driver:
     """Be the driver that Triton asks for the target, the card's limits, and a way to launch."""
 
-    def __init__(self, found: StandIn):
-        self.found = found
-        self.utils = _Utils(found)
-        self.launcher_cls = lambda source, metadata: _Launcher(found, metadata.name)
-        self._target = found.card.target
+    def __init__(self, state: StandIn):
+        self.state = state
+        self.utils = _Utils(state)
+        self.launcher_cls = lambda source, metadata: _Launcher(state, metadata.name)
+        self._target = state.card.target
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -155,7 +155,7 @@ class _Driver:
         return 0
 
     def get_active_torch_device(self):
-        return self.found.cuda.device
+        return self.state.cuda.device
 
     def get_benchmarker(self):
         raise NotImplementedError("there is nothing to time on a stand-in")
@@ -164,25 +164,25 @@ class _Driver:
 class _Utils:
     """Be the driver's C functions that a compiled kernel needs before its first launch."""
 
-    def __init__(self, found: StandIn):
-        self.found = found
+    def __init__(self, state: StandIn):
+        self.state = state
 
     def get_device_properties(self, device: int) -> dict:
-        return self.found.card.limits
+        return self.state.card.limits
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
         """Return module, function, registers (unknown here), spills and threads, as the driver does."""
-        self.found.cuda.refuse_while_capturing(f"loading {name}")
-        self.found.loaded.append(name)
-        self.found.code[name] = kernel
+        self.state.cuda.refuse_while_capturing(f"loading {name}")
+        self.state.loaded.append(name)
+        self.state.code[name] = kernel
         return object(), object(), 0, 0, _MOST_THREADS
 
 
 class _Launcher:
     """Count launches of one kernel, after the checks that the driver makes."""
 
-    def __init__(self, found: StandIn, name: str):
-        self.launches, self.name = found.launches, name
+    def __init__(self, state: StandIn, name: str):
+        self.launches, self.name = state.launches, name
 
     def __call__(self, x: int, y: int, z: int, *arguments) -> None:
         # Triton's own launcher skips such a grid.

@@ -161,8 +161,8 @@ def without_arithmetic() -> Iterator[None]:
     def fresh(make: Callable) -> Callable:
         @wraps(make)
         def zeros(*args, **kwargs):
-            made = make(*args, **kwargs)
-            return made.zero_() if not made.is_meta and made.nbytes < _FRESH else made
+            tensor = make(*args, **kwargs)
+            return tensor.zero_() if not tensor.is_meta and tensor.nbytes < _FRESH else tensor
 
         return zeros
 

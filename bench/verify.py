@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -71,12 +72,13 @@ def _git(root: Path, *words: str) -> subprocess.CompletedProcess:
 def _signals_later() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back until the end."""
     came: list[int] = []
-    handlers = {one: signal.signal(one, lambda number, _: came.append(number)) for one in (signal.SIGINT, signal.SIGTERM)}
+    note = lambda number, _: came.append(number)
+    handlers = {caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
         for number in came[:1]:
             signal.raise_signal(number)
 
@@ -110,7 +112,7 @@ def compare(
     sides: dict[str, subprocess.Popen], name: str, call: Call, compute: str, device: str, dtype: torch.dtype, rounds: int
 ) -> dict:
     """Compare one call on both sides: errors, median times, their ratio and interval, or why not."""
-    row = dict(format=name, compute=compute, m=call.m, n=call.n, k=call.k, calls=call.calls, where=call.where)
+    row = dict(format=name, compute=compute) | asdict(call)
     row |= dict.fromkeys(("ref_error", "error", "ref_ms", "ms", "ratio", "low", "high", "note"), "")
     with tempfile.TemporaryDirectory(prefix="flux_kernels_verify_") as folder:
         path, rows, oracle = _write_problem(Path(folder), name, call, dtype)

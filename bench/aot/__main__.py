@@ -55,13 +55,13 @@ def main(
     if list_only:
         unrecorded = _list(wanted, record, _words(tritons))
         raise typer.Exit(1 if check and unrecorded else 0)
-    found, broken = _compile(lacking(wanted, record) if missing else wanted, record, write, jobs, quiet=as_json)
+    rows_made, broken = _compile(lacking(wanted, record) if missing else wanted, record, write, jobs, quiet=as_json)
     if write and not any((formats, capabilities, kernels, dtypes, rows, k)):
         _drop_unlaunched(write)
     if as_json:
-        print(json.dumps({"rows": found, "problems": broken}))
+        print(json.dumps({"rows": rows_made, "problems": broken}))
     else:
-        _print(found)
+        _print(rows_made)
         print("\n".join(broken))
     raise typer.Exit(1 if check and broken else 0)
 
@@ -73,14 +73,14 @@ def _words(text: str) -> list[str]:
 def _wanted(formats: list[str], capabilities: list[str], kernels: list[str], dtypes: list[str], rows: list[str], k: int):
     """Return the launches that the options name, with those that are the same for all formats or dtypes."""
     cards = [int(capability) for capability in capabilities] or list(CARDS)
-    found = items(cards, tuple(map(int, rows)) or ROWS)
+    every = items(cards, tuple(map(int, rows)) or ROWS)
     _known("capabilities", cards, CARDS)
     _known("formats", formats, FORMATS)
     _known("dtypes", dtypes, DTYPES)
-    _known("kernels", kernels, sorted({item.launch.name for item in found}))
+    _known("kernels", kernels, sorted({item.launch.name for item in every}))
     return [
         item
-        for item in found
+        for item in every
         if item.launch.format in (*(formats or FORMATS), ANY)
         and item.launch.dtype in (*(dtypes or DTYPES), ANY)
         and item.launch.name in (kernels or [item.launch.name])
@@ -130,13 +130,13 @@ def _list(wanted: list, record: dict, tritons: list[str]) -> int:
     """Print how many launches there are, and how many the record has; return how many it lacks."""
     table, lacking = Table("kernel", "launches", *(f"in {version}, out of date, lacking" for version in tritons)), 0
     for name in sorted({item.launch.name for item in wanted}):
-        mine, cells = [item for item in wanted if item.launch.name == name], []
+        named, cells = [item for item in wanted if item.launch.name == name], []
         for version in tritons:
-            there = [(item, record[item.key(version)]) for item in mine if item.key(version) in record]
+            there = [(item, record[item.key(version)]) for item in named if item.key(version) in record]
             stale = sum(row["code"] != item.launch.code for item, row in there)
-            cells.append(f"{len(there)}, {stale}, {len(mine) - len(there)}")
-            lacking += len(mine) - len(there)
-        table.add_row(name, str(len(mine)), *cells)
+            cells.append(f"{len(there)}, {stale}, {len(named) - len(there)}")
+            lacking += len(named) - len(there)
+        table.add_row(name, str(len(named)), *cells)
     Console(width=max(Console().width, _WIDTH)).print(table)
     print(f"{len(wanted)} launches; the record lacks {lacking}")
     return lacking

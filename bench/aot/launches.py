@@ -90,12 +90,12 @@ class Launch:
 @cache
 def launches(capability: int, rows: tuple[int, ...] = ROWS) -> tuple[Launch, ...]:
     """Return every distinct kernel that calls of `rows` rows launch, over all formats and dtypes of x."""
-    found: dict[tuple, Launch] = {}
+    distinct: dict[tuple, Launch] = {}
     for call in _calls(divmod(capability, 10), rows):
         for launch in launched(*call):
             same = (launch.name, launch.signature, launch.constants, launch.options)
-            found[same] = _either(found.get(same, launch), launch)
-    return tuple(found.values())
+            distinct[same] = _either(distinct.get(same, launch), launch)
+    return tuple(distinct.values())
 
 
 def launched(
@@ -182,16 +182,16 @@ def _modes(capability: tuple[int, int], k: int) -> list[str]:
 
 def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, branch: bool) -> list[tuple[int, Choice]]:
     """Return one M for each choice that differs in what it launches, and two-stage in exact mode."""
-    found = {}
+    chosen = {}
     rows, n, k = shapes
     for m in rows:
         if compute == mode_of_call(compute, m):
             choice = default_choice(compute, fmt, m, n, k, capability, DTYPES[dtype], branch)
-            found.setdefault((choice.algorithm, choice.tile), (m, choice))
+            chosen.setdefault((choice.algorithm, choice.tile), (m, choice))
     # Its unpacking is what `dequantize` does on any card, to any dtype.
     if compute == "exact":
-        found.setdefault(("two_stage", None), (rows[-1], Choice("two_stage", None, "")))
-    return list(found.values())
+        chosen.setdefault(("two_stage", None), (rows[-1], Choice("two_stage", None, "")))
+    return list(chosen.values())
 
 
 def _launch(kernel: JITFunction, arguments: tuple, named: dict, format: str, dtype: str) -> Launch:

@@ -79,7 +79,7 @@ class Record:
         Raises:
             LookupError: where the record has none.
         """
-        found = [
+        candidates = [
             row
             for key in (
                 (kernel, format, capability, dtype),
@@ -89,9 +89,9 @@ class Record:
             for row in self._rows.get(key, [])
             if tile in ("", row["tile"]) and (int(row["k"]) == 0 or int(row["k"]) > _LEAST_K)
         ]
-        if not found:
+        if not candidates:
             raise LookupError(f"the record has no {kernel} {tile} of {format} with {dtype} x for capability {capability}")
-        return max(found, key=lambda row: (int(row["k"]), _sizes(row)[-1]))
+        return max(candidates, key=lambda row: (int(row["k"]), _sizes(row)[-1]))
 
     def waits(self, row: dict) -> int:
         """Count the shared-memory instructions of a warp's loop, without those that load operands of mma.sync.

@@ -27,22 +27,22 @@ def main(
     write: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
     """Predict each mode on cards from an RTX 3060 to an H200, beside torch's bf16 product."""
-    record, found = Record(read_csv(AOT)), []
+    record, rows = Record(read_csv(AOT)), []
     for model in (*MODELS, H200_MEASURED):
         for name in formats.split(","):
             for mode, fused in (("exact", False), ("exact", True), *((mode, False) for mode in MODES[1:])):
                 try:
-                    found.append(predict(model, mode, name, record, fused))
+                    rows.append(predict(model, mode, name, record, fused))
                 except LookupError as lacking:
                     Console(stderr=True).print(f"left out: {lacking}")
-    if not found:
+    if not rows:
         raise SystemExit("nothing to predict: the record lacks these kernels")
-    table = Table(*found[0], title="Predictions, not measurements: linears of one 1024 x 1024 step of FLUX.1-dev")
-    for row in found:
+    table = Table(*rows[0], title="Predictions, not measurements: linears of one 1024 x 1024 step of FLUX.1-dev")
+    for row in rows:
         table.add_row(*map(str, row.values()))
     Console(width=max(Console().width, 190)).print(table)
     if write:
-        write_csv([row | dict(date=datetime.date.today().isoformat()) for row in found], write)
+        write_csv([row | dict(date=datetime.date.today().isoformat()) for row in rows], write)
 
 
 if __name__ == "__main__":

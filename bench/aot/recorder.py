@@ -15,7 +15,7 @@ from flux_kernels.machine.tune_compile import said
 
 from .cards import CARDS
 from .launches import ROWS, Launch, launches
-from .report import key, launch_key, row_of
+from .report import KEY, key, launch_key, row_of
 
 _SAVED_EVERY = 30  # seconds
 
@@ -71,6 +71,10 @@ def _one(item: Item) -> dict | str:
         return f"{' '.join(item.key())}: {said(error)}"
 
 
+def _numbers_by_value(row_key: tuple[str, ...]) -> tuple:
+    return tuple(int(part) if name in ("capability", "k") else part for name, part in zip(KEY, row_key, strict=True))
+
+
 class Recorder:
     """Add rows to a record as they come, saved every half a minute and at the end."""
 
@@ -86,14 +90,13 @@ class Recorder:
     def drop_unlaunched(self, version: str = triton.__version__) -> int:
         """Drop the rows of one Triton that the library no longer launches; return how many."""
         launched = {item.key(version) for item in items()}
-        gone = [one for one, row in self.rows.items() if row["triton"] == version and one not in launched]
-        for one in gone:
-            del self.rows[one]
+        gone = [row_key for row_key, row in self.rows.items() if row["triton"] == version and row_key not in launched]
+        for row_key in gone:
+            del self.rows[row_key]
         return len(gone)
 
     def save(self) -> None:
         """Write the file, in an order that does not depend on when rows came."""
-        order = sorted(self.rows, key=lambda one: (*one[:2], int(one[2]), *one[3:5], int(one[5]), one[6]))
-        if order:
-            write_csv([self.rows[one] for one in order], self.path)
+        if self.rows:
+            write_csv([self.rows[row_key] for row_key in sorted(self.rows, key=_numbers_by_value)], self.path)
         self.saved = time.monotonic()

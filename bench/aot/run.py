@@ -71,10 +71,10 @@ def main(
         work = [case for case in cases.small(chosen["kernels"], cards) if case in wanted]
     outcomes = _run(work, (warps, seed, unfenced_copies), jobs, quiet=as_json)
     if as_json:
-        print(json.dumps({"outcomes": [one.as_dict() for one in outcomes]}))
+        print(json.dumps({"outcomes": [outcome.as_dict() for outcome in outcomes]}))
     else:
         _print(outcomes)
-    raise typer.Exit(1 if not outcomes or any(one.problem for one in outcomes) else 0)
+    raise typer.Exit(1 if not outcomes or any(outcome.problem for outcome in outcomes) else 0)
 
 
 def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
@@ -82,7 +82,7 @@ def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
         "kernels": list(cases.KERNELS),
         "formats": list(cases.FORMATS),
         "dtypes": list(cases.FLOATS),
-        "capabilities": [str(one) for one in cases.CAPABILITIES],
+        "capabilities": [str(capability) for capability in cases.CAPABILITIES],
     }
     for option, values in chosen.items():
         if unknown := set(values) - set(known[option]):
@@ -107,11 +107,11 @@ def _print(outcomes: list) -> None:
     """Print one line per kernel and card: cases, worst error over its bound, problems, time."""
     table = Table("kernel", "sm", "cases", "wrong", "worst error / bound", "of", "instructions", "seconds")
     groups: dict[tuple, list] = {}
-    for one in outcomes:
-        groups.setdefault((one.kernel, one.capability), []).append(one)
+    for outcome in outcomes:
+        groups.setdefault((outcome.kernel, outcome.capability), []).append(outcome)
     for (kernel, capability), group in groups.items():
-        right = [one for one in group if not one.problem]
-        worst = max(right, key=lambda one: one.ratio, default=None)
+        right = [outcome for outcome in group if not outcome.problem]
+        worst = max(right, key=lambda outcome: outcome.ratio, default=None)
         table.add_row(
             kernel,
             str(capability),
@@ -119,16 +119,18 @@ def _print(outcomes: list) -> None:
             str(len(group) - len(right)),
             f"{worst.ratio:.3f}" if worst else "",
             f"{worst.format} {worst.dtype} {worst.what}" if worst else "",
-            f"{sum(one.instructions for one in group):,}",
-            f"{sum(one.seconds for one in group):.1f}",
+            f"{sum(outcome.instructions for outcome in group):,}",
+            f"{sum(outcome.seconds for outcome in group):.1f}",
         )
     console = Console(width=max(Console().width, _WIDTH))
     console.print(table)
-    wrong = [one for one in outcomes if one.problem]
-    opcodes = set().union(*(one.opcodes for one in outcomes)) if outcomes else set()
+    wrong = [outcome for outcome in outcomes if outcome.problem]
+    opcodes = set().union(*(outcome.opcodes for outcome in outcomes)) if outcomes else set()
     console.print(f"{len(outcomes)} cases, {len(wrong)} wrong, {len(opcodes)} different opcodes executed")
-    for one in wrong:
-        console.print(f"{one.kernel} {one.format} {one.dtype} sm_{one.capability}: {one.problem}", markup=False)
+    for outcome in wrong:
+        console.print(
+            f"{outcome.kernel} {outcome.format} {outcome.dtype} sm_{outcome.capability}: {outcome.problem}", markup=False
+        )
 
 
 if __name__ == "__main__":

@@ -133,14 +133,14 @@ def _note(section: Section, session: Session, seconds: float) -> None:
 
 def archive(out: Path, path: Path) -> None:
     """Pack the rows, logs and reports, the smallest first, as long as they fit."""
-    beside, left = path.with_suffix(".part"), _ARCHIVE_BYTES
+    part, left = path.with_suffix(".part"), _ARCHIVE_BYTES
     files = sorted((file for file in out.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    with tarfile.open(beside, "w:gz") as tar:
+    with tarfile.open(part, "w:gz") as tar:
         for file in files:
             left -= file.stat().st_size if file.suffix == ".gz" else file.stat().st_size // 8
             if left > 0:
                 tar.add(file, file.relative_to(out))
-    beside.replace(path)
+    part.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,9 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     manifest = cache.take_over(options.archive, cache.FOLDER, seconds=60)
     has_git = shutil.which("git") is not None and (ROOT / ".git").exists()
-    told = options.commit or (None if has_git else manifest.get("commit"))
-    if told:
-        os.environ["FLUX_KERNELS_COMMIT"] = told
+    commit = options.commit or (None if has_git else manifest.get("commit"))
+    if commit:
+        os.environ["FLUX_KERNELS_COMMIT"] = commit
     state = State.load(options.out / "state.json")
     for section in state.order(_chosen(options.sections)):
         left = end - time.monotonic()

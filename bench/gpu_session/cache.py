@@ -52,15 +52,15 @@ def keyed(key: str, folder: Path) -> Iterator[None]:
 
 def collect(cards: list[str], folder: Path, sections: str | None = None) -> list[Kernel]:
     """Return what the session, or some sections of it, launches on each card, by dry runs."""
-    found = []
+    kernels = []
     for card in cards:
         out = folder / f"dry_{card}"
         command = [sys.executable, "-m", "bench.gpu_session", "--dry-run", "--card", card, "--out", str(out)]
         shutil.rmtree(out / "kernels", ignore_errors=True)
         command += ["--sections", sections] if sections else []
         subprocess.run(command, cwd=ROOT, check=True)
-        found += [kernel for path in sorted(out.glob("kernels/*.pickle")) for kernel in load(path)]
-    return found
+        kernels += [kernel for path in sorted(out.glob("kernels/*.pickle")) for kernel in load(path)]
+    return kernels
 
 
 def pack(kernels: list[Kernel], folder: Path, manifest: dict, archive: Path) -> None:
@@ -169,15 +169,15 @@ def main() -> int:
         parser.error(f"the wheel is not of Triton {triton.__version__}, which runs here; put that version first on PYTHONPATH")
     print(f"own key {short(triton_cache.triton_key())}, the wheel's {short(key)}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    found = collect(options.cards.split(","), folder, options.sections)
+    launched = collect(options.cards.split(","), folder, options.sections)
     with keyed(key, folder / _ENTRIES):
-        kernels = distinct(found)
+        kernels = distinct(launched)
         missing = [kernel for kernel in kernels if not kernel.cached(folder / _ENTRIES)]
         print(f"{len(kernels)} distinct kernels, {len(missing)} to compile", flush=True)
         started = time.monotonic()
         done, failed = compile_all(missing, options.processes)
-        made = dict(key=key, triton=triton.__version__, commit=commit(), kernels=len(kernels), failed=failed)
-        pack(kernels, folder, made, options.archive)
+        manifest = dict(key=key, triton=triton.__version__, commit=commit(), kernels=len(kernels), failed=failed)
+        pack(kernels, folder, manifest, options.archive)
     size = options.archive.stat().st_size
     print(
         f"{done} compiled in {time.monotonic() - started:.0f} s, {len(failed)} failed; {options.archive}: {size / 1e6:.1f} MB"

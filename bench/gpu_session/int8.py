@@ -60,8 +60,8 @@ def _pieces(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     problem = _problem(session, m, n, k)
     unpack_groups, unpack_rows = (int8._unpacking(problem, n, group, rowwise) for rowwise in (False, True))
     scale = int8.row_scale(next(turns), fmt, fmt.planes)
-    found = read_ms(rates, _FORMAT, n, k)
-    yield Case(_key("row scale, once a layer", m, n, k), lambda: int8.row_scale(next(turns), fmt, fmt.planes), found)
+    read = read_ms(rates, _FORMAT, n, k)
+    yield Case(_key("row scale, once a layer", m, n, k), lambda: int8.row_scale(next(turns), fmt, fmt.planes), read)
     yield Case(_key("unpack w", m, n, k, "groups"), lambda: unpack_groups(next(turns), None), written)
     yield Case(_key("unpack w", m, n, k, "rows"), lambda: unpack_rows(next(turns), scale), written)
 
@@ -81,11 +81,11 @@ def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     around = moved_ms(rates, 3 * m * k) + read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
     shipped = modelled_ms(rates, "int8", _FORMAT, m, n, k) or product_clock_ms(session, m, n, k, "rows") + around
     # A layer keeps its scales.
-    kept = {id(one): kernels.row_scale(one, fmt, fmt.planes) for one in weights}
+    kept = {id(weight): kernels.row_scale(weight, fmt, fmt.planes) for weight in weights}
 
     def layer() -> torch.Tensor:
-        one = next(turns)
-        return kernels.linear(x, one, bias, fmt, "int8", fmt.planes, row_scale=kept[id(one)])
+        weight = next(turns)
+        return kernels.linear(x, weight, bias, fmt, "int8", fmt.planes, row_scale=kept[id(weight)])
 
     yield Case(_key("shipped", m, n, k), layer, shipped)
     yield Case(_key("bf16 torch", m, n, k), lambda: F.linear(x, w, bias), product_ms(rates, m, n, k))
@@ -120,4 +120,4 @@ def product(problem: Problem, x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: 
 
 def _codes(session: Session, m: int, n: int, k: int) -> tuple[Tensor, Tensor]:
     codes = tuple(torch.empty(rows, k, dtype=torch.int8, device=session.device) for rows in (m, n))
-    return codes if session.dry else tuple(torch.randint_like(one, -127, 128) for one in codes)
+    return codes if session.dry else tuple(torch.randint_like(operand, -127, 128) for operand in codes)

@@ -70,12 +70,12 @@ class Kernel:
         triton.compile(self.source, target=self.target, options=self.options)
 
 
-def collecting_compiler(found: list[Kernel], compiler: Callable) -> Callable:
+def collecting_compiler(kernels: list[Kernel], compiler: Callable) -> Callable:
     """Return a compiler that notes each kernel and passes it on."""
 
     def compile(source, target=None, options=None, **more):
         target = target or triton.runtime.driver.active.get_current_target()
-        found.append(Kernel.of(source, target, dict(options or {})))
+        kernels.append(Kernel.of(source, target, dict(options or {})))
         return compiler(source, target=target, options=options, **more)
 
     return compile

@@ -33,10 +33,10 @@ def short(key: str) -> str:
 
 
 def _version(package: Tree) -> str:
-    found = re.search(r"^__version__ = ['\"](.+)['\"]", (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
+    match = re.search(r"^__version__ = ['\"](.+)['\"]", (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
         raise ValueError(f"{package} has no version")
-    return found[1]
+    return match[1]
 
 
 def _modules(folder: Tree) -> Iterator[Tree]:

@@ -43,26 +43,26 @@ def launches(session: Session) -> dict[str, Callable[[], object]]:
     """Return what is launched, by name."""
     x, large, few = (session.activations(m, _K) for m in (512, 4608, 8))
     bias, dense = session.bias(_N), session.activations(_N, _K)
-    found: dict[str, Callable[[], object]] = {"cuBLAS": lambda: F.linear(large, dense, bias)}
+    calls: dict[str, Callable[[], object]] = {"cuBLAS": lambda: F.linear(large, dense, bias)}
     for format in ("Q4_K", "Q6_K"):
         fmt, weights = FORMATS[format], session.weights(format, _N, _K)[:1]
         tile = fused_tile(fmt, 512, _N, _K, capability_of(session.device))
-        found[f"fused {format}"] = sweep.exact_call(x, weights, bias, format, Choice("fused", tile, ""))
-        found[f"unpack {format}"] = lambda fmt=fmt, w=weights[0]: two_stage.unpack(w, fmt, torch.bfloat16, fmt.planes)
+        calls[f"fused {format}"] = sweep.exact_call(x, weights, bias, format, Choice("fused", tile, ""))
+        calls[f"unpack {format}"] = lambda fmt=fmt, w=weights[0]: two_stage.unpack(w, fmt, torch.bfloat16, fmt.planes)
         modulation, wide_bias = session.weights(format, _MODULATION, _K)[:1], session.bias(_MODULATION)
         for m in (1, 8):
             small = choose("exact", fmt, m, _MODULATION, _K, session.device)
-            found[f"small M {format}, {m}"] = sweep.exact_call(few[:m], modulation, wide_bias, format, small)
+            calls[f"small M {format}, {m}"] = sweep.exact_call(few[:m], modulation, wide_bias, format, small)
     x8, w8 = int8._codes(session, 4608, _N, _K)
     problem = int8._problem(session, 4608, _N, _K)
     x_scale = torch.ones(_K // group_width(_K), 4608, device=session.device)
     for scales, count in (("rows", 1), ("groups", _K // group_width(_K))):
         w_scale = torch.ones(count, _N, device=session.device)
-        found[f"int8 product {scales}"] = int8.product(problem, x8, x_scale, w8, w_scale, int8_tile(4608))
+        calls[f"int8 product {scales}"] = int8.product(problem, x8, x_scale, w8, w_scale, int8_tile(4608))
     fmt, packed = FORMATS["Q4_K"], session.weights("Q4_K", _N, _K)[0]
-    found["int8 unpack rows"] = lambda: int8_mode.unpack_weight(packed, fmt, group_width(_K), fmt.planes, True)
-    found["quantize x"] = lambda: int8_mode.quantize_activation(large, group_width(_K))
-    return found
+    calls["int8 unpack rows"] = lambda: int8_mode.unpack_weight(packed, fmt, group_width(_K), fmt.planes, True)
+    calls["quantize x"] = lambda: int8_mode.quantize_activation(large, group_width(_K))
+    return calls
 
 
 def main(arguments: list[str] | None = None, dry: bool = False) -> None:

@@ -101,7 +101,7 @@ def run(session: Session) -> None:
     table = session.table("rates", KEY)
     for name, instruction in instructions().items():
         if not table.has(dict(what=name)):
-            table.add(_row(name, lambda one=instruction: _rate(session.device, one.asm), instruction.expected))
+            table.add(_row(name, lambda asm=instruction.asm: _rate(session.device, asm), instruction.expected))
     if not table.has(dict(what="L2 GB/s")):
         table.add(_row("L2 GB/s", lambda: _l2(session.device), 5500))
 

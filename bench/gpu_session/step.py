@@ -43,7 +43,7 @@ def run(session: Session, formats: tuple[str, ...] = _FORMATS, size: str = "1024
     for format in formats[:1] if session.reduced else formats:
         # A short dry run goes through all providers once: in the section that has the default types.
         wanted = _PROVIDERS[:2] if session.reduced and formats != _FORMATS else _PROVIDERS
-        missing = [one for one in wanted if not table.has(_key(format, one, size, "graph"))]
+        missing = [provider for provider in wanted if not table.has(_key(format, provider, size, "graph"))]
         if missing and not session.late():
             _format(session, table, format, size, missing)
             gc.collect()
@@ -80,19 +80,19 @@ def _provider(session: Session, table, weights: StepWeights, oracle: Oracle, pro
     torch.cuda.reset_peak_memory_stats()
     predicted = predicted_ms(session.rates, format, provider, size)
     session.expected += (4 * _ROUNDS * predicted + 3000) / 1e3
-    found = dict(error=f"{error:.3g}", gate=f"{gate:.3g}")
+    columns = dict(error=f"{error:.3g}", gate=f"{gate:.3g}")
     if not error <= gate and not session.dry:
-        table.add(_row(_key(format, provider, size, "graph"), [], predicted, WRONG.strip(": "), **found))
+        table.add(_row(_key(format, provider, size, "graph"), [], predicted, WRONG.strip(": "), **columns))
         return
     rounds = 1 if session.dry else _ROUNDS
     clock = GpuClock(session.device)
     eager = [clock.milliseconds(call) for _ in range(rounds)]
-    found["peak_gb"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
-    table.add(_row(_key(format, provider, size, "eager"), eager, predicted, "", **found))
+    columns["peak_gb"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
+    table.add(_row(_key(format, provider, size, "eager"), eager, predicted, "", **columns))
     _profile(session, call, f"{format}_{provider.replace(' ', '_')}_{size}")
     with Replay(call, session.device) as replay:
         times = [clock.milliseconds(replay) for _ in range(rounds)]
-    table.add(_row(_key(format, provider, size, "graph"), times, predicted, "", **found))
+    table.add(_row(_key(format, provider, size, "graph"), times, predicted, "", **columns))
 
 
 def _checked(session: Session, oracle: Oracle, provider: str) -> tuple[float, float]:

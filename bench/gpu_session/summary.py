@@ -93,9 +93,9 @@ class Expected:
     def read(cls, out: Path, section: Section) -> Expected:
         """Read what the section's process left; nothing where it failed."""
         facts, kernels = out / "facts" / f"{section.name}.json", out / "kernels" / f"{section.name}.pickle"
-        found = json.loads(facts.read_text()) if facts.exists() else dict(expected=0.0, seconds=0.0)
+        measured = json.loads(facts.read_text()) if facts.exists() else dict(expected=0.0, seconds=0.0)
         count = len({kernel.folder for kernel in load(kernels)}) if kernels.exists() else 0
-        return cls(section.name, count, found["expected"], found["seconds"], section.seconds, section.took)
+        return cls(section.name, count, measured["expected"], measured["seconds"], section.seconds, section.took)
 
     @property
     def seconds(self) -> float:

@@ -67,8 +67,8 @@ def _time_cases(session: Session, table: Table, cases: Iterable[Case], graphs: E
         for index in balanced_order(len(ready), turn):
             _, replay, calls, _ = ready[index]
             times[index].append(clock.milliseconds(replay) / calls)
-    for (case, _, calls, eager), found in zip(ready, times, strict=True):
-        table.add(_row(case, found, eager, ""))
+    for (case, _, calls, eager), milliseconds in zip(ready, times, strict=True):
+        table.add(_row(case, milliseconds, eager, ""))
         session.expected += _CAPTURE_SECONDS + (_ROUNDS * calls + 5) * (case.predicted_ms or 0.1) / 1e3
 
 

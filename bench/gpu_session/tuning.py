@@ -20,8 +20,8 @@ _CANDIDATE_SECONDS = 0.03  # what a candidate takes beside its runs
 
 def jobs() -> list[Job]:
     """List the calls, the most important first."""
-    found = [Job("exact", format, *shape) for shape in _EXACT for format in ("Q4_K", "Q8_0")]
-    return found + [Job("int8", "Q4_K", *shape) for shape in _INT8]
+    exact = [Job("exact", format, *shape) for shape in _EXACT for format in ("Q4_K", "Q8_0")]
+    return exact + [Job("int8", "Q4_K", *shape) for shape in _INT8]
 
 
 def run(session: Session) -> None:

@@ -95,7 +95,7 @@ def _variant(x: Tensor, turns, bias: Tensor | None, fmt: BlockFormat, rows: int 
 
 def _overlapped(x: Tensor, turns, fmt: BlockFormat, rows: int | None) -> Callable:
     """Return a way that unpacks every chunk but the first while the one before it is multiplied."""
-    m, planes, beside = x.shape[0], fmt.planes, torch.cuda.Stream()
+    m, planes, stream = x.shape[0], fmt.planes, torch.cuda.Stream()
 
     def call() -> Tensor:
         data = next(turns)
@@ -103,12 +103,12 @@ def _overlapped(x: Tensor, turns, fmt: BlockFormat, rows: int | None) -> Callabl
         chunks = list(chunks_of(data.shape[0], rows))
         main, weights = torch.cuda.current_stream(), [two_stage.unpack(data[chunks[0]], fmt, x.dtype, planes)]
         for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
-            beside.wait_stream(main)
+            stream.wait_stream(main)
             torch.mm(x, weights[-1].T, out=y[:, chunk])
             if after is not None:
-                with torch.cuda.stream(beside):
+                with torch.cuda.stream(stream):
                     weights.append(two_stage.unpack(data[after], fmt, x.dtype, planes))
-            main.wait_stream(beside)
+            main.wait_stream(stream)
         return y
 
     return call

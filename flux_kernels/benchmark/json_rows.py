@@ -14,7 +14,7 @@ from .verdict import step_verdict
 _WORDS = ("format", "provider", "size", "where", "what", "dtype", "note", "compute")
 
 
-def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[str, object]] = ()) -> str:
+def document(run: Found, verdict: Sequence[str], pictures: Sequence[Mapping[str, object]] = ()) -> str:
     """Return JSON of a run: rows of calls and steps, ceilings, verdict, and what was not begun in time.
 
     Numbers are numbers; what was not measured, or is no finite number, is null.
@@ -22,13 +22,13 @@ def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[st
     return json.dumps(
         dict(
             verdict=list(verdict),
-            origin=dict(found.origin),
-            ceilings=asdict(found.ceilings),
-            linears=[_plain(row) for row in found.linears],
-            steps=[_plain(row) for row in found.steps],
-            steps_in_words=step_verdict(found.steps),
+            origin=dict(run.origin),
+            ceilings=asdict(run.ceilings),
+            linears=[_plain(row) for row in run.linears],
+            steps=[_plain(row) for row in run.steps],
+            steps_in_words=step_verdict(run.steps),
             embedded_fidelity=[_plain(row) for row in pictures],
-            not_run=dict(linear_calls=found.calls_late, whole_runs=found.not_run),
+            not_run=dict(linear_calls=run.calls_late, whole_runs=run.not_run),
             interrupted=False,
         ),
         indent=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
@@ -79,8 +80,8 @@ def measure(
                 notes[provider] = f"{WRONG}relative error {errors[provider][0]:.2g}, at most {gate}"
         except Exception as error:  # noqa: BLE001  (a failure is a result: it becomes the row's note, and the other rows stay)
             notes[provider] = f"{'' if isinstance(error, CANNOT_RUN) else FAILED}{why(error)}"
-    alike = {one: same_call(one, call.m) for one in functions}
-    timed = {one: function for one, function in functions.items() if alike[one] == one or alike[one] not in functions}
+    alike = {side: same_call(side, call.m) for side in functions}
+    timed = {side: function for side, function in functions.items() if alike[side] == side or alike[side] not in functions}
     flush = cache_flusher(device)
     times = interleaved(timed, repeats, device, flush)
     graphs = graph_replayed(timed, repeats // 2, device, flush)
@@ -88,8 +89,8 @@ def measure(
         times[provider], graphs[provider] = times[alike[provider]], graphs[alike[provider]]
         notes[provider] = f"the same call as {alike[provider]}, timed once"
     for provider in providers:
-        mine = times.get(provider), graphs.get(provider), errors.get(provider), notes.get(provider, "")
-        yield _row(name, size, call, provider, *mine, problem, ceilings)
+        measured = times.get(provider), graphs.get(provider), errors.get(provider), notes.get(provider, "")
+        yield _row(name, size, call, provider, *measured, problem, ceilings)
 
 
 def _version(package: str) -> str:
@@ -114,17 +115,7 @@ def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | No
 
 
 def _row(name, size, call, provider, times, graph, errors, note, problem, ceilings) -> dict:
-    row = dict(
-        format=name,
-        size=size,
-        provider=provider,
-        m=call.m,
-        n=call.n,
-        k=call.k,
-        calls=call.calls,
-        where=call.where,
-        dtype=dtype_name(problem.dtype),
-    )
+    row = dict(format=name, size=size, provider=provider) | asdict(call) | dict(dtype=dtype_name(problem.dtype))
     error, largest = (f"{value:.3g}" for value in errors) if errors else ("", "")
     checked = dict(error=error, max_error=largest, note=note)
     if times is None:
@@ -140,8 +131,8 @@ def _row(name, size, call, provider, times, graph, errors, note, problem, ceilin
         if moved is None:
             shares["share_of_copy"] = ""
     speeds |= shares
-    said = (len(times), *(f"{time:.4f}" for time in (p20, p50, p80)), f"{median(graph):.4f}" if graph else "")
-    return row | dict(zip(_TIMES, said, strict=True)) | speeds | checked
+    timed = (len(times), *(f"{time:.4f}" for time in (p20, p50, p80)), f"{median(graph):.4f}" if graph else "")
+    return row | dict(zip(_TIMES, timed, strict=True)) | speeds | checked
 
 
 def _four(value: float) -> float:
@@ -152,10 +143,10 @@ def _four(value: float) -> float:
 def summary(rows: list[dict]) -> str:
     """Return the time of a step's linears by size, format and provider, and its speed, torch's as 1."""
     lines: list[str] = []
-    for (size, name), mine in by_step(rows).items():
-        sums = totals(mine)
+    for (size, name), step_rows in by_step(rows).items():
+        sums = totals(step_rows)
         for provider, total in sums.items():
             beside = f", {marked(total, sums[TORCH]):>5} x torch" if TORCH in sums else ""
             lines.append(f"{name:8} {provider:30} {total.p50:10.1f} ms a step{beside}  {size}".rstrip())
-    said = "\n".join(lines)
-    return "\n".join([said, *(f"{sign} {words}" for sign, words in MARKS.items() if f" {sign}" in said)])
+    text = "\n".join(lines)
+    return "\n".join([text, *(f"{sign} {words}" for sign, words in MARKS.items() if f" {sign}" in text)])

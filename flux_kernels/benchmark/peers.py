@@ -149,8 +149,8 @@ _VLLM = "https://github.com/vllm-project/vllm-gguf-plugin, quantization/linear.p
 def _packed_call(multiply, problem: Problem):
     """Call theirs on the packed bytes in file order; it has no bias, which is added."""
     data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
-    kind, bias = int(problem.fmt.ggml_type), problem.bias.to(problem.dtype)
-    return lambda x: multiply(data, x, kind, data.shape[0]) + bias
+    ggml_type, bias = int(problem.fmt.ggml_type), problem.bias.to(problem.dtype)
+    return lambda x: multiply(data, x, ggml_type, data.shape[0]) + bias
 
 
 @provider("vllm-gguf-plugin", "peer", GATE_INT8, source=_VLLM, package="vllm-gguf-plugin")
@@ -158,7 +158,7 @@ def _vllm_gguf(problem: Problem):
     """Its own dispatch over M and type: CUDA kernels with 8-bit activations where built, else Triton."""
     _gpu(problem, "vllm-gguf-plugin")
     linear = _needs("vllm_gguf_plugin.quantization.linear")
-    return _packed_call(lambda data, x, kind, _: linear._fused_mul_mat_gguf(x, data, kind), problem)
+    return _packed_call(lambda data, x, ggml_type, _: linear._fused_mul_mat_gguf(x, data, ggml_type), problem)
 
 
 @provider("vllm-gguf-plugin triton", "peer", source=_VLLM, package="vllm-gguf-plugin")
@@ -168,12 +168,12 @@ def _vllm_gguf_triton(problem: Problem):
     The package imports vLLM, its Triton files only torch and triton: they are imported under a name of their own.
     """
     _gpu(problem, "vllm-gguf-plugin")
-    alias, found = "_vllm_gguf_plugin_kernels", importlib.util.find_spec("vllm_gguf_plugin")
-    if found is None:
+    alias, spec = "_vllm_gguf_plugin_kernels", importlib.util.find_spec("vllm_gguf_plugin")
+    if spec is None:
         raise not_installed("vllm_gguf_plugin", _DISTRIBUTIONS["vllm_gguf_plugin"])
     if alias not in sys.modules:
         package = ModuleType(alias)
-        package.__path__ = list(found.submodule_search_locations or ())
+        package.__path__ = list(spec.submodule_search_locations or ())
         sys.modules[alias] = package
     multiply = _needs(f"{alias}.triton.gemm.interface").ggml_mul_mat_a8_triton
     return _packed_call(multiply, problem)

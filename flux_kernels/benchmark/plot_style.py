@@ -75,12 +75,13 @@ def log_scale(axes: Axes, *which: str) -> None:
 def finished(figure: Figure, rows: Sequence[Mapping], title: str, x: str, y: str, handles: Sequence | None = None) -> bytes:
     """Write title, axis labels, legend and origin, and return the PNG."""
     drawn = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
-    handles, names = (list(drawn.values()), list(drawn)) if handles is None else (handles, [one.get_label() for one in handles])
+    if handles is not None:
+        drawn = {handle.get_label(): handle for handle in handles}
     origins = dict.fromkeys(f"{origin_text(row)}; {row['size']}" for row in rows)
     lines = [x, "", *(f"Measured on {origin}" for origin in origins)]
     figure.supxlabel("\n".join(textwrap.fill(line, int(13 * _WIDTH)) for line in lines), fontsize=_WORDS)
     figure.supylabel(y, fontsize=_WORDS)
-    _head(figure, title, handles, names)
+    _head(figure, title, list(drawn.values()), list(drawn))
     return png(figure)
 
 

@@ -32,9 +32,9 @@ def throughput(rows: Sequence[Mapping]) -> bytes:
     figure, drawn = panels(_formats(measured))
     for axes, name in drawn:
         for provider in providers(measured):
-            found = _by_rows(_of(measured, name, provider))
-            if found:
-                m, low, middle, high = zip(*found)
+            points = _by_rows(_of(measured, name, provider))
+            if points:
+                m, low, middle, high = zip(*points)
                 bars = [[b - a for a, b in zip(low, middle)], [b - a for a, b in zip(middle, high)]]
                 axes.errorbar(m, middle, bars, **look(provider, measured), markersize=5, linewidth=1.2, label=label(provider))
         log_scale(axes, "x", "y")

@@ -119,13 +119,13 @@ def _diffusers(problem: Problem):
     except ImportError as error:
         raise not_installed(error.name or "diffusers") from error
     # The gguf package may not know a type as young as this library's youngest.
-    kind = problem.fmt.ggml_type
-    if kind not in {int(known) for known in dequantize_functions}:
+    ggml_type = problem.fmt.ggml_type
+    if ggml_type not in {int(known) for known in dequantize_functions}:
         raise Unavailable(f"diffusers does not support {problem.fmt.name}")
     data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
     k = problem.fmt.row_weights(data.shape[1])
     layer = GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
-    layer.weight = GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(kind))
+    layer.weight = GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(ggml_type))
     layer.bias = torch.nn.Parameter(problem.bias.to(problem.dtype), requires_grad=False)
     return layer
 
@@ -200,7 +200,7 @@ def default_providers(m: int, dtype: torch.dtype, capability: tuple[int, int] | 
 
     Neither peers nor what compiles for minutes; of our single algorithms only those that could be chosen for such a call.
     """
-    names = [name for name, one in PROVIDERS.items() if one.group != "peer" and "compiled" not in name]
+    names = [name for name, side in PROVIDERS.items() if side.group != "peer" and "compiled" not in name]
     names = [name for name in names if not pointless(name, m, dtype, capability)]
     return sorted(names, key=lambda name: (PROVIDERS[name].group == "kernels", name not in _FIRST, names.index(name)))
 

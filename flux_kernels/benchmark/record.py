@@ -41,8 +41,8 @@ def origin(device: torch.device) -> dict[str, str]:
 def origin_text(row: Mapping[str, object]) -> str:
     """Write a row's origin as one line: device, versions, commit and date, as far as columns are filled."""
     named = ("driver", "torch", "triton", "libggml", "commit")
-    said = [str(row[key]) if key not in named else f"{key} {row[key]}" for key in ("device", *named, "date") if row.get(key)]
-    return ", ".join(said).replace(f"libggml {_NONE}", "no libggml")
+    parts = [str(row[key]) if key not in named else f"{key} {row[key]}" for key in ("device", *named, "date") if row.get(key)]
+    return ", ".join(parts).replace(f"libggml {_NONE}", "no libggml")
 
 
 def commit() -> str:
@@ -50,11 +50,11 @@ def commit() -> str:
 
     Where this is an installed package, or git is missing, it is the version.
     """
-    told = os.environ.get("FLUX_KERNELS_COMMIT")
-    if told or not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
+    named = os.environ.get("FLUX_KERNELS_COMMIT")
+    if named or not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
         from ..version import own_version
 
-        return told or f"version {own_version()}"
+        return named or f"version {own_version()}"
     changed = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--untracked-files=no", "--", "flux_kernels")
     return _output("git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD") + ("+" if changed else "")
 

@@ -50,13 +50,13 @@ class RowFiles:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        made = [path for path in self.files.values() if _part(path).exists()]
+        written = [path for path in self.files.values() if _part(path).exists()]
         if error is None:
-            for path in made:
+            for path in written:
                 os.replace(_part(path), path)
-            self.made = made
-        elif made:
-            self.tell(f"Not complete. What was measured is in {' and '.join(str(_part(path)) for path in made)}.")
+            self.made = written
+        elif written:
+            self.tell(f"Not complete. What was measured is in {' and '.join(str(_part(path)) for path in written)}.")
 
 
 def _part(path: Path) -> Path:

@@ -52,15 +52,17 @@ def _exact(times: Mapping[str, Times]) -> str:
 
 def _step(steps: Sequence[Mapping]) -> str:
     """Compare one whole step in exact mode with the unquantized one: time, and bytes of weights."""
-    said = {}
+    sentences = {}
     for (what, size, name), sides in _by_run(row for row in steps if row["p50_ms"] and row["weight_bytes"]).items():
         if what in (STEP, EMBEDDED_STEP) and {TORCH, EXACT} <= sides.keys():
             mine, plain = sides[EXACT], sides[TORCH]
             speed = speed_text(Total.of(mine), Total.of(plain), " times the speed")
-            said[what, size, name] = f"{name} {speed}, {_smaller(mine, plain)}"
-    if not said:
+            sentences[what, size, name] = f"{name} {speed}, {_smaller(mine, plain)}"
+    if not sentences:
         return ""
-    return f"{KINDS[next(iter(said))[0]].subject} in exact mode beside the unquantized one: {'; '.join(said.values())}."
+    return (
+        f"{KINDS[next(iter(sentences))[0]].subject} in exact mode beside the unquantized one: {'; '.join(sentences.values())}."
+    )
 
 
 def _smaller(mine: Mapping, plain: Mapping) -> str:
@@ -115,8 +117,8 @@ def _failed(rows: Sequence[Mapping]) -> list[str]:
     for row in rows:
         if row["provider"].startswith(OURS) and not row["p50_ms"]:
             reasons.setdefault((row["format"], row["provider"]), []).append(row.get("note") or "no reason recorded")
-    said = [f"{_named(key)} ({len(notes)} call{'s' if len(notes) > 1 else ''}, {notes[0]})" for key, notes in reasons.items()]
-    return [f"No speed is given for: {'; '.join(said)}."] if said else []
+    named = [f"{_named(key)} ({len(notes)} call{'s' if len(notes) > 1 else ''}, {notes[0]})" for key, notes in reasons.items()]
+    return [f"No speed is given for: {'; '.join(named)}."] if named else []
 
 
 def _price(rows: Sequence[Mapping]) -> str:
@@ -124,8 +126,8 @@ def _price(rows: Sequence[Mapping]) -> str:
     for row in rows:
         if row["provider"].startswith(OURS) and row["p50_ms"]:
             errors[row["provider"]] = max(errors.get(row["provider"], 0.0), float(row["error"]))
-    said = ", ".join(f"{mode_of(name)} {error:.2g}" for name, error in errors.items())
-    return f"Price: largest relative error against float64 on the packed weights: {said or 'not measured'}."
+    errors_text = ", ".join(f"{mode_of(name)} {error:.2g}" for name, error in errors.items())
+    return f"Price: largest relative error against float64 on the packed weights: {errors_text or 'not measured'}."
 
 
 def step_verdict(rows: Sequence[Mapping]) -> list[str]:
@@ -137,10 +139,10 @@ def step_verdict(rows: Sequence[Mapping]) -> list[str]:
         rows: of `whole_step.measure_steps`, of one machine.
     """
     runs = _by_run(rows)
-    said = [_run(*key, sides) for key, sides in runs.items() if any(row["p50_ms"] for row in sides.values())]
+    sentences = [_run(*key, sides) for key, sides in runs.items() if any(row["p50_ms"] for row in sides.values())]
     wrong = [row for row in rows if row["note"].startswith(WRONG)]
     named = [f"{row['format']}, {row['provider']}, {row['what']} ({row['note']})" for row in wrong]
-    return [*said, *_not_measured(runs), *([f"No time is given for: {'; '.join(named)}."] if named else [])]
+    return [*sentences, *_not_measured(runs), *([f"No time is given for: {'; '.join(named)}."] if named else [])]
 
 
 def _by_run(rows: Iterable[Mapping]) -> dict[Run, dict[str, Mapping]]:

@@ -54,8 +54,8 @@ def _values(threads: Threads, sources: np.ndarray, length: np.ndarray, size: int
     if not np.isin(length, (0, size)).all():
         raise Fault(f"a copy of a part of {size} bytes")
     values = np.zeros((len(sources), size // 4), np.uint32)
-    some = length > 0
-    values[some] = threads.memory.load(sources[some], 4, size // 4)
+    copied = length > 0
+    values[copied] = threads.memory.load(sources[copied], 4, size // 4)
     return values
 
 

@@ -69,10 +69,10 @@ class AbsentCard:
 
     def run(self, name: str, code: Executable, grid: tuple, arguments: list, shared_bytes: int) -> None:
         """Execute one launch on CPU tensors and integers."""
-        tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         pointers = self.allocations.pointers(tensors)
         places = iter(pointers)
-        bound = [next(places) if isinstance(one, torch.Tensor) else one for one in arguments]
+        bound = [next(places) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
         options = dict(count_banks=self.count_banks, copies_need_fence=self.copies_need_fence)
         counts = launch(code, grid, bound, shared_bytes, self.order, self.division_error, **options)
         self.launches.append((name, counts))

@@ -96,7 +96,7 @@ class Threads:
         if source not in self.in_flight:
             return False
         value = self.in_flight[source]
-        owner = next(one for group in self.products for one in group if one.results.get(source) is value)
+        owner = next(product for group in self.products for product in group if product.results.get(source) is value)
         for name, part in parts.items():
             self.registers.pop(name, None)
             self.in_flight[name] = owner.results[name] = part(value)

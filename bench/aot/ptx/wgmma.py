@@ -146,7 +146,12 @@ def _start(threads: Threads, started: Product) -> None:
 
 def _reserve(threads: Threads) -> None:
     """Note which registers belong to products under way."""
-    threads.reserved = {name: one.label for group in threads.products for one in group for name in (*one.sources, *one.results)}
+    threads.reserved = {
+        name: under_way.label
+        for group in threads.products
+        for under_way in group
+        for name in (*under_way.sources, *under_way.results)
+    }
 
 
 @form("wgmma.fence.sync.aligned")
@@ -175,8 +180,8 @@ def _wait(instruction: Instruction) -> Step:
         landed = []
         while len(threads.products) - 1 > pending:
             landed += threads.products.pop(0)
-        for one in landed:
-            _finish(threads, one)
+        for ended in landed:
+            _finish(threads, ended)
         _reserve(threads)
         # What products delivered is in order with the next ones.
         threads.fenced = dict(threads.registers)
@@ -184,11 +189,11 @@ def _wait(instruction: Instruction) -> Step:
     return step
 
 
-def _finish(threads: Threads, one: Product) -> None:
+def _finish(threads: Threads, ended: Product) -> None:
     """Deliver a product's results, unless a later product goes on with them."""
-    for tile in one.tiles:
+    for tile in ended.tiles:
         if not np.array_equal(threads.shared.load(tile.addresses, 4, _PIECE // 4), tile.words):
-            raise Fault(f"shared memory that {one.label} was reading has been overwritten")
-    for name, values in one.results.items():
+            raise Fault(f"shared memory that {ended.label} was reading has been overwritten")
+    for name, values in ended.results.items():
         if threads.in_flight.get(name) is values:
             threads.registers[name] = threads.in_flight.pop(name)

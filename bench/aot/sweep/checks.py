@@ -132,7 +132,7 @@ def _fp16(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
 
 
 def _no_worse(what: str, y: Tensor, twin: Tensor, expected: Tensor, times: float) -> Check:
-    ours, theirs = (float((one.double() - expected).square().mean().sqrt()) for one in (y, twin))
+    ours, theirs = (float((result.double() - expected).square().mean().sqrt()) for result in (y, twin))
     return Check(what, ours / (times * theirs), ours)
 
 

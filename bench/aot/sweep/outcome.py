@@ -51,7 +51,7 @@ def run_case(case: Case, warps: bool = False, seed: int = 0, unfenced_copies: bo
     with absent_card(case.capability, order) as card:
         card.copies_need_fence = not unfenced_copies
         try:
-            worst = max(check(case, inputs, card), key=lambda one: one.ratio)
+            worst = max(check(case, inputs, card), key=lambda compared: compared.ratio)
             ratio, what = worst.ratio, worst.what
             problem = "" if ratio <= 1 else f"{worst.what}: error {worst.error:.3g} is {ratio:.3g} of its bound"
         except Fault as fault:

@@ -46,7 +46,7 @@ class Job:
 
     def keys(self, name: str) -> list[Key]:
         """List the rows that it makes for a format."""
-        return [(name, one, what, self.size, self.made_at["commit"]) for one in self.providers for what in self.whats]
+        return [(name, provider, what, self.size, self.made_at["commit"]) for provider in self.providers for what in self.whats]
 
     def rows(self, name: str, progress: Progress) -> Iterator[dict]:
         """Yield the rows of a format, with their origin."""
@@ -115,8 +115,8 @@ def _providers() -> list[str]:
 
 def true_size(size: str) -> StepCase:
     """Describe a FLUX.1-dev step of a size such as "1024x1024 batch 2"; raise FormatError on others."""
-    found = re.fullmatch(r"(\d+)x(\d+)(?: batch (\d+))?", size)
-    height, width, batch = (int(part or 1) for part in found.groups()) if found else (0, 0, 0)
+    match = re.fullmatch(r"(\d+)x(\d+)(?: batch (\d+))?", size)
+    height, width, batch = (int(part or 1) for part in match.groups()) if match else (0, 0, 0)
     if not (height and width and batch) or height % 16 or width % 16:
         raise FormatError(f"A size is height x width in multiples of 16, got {size!r}. Known: {', '.join(STEPS)}.")
     return StepCase(STEP, size, FLUX_DEV, height, width, batch, TEXT, at_once=True)

@@ -113,23 +113,23 @@ def measure_format(
             continue
         rows = list(measured)
         gc.collect()
-        beside = next(row for row in rows if row["provider"] == TORCH)
+        plain = next(row for row in rows if row["provider"] == TORCH)
         for row in rows:
-            if row is not beside:
-                said = _OTHER_ORDER.format(float(beside["p50_ms"])) if row["p50_ms"] and beside["p50_ms"] else row["note"]
-                yield row | dict(note=said)
+            if row is not plain:
+                note = _OTHER_ORDER.format(float(plain["p50_ms"])) if row["p50_ms"] and plain["p50_ms"] else row["note"]
+                yield row | dict(note=note)
 
 
 def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device: torch.device) -> tuple[bool, list[list[str]]]:
     """Tell whether the unquantized model must reuse blocks, and which providers go in which round."""
-    largest = max(one.data.shape[0] * weights.fmt.row_weights(one.data.shape[1]) for one in weights.packed.values())
+    largest = max(problem.data.shape[0] * weights.fmt.row_weights(problem.data.shape[1]) for problem in weights.packed.values())
     tokens = inputs.positions.shape[0] * inputs.image.shape[0]
     # Decoding's intermediates; activations of about 10 widths.
     working = 32 * largest + 160 * tokens * weights.config.width
     free, whole = free_bytes(device), weights.nbytes(unquantized=True)
     reuse = free is not None and whole + working > free
     second = [name for name in providers if not name.startswith(OURS) and name not in (TORCH, "dequantize")]
-    if not any(_is_there(name, weights) for name in second) or not any(one.planes for one in weights.packed.values()):
+    if not any(_is_there(name, weights) for name in second) or not any(problem.planes for problem in weights.packed.values()):
         return reuse, [providers]
     if free is None or weights.nbytes() + working + (0 if reuse else whole) <= free:
         return reuse, [providers]
@@ -139,7 +139,7 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
 def _is_there(provider: str, weights: StepWeights) -> bool:
     """Tell whether a provider makes a layer of the smallest weight: else a round for it would be wasted."""
     try:
-        make_layer(provider, min(weights.packed.values(), key=lambda one: one.data.nbytes), "")
+        make_layer(provider, min(weights.packed.values(), key=lambda problem: problem.data.nbytes), "")
     except Unavailable:
         return False
     return True
@@ -179,7 +179,7 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
         if model is not None:
             progress(f"{case.what}, {weights.fmt.name}: timing {provider}")
             rows[provider] |= timed(interleaved(work, repeats, device)[provider])
-            work = {name: one for name, one in work.items() if name == TORCH}
+            work = {name: call for name, call in work.items() if name == TORCH}
             del model
         yield rows[provider]
     if not case.at_once:

@@ -44,7 +44,7 @@ class StepWeights:
 
     def nbytes(self, unquantized: bool = False) -> int:
         """Return the bytes of all weights, packed or as they would be unquantized."""
-        blocks = sum(_packed_bytes(one, self.dtype if unquantized else None) for one in self.packed.values())
+        blocks = sum(_packed_bytes(problem, self.dtype if unquantized else None) for problem in self.packed.values())
         around = [*(tensor for pair in self.plain.values() for tensor in pair), *self.norms.values()]
         return blocks + sum(tensor.nbytes for tensor in around)
 
@@ -63,15 +63,15 @@ class StepWeights:
 
         Models made before must be gone, or both arrangements stay in memory.
         """
-        for name, one in self.packed.items():
-            if one.planes:
-                self.packed[name] = replace(one, data=self.fmt.layout.from_planes(one.data), planes=False)
+        for name, problem in self.packed.items():
+            if problem.planes:
+                self.packed[name] = replace(problem, data=self.fmt.layout.from_planes(problem.data), planes=False)
 
 
-def _packed_bytes(one: Problem, unquantized: torch.dtype | None) -> int:
-    n, row_bytes = one.data.shape
-    weights = one.data.nbytes if unquantized is None else n * one.fmt.row_weights(row_bytes) * unquantized.itemsize
-    return weights + one.bias.nbytes
+def _packed_bytes(problem: Problem, unquantized: torch.dtype | None) -> int:
+    n, row_bytes = problem.data.shape
+    weights = problem.data.nbytes if unquantized is None else n * problem.fmt.row_weights(row_bytes) * unquantized.itemsize
+    return weights + problem.bias.nbytes
 
 
 def make_weights(
@@ -155,13 +155,13 @@ def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) 
     Raises:
         Unavailable: where the provider cannot run here.
     """
-    made: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
 
     def make(name: str) -> nn.Module:
         key = first_block(name) if first_blocks_only else name
-        if key not in made:
-            made[key] = make_layer(provider, weights.packed[key], name)
-        return made[key]
+        if key not in layers:
+            layers[key] = make_layer(provider, weights.packed[key], name)
+        return layers[key]
 
     return _assemble(weights, make)
 
