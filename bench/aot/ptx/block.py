@@ -34,8 +34,8 @@ class Executable:
     def __init__(self, program: Program):
         self.program = program
         self.code = [_decoded(program, instruction) for instruction in program.code]
-        products = any("wgmma" in instruction.opcode for instruction in program.code)
-        self.unit = 128 if products else 32  # threads that must run in step
+        in_groups = any("wgmma" in instruction.opcode for instruction in program.code)
+        self.unit = 128 if in_groups else 32  # threads that must run in step
 
 
 def _decoded(program: Program, instruction: Instruction) -> _Decoded:
