@@ -54,16 +54,8 @@ def main(
             pipeline.register_modules(transformer=transformer)
             images = draw(pipeline, prompts)
             same = sum(a == b for a, b in zip(read_digits(images), read, strict=True)) / seeds
-            rows.append(
-                dict(
-                    format=name,
-                    compute=mode,
-                    **compare(images, reference),
-                    same_digit=round(same, 4),
-                    seeds=seeds,
-                    **origin(CPU),
-                )
-            )
+            scores = compare(images, reference) | dict(same_digit=round(same, 4), seeds=seeds)
+            rows.append(dict(format=name, compute=mode) | scores | origin(CPU))
             progress.advance(task)
     for row in rows:
         print(" ".join(f"{row[key]!s:>16}" for key in ("format", "compute", "psnr_db", "ssim", "squared_error", "same_digit")))

@@ -1,7 +1,4 @@
-"""Hold where results stand, and how they are read and written, for bench/ and tools/.
-
-The code for rows and their origin is part of the package.
-"""
+"""Hold where results stand, and the package's ways to read and write them, for bench/ and tools/."""
 
 from flux_kernels.benchmark.record import CHECKOUT as ROOT
 from flux_kernels.benchmark.record import append_csv, origin, read_csv, write_csv

@@ -18,7 +18,8 @@ from bench.record import append_csv, origin, read_csv
 from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import is_broken, measure, summary
 from flux_kernels.benchmark.providers import default_providers
-from flux_kernels.benchmark.shapes import STEPS, Call, reduced, size_name, step_calls
+from flux_kernels.benchmark.shapes import reduced, size_name
+from flux_kernels.flux.calls import STEPS, Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.launching import capability_of
 
@@ -74,10 +75,7 @@ def one_of_each_height_first(calls: list[Call]) -> list[Call]:
 
 
 def _there(path: Path | None) -> list[dict]:
-    """Read the rows that an earlier call wrote.
-
-    Only the last call of a file may be incomplete, which is as good as its rows.
-    """
+    """Read the rows that an earlier call wrote; a file's last call may be incomplete, and counts."""
     if path is None or not path.exists():
         return []
     return [row | {name: int(row[name]) for name in ("m", "n", "k", "calls")} for row in read_csv(path)]

@@ -24,6 +24,9 @@ _device_of_base = torch._C.TensorBase.device.__get__
 _is_meta = torch._C.TensorBase.is_meta.__get__
 _READS = ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 _MAKERS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+_SILENT = ("_lazy_init", "_lazy_call", "set_device", "graph_pool_handle", "reset_peak_memory_stats", "empty_cache")
+_SILENT += ("set_sync_debug_mode", "manual_seed", "manual_seed_all", "_sleep")
+_ZERO = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
 
 
@@ -224,13 +227,10 @@ def _functions(cuda: Cuda) -> dict[str, object]:
     return dict(
         is_available=lambda: True,
         is_initialized=lambda: True,
-        _lazy_init=_answering(None),
-        _lazy_call=_answering(None),
         _exchange_device=lambda device: 0,
         _maybe_exchange_device=lambda device: 0,
         device_count=lambda: 1,
         current_device=lambda: 0,
-        set_device=_answering(None),
         get_device_name=lambda device=None: cuda.card.name,
         get_device_capability=lambda device=None: cuda.card.capability,
         get_device_properties=cuda.card.properties,
@@ -243,19 +243,10 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         Event=_Maker(lambda *_, **__: _Event(cuda)),
         CUDAGraph=_Maker(lambda *_, **__: _Graph(cuda)),
         graph=lambda graph, *_, **__: graph.captured(),
-        graph_pool_handle=_answering(None),
         is_current_stream_capturing=lambda: cuda.capturing,
         mem_get_info=lambda device=None: (cuda.card.memory_bytes, cuda.card.memory_bytes),
-        memory_allocated=_answering(0),
-        max_memory_allocated=_answering(0),
-        memory_reserved=_answering(0),
-        max_memory_reserved=_answering(0),
-        reset_peak_memory_stats=_answering(None),
-        empty_cache=_answering(None),
-        set_sync_debug_mode=_answering(None),
-        manual_seed=_answering(None),
-        manual_seed_all=_answering(None),
-        _sleep=_answering(None),
+        **{name: _answering(None) for name in _SILENT},
+        **{name: _answering(0) for name in _ZERO},
         profiler=SimpleNamespace(start=_answering(None), stop=_answering(None)),
     )
 

@@ -64,9 +64,7 @@ def occupancy(card: Card, registers: int, shared: int, threads: int) -> int:
 def tensor_clocks(opcode: str, card: Card) -> float:
     """Return the clocks that one tensor-core instruction keeps its cores busy.
 
-    HMMA and IMMA are a warp's, HGMMA and IGMMA a warpgroup's.
-
-    A warp's instruction runs on one quadrant's core, a warpgroup's on all four.
+    A warp's instruction (HMMA, IMMA) runs on one quadrant's core, a warpgroup's (HGMMA, IGMMA) on all four.
 
     Raises:
         ValueError: for an opcode whose shape or rate is not known here.

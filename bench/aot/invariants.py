@@ -47,10 +47,7 @@ def _limits(row: Row) -> list[str]:
 
 
 def _products(row: Row) -> list[str]:
-    """Return what is wrong with the way from packed bytes to tensor cores.
-
-    Float32 x has products that they cannot do.
-    """
+    """Return what is wrong on the way to tensor cores, which cannot do products of float32 x."""
     faults, plain = [], row.dtype == "fp32" and not row.kernel.startswith(("fp16", "int8"))
     if not row.mma and row.kernel in TENSOR_CORE_KERNELS and not plain:
         faults.append("no tensor-core instruction")

@@ -162,10 +162,7 @@ def _calls(capability: tuple[int, int], rows: tuple[int, ...]) -> Iterator[tuple
 def _tuned(
     fmt: BlockFormat, n: int, k: int, capability: tuple[int, int], dtype: str, branch: bool
 ) -> Iterator[tuple[str, Choice]]:
-    """Yield what tuning may choose and the default table does not.
-
-    Fused at any M, split-K, int8 with the other kind of scales.
-    """
+    """Yield what tuning alone may choose: fused at any M, split-K, int8 with the other kind of scales."""
     if dtype != "fp32":
         for m in (64, 512):
             yield "exact", Choice("fused", tile_of("fused", fmt, m, n, k, capability, branch), "")

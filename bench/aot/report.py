@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import triton
 
@@ -59,12 +59,6 @@ class Row:
 def key(row: dict) -> tuple[str, ...]:
     """Return what identifies a row from one run of the report to the next."""
     return tuple(str(row[name]) for name in KEY)
-
-
-def parsed(recorded: dict[str, str]) -> Row:
-    """Return a row of the record, which a CSV file holds as text."""
-    kinds = {"int": int, "float": float, "str": str}
-    return Row(**{field.name: kinds[field.type](recorded[field.name]) for field in fields(Row)})
 
 
 def is_looped(row: Row) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from typing import Annotated
 
 os.environ["TRITON_INTERPRET"] = "0"  # a kernel decorated for Triton's interpreter cannot be compiled
@@ -71,7 +72,7 @@ def main(
         work = [case for case in cases.small(chosen["kernels"], cards) if case in wanted]
     outcomes = _run(work, (warps, seed, unfenced_copies), jobs, quiet=as_json)
     if as_json:
-        print(json.dumps({"outcomes": [outcome.as_dict() for outcome in outcomes]}))
+        print(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes]}))
     else:
         _print(outcomes)
     raise typer.Exit(1 if not outcomes or any(outcome.problem for outcome in outcomes) else 0)

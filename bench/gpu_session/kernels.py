@@ -35,10 +35,7 @@ class Kernel:
 
     @classmethod
     def of(cls, source: ASTSource, target: GPUTarget, options: dict) -> Kernel:
-        """Take a source apart.
-
-        What the backend sets by itself is left out: it is of this machine, such as libdevice's path.
-        """
+        """Take a source apart, without what the backend sets by itself, such as this machine's libdevice."""
         own = vars(make_backend(target).parse_options({}))
         asked = {name: value for name, value in options.items() if name not in own or value != own[name]}
         return cls(source.fn, source.signature, source.constants, source.attrs, target, asked)

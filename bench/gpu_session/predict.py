@@ -33,10 +33,7 @@ def moved_ms(rates: Model, nbytes: float) -> float:
 
 
 def product_ms(rates: Model, m: int, n: int, k: int, rows: int | None = None, speed: float = 1.0) -> float:
-    """Predict cuBLAS's time for y[M, N], `rows` columns at a time.
-
-    Full waves of 128 x 128 tiles, or its operands' bytes.
-    """
+    """Predict cuBLAS's y[M, N], `rows` columns at a time: waves of 128 x 128 tiles, or operands' bytes."""
     compute = 2 * m * n * k / rates.bf16_tflops / 1e9 / speed / wave_efficiency(m, n, rows, rates.processors)
     return max(compute, moved_ms(rates, 2 * (m * k + n * k + m * n)))
 

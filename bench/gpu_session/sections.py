@@ -40,10 +40,7 @@ class Section:
 
 
 def correctness(session: Session) -> None:
-    """Run the tests that a bare machine can, in parallel, to the end.
-
-    Outcomes are lines of the log as they come; the report is a JUnit file.
-    """
+    """Run the tests that a bare machine can, in parallel, into the log and a JUnit file."""
     report = f"--junitxml={session.out / 'junit.xml'}"
     wanted = ["-m", "gpu and not slow", _TESTS, "--no-header", "-p", "no:cacheprovider", report]
     if session.dry:

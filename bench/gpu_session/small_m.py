@@ -1,7 +1,4 @@
-"""Sweep the kernel for one to eight rows over the tiles that tuning tries.
-
-A graph holds as many calls as a step has modulation layers.
-"""
+"""Sweep the kernel for one to eight rows over the tiles that tuning tries, graph by graph."""
 
 from __future__ import annotations
 

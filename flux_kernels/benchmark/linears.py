@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compute import dtype_name
+from ..flux.calls import Call
 from ..formats import FORMATS
 from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
 from ..machine.random_rows import random_rows
@@ -19,7 +20,6 @@ from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings
 from .names import FAILED, OURS, TORCH, WRONG
 from .providers import CANNOT_RUN, PROVIDERS, Problem, same_call, why
-from .shapes import Call
 from .totals import MARKS, by_step, marked, totals
 
 _TIMES = ("repeats", "p20_ms", "p50_ms", "p80_ms", "graph_ms")
@@ -37,10 +37,7 @@ def make_problem(name: str, call: Call, device: torch.device, dtype: torch.dtype
 
 
 def relative_errors(y: Tensor, x: Tensor, problem: Problem) -> tuple[float, float]:
-    """Return the RMS and the largest absolute error of some outputs, as shares of the right outputs' RMS.
-
-    The right outputs are those of float64 on the float32 weights.
-    """
+    """Return RMS and largest absolute error of some outputs, float64's on the float32 weights as 1."""
     rows = torch.linspace(0, x.shape[0] - 1, min(_ORACLE_ROWS, x.shape[0])).long().to(x.device)
     columns = slice(0, _ORACLE_COLUMNS)
     weight = reference.dequantize(problem.data[columns], problem.fmt, torch.float32, problem.planes).double()

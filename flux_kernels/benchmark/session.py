@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import FormatError
+from ..flux.calls import STEPS, Call, step_calls
 from ..generation.base_pipeline import one_thread
 from .ceilings import Ceilings, measure_ceilings
 from .linears import measure
 from .record import origin
-from .shapes import STEPS, Call, reduced, size_name, step_calls
+from .shapes import reduced, size_name
 from .whole_step import measure_steps, row_key
 
 MAIN_SIZE = "1024x1024"
@@ -55,10 +56,7 @@ class Plan:
         return [(size, name, call) for size in self.sizes for name in self.formats for call in step_calls(**STEPS[size])]
 
     def whole_runs(self, device: torch.device) -> list[tuple[str, str, bool]]:
-        """List size and type of every whole run, and whether it is of pictures.
-
-        A CPU has one size, the embedded model's.
-        """
+        """List size, type and whether it is of pictures for every whole run; a CPU has one size."""
         if not self.steps:
             return []
         sizes = self.sizes if device.type != "cpu" else self.sizes[:1]

@@ -72,10 +72,7 @@ def marked(mine: Total, base: Total) -> str:
 
 
 def totals(rows: Sequence[Mapping]) -> dict[str, Total]:
-    """Return the time of a step by provider, for those with a time for every call.
-
-    The rows are of one format and size.
-    """
+    """Return a step's time by provider with a time for every call; rows are of one format and size."""
     sums, calls = {}, {_call(row) for row in rows}
     for provider in dict.fromkeys(row["provider"] for row in rows):
         mine = [row for row in rows if row["provider"] == provider]

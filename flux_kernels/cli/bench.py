@@ -140,7 +140,7 @@ def _plan(
     from ..benchmark import linears  # noqa: F401 - registers every side
     from ..benchmark.providers import PROVIDERS
     from ..benchmark.session import MAIN_SIZE, Plan
-    from ..benchmark.shapes import STEPS
+    from ..flux.calls import STEPS
     from ..formats import FORMATS, get_format
 
     groups = ("base", "ours", "peer") if peers else ("base", "ours")

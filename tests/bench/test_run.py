@@ -14,10 +14,11 @@ from bench.run import one_of_each_height_first
 from flux_kernels.benchmark import linears
 from flux_kernels.benchmark.linears import is_broken, make_problem, measure, relative_errors, summary
 from flux_kernels.benchmark.providers import PROVIDERS, Provider, default_providers
-from flux_kernels.benchmark.shapes import whole_step
 from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import STEPS, Call, step_calls
 from flux_kernels.machine.clock import balanced_order, interleaved, percentiles
+
+from ..benchmark.whole_step_calls import whole_step
 
 CPU = torch.device("cpu")
 NAMES = [name for name in PROVIDERS if "compiled" not in name and "torchao" not in name]  # those compile for a minute

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from flux_kernels.benchmark.shapes import STEPS, whole_step
 from flux_kernels.benchmark.step.inputs import StepConfig, step_inputs
 from flux_kernels.benchmark.step.model import StepModel
+from flux_kernels.flux.calls import STEPS
 
 from ..conftest import TINY_FLUX
+from .whole_step_calls import whole_step
 
 CPU = torch.device("cpu")
 

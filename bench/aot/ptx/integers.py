@@ -58,10 +58,7 @@ def permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndar
 
 
 def extract_field(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Extract `length` bits from `position` on (both 0 to 255), sign-extended for signed `a`.
-
-    Past the end comes the sign or 0.
-    """
+    """Extract `length` bits from `position` on, sign-extended for signed `a`; past the end sign or 0."""
     position, length = (value.astype(np.int64) & 255 for value in (position, length))
     # Sign-extended for signed a, zero-extended else.
     wide = a.astype(np.int64)

@@ -84,10 +84,7 @@ def odd(rounded: np.ndarray, error: np.ndarray) -> np.ndarray:
 
 
 def add_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Add float64 numbers and round to odd.
-
-    The error of a float64 sum is a float64 number: Knuth's TwoSum.
-    """
+    """Add float64 numbers and round to odd; the error of a sum is a float64 number (Knuth's TwoSum)."""
     total = a + b
     b_part = total - a
     return odd(total, (a - (total - b_part)) + (b - b_part))

@@ -54,9 +54,7 @@ class Races:
     ) -> None:
         """Note writes of `size` bytes by threads of `warps`; raise Fault where another warp touched them.
 
-        What was before the last barrier does not count.
-
-        Several warps may write the same value to one place, as Triton does where a layout holds copies: on a GPU as here it does
+        What was before the last barrier does not count. Several warps may write the same value to one place, as Triton does where a layout holds copies: on a GPU as here it does
         not matter which comes first. `unchanged` are writes of what stood there before, `agreed` those whose value stands there
         when all are done.
         """

@@ -94,10 +94,7 @@ def _refuse_modifiers(instruction: Instruction, modifiers: list[str], left_in_re
 
 
 def _sum_places(columns: int, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return row and column of the accumulator's registers in a warp's 16 rows.
-
-    Groups of eight columns come one after the other.
-    """
+    """Return row and column of the accumulator's registers in 16 rows: groups of eight columns in turn."""
     row, column = places("sum", 4 // each, each)
     groups = np.arange(columns // 8)
     rows = np.tile(row, (1, len(groups), 1))

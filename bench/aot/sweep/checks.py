@@ -157,9 +157,7 @@ def _int8(row_scales: bool):
 def compare_codes(what: str, codes: Tensor, scale: Tensor, values: Tensor, group: int) -> list[Check]:
     """Hold int8 codes [N, K] and scales [K // group, N] to the twin, bit for bit.
 
-    A fused multiply-add is one rounding, as there.
-
-    Where a scale is NaN the codes mean nothing.
+    A fused multiply-add is one rounding, as there. Where a scale is NaN the codes mean nothing.
     """
     twin_codes, twin_scale = low_precision.quantize_groups(values, group)
     meant = (~twin_scale.isnan()).expand_as(twin_codes).flatten(-2)

@@ -32,10 +32,7 @@ _UNPACKED = ((37, 40), (37, 37))
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold x [M, K], packed rows, float32 weights [N, K], bias [N] and a branch or None.
-
-    The branch is hidden [M, R] and up [N, R].
-    """
+    """Hold x [M, K], packed rows, float32 weights [N, K], bias [N], branch ([M, R], [N, R]) or None."""
 
     fmt: BlockFormat
     x: Tensor

@@ -19,7 +19,7 @@ from ...swap import swap_linear
 from ..memory import extra_peak
 from ..names import DENOISING, OFFLOADED
 from ..providers import Problem, why
-from .timing import COLUMNS, DENOISED, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, relative, timed, wrong
+from .timing import DENOISED, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, new_row, relative, timed, wrong
 from .weights import make_layer
 
 _NEEDS_GPU = "model offload needs a GPU"
@@ -42,10 +42,8 @@ def measure_denoising(
     for provider in providers:
         progress(f"denoising, {name}: checking {provider}")
         for what in (DENOISING, OFFLOADED):
-            about = dict(format=name, provider=provider, what=what, size=DENOISED, dtype=dtype_name(dtype))
-            row: dict = dict.fromkeys(COLUMNS, "") | about
+            row, offload = new_row(name, provider, what, DENOISED, dtype_name(dtype)), what == OFFLOADED
             rows.append(row)
-            offload = what == OFFLOADED
             if offload and device.type == "cpu":
                 row["note"] = _NEEDS_GPU
                 continue

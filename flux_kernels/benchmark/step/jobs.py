@@ -12,15 +12,14 @@ import torch
 
 from ...compute import COMPUTE_MODES
 from ...errors import FormatError
-from ...flux.calls import TEXT
+from ...flux.calls import STEPS, TEXT
 from ...generation.base_pipeline import one_thread
 from ...generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from ..names import DENOISING, DIFFUSERS, EMBEDDED_STEP, EXACT, OFFLOADED, OURS, STEP, TORCH
 from ..providers import not_installed
 from ..record import origin
-from ..shapes import STEPS
 from .inputs import FLUX_DEV, StepConfig
-from .timing import COLUMNS, DENOISED, EMBEDDED_BATCH, StepCase, measure_format
+from .timing import DENOISED, EMBEDDED_BATCH, StepCase, measure_format, new_row
 
 Key = tuple[str, str, str, str, str]  # format, provider, what, size, commit
 Progress = Callable[[str], None]
@@ -78,8 +77,9 @@ def denoising_job(device: torch.device, repeats: int) -> Job:
     missing = [name for name in ("diffusers", "transformers", "gguf") if not _installed(name)]
     if missing:
         note = str(not_installed(", ".join(missing)))
-        row = dict.fromkeys(COLUMNS, "") | dict(provider=EXACT, what=DENOISING, size=DENOISED, note=note)
-        return Job((DENOISING,), DENOISED, [EXACT], made_at, lambda name, _: [row | dict(format=name)])
+        return Job(
+            (DENOISING,), DENOISED, [EXACT], made_at, lambda name, _: [new_row(name, EXACT, DENOISING, DENOISED, note=note)]
+        )
 
     def measure(name: str, progress: Progress) -> Iterable[dict]:
         from .denoising import measure_denoising

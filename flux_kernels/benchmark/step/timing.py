@@ -15,6 +15,7 @@ from ...formats import FORMATS
 from ...generation.embedded import PIPELINE_KWARGS
 from ...machine.clock import interleaved, percentiles
 from ...machine.free_memory import free_bytes
+from ...report.sizes import size_text
 from ..memory import extra_peak
 from ..names import OURS, TORCH, WRONG
 from ..providers import CANNOT_RUN, PROVIDERS, Unavailable, why
@@ -193,15 +194,9 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
 def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, unquantized) -> tuple[dict, StepModel | None]:
     """Return a provider's row, and its model where its output is right."""
     inputs, first_only = oracle.inputs, reuse and provider == TORCH
-    row = dict.fromkeys(COLUMNS, "") | dict(
-        format=weights.fmt.name,
-        provider=provider,
-        what=case.what,
-        size=case.size,
-        dtype=dtype_name(weights.dtype),
-        weight_bytes=weights.nbytes(unquantized=provider == TORCH),
-        note=f"{weights.nbytes(unquantized=True) / 1e9:.1f} GB {_REUSED}" if first_only else "",
-    )
+    row = new_row(weights.fmt.name, provider, case.what, case.size, dtype_name(weights.dtype))
+    row["weight_bytes"] = weights.nbytes(unquantized=provider == TORCH)
+    row["note"] = f"{size_text(weights.nbytes(unquantized=True))} {_REUSED}" if first_only else ""
     try:
         model = build(weights, provider, first_only)
         y = run(model, inputs)
@@ -220,6 +215,12 @@ def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, 
         return row | dict(note=wrong(error, gate)), None
     row["peak_bytes"] = "" if extra is None else row["weight_bytes"] + extra
     return row, model
+
+
+def new_row(format: str, provider: str, what: str, size: str, dtype: str = "", note: str = "") -> dict:
+    """Return a row of a whole run whose other columns are empty."""
+    named = dict(format=format, provider=provider, what=what, size=size, dtype=dtype, note=note)
+    return dict.fromkeys(COLUMNS, "") | named
 
 
 def timed(times: list[float]) -> dict:

@@ -59,10 +59,7 @@ class StepWeights:
         return replace(self, config=config, packed=kept(self.packed), plain=kept(self.plain), norms=kept(self.norms))
 
     def to_file_order(self) -> None:
-        """Undo field planes, one weight at a time.
-
-        Models made before must be gone, or both arrangements stay in memory.
-        """
+        """Undo field planes one weight at a time; models made before must be gone, or both stay in memory."""
         for name, problem in self.packed.items():
             if problem.planes:
                 self.packed[name] = replace(problem, data=self.fmt.layout.from_planes(problem.data), planes=False)
