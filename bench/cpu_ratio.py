@@ -6,7 +6,7 @@
 
 The three take turns (and the order turns round every time); a ratio is the median over the turns, so that a machine that is slow
 for a while is slow for all of them. A cell is repeated until the middle half of its ratios lies within --spread of the median, or
---most times. Processor time (of all threads) is given beside the wall clock: other work on the machine disturbs it less.
+--most times. Processor time (of all threads) is given with the wall clock: other work on the machine disturbs it less.
 A time counts only where the result passed the correctness gate of `flux-kernels bench`.
 """
 

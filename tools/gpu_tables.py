@@ -69,23 +69,23 @@ def _part(size: str, linears: Rows, steps: Rows, sweep: Rows, int8: Rows) -> str
     sides = [side for side in SIDES if side == "torch" or any(row["provider"] == side for row in rows)]
     lines = [f"| type | | {' | '.join(SIDES[side] for side in sides)} |", "|---" * (len(sides) + 2) + "|"]
     for name in sorted({row["format"] for row in rows}, key=lambda name: -get_format(name).bits_per_weight):
-        mine, ran = ([row for row in some if row["format"] == name] for some in (linears, steps))
-        kinds = {"linear calls": linear_cells(mine, size), "whole step": step_cells(ran), "peak": peak_cells(ran, size, name)}
+        calls, ran = ([row for row in table if row["format"] == name] for table in (linears, steps))
+        kinds = {"linear calls": linear_cells(calls, size), "whole step": step_cells(ran), "peak": peak_cells(ran, size, name)}
         lines += [f"| {name} | {kind} | {' | '.join(map(cell, sides))} |" for kind, cell in kinds.items()]
     marks = [f"{mark} {said}." for mark, said in MARKS.items() if any(f", {mark}" in line for line in lines)]
     legend = LEGEND.format(graph=", as a CUDA graph" if any(row["what"] == "graph" for row in steps) else "")
     derived = filter(None, [decoding_line(steps), int8_line(int8), changed_line(linears, sweep, size)])
-    made = dict.fromkeys(origin_text(row) for row in [*rows, *sweep, *int8])
-    below = [*derived, f"Measured on: {'; '.join(made)}."]
+    origins = dict.fromkeys(origin_text(row) for row in [*rows, *sweep, *int8])
+    below = [*derived, f"Measured on: {'; '.join(origins)}."]
     title = f"**{rows[0]['device']}, one step of FLUX.1-dev, {size}**"
     return "\n".join([title, "", *lines, "", " ".join([legend, *marks]), "", *(f"- {line}" for line in below)])
 
 
 def linear_cells(rows: Rows, size: str) -> Cell:
     """Return side -> milliseconds and speed of the linear calls of one type."""
-    found = _linear_totals(rows, size)
-    times = {side: total.p50 for side, total in found.items()}
-    return _time_cell(rows, times, lambda side: marked(found[side], found["torch"]))
+    sums = _linear_totals(rows, size)
+    times = {side: total.p50 for side, total in sums.items()}
+    return _time_cell(rows, times, lambda side: marked(sums[side], sums["torch"]))
 
 
 def _linear_totals(rows: Rows, size: str) -> dict[str, Total]:
@@ -105,8 +105,8 @@ def _time_cell(rows: Rows, times: dict[str, float], beside_torch: Cell) -> Cell:
     def cell(side: str) -> str:
         if side not in times:
             return _missing(rows, side)
-        beside = f", {beside_torch(side)}" if side != "torch" and "torch" in times else ""
-        return f"{times[side]:.1f} ms{beside}"
+        speed = f", {beside_torch(side)}" if side != "torch" and "torch" in times else ""
+        return f"{times[side]:.1f} ms{speed}"
 
     return cell
 
@@ -146,9 +146,9 @@ def _missing(rows: Rows, side: str) -> str:
 def decoding_line(steps: Rows) -> str:
     """Compare exact mode with decoding in torch at every call, in the whole step."""
     times = {name: _step_times(rows) for (_, name), rows in by_step(steps).items()}
-    both = {name: one for name, one in times.items() if {"ours exact", "dequantize"} <= one.keys()}
-    said = ", ".join(f"{name} {one['dequantize'] / one['ours exact']:.2f}" for name, one in both.items())
-    return f"Speed of the whole step in exact mode, with decoding in torch at every call as 1: {said}." if said else ""
+    both = {name: sides for name, sides in times.items() if {"ours exact", "dequantize"} <= sides.keys()}
+    speeds = ", ".join(f"{name} {sides['dequantize'] / sides['ours exact']:.2f}" for name, sides in both.items())
+    return f"Speed of the whole step in exact mode, with decoding in torch at every call as 1: {speeds}." if speeds else ""
 
 
 def int8_line(rows: Rows) -> str:
@@ -173,18 +173,18 @@ def int8_line(rows: Rows) -> str:
 
 def changed_line(linears: Rows, sweep: Rows, size: str) -> str:
     """Add up exact mode's linear calls with a default that changed later, where `sweep` has both."""
-    said, change = [], CHANGED.get(linears[0]["commit"]) if linears else None
+    lines, change = [], CHANGED.get(linears[0]["commit"]) if linears else None
     for (_, name), rows in by_step(linears).items():
-        found = _linear_totals(rows, size)
-        saved = saved_ms(rows, sweep, change) if change and {"torch", "ours exact"} <= found.keys() else None
+        sums = _linear_totals(rows, size)
+        saved = saved_ms(rows, sweep, change) if change and {"torch", "ours exact"} <= sums.keys() else None
         if saved:
-            left = found["ours exact"].p50 - saved
-            said.append(f"{name} {left:.1f} ms, {found['torch'].p50 / left:.2f}")
-    if not change or not said:
+            left = sums["ours exact"].p50 - saved
+            lines.append(f"{name} {left:.1f} ms, {sums['torch'].p50 / left:.2f}")
+    if not change or not lines:
         return ""
     return (
         f"**Arithmetic, not a measurement**: exact mode has another default since ({change.said}). The same linear calls, "
-        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(said)}. The whole step above has the old one."
+        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(lines)}. The whole step above has the old one."
     )
 
 

@@ -54,15 +54,15 @@ def main(
 def compare(proof: Proof, plain: CostTable, judges: dict[str, tuple[CostTable, Remembering]], kind: str) -> list[dict]:
     """Judge, at a uniform file's bytes: that file, the plan without corrections, and with either fit."""
     budget = proof.bytes(proof.uniform(kind))
-    found = {
+    plans = {
         "uniform": (proof.uniform(kind), proof.held_weighted),
         "mixed": (proof.planned(plain, budget), proof.held_weighted),
     }
     for name, (table, held) in judges.items():
-        found[f"mixed, ranks by {name}"] = proof.planned(CostTable(plain.rows + table.rows), budget), held
-    errors = {name: held.joint_errors(types).velocity for name, (types, held) in found.items()}
+        plans[f"mixed, ranks by {name}"] = proof.planned(CostTable(plain.rows + table.rows), budget), held
+    errors = {name: held.joint_errors(types).velocity for name, (types, held) in plans.items()}
     held, rows = proof.held_weighted, []
-    for name, (types, _) in found.items():
+    for name, (types, _) in plans.items():
         low, high = bootstrap(errors[name], errors["mixed"], held.weights)
         rows.append(
             dict(

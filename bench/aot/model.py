@@ -4,7 +4,7 @@ A call is what the library runs for it: the default choice's algorithm with its 
 (unpacking the weight, quantizing activations) and their traffic. Where a loop waits for all its products, products and
 instructions add up; elsewhere they overlap. That is a bound. A case that `waits` adds what a program that is alone on its
 multiprocessor waits for shared memory, as an H200 was measured to. It needs neither typer nor rich, so that `bench.calibrate`
-can put its predictions beside measurements on a bare GPU machine.
+can compare its predictions with measurements on a bare GPU machine.
 """
 
 from __future__ import annotations

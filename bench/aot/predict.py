@@ -26,7 +26,7 @@ def main(
     formats: Annotated[str, typer.Option(help="Comma-separated ggml types that the record has.")] = "Q4_K,Q6_K,Q8_0",
     write: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
-    """Predict each mode on cards from an RTX 3060 to an H200, beside torch's bf16 product."""
+    """Predict each mode on cards from an RTX 3060 to an H200, and torch's bf16 product."""
     record, rows = Record(read_csv(AOT)), []
     for model in (*MODELS, H200_MEASURED):
         for name in formats.split(","):

@@ -1,4 +1,4 @@
-"""Run the compile-time report under several Triton versions, each downloaded beside the installed one.
+"""Run the compile-time report under several Triton versions, each in a folder of its own.
 
     python -m bench.aot.versions 3.6.0 3.9.0 -- --kernels fused_gemm --formats Q4_K,Q8_0 --check
     python -m bench.aot.versions 3.6.0 3.7.1 -- --missing --check --write bench/results/aot.csv     # the whole record, resumable

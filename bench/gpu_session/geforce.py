@@ -37,7 +37,7 @@ _FP32_SUMS, _OTHERS = 4, 2
 
 
 def run(session: Session) -> None:
-    """Write geforce.csv: times beside the model's bound (predicted_ms) and its time with waits."""
+    """Write geforce.csv: times, the model's bound (predicted_ms) and its time with waits."""
     table = session.table("geforce", KEY)
     for m, n, k in _SHAPES:
         for format in _FORMATS[:1] if session.reduced else _FORMATS:

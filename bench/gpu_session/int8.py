@@ -72,7 +72,7 @@ def _problem(session: Session, m: int, n: int, k: int) -> Problem:
 
 
 def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
-    """Time the mode as shipped beside its rivals: bf16 and int8 products of torch's own."""
+    """Time the mode as shipped, and its rivals: bf16 and int8 products of torch's own."""
     rates, fmt = session.rates, FORMATS[_FORMAT]
     x, w, bias = session.activations(m, k), session.activations(n, k), session.bias(n)
     weights = session.weights(_FORMAT, n, k)

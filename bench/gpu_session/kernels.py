@@ -62,7 +62,7 @@ class Kernel:
         return any(folder.joinpath(self.folder).glob("__grp__*.json"))
 
     def compile(self) -> None:
-        """Compile it into Triton's cache; another card's code keeps its PTX beside the machine code."""
+        """Compile it into Triton's cache; another card's code keeps its PTX with the machine code."""
         triton.knobs.compilation.store_binary_only = self.target.arch == 90
         triton.compile(self.source, target=self.target, options=self.options)
 

@@ -115,7 +115,7 @@ class Table:
 
 
 def timed(times: Sequence[float], predicted: float | None, digits: int = 5) -> dict[str, str]:
-    """Return the columns of some runs' milliseconds beside their prediction, "" for what is not known."""
+    """Return the columns of some runs' milliseconds and their prediction, "" for what is not known."""
     p50 = median(times) if times else None
     columns = dict(p50_ms=p50, least_ms=min(times, default=None), predicted_ms=predicted)
     texts = {name: "" if value is None else f"{value:.{digits}f}" for name, value in columns.items()}

@@ -1,4 +1,4 @@
-"""Sum up a session in few characters: measured beside predicted, the largest misses first."""
+"""Sum up a session in few characters: measured and predicted, the largest misses first."""
 
 from __future__ import annotations
 

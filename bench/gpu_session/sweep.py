@@ -1,4 +1,4 @@
-"""Sweep the rows of x: fused, split over K, and two-stage, beside cuBLAS; it decides the switch."""
+"""Sweep the rows of x: fused, split over K, and two-stage, against cuBLAS; it decides the switch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from flux_kernels.machine.tune import Job, tune
 KEY = ("compute", "format", "m", "n", "k")
 _EXACT = ((512, 3072, 3072), (512, 12288, 3072), (512, 3072, 12288), (1, 18432, 3072))
 _INT8 = ((4608, 3072, 3072), (4608, 12288, 3072), (4608, 3072, 15360))
-_CANDIDATE_SECONDS = 0.03  # what a candidate takes beside its runs
+_CANDIDATE_SECONDS = 0.03  # what a candidate takes besides its runs
 
 
 def jobs() -> list[Job]:

@@ -21,7 +21,7 @@ from flux_kernels.kernels.chunks import chunks_of
 FORMAT_NAMES = ("Q4_K", "Q6_K", "Q8_0")
 KEY = ("format", "m", "n", "k", "rows", "bias", "scratch")
 _TILE = 128
-_BESIDE = "beside"  # each chunk is unpacked on a stream beside, while the one before is multiplied
+_BESIDE = "beside"  # each chunk is unpacked on another stream while the one before is multiplied
 _VARIANTS = (  # rows, bias, scratch
     ("whole", "none", "freed"),
     ("whole", "epilogue", "freed"),

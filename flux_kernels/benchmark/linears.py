@@ -143,7 +143,7 @@ def summary(rows: list[dict]) -> str:
     for (size, name), step_rows in by_step(rows).items():
         sums = totals(step_rows)
         for provider, total in sums.items():
-            beside = f", {marked(total, sums[TORCH]):>5} x torch" if TORCH in sums else ""
-            lines.append(f"{name:8} {provider:30} {total.p50:10.1f} ms a step{beside}  {size}".rstrip())
+            speed = f", {marked(total, sums[TORCH]):>5} x torch" if TORCH in sums else ""
+            lines.append(f"{name:8} {provider:30} {total.p50:10.1f} ms a step{speed}  {size}".rstrip())
     text = "\n".join(lines)
     return "\n".join([text, *(f"{sign} {words}" for sign, words in MARKS.items() if f" {sign}" in text)])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _PEER_COLORS = ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29")
 _PEER_MARKS = "P*<>p8H"
-_COLUMNS = 3  # panels beside each other
+_COLUMNS = 3  # panels in a line
 _WIDTH = 9.6  # inches of a figure: at the width of a page its words are as large as the page's
 _HEIGHT = 3.1  # inches of a line of panels
 _WORDS = 9.5  # points

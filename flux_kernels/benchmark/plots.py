@@ -70,7 +70,7 @@ def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
 
 
 def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
-    """Return a PNG: speed of every call beside torch's in the same run, over the rows M of its input."""
+    """Return a PNG: speed of every call with torch's in the same run as 1, over the rows M of its input."""
     measured = [row for row in rows if row["p50_ms"]]
     base = {_key(row): float(row["p50_ms"]) for row in measured if row["provider"] == TORCH}
     measured = [row for row in measured if _key(row) in base]

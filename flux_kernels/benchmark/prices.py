@@ -1,4 +1,4 @@
-"""The table of `bench`'s page that puts what each type and mode costs in accuracy beside its speed."""
+"""Write the table of `bench`'s page that shows a type's and mode's speed with its price in accuracy."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """Write rows of equal keys to a CSV file, beside it first and then renamed."""
+    """Write rows of equal keys to a CSV file, which appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")

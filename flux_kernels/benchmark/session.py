@@ -39,7 +39,7 @@ class Plan:
         repeats: runs of each side, in turn.
         minutes: no piece of work is begun after this time; None: no limit.
         steps: whether whole runs are measured too: a step of each type, and pictures.
-        denoise: for how many of the types the embedded model's pipeline is run too, which takes long beside its purpose.
+        denoise: for how many of the types the embedded model's pipeline is run too, which takes long for what it tells.
     """
 
     formats: Sequence[str]
@@ -64,7 +64,7 @@ class Plan:
         return steps + [(self.sizes[0], name, True) for name in self.formats[: self.denoise]]
 
     def work(self, device: torch.device) -> int:
-        """Count the pieces of work that `Tell` is told of."""
+        """Count the pieces of work that `Tell` reports."""
         return len(self.calls()) + len(self.whole_runs(device))
 
 

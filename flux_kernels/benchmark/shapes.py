@@ -1,4 +1,4 @@
-"""Name and reduce the sizes of a FLUX.1-dev step: input widths around the blocks, and calls for slow machines."""
+"""Hold the input widths around FLUX.1-dev's blocks; name a step's size, and reduce its calls."""
 
 from __future__ import annotations
 

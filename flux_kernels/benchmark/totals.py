@@ -47,7 +47,7 @@ class Total:
     def speed(self, base: Total) -> Total:
         """Return how many times as fast as `base` it is: the least (slow runs to fast ones), median, most.
 
-        The speeds of two steps that were timed beside bases of their own differ where these spreads lie apart.
+        The speeds of two steps that were timed with bases of their own differ where these spreads lie apart.
         """
         repeats = min(self.repeats, base.repeats) or max(self.repeats, base.repeats)
         return Total(base.p20 / self.p80, base.p50 / self.p50, base.p80 / self.p20, repeats)

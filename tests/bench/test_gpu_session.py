@@ -168,21 +168,25 @@ with cache.keyed("a key", folder / "triton"):
     assert compile_all(kernels, 1) == (1, [])
     cache.pack(kernels, folder, dict(key="a key", commit="abc", triton="3"), archive)
 """
-    made, there, build = tmp_path / "cache.tar.xz", tmp_path / "elsewhere", tmp_path / "build"
+    archive_path, there, build = tmp_path / "cache.tar.xz", tmp_path / "elsewhere", tmp_path / "build"
     build.mkdir()
     own = Path(triton.__file__).parent / "backends" / "nvidia" / "lib" / "libdevice.10.bc"
     shutil.copy(own, build / "libdevice.bc")
-    python("-c", script, str(rehearsed[0]), str(build), str(made), TRITON_LIBDEVICE_PATH=str(build / "libdevice.bc"))
+    python("-c", script, str(rehearsed[0]), str(build), str(archive_path), TRITON_LIBDEVICE_PATH=str(build / "libdevice.bc"))
     shutil.rmtree(build)
-    with tarfile.open(made) as tar:
+    with tarfile.open(archive_path) as tar:
         assert any(name.endswith(".cubin") for name in tar.getnames()) and not any(
             name.endswith(".ptx") for name in tar.getnames()
         )
         pickled = tar.extractfile("kernels.pickle")
         assert pickled is not None and b"libdevice" not in pickled.read()
-    said = python("-c", TAKE_OVER, str(made), str(there))
-    assert "1 of 1 kernels found" in said and "0 compiled here" in said
-    assert [line.split(":")[0] for line in said.splitlines() if line.endswith(" s")] == ["unpacked", "looked for", "compiled"]
+    printed = python("-c", TAKE_OVER, str(archive_path), str(there))
+    assert "1 of 1 kernels found" in printed and "0 compiled here" in printed
+    assert [line.split(":")[0] for line in printed.splitlines() if line.endswith(" s")] == [
+        "unpacked",
+        "looked for",
+        "compiled",
+    ]
     group = json.loads(next((there / "triton").glob("*/__grp__*.json")).read_text())
     assert all(Path(path).parent.parent == there / "triton" for path in group["child_paths"].values())
     metadata = json.loads(next((there / "triton").glob("*/dequantize_kernel.json")).read_text())
@@ -192,9 +196,9 @@ with cache.keyed("a key", folder / "triton"):
 def test_an_archive_that_is_of_no_use_does_not_end_the_session(tmp_path):
     """Whatever is wrong with it is printed, and kernels compile as they are launched."""
     (tmp_path / "cache.tar.xz").write_bytes(b"half an archive")
-    said = python("-c", TAKE_OVER, str(tmp_path / "cache.tar.xz"), str(tmp_path / "there"))
-    assert "ReadError" in said and said.splitlines()[-2].startswith("the archive is not used any further")
-    assert said.splitlines()[-1] == "{}"
+    printed = python("-c", TAKE_OVER, str(tmp_path / "cache.tar.xz"), str(tmp_path / "there"))
+    assert "ReadError" in printed and printed.splitlines()[-2].startswith("the archive is not used any further")
+    assert printed.splitlines()[-1] == "{}"
 
 
 def test_processes_that_a_session_starts_use_the_archives_key(tmp_path):

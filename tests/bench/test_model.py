@@ -221,12 +221,12 @@ def test_like_is_calibrated_with_like():
     """Exact mode at M = 4608 on an H200 is two-stage, at 512 on an RTX 4090 fused; torch is torch."""
     names = ("ours exact", "ours fused", "ours int8", "torch", "ours two_stage", "bitsandbytes NF4")
     rows = [MEASURED | dict(provider=name) for name in names]
-    found = {row["provider"]: row for row in calibrate(rows, BY_NAME["H200"], read_csv(AOT))}
-    assert set(found) == set(names) - {"bitsandbytes NF4"}
-    assert found["ours exact"]["ran"] == found["ours two_stage"]["ran"] == "two_stage"
-    assert found["ours exact"]["bound_ms"] == found["ours two_stage"]["bound_ms"]
-    assert found["ours fused"]["ran"].startswith("fused 128x128")
-    assert found["ours int8"]["ran"].startswith("int8 row_scales")
+    by_provider = {row["provider"]: row for row in calibrate(rows, BY_NAME["H200"], read_csv(AOT))}
+    assert set(by_provider) == set(names) - {"bitsandbytes NF4"}
+    assert by_provider["ours exact"]["ran"] == by_provider["ours two_stage"]["ran"] == "two_stage"
+    assert by_provider["ours exact"]["bound_ms"] == by_provider["ours two_stage"]["bound_ms"]
+    assert by_provider["ours fused"]["ran"].startswith("fused 128x128")
+    assert by_provider["ours int8"]["ran"].startswith("int8 row_scales")
     few = calibrate([MEASURED | dict(provider="ours exact", m="512")], BY_NAME["RTX 4090"], read_csv(AOT))
     assert few[0]["ran"].startswith("fused 128x128")
     assert not calibrate([MEASURED | dict(provider="ours exact", p50_ms="")], BY_NAME["H200"], read_csv(AOT))
@@ -271,11 +271,11 @@ def test_what_the_wait_was_not_fitted_to_is_within_a_third(measured, table: str,
 
 def test_a_session_s_tables_are_summed_up_by_kernel_and_format(measured):
     """Leave out rows that the model does not know: no scales, other chunks, torch's int8 product."""
-    found = calibrate(measured["int8"], H200_MEASURED, read_csv(AOT), "int8")
-    summary = {row["ran"]: row for row in summarize(found)}
+    times = calibrate(measured["int8"], H200_MEASURED, read_csv(AOT), "int8")
+    summary = {row["ran"]: row for row in summarize(times)}
     kernels = {"quantize_activation", "unpack_int8", "unpack_int8_rows", "int8_gemm", "int8_gemm_rows"}
     assert set(summary) == {*kernels, "int8", "torch"}
-    assert sum(row["rows"] for row in summary.values()) == len(found) < len(measured["int8"])
+    assert sum(row["rows"] for row in summary.values()) == len(times) < len(measured["int8"])
     for row in summary.values():
         for side in ("over_bound", "over_waiting"):
             assert float(row[f"{side}_least"]) <= float(row[f"{side}_median"]) <= float(row[f"{side}_most"])

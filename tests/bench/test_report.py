@@ -53,17 +53,17 @@ def test_fewer_than_three_repeats_have_no_spread_and_support_no_claim(more):
     assert "Q4_K 0.50 (spread unknown with fewer than 3 repeats)" in lines[1] and "Speed of exact mode" in lines[1]
     assert "0.50 times the speed of torch (spread unknown" in lines[2] and "Fastest" not in lines[2]
     assert "no difference" not in " ".join(lines) and "2.00" not in " ".join(lines)
-    said = summary([one | dict(m=1) for one in rows]).splitlines()
-    assert "?0.50 x torch" in said[1] and "?1.00" not in said[0] and said[2].startswith("? spread unknown")
+    text = summary([one | dict(m=1) for one in rows]).splitlines()
+    assert "?0.50 x torch" in text[1] and "?1.00" not in text[0] and text[2].startswith("? spread unknown")
 
 
 def test_terminal_rows_are_marked_as_in_the_readme():
-    said = summary([row("torch", "3.3", 0.1), row("ours exact", "3.0", 0.1), row("ours int8", "9", 0.1)]).splitlines()
+    text = summary([row("torch", "3.3", 0.1), row("ours exact", "3.0", 0.1), row("ours int8", "9", 0.1)]).splitlines()
     assert (
-        "~1.10 x torch" in said[1]
-        and " 0.37 x torch" in said[2]
-        and said[3].startswith("~ no difference seen")
-        and len(said) == 4
+        "~1.10 x torch" in text[1]
+        and " 0.37 x torch" in text[2]
+        and text[3].startswith("~ no difference seen")
+        and len(text) == 4
     )
 
 

@@ -98,8 +98,8 @@ def test_a_side_that_some_calls_leave_out_has_no_time_of_a_step():
         times = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), "1.0")
         return dict(format="Q4_K", size="", provider=provider, m=m, calls=1, repeats=3) | times
 
-    said = summary([row("torch", 1), row("torch", 512), row("ours small_m", 1)])
-    assert "torch" in said and "small_m" not in said
+    text = summary([row("torch", 1), row("torch", 512), row("ours small_m", 1)])
+    assert "torch" in text and "small_m" not in text
 
 
 def test_every_other_library_cites_whose_call_it_is_and_rows_say_the_version():
@@ -139,7 +139,7 @@ def test_runs_alternate_and_percentiles_are_ordered():
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
     # One warm-up each.
     assert "".join(order) == "ab" * 4
-    assert {len(found) for found in times.values()} == {3}
+    assert {len(runs) for runs in times.values()} == {3}
     assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0])[1] == 3.0
 
 

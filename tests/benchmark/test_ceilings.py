@@ -20,8 +20,8 @@ def test_the_best_run_of_the_best_size_counts(monkeypatch):
     }
     seen = []
     monkeypatch.setattr(ceilings, "interleaved", lambda work, repeats, device: (seen.append(work), times)[1])
-    found = measure_ceilings(torch.device("cpu"), torch.bfloat16)
-    assert found == Ceilings(pytest.approx(2 * 2**26 / 4e6), pytest.approx(2 * 512**3 / 2e9), "bfloat16")
+    best = measure_ceilings(torch.device("cpu"), torch.bfloat16)
+    assert best == Ceilings(pytest.approx(2 * 2**26 / 4e6), pytest.approx(2 * 512**3 / 2e9), "bfloat16")
     products = {name: call() for name, call in seen[0].items() if name != "copy"}
     assert {name: (tuple(y.shape), y.dtype) for name, y in products.items()} == {
         name: ((int(name.split()[0]),) * 2, torch.bfloat16) for name in times if name != "copy"

@@ -63,15 +63,15 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("size", STEPS)
 def test_the_calls_are_those_of_the_tables(size):
     """Every linear call of FLUX.1-dev at its true size, on the meta device."""
-    made: Counter = Counter()
+    recorded: Counter = Counter()
     meta = torch.device("meta")
     with meta:
         model = StepModel().to(torch.bfloat16)
     for name, linear in model.linears().items():
-        model.set_submodule(name, Recorder(linear.out_features, linear.in_features, made))
+        model.set_submodule(name, Recorder(linear.out_features, linear.in_features, recorded))
     inputs = step_inputs(StepConfig(), **{"batch": 1, **STEPS[size]}, device=meta, dtype=torch.bfloat16)
     assert model(inputs).shape == (inputs.image.shape[0], inputs.image.shape[1], 64)
     listed: Counter = Counter()
     for call in whole_step(**STEPS[size]):
         listed[call.m, call.n, call.k] += call.calls
-    assert made == listed and made.total() == 504
+    assert recorded == listed and recorded.total() == 504

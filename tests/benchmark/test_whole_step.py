@@ -153,9 +153,9 @@ def test_no_round_is_made_for_what_is_not_installed(monkeypatch, planes):
 
     monkeypatch.setitem(PROVIDERS, "diffusers", replace(PROVIDERS["diffusers"], make=absent))
     monkeypatch.setattr(step_timing, "free_bytes", lambda _: 0)
-    said = []
-    rows = list(measure_format(CASE, "Q8_0", ["torch", "diffusers", "ours exact"], CPU, torch.float32, 1, said.append))
-    assert sum("timing" in text for text in said) == 1
+    words = []
+    rows = list(measure_format(CASE, "Q8_0", ["torch", "diffusers", "ours exact"], CPU, torch.float32, 1, words.append))
+    assert sum("timing" in text for text in words) == 1
     assert [row["note"] for row in rows if row["provider"] == "diffusers"] == ["not installed: diffusers"]
 
 

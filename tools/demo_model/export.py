@@ -42,16 +42,16 @@ def rounding_loss(transformer: FluxTransformer2DModel, dtype: torch.dtype) -> fl
 
 def save(pipeline: FluxPipeline, weights: dict[str, np.ndarray], dtype: torch.dtype, out: Path) -> None:
     """Write the 16-bit pipeline and the reader to a new folder, then rename it to `out`, README.md kept."""
-    beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=".demo_model_"))
-    beside.chmod(0o755)
-    pipeline.to(dtype).save_pretrained(beside, safe_serialization=True)
-    _name_as_older_readers_do(beside / "text_encoder" / "model.safetensors")
-    save_file(weights, beside / "reader.safetensors")
+    new = Path(tempfile.mkdtemp(dir=out.parent, prefix=".demo_model_"))
+    new.chmod(0o755)
+    pipeline.to(dtype).save_pretrained(new, safe_serialization=True)
+    _name_as_older_readers_do(new / "text_encoder" / "model.safetensors")
+    save_file(weights, new / "reader.safetensors")
     if (out / "README.md").exists():
-        shutil.copy2(out / "README.md", beside / "README.md")
+        shutil.copy2(out / "README.md", new / "README.md")
     if out.exists():
         shutil.rmtree(out)
-    beside.rename(out)
+    new.rename(out)
 
 
 def _name_as_older_readers_do(path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 
+from flux_kernels.files import written_whole
+
 from .autoencoder import Latents
 from .prompts import Request
 from .text import LENGTH, PromptTable
@@ -158,9 +160,8 @@ class _State:
 
     def save(self, path: Path) -> None:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "teacher", "optimizer")}
-        beside = path.with_suffix(".new")
-        torch.save({**parts, "step": self.step, "loss": self.loss, "seconds": self.seconds}, beside)
-        beside.replace(path)
+        with written_whole(path) as part:
+            torch.save({**parts, "step": self.step, "loss": self.loss, "seconds": self.seconds}, part)
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)

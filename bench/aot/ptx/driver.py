@@ -1,6 +1,6 @@
 """Be an absent card's driver: the library's own launches compile for it and run in the interpreter.
 
-Triton asks its driver for the target, hands it the compiled code and launches through it. This one says the target it was told,
+Triton asks its driver for the target, hands it the compiled code and launches through it. This one names the target it was made for,
 takes PTX in place of machine code (ptxas is left out, which halves the time) and executes it on the CPU tensors of the call. So
 specialization, argument order, grids, tiles, shared-memory limits and every buffer in between are the library's own.
 """
