@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import flux_kernels as fk
 from bench.record import origin, write_csv
 from bench.stand_in import CARDS, StandIn, stand_in
-from flux_kernels.formats import FORMATS, BlockFormat
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.machine.clock import balanced_order
 from flux_kernels.machine.random_rows import random_rows
 
@@ -57,9 +57,9 @@ def cases(card: StandIn, format: str, dtype: torch.dtype, entry: str) -> dict[st
     x = torch.zeros(8, 8)
     calls: dict[str, Callable[[], object]] = {"nn.Linear": lambda: plain(x)}
     fmt = FORMATS[format]
-    data, bias = random_rows(fmt, _N, _K, fmt.planes), torch.zeros(_N, dtype=dtype)
+    weight, bias = Packed(random_rows(fmt, _N, _K, fmt.planes), fmt, fmt.planes), torch.zeros(_N, dtype=dtype)
     for name, (compute, m) in _CASES.items():
-        calls[name] = entered(torch.empty(m, _K, dtype=dtype), data, bias, fmt, compute, entry)
+        calls[name] = entered(torch.empty(m, _K, dtype=dtype), weight, bias, compute, entry)
     return {name: call for name, call in calls.items() if _runs(name, call)}
 
 
@@ -73,11 +73,12 @@ def _runs(name: str, call: Callable[[], object]) -> bool:
     return True
 
 
-def entered(x: Tensor, data: Tensor, bias: Tensor, fmt: BlockFormat, compute: str, entry: str) -> Callable[[], object]:
+def entered(x: Tensor, weight: Packed, bias: Tensor, compute: str, entry: str) -> Callable[[], object]:
     """Return one call of packed rows, entered as a "layer" or a "function"."""
+    data, fmt, planes, _ = weight
     if entry == "function":
-        return lambda: fk.linear(x, data, fmt.name, bias, compute=compute, planes=fmt.planes)
-    layer = fk.GGUFLinear.from_packed(data, fmt.name, bias, planes=fmt.planes, compute=compute)
+        return lambda: fk.linear(x, data, fmt, bias, compute=compute, planes=planes)
+    layer = fk.GGUFLinear.from_packed(data, fmt, bias, planes=planes, compute=compute)
     return lambda: layer(x)
 
 

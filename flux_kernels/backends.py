@@ -98,7 +98,9 @@ def check_names(backend: str, compute: str = "exact") -> None:
 
 @cache
 def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) -> Backend:
-    """Return the backend that runs `fmt` on `device`; raise BackendUnavailable with the reason where none can.
+    """Return the backend that runs `fmt` on `device`.
+
+    Raises BackendUnavailable with the reason where none can.
 
     "auto" takes Triton on an accelerator where it runs, else torch for "exact"; torch's twins of the other modes are many times
     slower than "exact", so on an accelerator they have to be named. It never takes Triton's interpreter on the CPU, which is
@@ -169,7 +171,7 @@ def usable_device(name: torch.device | str) -> torch.device:
 
 
 def execution_devices(device: torch.device) -> list[torch.device]:
-    """List the devices a layer on `device` may run on: itself, and an accelerator where one may be moved to (offloading)."""
+    """List the devices a layer on `device` may run on: its own, and an accelerator it may be moved to."""
     if device.type not in ("cpu", "meta"):
         return [device]
     found = [torch.device("cpu")]
@@ -181,7 +183,7 @@ def execution_devices(device: torch.device) -> list[torch.device]:
 
 
 def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockFormat, k: int | None = None) -> None:
-    """Raise where a layer of rows of `k` weights (None: any) that is now on `device` could run nowhere it may be moved to.
+    """Raise where a layer of rows of `k` weights (None: any) could run on no device it may be moved to.
 
     A faster mode is asked for because of an accelerator: where there is one, it is the one that has to run it.
 
@@ -205,7 +207,7 @@ def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockF
 
 
 def wants_planes(backend: str, device: torch.device, fmt: BlockFormat) -> bool:
-    """Tell whether a layer now on `device` should hold its rows as field planes (see `BlockFormat.planes`)."""
+    """Tell whether a layer now on `device` should hold its rows as planes (see `BlockFormat.planes`)."""
     if not fmt.planes or backend == "torch":
         return False
     if backend == "triton":

@@ -54,7 +54,10 @@ def check_mode(compute: str, k: int) -> None:
 
 
 def mode_of_call(compute: str, m: int) -> str:
-    """Return the mode in which a call of `m` rows runs: with few of them only reading the weight counts, and it is exact."""
+    """Return the mode in which a call of `m` rows runs.
+
+    Calls of few rows are exact: only reading the weight counts in them.
+    """
     return compute if m > WEIGHT_ONLY_M else "exact"
 
 
@@ -72,6 +75,9 @@ def join(first: Branch | None, second: Branch) -> Branch:
 
 
 def outlier_branch(x: Tensor, outliers: tuple[Tensor, Tensor]) -> Branch:
-    """Return the branch of the columns of x [M, K] that `outliers` (index [k], weight [N, k]) keeps in x's dtype."""
+    """Return the branch of the input channels that stay in x's dtype.
+
+    `outliers` are (index [k], weight [N, k]), x is [M, K].
+    """
     index, weight = outliers
     return x.index_select(1, index), weight.to(x.dtype)

@@ -21,7 +21,9 @@ _DISTRIBUTION = "flux_kernels"
 
 
 def install_command(extra: str = "") -> str:
-    """Return the pip command that installs what this package needs, with the packages of an extra where one is named.
+    """Return the pip command that installs what this package needs.
+
+    With the packages of an extra where one is named.
 
     Args:
         extra: of pyproject.toml: "cpu", "plan", "bench", "test" or "train".
@@ -34,7 +36,10 @@ def install_command(extra: str = "") -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """List the requirements of the installed distribution, those of other extras that an extra names included."""
+    """List the requirements of the installed distribution.
+
+    Those of other extras that an extra names are included.
+    """
     try:
         lines = requires(_DISTRIBUTION) or []
     except PackageNotFoundError:

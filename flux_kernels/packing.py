@@ -71,7 +71,9 @@ def quantize(
 
 
 def quantizer(fmt: BlockFormat, engine: Engine = "auto") -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return what quantizes `fmt`: (float32 rows [rows, K], importance or None) -> uint8 [rows, row bytes].
+    """Return what quantizes `fmt`.
+
+    (float32 rows [rows, K], importance or None) -> uint8 [rows, row bytes].
 
     Raises:
         FormatError: where `engine` is not at hand for this format.

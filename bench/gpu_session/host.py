@@ -11,7 +11,6 @@ from torch import nn
 from bench.gpu_session.session import Session, timed
 from bench.launch_cost import entered
 from bench.record import RESULTS, read_csv
-from flux_kernels.formats import FORMATS
 from flux_kernels.machine.clock import balanced_order
 
 KEY = ("case", "m", "entry")
@@ -42,14 +41,14 @@ def _key(case: str, m: int, entry: str) -> dict:
 
 
 def _calls(session: Session) -> Iterator[tuple[tuple, Callable[[], object]]]:
-    fmt, data, bias = FORMATS["Q4_K"], session.weights("Q4_K", _N, _K)[0], session.bias(_N)
+    packed, bias = session.weights("Q4_K", _N, _K)[0], session.bias(_N)
     plain = nn.Linear(_K, _N, device=session.device, dtype=torch.bfloat16).requires_grad_(False)
     x = session.activations(640, _K)
     yield ("nn.Linear", 640, "layer"), lambda x=x: plain(x)
     for name, (compute, m) in _CASES.items():
         x = session.activations(m, _K)
         for entry in ("layer", "function"):
-            yield (name, m, entry), entered(x, data, bias, fmt, compute, entry)
+            yield (name, m, entry), entered(x, packed, bias, compute, entry)
 
 
 def _issue(call: Callable[[], object]) -> float:

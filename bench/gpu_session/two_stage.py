@@ -14,7 +14,6 @@ from bench.gpu_session.predict import product_ms, two_stage_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.timing import Case, time_groups
 from flux_kernels import kernels
-from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.chunks import chunks_of
 
@@ -43,21 +42,20 @@ def run(session: Session) -> None:
 
 
 def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Case]:
-    fmt, rates, x, bias = FORMATS[format], session.rates, session.activations(m, k), session.bias(n)
+    rates, x, bias = session.rates, session.activations(m, k), session.bias(n)
     weights = session.weights(format, n, k)
     turns, shape = cycle(weights), dict(format=format, m=m, n=n, k=k)
-    dense = two_stage.unpack(weights[0], fmt, x.dtype, fmt.planes)
+    dense = two_stage.unpack(weights[0], x.dtype)
     right = F.linear(x, dense, bias)
     plain, shipped = (shape | dict(rows=rows, bias=bias, scratch="") for rows, bias in (("torch", "epilogue"), ("shipped", "")))
     yield Case(plain, lambda: F.linear(x, dense, bias), product_ms(rates, m, n, k))
-    call = lambda: kernels.linear(x, next(turns), bias, fmt, "exact", fmt.planes)
-    yield Case(shipped, call, two_stage_ms(rates, format, m, n, k), right)
+    yield Case(shipped, lambda: kernels.linear(x, next(turns), bias, "exact"), two_stage_ms(rates, format, m, n, k), right)
     for rows, added, scratch in _VARIANTS:
         count = _rows(rows, n, k, torch.cuda.get_device_properties(session.device).L2_cache_size)
         if scratch == _BESIDE:
-            call = _overlapped(x, turns, fmt, count)
+            call = _overlapped(x, turns, count)
         else:
-            call = _variant(x, turns, bias if added != "none" else None, fmt, count, added == "strided y", scratch == "kept")
+            call = _variant(x, turns, bias if added != "none" else None, count, added == "strided y", scratch == "kept")
         predicted = two_stage_ms(rates, format, m, n, k, count, copied_bias=added == "strided y")
         yield Case(shape | dict(rows=rows, bias=added, scratch=scratch), call, predicted, right)
 
@@ -70,17 +68,17 @@ def _rows(name: str, n: int, k: int, l2_bytes: int) -> int | None:
     return max(1, l2_bytes // 3 // (2 * k) // _TILE) * _TILE
 
 
-def _variant(x: Tensor, turns, bias: Tensor | None, fmt: BlockFormat, rows: int | None, strided: bool, kept: bool) -> Callable:
+def _variant(x: Tensor, turns, bias: Tensor | None, rows: int | None, strided: bool, kept: bool) -> Callable:
     """Return one way to unpack and multiply; y is a column slice of a wider one where it is `strided`."""
-    m, planes = x.shape[0], fmt.planes
+    m = x.shape[0]
 
     def call() -> Tensor:
-        data = next(turns)
-        n = data.shape[0]
+        packed = next(turns)
+        n = packed.n
         y = torch.empty(m, n + _TILE if strided else n, dtype=x.dtype, device=x.device)[:, :n]
         before = None
         for chunk in chunks_of(n, rows):
-            weight = two_stage.unpack(data[chunk], fmt, x.dtype, planes)
+            weight = two_stage.unpack(packed.rows(chunk), x.dtype)
             if bias is None:
                 torch.mm(x, weight.T, out=y[:, chunk])
             else:
@@ -93,21 +91,21 @@ def _variant(x: Tensor, turns, bias: Tensor | None, fmt: BlockFormat, rows: int 
     return call
 
 
-def _overlapped(x: Tensor, turns, fmt: BlockFormat, rows: int | None) -> Callable:
+def _overlapped(x: Tensor, turns, rows: int | None) -> Callable:
     """Return a way that unpacks every chunk but the first while the one before it is multiplied."""
-    m, planes, stream = x.shape[0], fmt.planes, torch.cuda.Stream()
+    m, stream = x.shape[0], torch.cuda.Stream()
 
     def call() -> Tensor:
-        data = next(turns)
-        y = torch.empty(m, data.shape[0], dtype=x.dtype, device=x.device)
-        chunks = list(chunks_of(data.shape[0], rows))
-        main, weights = torch.cuda.current_stream(), [two_stage.unpack(data[chunks[0]], fmt, x.dtype, planes)]
+        packed = next(turns)
+        y = torch.empty(m, packed.n, dtype=x.dtype, device=x.device)
+        chunks = list(chunks_of(packed.n, rows))
+        main, weights = torch.cuda.current_stream(), [two_stage.unpack(packed.rows(chunks[0]), x.dtype)]
         for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
             stream.wait_stream(main)
             torch.mm(x, weights[-1].T, out=y[:, chunk])
             if after is not None:
                 with torch.cuda.stream(stream):
-                    weights.append(two_stage.unpack(data[after], fmt, x.dtype, planes))
+                    weights.append(two_stage.unpack(packed.rows(after), x.dtype))
             main.wait_stream(stream)
         return y
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compute import COMPUTE_MODES, DATACENTER, WEIGHT_ONLY_M, mode_of_call
 from ..errors import BackendUnavailable
-from ..formats import BlockFormat
+from ..formats import Packed
 from ..install_hints import install_command
 from ..machine.tune_compile import said
 from ..torch_backend import reference
@@ -20,11 +20,9 @@ from .names import EXACT, OURS, TORCH, mode_of
 
 @dataclass(frozen=True)
 class Problem:
-    """Hold one weight for every provider: packed rows (for Triton or in file order), bias, dtype of x."""
+    """Hold what every provider computes with: a weight (for Triton or in file order), bias, dtype of x."""
 
-    data: Tensor
-    planes: bool
-    fmt: BlockFormat
+    weight: Packed
     bias: Tensor
     dtype: torch.dtype
 
@@ -101,7 +99,7 @@ def _dequantize_then_linear(problem: Problem):
     """Decode in torch in one piece, then multiply, on every call: how GGUF layers that only store do it."""
 
     def call(x: Tensor) -> Tensor:
-        weight = reference.decode_rows(problem.data, problem.fmt, problem.planes).to(problem.dtype)
+        weight = reference.decode_rows(problem.weight).to(problem.dtype)
         return F.linear(x, weight, problem.bias.to(problem.dtype))
 
     return call
@@ -118,12 +116,13 @@ def _diffusers(problem: Problem):
         from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
     except ImportError as error:
         raise not_installed(error.name or "diffusers") from error
+    packed = problem.weight
     # The gguf package may not know a type as young as this library's youngest.
-    ggml_type = problem.fmt.ggml_type
+    ggml_type = packed.fmt.ggml_type
     if ggml_type not in {int(known) for known in dequantize_functions}:
-        raise Unavailable(f"diffusers does not support {problem.fmt.name}")
-    data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
-    k = problem.fmt.row_weights(data.shape[1])
+        raise Unavailable(f"diffusers does not support {packed.fmt.name}")
+    data = packed.in_file_order().data
+    k = packed.k
     layer = GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
     layer.weight = GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(ggml_type))
     layer.bias = torch.nn.Parameter(problem.bias.to(problem.dtype), requires_grad=False)
@@ -146,10 +145,9 @@ def _ours(compute: str):
     def make(problem: Problem):
         from ..layers.linear import GGUFLinear
 
-        backend = "torch" if problem.data.device.type == "cpu" else "triton"
-        return GGUFLinear.from_packed(
-            problem.data, problem.fmt, problem.bias, planes=problem.planes, backend=backend, compute=compute
-        )
+        data, fmt, planes, _ = problem.weight
+        backend = "torch" if data.device.type == "cpu" else "triton"
+        return GGUFLinear.from_packed(data, fmt, problem.bias, planes=planes, backend=backend, compute=compute)
 
     return make
 
@@ -166,18 +164,18 @@ def same_call(provider: str, m: int) -> str:
 
 def _algorithm(name: str):
     def make(problem: Problem):
-        if problem.data.device.type == "cpu":
+        if problem.weight.data.device.type == "cpu":
             raise Unavailable("Triton kernels need a GPU")
         from ..kernels import exact
         from ..kernels.choice import Choice, tile_of
         from ..kernels.launching import capability_of, device_of
 
         def call(x: Tensor) -> Tensor:
-            y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
-            tile = tile_of(name, problem.fmt, y.shape[0], y.shape[1], x.shape[1], capability_of(x.device))
+            y = torch.empty(x.shape[0], problem.weight.n, dtype=x.dtype, device=x.device)
+            tile = tile_of(name, problem.weight.fmt, y.shape[0], y.shape[1], x.shape[1], capability_of(x.device))
             with device_of(x):
                 choice = Choice(name, tile, "named")
-                exact.linear(x, problem.data, problem.bias, y, problem.fmt, problem.planes, choice=choice)
+                exact.linear(x, problem.weight, problem.bias, y, choice=choice)
             return y
 
         return call
@@ -219,4 +217,4 @@ def pointless(provider: str, m: int, dtype: torch.dtype, capability: tuple[int, 
 
 
 def _decoded(problem: Problem) -> Tensor:
-    return reference.dequantize(problem.data, problem.fmt, problem.dtype, problem.planes)
+    return reference.dequantize(problem.weight, problem.dtype)

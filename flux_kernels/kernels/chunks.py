@@ -1,4 +1,6 @@
-"""How many rows of a weight are unpacked at a time: the whole weight, or balanced chunks of whole waves where it is too large.
+"""How many rows of a weight are unpacked at a time.
+
+The whole weight, or balanced chunks of whole waves where it is too large.
 
 One product of a whole weight fills the card's multiprocessors best, reads x once, and leaves y contiguous, without which cuBLAS
 does not add the bias in its epilogue (torch copies it to y first and multiplies with beta = 1). Writing and reading the
@@ -13,7 +15,9 @@ _TILE = 128  # rows and columns of y that a multiprocessor computes at a time, h
 
 
 def bounded_rows(m: int, n: int, k: int, itemsize: int, processors: int | None) -> int | None:
-    """Return the rows of w [N, K] to unpack at a time for y [M, N], None for all: the fewest waves within MOST_SCRATCH.
+    """Return the rows of w [N, K] to unpack at a time for y [M, N], None for all.
+
+    The fewest waves within MOST_SCRATCH.
 
     Args:
         itemsize: bytes of an unpacked weight.
@@ -29,7 +33,10 @@ def bounded_rows(m: int, n: int, k: int, itemsize: int, processors: int | None) 
 
 
 def candidate_rows(m: int, n: int, k: int, itemsize: int, processors: int | None) -> list[int | None]:
-    """List what tuning tries, the default first: the whole weight, two balanced halves, and the smallest chunk of whole waves."""
+    """List what tuning tries, the default first.
+
+    The whole weight, two balanced halves, and the smallest chunk of whole waves.
+    """
     default = bounded_rows(m, n, k, itemsize, processors)
     found = [default]
     for rows in (_balanced(n, 2), _wave_rows(m, processors)):
@@ -39,7 +46,10 @@ def candidate_rows(m: int, n: int, k: int, itemsize: int, processors: int | None
 
 
 def waves(m: int, n: int, rows: int | None, processors: int) -> int:
-    """Return how many tiles of y [M, N] the busiest multiprocessor computes when w comes in chunks of `rows` (None: whole)."""
+    """Return how many tiles of y [M, N] the busiest multiprocessor computes.
+
+    `rows` of w come at a time (None: all).
+    """
     return sum(-(-tiles(m) * tiles(size) // processors) for size in chunk_sizes(n, rows))
 
 

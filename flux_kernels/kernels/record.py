@@ -7,6 +7,7 @@ measured with another Triton or an older kernel is still used, with one warning.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -157,14 +158,30 @@ def _plain_name(name: str) -> str:
 
 @cache
 def kernel_hash(compute: str, fmt: BlockFormat) -> str:
-    """Return a hash of the source of the kernels of a mode and of the format's decoder."""
+    """Return a hash of the kernels of a mode and of the format's decoder.
+
+    Comments and docstrings do not count.
+    """
     folder = Path(__file__).parent
     files = [folder / f"{name}.py" for name in MODES[compute].sources]
     files += [
         Path(inspect.getfile(fmt.decode)),
         *(folder.parent / "formats" / name for name in ("_tiles.py", "_code_tiles.py")),
     ]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    return hashlib.sha256("\n".join(map(_code, files)).encode()).hexdigest()[:12]
+
+
+@cache
+def _code(path: Path) -> str:
+    """Return the source of a module without comments and docstrings.
+
+    A measurement outlives a better sentence.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +199,10 @@ def _known() -> list[TuningRecord]:
 
 @lru_cache(maxsize=4096)
 def _rows_for(device: torch.device) -> tuple[tuple[TuningRecord, str], ...]:
-    """List the records for a device, the best first: of this very card, then of cards of the same capability."""
+    """List the records for a device, the best first.
+
+    Of this very card, then of cards of the same capability.
+    """
     if device.type != "cuda":
         return ()
     name, capability = torch.cuda.get_device_name(device), capability_of(device)
@@ -214,7 +234,9 @@ def find(
     dtype: torch.dtype,
     branch: bool = False,
 ) -> Choice | None:
-    """Return the measured choice for a call on `device`: the row of nearest M, at most NEAR away; None where there is none.
+    """Return the measured choice for a call on `device`, None where there is none.
+
+    The row of nearest M, at most NEAR away.
 
     bfloat16 and float16 serve each other where a card has no row of its own: their tiles take the same memory and time.
     """

@@ -62,7 +62,10 @@ class Scratch:
 
 
 def scratch(worker: int = 0) -> Scratch:
-    """Return the scratch of a worker for the calling thread; not for signal handlers, which may interrupt its use."""
+    """Return the scratch of a worker for the calling thread.
+
+    Not for signal handlers, which may interrupt its use.
+    """
     kept = _local.__dict__.setdefault("scratches", [])
     while len(kept) <= worker:
         kept.append(Scratch())
@@ -70,7 +73,9 @@ def scratch(worker: int = 0) -> Scratch:
 
 
 def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> None:
-    """Do work(first row, end, scratch) for all of n rows, chunk by chunk, on as many threads as torch uses.
+    """Do work(first row, end, scratch) for all of n rows, chunk by chunk.
+
+    On as many threads as torch uses.
 
     Args:
         k: weights of a row.
@@ -85,7 +90,8 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
     step = _up(max(1, -(-n // chunks)), multiple)
     left = iter(range(0, n, step))
     workers = iter([scratch(i) for i in range(threads)])
-    lock, raised = threading.Lock(), []
+    lock = threading.Lock()
+    raised: list[BaseException | None] = []
 
     def take_chunks() -> None:
         try:
@@ -98,7 +104,8 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
                     if first >= n:
                         break
                     work(first, min(first + step, n), mine)
-        except BaseException as error:  # noqa: BLE001  raised below; even an interrupt must not unwind through the runtime's C
+        # Raised below: even an interrupt must not unwind through the runtime's C.
+        except BaseException as error:  # noqa: BLE001
             raised.append(error)
 
     if threads == 1 or step >= n:
@@ -106,7 +113,9 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
     else:
         _run(take_chunks, threads, raised)
     if raised:
-        error, raised[:] = raised[0], [None]  # still true, for workers that come late; and no cycle that keeps tensors alive
+        # Still true, for workers that come late; and no cycle that keeps tensors alive.
+        error, raised[:] = raised[0], [None]
+        assert error is not None
         try:
             raise error
         finally:
@@ -118,7 +127,10 @@ def _up(count: int, multiple: int) -> int:
 
 
 def _run(worker: Worker, threads: int, raised: list) -> None:
-    """Run a worker in each of so many threads, and wait for all; the caller's own is among them where it is torch's team."""
+    """Run a worker in each of so many threads, and wait for all.
+
+    The caller's own is among them where it is torch's team.
+    """
     team = None if _forked else _team()
     if team is None:
         _run_in_pool(worker, threads, raised)
@@ -127,7 +139,10 @@ def _run(worker: Worker, threads: int, raised: list) -> None:
 
 
 def _run_in_pool(worker: Worker, threads: int, raised: list) -> None:
-    """Add what interrupts the waiting to `raised`, which stops the workers: then none uses the caller's scratches any more."""
+    """Run a worker in a pool's threads; what interrupts the waiting is added to `raised`.
+
+    That stops the workers: then none uses the caller's scratches any more.
+    """
     futures: list[Future] = []
     try:
         pool = _pool(threads)
@@ -213,7 +228,10 @@ def _compute_alone() -> None:
 
 
 def _after_fork() -> None:
-    """Leave the parent's threads behind: a child has neither its team, for which libgomp would wait forever, nor its pool."""
+    """Leave the parent's threads behind.
+
+    A child has neither its team, for which libgomp would wait forever, nor its pool.
+    """
     global _forked
     _forked = True
     _pool.cache_clear()

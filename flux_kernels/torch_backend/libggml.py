@@ -1,4 +1,6 @@
-"""Quantize with libggml itself, from the optional libggml-python package: the types without a quantizer here, or any type.
+"""Quantize with libggml itself, from the optional libggml-python package.
+
+The types without a quantizer here, or any type.
 
 libggml works on the CPU, in one thread. Source: ggml.h ggml_quantize_chunk, ggml_quantize_requires_imatrix.
 """
@@ -61,7 +63,10 @@ def quantize(rows: Tensor, fmt: BlockFormat, importance: Tensor | None = None) -
 
 
 def requires_importance(fmt: BlockFormat) -> bool:
-    """Tell whether libggml quantizes to `fmt` only with an importance; raise FormatError where it cannot at all."""
+    """Tell whether libggml quantizes to `fmt` only with an importance.
+
+    Raises FormatError where it cannot at all.
+    """
     return bool(_library(fmt).ggml_quantize_requires_imatrix(fmt.ggml_type))
 
 

@@ -123,14 +123,15 @@ def measure_format(
 
 def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device: torch.device) -> tuple[bool, list[list[str]]]:
     """Tell whether the unquantized model must reuse blocks, and which providers go in which round."""
-    largest = max(problem.data.shape[0] * weights.fmt.row_weights(problem.data.shape[1]) for problem in weights.packed.values())
+    largest = max(problem.weight.n * problem.weight.k for problem in weights.packed.values())
     tokens = inputs.positions.shape[0] * inputs.image.shape[0]
     # Decoding's intermediates; activations of about 10 widths.
     working = 32 * largest + 160 * tokens * weights.config.width
     free, whole = free_bytes(device), weights.nbytes(unquantized=True)
     reuse = free is not None and whole + working > free
     second = [name for name in providers if not name.startswith(OURS) and name not in (TORCH, "dequantize")]
-    if not any(_is_there(name, weights) for name in second) or not any(problem.planes for problem in weights.packed.values()):
+    planes = any(problem.weight.planes for problem in weights.packed.values())
+    if not planes or not any(_is_there(name, weights) for name in second):
         return reuse, [providers]
     if free is None or weights.nbytes() + working + (0 if reuse else whole) <= free:
         return reuse, [providers]
@@ -140,7 +141,7 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
 def _is_there(provider: str, weights: StepWeights) -> bool:
     """Tell whether a provider makes a layer of the smallest weight: else a round for it would be wasted."""
     try:
-        make_layer(provider, min(weights.packed.values(), key=lambda problem: problem.data.nbytes), "")
+        make_layer(provider, min(weights.packed.values(), key=lambda problem: problem.weight.data.nbytes), "")
     except Unavailable:
         return False
     return True
