@@ -141,7 +141,7 @@ class _Driver:
 
     def __init__(self, state: StandIn):
         self.state = state
-        self.utils = _Utils(state)
+        self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=lambda device: state.card.limits)
         self.launcher_cls = lambda source, metadata: _Launcher(state, metadata.name)
         self._target = state.card.target
 
@@ -160,17 +160,7 @@ class _Driver:
     def get_benchmarker(self):
         raise NotImplementedError("there is nothing to time on a stand-in")
 
-
-class _Utils:
-    """Be the driver's C functions that a compiled kernel needs before its first launch."""
-
-    def __init__(self, state: StandIn):
-        self.state = state
-
-    def get_device_properties(self, device: int) -> dict:
-        return self.state.card.limits
-
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
+    def _load(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
         """Return module, function, registers (unknown here), spills and threads, as the driver does."""
         self.state.cuda.refuse_while_capturing(f"loading {name}")
         self.state.loaded.append(name)

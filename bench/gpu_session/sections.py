@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.gpu_session import ceilings, geforce, host, int8, profiled, rates, small_m, step, sweep, tuning, two_stage
+from bench.gpu_session import ceilings, geforce, host, int8, profiled, rates, step, sweep, tuning, two_stage
 from bench.gpu_session.session import Session
 from bench.record import ROOT
 from flux_kernels.formats import FORMATS
@@ -117,7 +117,7 @@ SECTIONS = (
     Section("two_stage", 25, two_stage.run, "rows at a time, bias, scratch", 14),
     Section("int8", 15, int8.run, "what scales in the loop cost, and the bound without them", 6),
     Section("sweep", 40, sweep.run, "up to how many rows fused decoding wins", 24),
-    Section("small_m", 20, small_m.run, "the tile for one to eight rows", 8),
+    Section("small_m", 20, sweep.run_small_m, "the tile for one to eight rows", 8),
     Section("geforce", 30, geforce.run, "whether GeForce's default may decode in the product"),
     Section("tuning", 25, tuning.run, "the card's record", 10),
     Section("step", 120, step.run, "gaps between kernels, host time, the whole step", 86),
