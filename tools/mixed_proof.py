@@ -157,35 +157,34 @@ def without(table: CostTable, kinds: Sequence[str]) -> CostTable:
 
 def candidates(proof: Proof, budget: int, kind: str, tables: dict, blocks: dict, rounds: int) -> dict[str, tuple[Types, bool]]:
     """Return name -> (types, whether the quantizers are weighted by importance)."""
-    plans: dict[str, tuple[Types, bool]] = {
+    found: dict[str, tuple[Types, bool]] = {
         "uniform": (proof.uniform(kind), False),
         "uniform, importance": (proof.uniform(kind), True),
     }
     for name, (names, groups, kinds, weighted) in blocks.items():
         picks = (solve if name.startswith("best") else greedy)(groups, budget).picks
-        plans[name] = {tensor: kinds[pick] for part, pick in zip(names, picks, strict=True) for tensor in part}, weighted
-    plans["mixed without importance"] = proof.planned(tables["plain"], budget), False
-    plans["mixed, types quantized here"] = proof.planned(without(tables["weighted"], BY_LIBGGML), budget), True
-    plans["mixed, streams tied"] = proof.planned(tables["weighted"], budget, STREAMS_TIED), True
-    # The greedy's last step may save too much.
-    own = {"greedy by block": "plain", "greedy by block, importance": "weighted"}
+        found[name] = {tensor: kinds[pick] for part, pick in zip(names, picks, strict=True) for tensor in part}, weighted
+    found["mixed without importance"] = proof.planned(tables["plain"], budget), False
+    found["mixed, types quantized here"] = proof.planned(without(tables["weighted"], BY_LIBGGML), budget), True
+    found["mixed, streams tied"] = proof.planned(tables["weighted"], budget, STREAMS_TIED), True
+    own = {"greedy by block": "plain", "greedy by block, importance": "weighted"}  # the greedy's last step may save too much
     for name, table in own.items():
-        plans[f"mixed at the bytes of {name}"] = proof.planned(tables[table], proof.bytes(plans[name][0])), table == "weighted"
-    plans["mixed, not refined"] = proof.planned(tables["weighted"], budget), True
-    plans["mixed"] = proof.refined(tables["weighted"], budget, rounds), True
-    return plans
+        found[f"mixed at the bytes of {name}"] = proof.planned(tables[table], proof.bytes(found[name][0])), table == "weighted"
+    found["mixed, not refined"] = proof.planned(tables["weighted"], budget), True
+    found["mixed"] = proof.refined(tables["weighted"], budget, rounds), True
+    return found
 
 
-def judge(proof: Proof, plans: dict[str, tuple[Types, bool]], kind: str, budget: int) -> list[dict]:
+def judge(proof: Proof, found: dict[str, tuple[Types, bool]], kind: str, budget: int) -> list[dict]:
     """Measure the candidates on the held-out states; ratios are paired state by state."""
     errors = {}
-    for name, (types, weighted) in plans.items():
+    for name, (types, weighted) in found.items():
         if proof.bytes(types) > budget:
             raise FormatError(f"{name} takes {proof.bytes(types)} bytes, {budget} are allowed.")
         errors[name] = (proof.held_weighted if weighted else proof.held_plain).joint_errors(types)
     held = proof.held_weighted
     rows = []
-    for name, (types, weighted) in plans.items():
+    for name, (types, weighted) in found.items():
         error = errors[name].velocity
         low, high = bootstrap(error, held.signal, held.weights)
         row = dict(
@@ -272,13 +271,13 @@ def main(
         )
 
 
-def draw(proof: Proof, plans: dict[str, tuple[Types, bool]], path: Path) -> None:
+def draw(proof: Proof, found: dict[str, tuple[Types, bool]], path: Path) -> None:
     """Draw uniform, greedy and mixed side by side, all weighted by importance."""
     from flux_kernels.measure.side_by_side import embedded_side_by_side
 
     names = {"uniform Q3_K": "uniform, importance", "greedy by block": "greedy by block, importance", "mixed": "mixed"}
-    drawn = {title: plans[name][0] for title, name in names.items()}
-    embedded_side_by_side(drawn, importance=proof.weighted.importance).save(path, "PNG", optimize=True)
+    plans = {title: found[name][0] for title, name in names.items()}
+    embedded_side_by_side(plans, importance=proof.weighted.importance).save(path, "PNG", optimize=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
-from bench.record import RESULTS, ROOT, write_csv
+from bench.record import write_csv
 from flux_kernels.formats import FORMATS, PLAIN_TYPES
 from flux_kernels.mixed.casting_cost import read_casting_cost
 from flux_kernels.mixed.file_layout import flux1_shapes, layout_of_shapes
@@ -29,8 +29,8 @@ from flux_kernels.plan.problem import Problem, make_problem
 _NAMES = ("3_0", "3_8", "5_1", "5_3", "5_9", "6_6", "6_9", "7_3", "7_4", "7_6", "8_2", "8_4", "8_6", "9_2", "9_6")
 _BITS = (3.10, 3.81, 5.15, 5.25, 5.93, 6.64, 6.85, 7.33, 7.39, 7.60, 8.17, 8.42, 8.66, 9.22, 9.56)
 PUBLISHED = dict(zip(_NAMES, _BITS, strict=True))
-TABLE = ROOT / "tests" / "mixed" / "data" / "flux1_dev_casting_cost.csv"
-OUT = RESULTS / "plan_against_greedy.csv"
+TABLE = Path(__file__).parents[1] / "tests" / "mixed" / "data" / "flux1_dev_casting_cost.csv"
+OUT = Path(__file__).parents[1] / "bench" / "results" / "plan_against_greedy.csv"
 _COUNTED = {"Q6_K": 6.5}  # what MixedQuantFlux's code takes for a type's bits per weight, where it is not what the type has
 
 
