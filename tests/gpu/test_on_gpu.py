@@ -172,10 +172,7 @@ def test_a_layer_computes_what_the_op_does(compute, m):
 
 @pytest.mark.parametrize(("compute", "m"), [("exact", 8), ("exact", 512), ("int8", 640)])
 def test_a_product_repeats_its_bits(compute, m):
-    """A hundred runs at N = 3072: what races or reads too early shows by chance alone.
-
-    Triton 3.6 on Hopper lacks a fence.
-    """
+    """Run a hundred times: races and early reads (Triton 3.6 on Hopper lacks a fence) show by chance."""
     fmt = FORMATS["Q4_K"]
     x, data, _, bias, _ = operands("Q4_K", m, 3072)
     first = kernels.linear(x, Packed(data, fmt, fmt.planes), bias, compute)
@@ -268,11 +265,10 @@ def test_tensors_on_another_than_the_current_device():
 
 
 def test_more_than_2_to_the_31_weights():
-    """Row offsets pass 2^31 bytes and output offsets 2^31 elements: the last rows are still right."""
+    """The last rows are right past 2^31 bytes of rows and elements of output; random scales are finite."""
     fmt, n = FORMATS["Q8_0"], 700_000
     if torch.cuda.get_device_properties(0).total_memory < 16 << 30:
         pytest.skip("needs 16 GB of GPU memory")
-    # Of scales, finite halves.
     data = torch.empty(n, fmt.row_bytes(K), dtype=torch.uint8, device="cuda").random_(0, 120)
     x = torch.randn(16, K, device="cuda").to(BF16)
     last = data[-256:].clone()
@@ -332,8 +328,7 @@ def test_loading_x_by_ldmatrix_only_changes_the_order_of_sums(name):
     results = [
         exact_linear(name, x, data, None, Choice("fused", replace(base, ldmatrix=ldmatrix), "")) for ldmatrix in (False, True)
     ]
-    # K float32 roundings of the largest partial sum.
-    reordered = K * 2**-24 * (x.abs().float() @ weight.abs().T).max()
+    reordered = K * 2**-24 * (x.abs().float() @ weight.abs().T).max()  # K roundings of the largest partial sum
     off = (results[0].float() - results[1].float()).abs() - torch.finfo(BF16).eps * results[0].float().abs()
     compare.right(bool(off.max() <= reordered), f"{name}: {off.max().item():.3g} apart, {reordered.item():.3g} explained")
 
