@@ -37,7 +37,7 @@ def make_problem(name: str, call: Call, device: torch.device, dtype: torch.dtype
 
 
 def relative_errors(y: Tensor, x: Tensor, problem: Problem) -> tuple[float, float]:
-    """Return RMS and largest absolute error of some outputs, float64's on the float32 weights as 1."""
+    """Return the RMS and the largest absolute error of some outputs, divided by the RMS of float64's."""
     rows = torch.linspace(0, x.shape[0] - 1, min(_ORACLE_ROWS, x.shape[0])).long().to(x.device)
     columns = slice(0, _ORACLE_COLUMNS)
     weight = reference.dequantize(problem.weight.rows(columns), torch.float32).double()

@@ -23,7 +23,7 @@ _MLP_RATIO = MLP // WIDTH
 
 
 def rotary(positions: Tensor, axes: tuple[int, ...]) -> Angles:
-    """Return cosine and sine [tokens, head size] of the angles of neighbours, whose pairs axes share."""
+    """Return cosine and sine [tokens, head size]: neighbours form a pair, each axis has its share."""
     angles = []
     for axis, size in enumerate(axes):
         rates = _THETA ** -(torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)

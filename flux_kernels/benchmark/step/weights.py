@@ -142,7 +142,7 @@ class _Calling(nn.Module):
 
 
 def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) -> StepModel:
-    """Build the model of one provider; only "torch" and, with field planes, "diffusers" take memory.
+    """Build one provider's model; only "torch" and, with field planes, "diffusers" need more memory.
 
     Args:
         provider: "torch", "ours " and a compute mode, or another one of PROVIDERS.
