@@ -62,7 +62,7 @@ def _cases(session: Session, card: str, format: str, m: int, n: int, k: int) -> 
         return Case(shape | key, call, bound)
 
     fused = Choice("fused", tile_of("fused", fmt, m, n, k, capability), "named")
-    yield case("exact", fused, exact_call(x, weights, bias, format, fused))
+    yield case("exact", fused, exact_call(x, weights, bias, fused))
     for mode in ("fp16_accumulate", "int8"):
         choice = default_choice(mode, fmt, m, n, k, capability, x.dtype, False, session.rates.processors)
         yield case(mode, choice, lambda mode=mode: kernels.linear(x, next(turns), bias, mode))

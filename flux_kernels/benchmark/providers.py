@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ..compute import COMPUTE_MODES, DATACENTER, WEIGHT_ONLY_M, mode_of_call
 from ..errors import BackendUnavailable
 from ..formats import Packed
 from ..install_hints import install_command
+from ..layers.linear import GGUFLinear
 from ..machine.tune_compile import said
 from ..torch_backend import reference
 from .names import EXACT, OURS, TORCH, mode_of
@@ -113,18 +115,18 @@ def _diffusers(problem: Problem):
     """diffusers' own GGUFLinear, eager."""
     try:
         import gguf
-        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
+        from diffusers.quantizers.gguf import utils as theirs
     except ImportError as error:
         raise not_installed(error.name or "diffusers") from error
     packed = problem.weight
     # The gguf package may not know a type as young as this library's youngest.
     ggml_type = packed.fmt.ggml_type
-    if ggml_type not in {int(known) for known in dequantize_functions}:
+    if ggml_type not in {int(known) for known in theirs.dequantize_functions}:
         raise Unavailable(f"diffusers does not support {packed.fmt.name}")
     data = packed.in_file_order().data
     k = packed.k
-    layer = GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
-    layer.weight = GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(ggml_type))
+    layer = theirs.GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
+    layer.weight = theirs.GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(ggml_type))
     layer.bias = torch.nn.Parameter(problem.bias.to(problem.dtype), requires_grad=False)
     return layer
 
@@ -141,19 +143,17 @@ def _diffusers_compiled(problem: Problem):
     return torch.compile(layer, fullgraph=True)
 
 
-def _ours(compute: str):
-    def make(problem: Problem):
-        from ..layers.linear import GGUFLinear
-
-        data, fmt, planes, _ = problem.weight
-        backend = "torch" if data.device.type == "cpu" else "triton"
-        return GGUFLinear.from_packed(data, fmt, problem.bias, planes=planes, backend=backend, compute=compute)
-
-    return make
+def own_layer(problem: Problem, compute: str) -> GGUFLinear:
+    """Make this library's layer for a weight, which keeps what a layer keeps."""
+    data, fmt, planes, _ = problem.weight
+    backend = "torch" if data.device.type == "cpu" else "triton"
+    return GGUFLinear.from_packed(
+        data, fmt, problem.bias, planes=planes, backend=backend, compute=compute, compute_dtype=problem.dtype
+    )
 
 
-for _compute in ("exact", "fp16_accumulate", "int8"):
-    provider(f"ours {_compute}", "ours", GATE_INT8 if _compute == "int8" else GATE_EXACT)(_ours(_compute))
+for _compute in COMPUTE_MODES:
+    provider(OURS + _compute, "ours", GATE_INT8 if _compute == "int8" else GATE_EXACT)(partial(own_layer, compute=_compute))
 
 
 def same_call(provider: str, m: int) -> str:

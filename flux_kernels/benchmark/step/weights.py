@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from ...compute import compute_of_layer
 from ...formats import BlockFormat, Packed
-from ...layers.linear import GGUFLinear
 from ...machine.random_rows import random_rows
 from ...packing import quantizer
 from ...torch_backend import reference
 from ..names import OURS, TORCH, mode_of
-from ..providers import PROVIDERS, Problem
+from ..providers import PROVIDERS, Problem, own_layer
 from .inputs import StepConfig
 from .model import StepModel
 
@@ -189,14 +188,7 @@ def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
     if not provider.startswith(OURS):
         layer = PROVIDERS[provider].make(problem)
         return layer if isinstance(layer, nn.Module) else _Calling(layer)
-    data, fmt, planes, _ = problem.weight
-    return GGUFLinear.from_packed(
-        *(data, fmt, problem.bias),
-        planes=planes,
-        backend="torch" if data.device.type == "cpu" else "triton",
-        compute=compute_of_layer(mode_of(provider), [name]),
-        compute_dtype=problem.dtype,
-    )
+    return own_layer(problem, compute_of_layer(mode_of(provider), [name]))
 
 
 def build_reference(
