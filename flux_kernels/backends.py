@@ -22,7 +22,8 @@ from .formats import BlockFormat
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (7, 5)  # Turing: Triton unpacks, cuBLAS multiplies
-_AMD_MATRIX_CORES = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # CDNA 2 and RDNA 3 on; AMD's instruction set manuals
+# Architectures with matrix cores: CDNA 2, RDNA 3 and later (AMD's instruction set manuals).
+_AMD_MATRIX_CORES = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 _EVERYWHERE = 'Use backend="auto" with compute="exact", which runs everywhere'
 
 log = logging.getLogger(__name__)
@@ -174,12 +175,12 @@ def execution_devices(device: torch.device) -> list[torch.device]:
     """List the devices a layer on `device` may run on: its own, and an accelerator it may be moved to."""
     if device.type not in ("cpu", "meta"):
         return [device]
-    found = [torch.device("cpu")]
+    devices = [torch.device("cpu")]
     if torch.cuda.is_available():
-        found.append(torch.device("cuda", torch.cuda.current_device()))
+        devices.append(torch.device("cuda", torch.cuda.current_device()))
     if hasattr(torch, "xpu") and torch.xpu.is_available():
-        found.append(torch.device("xpu", torch.xpu.current_device()))
-    return found
+        devices.append(torch.device("xpu", torch.xpu.current_device()))
+    return devices
 
 
 def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockFormat, k: int | None = None) -> None:
@@ -213,7 +214,7 @@ def wants_planes(backend: str, device: torch.device, fmt: BlockFormat) -> bool:
     if backend == "triton":
         return True
     return any(
-        BACKENDS["triton"].refusal(found, fmt, "exact") is None for found in execution_devices(device) if found.type != "cpu"
+        BACKENDS["triton"].refusal(candidate, fmt, "exact") is None for candidate in execution_devices(device) if candidate.type != "cpu"
     )
 
 

@@ -15,13 +15,18 @@ COMPUTE_MODES = {
     "fp16_accumulate": "fp16 operands and accumulation, promoted to float32 every 64 of K",
     "int8": "activations and weights as int8 with scales, int32 accumulation",
 }
-GROUP = 128  # weights and activations that share one int8 scale along K, where K allows it
-PROMOTE_K = 64  # products summed in fp16 before they are added in float32
+# How many weights or activations along K share one int8 scale, where K allows it.
+GROUP = 128
+# How many products are summed in fp16 before the sum is added in float32.
+PROMOTE_K = 64
 # Calls of so few rows (modulation, time embedding) are bound by reading the weight: every mode runs them as "exact".
 WEIGHT_ONLY_M = 16
-Branch = tuple[Tensor, Tensor]  # hidden [M, r] and up [N, r], both of x's dtype; in a layer down [r, K] and up [N, r]
-WIDEST_LOAD = 16  # bytes: what kernels assume of the address of the first packed row
-TENSOR_CORE_CAPABILITY = (8, 0)  # NVIDIA compute capability from which Triton has tensor-core code
+# A low-rank branch: hidden [M, r] and up [N, r], both of x's dtype; in a layer down [r, K] and up [N, r].
+Branch = tuple[Tensor, Tensor]
+# Bytes: the alignment that kernels assume of the address of the first packed row.
+WIDEST_LOAD = 16
+# NVIDIA compute capability from which Triton has tensor-core code.
+TENSOR_CORE_CAPABILITY = (8, 0)
 HOPPER = (9, 0)  # H100, H200
 # Cards whose tensor cores leave few arithmetic instructions per product, and which multiply fp16 as fast with float32 accumulation
 # as with fp16: A100, H100 and H200, B200, B300, Thor.

@@ -44,12 +44,12 @@ def _requirements(extra: str) -> list[str]:
         lines = requires(_DISTRIBUTION) or []
     except PackageNotFoundError:
         return [f"{_DISTRIBUTION}[{extra}]" if extra else _DISTRIBUTION]
-    found: list[str] = []
+    requirements: list[str] = []
     for line in lines:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         of_extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
         if (of_extra[1] if of_extra else "") != extra:
             continue
         own = re.fullmatch(r"flux[-_]kernels\[([\w,-]+)\].*", requirement)
-        found += [one for name in own[1].split(",") for one in _requirements(name)] if own else [requirement]
-    return found
+        requirements += [one for name in own[1].split(",") for one in _requirements(name)] if own else [requirement]
+    return requirements

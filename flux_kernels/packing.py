@@ -14,7 +14,8 @@ from .torch_backend import libggml
 
 Engine = Literal["auto", "torch", "libggml"]
 
-CHUNK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights searched at a time; about ten float32 buffers of that size live
+# How many weights are searched at a time; about ten float32 buffers of that size live.
+CHUNK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def quantize(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from .._triton import jit, tl
 
-STEP = tl.constexpr(16)  # of r at a time, the shortest K of a tensor-core product; the rest of the last step is zeros
+# Columns of hidden and up in one step: the shortest K of a tensor-core product. The last step is filled up with zeros.
+STEP = tl.constexpr(16)
 
 
 @jit

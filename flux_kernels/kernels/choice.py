@@ -28,7 +28,8 @@ from .tiles import (
 )
 
 __all__ = ["Choice", "choose", "default_choice", "forget", "on_forget", "tile_of"]
-_UNPACKS = ("two_stage", "row_scales")  # algorithms that write the unpacked weight to memory
+# Algorithms that write the unpacked weight to memory.
+_UNPACKS = ("two_stage", "row_scales")
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,8 @@ from .._triton import jit, tl
 from .branch import add_branch
 from .ldmatrix import hide_origin
 
-GROUP_M = tl.constexpr(8)  # programs that share a band of x rows in L2 before moving on
+# Programs that share a band of x rows in L2 before moving on.
+GROUP_M = tl.constexpr(8)
 
 
 @jit

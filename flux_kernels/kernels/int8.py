@@ -2,7 +2,7 @@
 
 The algorithm "two_stage" gives a weight one scale per row and group of K, "row_scales" one per row (see
 tiles.choose_int8_algorithm); chunks.py says how much of the weight is unpacked at a time. Scales of rows follow from the
-packed rows alone: a layer keeps them (layers/row_scale.py), other callers have them found at every call.
+packed rows alone: a layer keeps them (layers/row_scale.py), other callers have them computed at every call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .problem import Problem
 from .tiles import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
 from .unpack_int8 import row_largest_kernel, row_scale_kernel, unpack_int8_kernel
 
-_SCALE_ROWS = 128  # rows whose scale a program puts together from the parts' largest weights
+# Rows whose scale a program puts together from the parts' largest weights.
+_SCALE_ROWS = 128
 # M of the calls that a layer is asked about before it is called: a record may choose one algorithm for some and another for others.
 _ROWS_ASKED = tuple(2**power for power in range(5, 15))
 

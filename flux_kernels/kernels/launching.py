@@ -53,11 +53,11 @@ class Launch:
         if aligned and self._launch_compiled is not None:
             self._launch_compiled(*pointers, *self._tail)
             return
-        found = self.kernel[self.grid](*pointers, *self.integers, **self.constants, **self.options)
-        if aligned and found is not None and not interpreting():  # the compile-time report launches nothing
+        compiled = self.kernel[self.grid](*pointers, *self.integers, **self.constants, **self.options)
+        if aligned and compiled is not None and not interpreting():  # the compile-time report launches nothing
             names = self.kernel.arg_names[len(pointers) + len(self.integers) :]
             self._tail = (*self.integers, *(self.constants[name] for name in names))
-            self._launch_compiled = found[self.grid]
+            self._launch_compiled = compiled[self.grid]
 
 
 def all_aligned(*tensors: Tensor | None) -> bool:

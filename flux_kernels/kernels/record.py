@@ -30,9 +30,11 @@ from .modes import MODES, Choice
 from .tiles import Tile
 
 SCHEMA = "flux_kernels.tuning/2"
-_READ = ("flux_kernels.tuning/1", SCHEMA)  # rows of the first say nothing of branch and rows, and have neither
+# Schemas that can be read. Rows of the first say nothing of branch and rows, and have neither.
+_READ = ("flux_kernels.tuning/1", SCHEMA)
 FOLDER_VARIABLE = "FLUX_KERNELS_TUNING"
-NEAR = 0.5  # a row serves calls whose M is within this many powers of two of its own
+# A row serves calls whose M is within this many powers of two of its own.
+NEAR = 0.5
 _PACKAGED = Path(__file__).with_name("records")
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -129,7 +131,8 @@ def _row(data: dict) -> TuningRow:
     sizes = (tile.block_m, tile.block_n, tile.tile_k, tile.num_warps, tile.num_stages, tile.splits)
     if not _positive(*sizes):
         raise ValueError(f"tile sizes must be positive integers, got {sizes}")
-    steps_through_blocks = row.compute != "int8"  # its GEMM steps through groups of unpacked weights
+    # The GEMM of int8 steps through groups of unpacked weights, not through blocks.
+    steps_through_blocks = row.compute != "int8"
     if steps_through_blocks and (row.k % (tile.tile_k * tile.splits) or tile.tile_k % fmt.block_size):
         raise ValueError(f"a tile with K step {tile.tile_k} in {tile.splits} parts does not fit K={row.k} of {row.format}")
     return row
@@ -188,13 +191,13 @@ def _code(path: Path) -> str:
 def _known() -> list[TuningRecord]:
     """Load every record, the user's first; one that cannot be read is left out with a warning."""
     paths = [path for folder in (records_folder(), _PACKAGED) if folder.is_dir() for path in sorted(folder.glob("*.json"))]
-    found = []
+    records = []
     for path in paths:
         try:
-            found.append(TuningRecord.load(path))
+            records.append(TuningRecord.load(path))
         except ValueError as error:
             warnings.warn(str(error), stacklevel=2)
-    return found
+    return records
 
 
 @lru_cache(maxsize=4096)

@@ -20,7 +20,8 @@ from ..formats._code_tiles import widen_codes
 from .branch import add_branch
 from .tiles import Tile
 
-COLUMNS = tl.constexpr(8)  # rows of x a program multiplies: the narrowest side of a tensor-core product
+# Rows of x a program multiplies: the narrowest side of a tensor-core product.
+COLUMNS = tl.constexpr(8)
 
 
 @jit

@@ -49,7 +49,8 @@ class FusedLinear(GGUFLinear):
     def join(self, home: nn.Module, parts: tuple[Rows, ...]) -> FusedLinear:
         """Set the parts of a layer that `from_packed` made, and the module they are in."""
         self.parts = parts
-        self._home = [home]  # in a list, so that torch does not register the parent as a child
+        # In a list, so that torch does not register the parent as a child.
+        self._home = [home]
         return self
 
     @property
@@ -87,13 +88,13 @@ class FusedLinear(GGUFLinear):
 
     def _modules_of_parts(self) -> list[Any]:
         """Look the parts up as they are now; `get_submodule` would take 27 us for four, every call."""
-        found = []
+        modules = []
         for rows in self.parts:
             module: Any = self._home[0]
             for name in rows.path.split("."):
                 module = module._modules[name]
-            found.append(module)
-        return found
+            modules.append(module)
+        return modules
 
     def set_low_rank(self, down: Tensor | None, up: Tensor | None, *, trainable: bool = False) -> None:
         """Refuse: a branch belongs to a part, which keeps it when it is separated."""
@@ -132,7 +133,8 @@ class FusedPart(GGUFLinear):
     def __init__(self, whole: FusedLinear, rows: Rows, layer: GGUFLinear):
         """Take the place of `layer`, whose rows are these of `whole`."""
         nn.Module.__init__(self)
-        self._whole = [whole]  # in a list, so that torch does not register it as a child
+        # In a list, so that torch does not register it as a child.
+        self._whole = [whole]
         self.rows = rows
         self.train(layer.training)
         _with_branch_of(layer, self)
@@ -230,9 +232,9 @@ def difference(layers: dict[str, nn.Module]) -> str | None:
         if layer._forward_hooks or layer._forward_pre_hooks:
             return f"{name} has hooks, which would not be called"
     for what, of in _MUST_AGREE.items():
-        found = {name: of(layer) for name, layer in layers.items()}
-        if len(set(found.values())) > 1:
-            return f"they differ in {what}: " + ", ".join(f"{name} {value}" for name, value in found.items())
+        values = {name: of(layer) for name, layer in layers.items()}
+        if len(set(values.values())) > 1:
+            return f"they differ in {what}: " + ", ".join(f"{name} {value}" for name, value in values.items())
     return None
 
 

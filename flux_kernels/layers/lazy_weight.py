@@ -35,7 +35,8 @@ class LazyWeight(torch.Tensor):
 
     packed: Packed
     backend: str
-    branch: Branch | None  # down [r, K], up [N, r]: the weight includes up @ down
+    # Down [r, K], up [N, r]: the weight includes up @ down.
+    branch: Branch | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

@@ -179,7 +179,8 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
             rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
             self.qweight = nn.Parameter(rearrange(self.qweight.detach()), requires_grad=False)
             self.planes = wanted
-        self._kept_row_scale()  # now, so that a graph or a compiled model finds it there
+        # Now, so that a graph or a compiled model finds it there.
+        self._kept_row_scale()
         return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:

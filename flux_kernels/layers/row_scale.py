@@ -26,7 +26,8 @@ class KeepsRowScale(PackedRows):
     """
 
     compute: str
-    _row_scale_of: tuple[int, int] | None = None  # the state of the rows that the scales belong to
+    # The state of the rows that the scales belong to.
+    _row_scale_of: tuple[int, int] | None = None
 
     @property
     def row_scale(self) -> Tensor | None:

@@ -20,8 +20,10 @@ from ..formats import BlockFormat, Packed
 from . import libggml, reference
 from .cpu_threads import Scratch, share_rows
 
-CHUNK_WEIGHTS = 1 << 19  # a thread's at a time, 2 MiB in float32: a quarter of it takes a third longer, in calls from Python
-UNPACK_WEIGHTS = 1 << 20  # the same by unpacking, whose many short operations each wait for the interpreter's lock
+# What a thread decodes at a time, 2 MiB in float32: a quarter of it takes a third longer, in calls from Python.
+CHUNK_WEIGHTS = 1 << 19
+# What a thread unpacks at a time: its many short operations each wait for the interpreter's lock.
+UNPACK_WEIGHTS = 1 << 20
 
 Routine = Callable[[int, int, int], None]
 

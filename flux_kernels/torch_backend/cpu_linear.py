@@ -13,8 +13,10 @@ from . import cpu_decode
 from .cpu_threads import Scratch, share_rows
 
 CHUNK_WEIGHTS = 1 << 20  # about, decoded and multiplied at a time
-LARGEST_M = 512  # tokens: x is packed again for every chunk of rows
-ROWS = 64  # chunks of a multiple of this give the bits of one product over all rows (but for M = 5 and 7 on several threads)
+# More tokens are not worth it: x is packed again for every chunk of rows.
+LARGEST_M = 512
+# Chunks of a multiple of this give the bits of one product over all rows (but for M = 5 and 7 on several threads).
+ROWS = 64
 
 
 def serves(x: Tensor, weight: Packed) -> bool:

@@ -24,10 +24,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..formats import BlockFormat
 
-LEAST_WEIGHTS = 1 << 16  # of a chunk: giving one to a thread costs tens of microseconds
-KEPT_UNPACKERS = 4  # chunk sizes whose memory a worker keeps: a full and a last chunk of two layer shapes
+# A chunk has at least as many: giving one to a thread costs tens of microseconds.
+LEAST_WEIGHTS = 1 << 16
+# Chunk sizes whose memory a worker keeps: a full and a last chunk of two layer shapes.
+KEPT_UNPACKERS = 4
 _local = threading.local()
-_forked = False  # whether this process is a fork of one that may have started threads
+# Whether this process is a fork of one that may have started threads.
+_forked = False
 
 Work = Callable[[int, int, "Scratch"], None]
 Worker = Callable[[], None]
@@ -97,7 +100,8 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
         try:
             with lock:
                 mine = next(workers)
-            with torch.inference_mode():  # which may write to tensors made inside and outside of it
+            # Inference mode may write to tensors made inside and outside of it.
+            with torch.inference_mode():
                 while not raised:
                     with lock:
                         first = next(left, n)
@@ -171,7 +175,8 @@ def _team() -> Callable[[Worker, int], None] | None:
     except (OSError, AttributeError):
         return None
     first = getattr(ctypes.CDLL(None), entry, parallel)
-    if _address(first) != _address(parallel):  # one that was preloaded, on which torch runs then
+    # A preloaded runtime: torch runs on that one.
+    if _address(first) != _address(parallel):
         return None
     callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     parallel.argtypes, parallel.restype = [callback, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
@@ -184,9 +189,8 @@ def _team() -> Callable[[Worker, int], None] | None:
             ended.add(threading.get_ident())
 
         parallel(callback(work), None, threads, 0)
-        if (
-            threading.get_ident() not in ended
-        ):  # a signal's exception came before `worker` could catch it: ctypes prints it only
+        if threading.get_ident() not in ended:
+            # A signal's exception came before `worker` could catch it: ctypes only prints it.
             raise KeyboardInterrupt
 
     return run
@@ -210,7 +214,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             pool.submit(started.wait)
         started.wait()
     except BaseException:
-        started.abort()  # or its threads would wait, and Python for them at its end
+        # Otherwise its threads would wait, and Python for them at its end.
+        started.abort()
         pool.shutdown(wait=False)
         raise
     finally:

@@ -21,7 +21,8 @@ from ..formats import BlockFormat
 
 _INSTALL = "Install it with `pip install libggml-python`"
 _FILES = ("lib*/libggml-base.so", "lib*/libggml-base.dylib", "bin/ggml-base.dll", "lib*/ggml-base.dll")
-_NEVER = (9, 15)  # Q8_1 and Q8_K, ggml's activation types: ggml_quantize_chunk aborts the process on them
+# Q8_1 and Q8_K, ggml's activation types: ggml_quantize_chunk aborts the process on them.
+_NEVER = (9, 15)
 
 
 def available() -> bool:
@@ -96,8 +97,8 @@ def _file() -> Path | None:
     except ModuleNotFoundError:  # an import hook refuses it
         spec = None
     folders = spec.submodule_search_locations if spec else None
-    found = [path for folder in folders or () for pattern in _FILES for path in Path(folder).glob(pattern)]
-    return found[0] if found else None
+    paths = [path for folder in folders or () for pattern in _FILES for path in Path(folder).glob(pattern)]
+    return paths[0] if paths else None
 
 
 @cache
