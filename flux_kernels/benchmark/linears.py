@@ -18,7 +18,7 @@ from ..machine.random_rows import random_rows
 from ..torch_backend import reference
 from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings
-from .names import FAILED, OURS, TORCH, WRONG
+from .names import FAILED, OURS, TORCH, WRONG, wrong
 from .providers import CANNOT_RUN, PROVIDERS, Problem, same_call, why
 from .totals import MARKS, by_step, marked, totals
 
@@ -74,7 +74,7 @@ def measure(
                 functions[provider] = lambda function=function: function(x)
                 notes[provider] = _version(PROVIDERS[provider].package)
             else:
-                notes[provider] = f"{WRONG}relative error {errors[provider][0]:.2g}, at most {gate}"
+                notes[provider] = wrong(errors[provider][0], gate)
         except Exception as error:  # noqa: BLE001  (a failure is a result: it becomes the row's note, and the other rows stay)
             notes[provider] = f"{'' if isinstance(error, CANNOT_RUN) else FAILED}{why(error)}"
     alike = {side: same_call(side, call.m) for side in functions}

@@ -46,6 +46,11 @@ KINDS = {
 STEP, EMBEDDED_STEP, DENOISING, OFFLOADED = KINDS
 
 
+def wrong(error: float, gate: float) -> str:
+    """Return the note of a side whose relative error is larger than it may be."""
+    return f"{WRONG}relative error {error:.2g}, at most {gate:.2g}"
+
+
 def label(provider: str) -> str:
     """Return a side's name for people."""
     return SIDES[provider].label if provider in SIDES else provider

@@ -16,9 +16,9 @@ from ...layers.memory import memory_footprint
 from ...machine.clock import interleaved
 from ...swap import swap_linear
 from ..memory import extra_peak
-from ..names import DENOISING, OFFLOADED
+from ..names import DENOISING, OFFLOADED, wrong
 from ..providers import Problem, why
-from .timing import DENOISED, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, new_row, relative, timed, wrong
+from .timing import DENOISED, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, new_row, relative, timed
 from .weights import make_layer
 
 _NEEDS_GPU = "model offload needs a GPU"

@@ -58,17 +58,16 @@ def step_job(size: str, full: bool, device: torch.device, repeats: int) -> Job:
     Raises:
         FormatError: on an unknown size.
     """
-    case, providers, dtype = true_size(size) if full else embedded(), _providers(), _dtype(device)
+    case, providers = true_size(size) if full else embedded(), _providers()
 
     def measure(name: str, progress: Progress) -> Iterable[dict]:
-        return measure_format(case, name, providers, device, dtype, repeats, progress)
-
-    def on_one_thread(name: str, progress: Progress) -> Iterable[dict]:
+        rows = measure_format(case, name, providers, device, _dtype(device), repeats, progress)
+        if full:
+            return rows
         with one_thread():
-            return list(measure(name, progress))
+            return list(rows)
 
-    made_at = origin(device) if full else _embedded_origin(device)
-    return Job((case.what,), case.size, providers, made_at, measure if full else on_one_thread)
+    return Job((case.what,), case.size, providers, origin(device) if full else _embedded_origin(device), measure)
 
 
 def denoising_job(device: torch.device, repeats: int) -> Job:

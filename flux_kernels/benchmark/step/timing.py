@@ -17,7 +17,7 @@ from ...machine.clock import interleaved, percentiles
 from ...machine.free_memory import free_bytes
 from ...report.sizes import size_text
 from ..memory import extra_peak
-from ..names import OURS, TORCH, WRONG
+from ..names import OURS, TORCH, wrong
 from ..providers import CANNOT_RUN, PROVIDERS, Unavailable, why
 from .inputs import StepConfig, StepInputs, step_inputs
 from .model import StepModel
@@ -150,11 +150,6 @@ def _is_there(provider: str, weights: StepWeights) -> bool:
 def is_ours_to_mend(provider: str, problem: Exception) -> bool:
     """Tell whether a failure is this library's error; another library's is a result, its row's note."""
     return provider.startswith(OURS) and not isinstance(problem, CANNOT_RUN)
-
-
-def wrong(error: float, gate: float) -> str:
-    """Return the note of a provider whose output is further off than it may be."""
-    return f"{WRONG}relative error {error:.2g}, at most {gate:.2g}"
 
 
 def _unquantized(config: StepConfig, stored: Mapping[str, Tensor]) -> StepModel:
