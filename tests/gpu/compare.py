@@ -1,4 +1,4 @@
-"""Compare for tests on a GPU; a dry run without one replaces `fail` and runs everything else."""
+"""What tests on a GPU compare, in one place: a dry run without one replaces `fail`, and then runs everything else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def error(got: Tensor, oracle: Tensor) -> float:
 
 
 def within(got: Tensor, oracle: Tensor, allowed: float, what: str = "") -> None:
-    """Fail where the error to float64 passes `allowed` plus half an output rounding; NaN fails."""
+    """Fail where the error against float64 is larger than `allowed` plus half a rounding of the output; NaN fails."""
     slack = torch.finfo(got.dtype).eps * oracle.norm().item() / 2
     found = error(got, oracle)
     right(

@@ -1,4 +1,4 @@
-"""Test what a GPU alone shows of modes and memory: graphs, streams, waits, offload, page-locking."""
+"""What a GPU alone can show of compute modes and memory: CUDA graphs, streams, no waits, streamed offload, page-locked memory."""
 
 from __future__ import annotations
 
@@ -122,8 +122,7 @@ def test_a_compiled_model_runs_as_cuda_graphs(host_model, compute, fused):
     with torch.no_grad():
         want = model(**arguments)[0]
         compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
-        # The first two record.
-        for _ in range(4):
+        for _ in range(4):  # the first two record
             torch.compiler.cudagraph_mark_step_begin()
             got = compiled(**arguments)[0].clone()
     assert_close(got, want)

@@ -1,4 +1,4 @@
-"""Test what only a GPU shows (`pytest -m gpu`): types and kernels against float64, streams, bits.
+"""What only a real GPU can show: `pytest -m gpu`. Every type and kernel against float64, streams, graphs, devices, size, bits.
 
 Shapes share K and the divisibility of M and N, which is all that Triton compiles for: the whole file launches few distinct kernels
 (222, as the dry run counts them), which `bench.gpu_session.cache` compiles ahead.
@@ -79,7 +79,7 @@ def test_decode_is_bit_equal_to_libggml(name):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_linear_is_within_twice_the_error_of_cublas(name, shape):
-    """The error is at most 2x that of torch's matmul on the decoded weight, plus half a rounding."""
+    """Against float64, at most 2x the error of torch's matmul on the decoded weight, plus half an output rounding."""
     x, data, weight, bias, oracle = operands(name, *shape)
     reference = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
     got = kernels.linear(x, Packed(data, FORMATS[name], FORMATS[name].planes), bias, "exact")
@@ -107,7 +107,7 @@ def int8_error(name: str, x, data, bias, oracle) -> float:
 @pytest.mark.parametrize("shape", MANY, ids=str)
 @pytest.mark.parametrize("name", SOME)
 def test_int8_is_as_far_from_float64_as_its_twin(name, shape):
-    """One code in some hundreds is off by one, a tie rounded otherwise: far below 5 % of the error."""
+    """One code in some hundreds is one off (a fused multiply-add rounds a tie otherwise): far less than 5 % of the error."""
     x, data, _, bias, oracle = operands(name, *shape)
     got = kernels.linear(x, Packed(data, FORMATS[name], FORMATS[name].planes), bias, "int8")
     compare.within(got, oracle, 1.05 * int8_error(name, x, data, bias, oracle), name)
@@ -150,7 +150,7 @@ def test_weights_are_unpacked_to_int8_as_by_the_twin(name):
 @pytest.mark.parametrize("m", [1, 33, 640])
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_a_layer_computes_what_the_op_does(compute, m):
-    """Its way past the dispatcher and its kept scales: called twice, captured, replayed, reloaded."""
+    """Its way past the dispatcher, kept row scales and prepared launches: called twice, captured, replayed, after a load in place."""
     fmt = FORMATS["Q4_K"]
     x, data, _, bias, _ = operands("Q4_K", m, 256)
     other = packed("Q4_K", 512)[0][256:].contiguous()
@@ -172,7 +172,7 @@ def test_a_layer_computes_what_the_op_does(compute, m):
 
 @pytest.mark.parametrize(("compute", "m"), [("exact", 8), ("exact", 512), ("int8", 640)])
 def test_a_product_repeats_its_bits(compute, m):
-    """Run a hundred times: races and early reads (Triton 3.6 on Hopper lacks a fence) show by chance."""
+    """A hundred times at N = 3072: what races, or reads before it may (Triton 3.6 on Hopper lacks a fence), shows by chance alone."""
     fmt = FORMATS["Q4_K"]
     x, data, _, bias, _ = operands("Q4_K", m, 3072)
     first = kernels.linear(x, Packed(data, fmt, fmt.planes), bias, compute)
@@ -206,15 +206,14 @@ def test_a_cuda_graph_replays_every_mode(compute, m):
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("card", ["RTX 3090", "RTX 4090"])
 def test_code_for_geforce_runs_here_through_its_ptx(card, name, compute):
-    """The driver translates those cards' PTX: their choices, tiles and decoders, against float64."""
+    """The driver translates the PTX that those cards run: their choices, tiles and decoders, against float64."""
     pytest.importorskip("triton", reason="the code is compiled here")
     from bench.stand_in import CARDS
     from bench.stand_in_ptx import compiled_for
 
     if torch.cuda.get_device_capability() < CARDS[card].capability:
         pytest.skip("an older GPU cannot run code for a newer one")
-    # Fewer rows than those from which such cards unpack.
-    x, data, weight, bias, oracle = operands(name, 256, 256)
+    x, data, weight, bias, oracle = operands(name, 256, 256)  # fewer rows than those from which such cards unpack
     fmt = FORMATS[name]
     if compute == "exact":
         allowed = 2 * compare.error(torch.nn.functional.linear(x, weight.to(x.dtype), bias), oracle)
@@ -265,11 +264,11 @@ def test_tensors_on_another_than_the_current_device():
 
 
 def test_more_than_2_to_the_31_weights():
-    """The last rows are right past 2^31 bytes of rows and elements of output; random scales are finite."""
+    """Row offsets pass 2^31 bytes and output offsets 2^31 elements: the last rows are still right."""
     fmt, n = FORMATS["Q8_0"], 700_000
     if torch.cuda.get_device_properties(0).total_memory < 16 << 30:
         pytest.skip("needs 16 GB of GPU memory")
-    data = torch.empty(n, fmt.row_bytes(K), dtype=torch.uint8, device="cuda").random_(0, 120)
+    data = torch.empty(n, fmt.row_bytes(K), dtype=torch.uint8, device="cuda").random_(0, 120)  # of scales, finite halves
     x = torch.randn(16, K, device="cuda").to(BF16)
     last = data[-256:].clone()
     got = kernels.linear(x, Packed(data, fmt, True), None, "exact")
@@ -290,7 +289,7 @@ def test_same_bits_on_every_run(name, m):
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_out_of_memory_leaves_a_usable_layer(compute):
-    """A call without memory for its result raises torch's error; the next one gives the same bits."""
+    """A call that finds no memory for its result raises torch's error; the next call with memory gives the same bits."""
     data, _ = packed("Q4_K", 4096)
     x = torch.randn(20_000, K, device="cuda", dtype=torch.float16)
     expected = fk.linear(x, data, "Q4_K", backend="triton", compute=compute)
@@ -322,13 +321,13 @@ def test_split_k_is_right_and_repeats(name):
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
 def test_loading_x_by_ldmatrix_only_changes_the_order_of_sums(name):
-    """The opaque move (kernels/ldmatrix.py) changes which K are summed together: roundings differ."""
+    """The opaque move (kernels/ldmatrix.py) changes which K a tensor-core product sums together: results differ by roundings."""
     x, data, weight, _, _ = operands(name, 512, 256)
     base = replace(fused_tile(FORMATS[name], 64, 256, K, None), num_stages=2)
     results = [
         exact_linear(name, x, data, None, Choice("fused", replace(base, ldmatrix=ldmatrix), "")) for ldmatrix in (False, True)
     ]
-    reordered = K * 2**-24 * (x.abs().float() @ weight.abs().T).max()  # K roundings of the largest partial sum
+    reordered = K * 2**-24 * (x.abs().float() @ weight.abs().T).max()  # K float32 roundings of the largest partial sum
     off = (results[0].float() - results[1].float()).abs() - torch.finfo(BF16).eps * results[0].float().abs()
     compare.right(bool(off.max() <= reordered), f"{name}: {off.max().item():.3g} apart, {reordered.item():.3g} explained")
 

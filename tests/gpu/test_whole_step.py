@@ -1,4 +1,4 @@
-"""Test a step at FLUX.1's true width on a GPU: every mode passes its gate, memory is counted."""
+"""One step at FLUX.1's true width on a GPU, with two blocks: every mode passes its gate, and its memory is counted."""
 
 from __future__ import annotations
 
