@@ -1,4 +1,4 @@
-"""Share what all figures have in common: colours, a panel without a frame, PNG. Needs matplotlib."""
+"""What the figures of all reports share: colours, one panel without a frame, the bytes of a PNG. Needs matplotlib."""
 
 from __future__ import annotations
 
