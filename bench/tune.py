@@ -1,4 +1,4 @@
-"""Tune this card without the command line's packages: torch and triton are enough (`flux-kernels tune` is the same, nicer).
+"""Tune this card with torch and triton alone (`flux-kernels tune` is the same, nicer).
 
     python -m bench.tune --formats Q4_K,Q8_0 --minutes 8 --out results/tuning.json
 
@@ -38,7 +38,8 @@ def main() -> None:
         return
     device = torch.device("cuda", 0)
     for mode in dict.fromkeys(job.compute for job in jobs):
-        resolve("triton", mode, device, FORMATS[jobs[0].format])  # raises where the card refuses the mode
+        # Raises where the card refuses the mode.
+        resolve("triton", mode, device, FORMATS[jobs[0].format])
     options = dict(
         dtype=getattr(torch, arguments.dtype), path=arguments.out, minutes=arguments.minutes, processes=arguments.processes
     )

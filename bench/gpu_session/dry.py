@@ -1,4 +1,4 @@
-"""Run a section where no GPU is: the stand-in driver, torch's larger work left out, and each kernel noted for compiling ahead."""
+"""Run a section without a GPU: on the stand-in driver, noting each kernel to compile ahead."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ..machine.silence import STDERR, silenced
 
 
 def extra_peak(function: Callable[[], object], device: torch.device) -> int | None:
-    """Run a function; return the most bytes that torch held at one time beyond what it held before, None where none can tell.
+    """Run a function; return the most bytes torch held beyond what it held before, None where unknown.
 
     On a CPU torch's profiler counts what is allocated and freed, in a thread that begins without scratch of earlier calls.
     The resident memory of the process would not do: freed memory that is used again does not show in it.

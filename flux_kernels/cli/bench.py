@@ -144,7 +144,7 @@ def _plan(
     from ..benchmark import linears  # noqa: F401 - registers every side
     from ..benchmark.providers import PROVIDERS
     from ..benchmark.session import MAIN_SIZE, Plan
-    from ..benchmark.shapes import STEPS
+    from ..flux.calls import STEPS
     from ..formats import FORMATS, get_format
 
     groups = ("base", "ours", "peer") if peers else ("base", "ours")
@@ -174,7 +174,7 @@ def _print(console: Console, measured: Found, plan: Plan, lines: list[str]) -> N
     from ..benchmark.linears import summary
     from ..benchmark.record import origin_text
     from ..benchmark.shapes import size_name
-    from ..benchmark.step.verdict import step_verdict
+    from ..benchmark.verdict import step_verdict
 
     console.print(origin_text(measured.origin), soft_wrap=True)
     console.print(summary([row for size in plan.sizes for row in measured.whole(size_name(size, plan.scale))]), soft_wrap=True)
