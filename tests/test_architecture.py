@@ -36,6 +36,7 @@ CORE = (
         "machine/random_rows",
         "machine/tune",
         "machine/tune_compile",
+        "machine/tune_jobs",
     ),
 )
 RANK = {name: rank for rank, name in enumerate((*LAYERS, *USES))}

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..generation.base_pipeline import go_offline_quietly
 from ._errors import OneLineErrors
 from ._help_text import help_text
 from .bench import bench
@@ -50,6 +51,7 @@ def main(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,
 ) -> None:
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
+    go_offline_quietly()
 
 
 for _command in (demo, generate, inspect, formats, quantize, measure, plan, doctor, tune, warmup, bench):
