@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import FormatError
+from ..report.sizes import size_text
 from ._own_command import own_command
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..mixed.plan_file import Plan
     from ..plan.problem import Problem
 
-GIB, GB, MB = 2**30, 1e9, 1e6
+GIB = 2**30
 
 
 def plan(
@@ -83,6 +84,7 @@ def plan(
         from ..generation.base_pipeline import go_offline_quietly
 
         go_offline_quietly()
+        from ..mixed.option import Option
         from ..plan.constraints import Constraints, parse_pair
 
         _need("scipy", *(["matplotlib"] if report else []))  # before anything is written
@@ -90,7 +92,7 @@ def plan(
         constraints = Constraints(
             keep=tuple(parse_pair(text, "--keep") for text in keep or ()),
             at_least=tuple(parse_pair(text, "--at-least") for text in at_least or ()),
-            only_types=tuple(filter(None, (kind.strip() for kind in only_types.split(",")))),
+            only_types=tuple(Option.parse(text.strip()) for text in only_types.split(",") if text.strip()),
             same=tuple(same or ()),
             per_block=per_block,
         )
@@ -192,11 +194,7 @@ def _report(path: Path, problem: Problem, made: Plan, table: Any, metric: str, p
 
     joint = table.joint if metric == "cost" else ()
     shown = Image.open(pictures) if pictures else None
-    return write_report(gather(problem, made, _measured(table, metric), joint, shown), path)
-
-
-def _measured(table: Any, metric: str) -> dict[str, dict[str, float]]:
-    return {name: {kind: getattr(row, metric) for kind, row in rows.items()} for name, rows in table.by_tensor().items()}
+    return write_report(gather(problem, made, table.costs(metric), joint, shown), path)
 
 
 def _print_room(console: Console, rooms: list, card: float, offload: str) -> None:
@@ -218,7 +216,7 @@ def _print(console: Console, problem: Problem, made: Plan, table: Any, metric: s
 
     layout, budget = problem.layout, made.options["budget"]
     console.print(
-        f"[bold]{_size(made.bytes)}[/] of {_size(budget)} asked for ({budget - made.bytes:,} bytes are left, {KEY_VALUE_BYTES:,} of "
+        f"[bold]{size_text(made.bytes, 3)}[/] of {size_text(budget, 3)} asked for ({budget - made.bytes:,} bytes are left, {KEY_VALUE_BYTES:,} of "
         "them for what quantize writes about the file's origin), "
         f"{made.options['bits_per_weight']:.2f} bits per weight ({made.options['block_bits_per_weight']:.2f} inside the blocks)",
         soft_wrap=True,
@@ -231,27 +229,25 @@ def _print(console: Console, problem: Problem, made: Plan, table: Any, metric: s
     shown = Table(title="Beside it: files with one type")
     for heading in ("type", "size", "predicted error", "of this plan's"):
         shown.add_column(heading, justify="right")
-    for name, size, cost in uniform_files(layout, _measured(table, metric)):
-        shown.add_row(name, _size(size), f"{cost:.4g}", f"{cost / made.cost:.2f} times" if made.cost else "")
+    for option, size, cost in uniform_files(layout, table.costs(metric)):
+        shown.add_row(str(option), size_text(size, 3), f"{cost:.4g}", f"{cost / made.cost:.2f} times" if made.cost else "")
     console.print(shown)
 
 
 def _types_table(layout: FileLayout, made: Plan, problem: Problem) -> Table:
     """Give each class of matrices a row, with how many tensors got each type."""
     from ..flux.names import tensor_class
-    from ..mixed.file_layout import option_bits
-    from ..plan.problem import options_of
 
-    options = options_of(made)
-    kinds = sorted({options[name] for name in problem.costs}, key=lambda option: (option_bits(option), option))
-    counts: dict[str, dict[str, int]] = {}
+    options = made.by_tensor()
+    kinds = sorted({options[name] for name in problem.costs}, key=lambda option: (option.bits, option))
+    counts: dict[str, dict[Any, int]] = {}
     for name in problem.costs:
         row = counts.setdefault(tensor_class(name).removesuffix(".weight"), {})
         row[options[name]] = row.get(options[name], 0) + 1
     table = Table(title="Tensors by type")
     table.add_column("tensors", overflow="fold")
     for kind in kinds:
-        table.add_column(kind, justify="right")
+        table.add_column(str(kind), justify="right")
     for title, row in counts.items():
         table.add_row(title, *(str(row.get(kind, "")) for kind in kinds))
     return table
@@ -289,7 +285,3 @@ def _print_next(console: Console, out: Path, made: Plan, costs: Path, source: Pa
     console.print(f"Next: {command}", soft_wrap=True, markup=False)
     if source is None:
         console.print(f"SOURCE is the 16-bit file or folder that was measured ({made.options['model']}).", soft_wrap=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / GB:.3f} GB" if count >= GB else f"{count / MB:.3f} MB"

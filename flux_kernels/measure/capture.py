@@ -24,7 +24,7 @@ def capture(
     settings: Mapping[str, Any],
     sizes: Sequence[Size],
     seed: int = 0,
-    on_state: Callable[[], None] = lambda: None,
+    on_state: Callable[[int], None] = lambda done: None,
 ) -> list[State]:
     """Draw `count` pictures up to a random step each, and return the transformer's inputs and output there.
 
@@ -38,7 +38,7 @@ def capture(
         settings: arguments of the pipeline call, `num_inference_steps` among them.
         sizes: (width, height) in pixels, to choose from.
         seed: of the choices and of the first picture's noise.
-        on_state: called after each state.
+        on_state: called after each state with the number of states so far.
 
     Raises:
         FormatError: where there are no prompts or no sizes, or `count` is not positive.
@@ -48,12 +48,12 @@ def capture(
     choice = random.Random(seed)
     steps = settings["num_inference_steps"]
     plan = zip(_turns(choice, prompts, count), _turns(choice, sizes, count), _turns(choice, range(steps), count), strict=True)
-    found = []
+    states: list[State] = []
     for number, (prompt, size, step) in enumerate(plan):
         call = {**settings, "width": size[0], "height": size[1]}
-        found.append(_capture_one(pipeline, prompt, step, seed + number, call))
-        on_state()
-    return found
+        states.append(_capture_one(pipeline, prompt, step, seed + number, call))
+        on_state(len(states))
+    return states
 
 
 def _turns(choice: random.Random, options: Sequence[Any], count: int) -> list[Any]:

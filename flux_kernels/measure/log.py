@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
 from ..mixed.cost import CostRow
+from ..mixed.option import Option
 
 SCHEMA = "flux_kernels.measure_log/1"
-Found = dict[tuple[str, str], CostRow]
+Rows = dict[tuple[str, Option], CostRow]
+"""(tensor, option) -> its cost."""
 
 
 def log_path(table: Path, rank: int) -> Path:
@@ -32,7 +33,7 @@ def log_paths(table: Path) -> list[Path]:
     return sorted(path for path in names if path.name[len(prefix) : -len(suffix)].isdigit())
 
 
-def read_logs(table: Path, identity: Mapping[str, str]) -> Found:
+def read_logs(table: Path, identity: Mapping[str, str]) -> Rows:
     """Return all results in the logs beside a table.
 
     Args:
@@ -42,7 +43,7 @@ def read_logs(table: Path, identity: Mapping[str, str]) -> Found:
     Raises:
         FormatError: where a log was begun with something else, or has a damaged line before its last.
     """
-    found: Found = {}
+    rows: Rows = {}
     for path in log_paths(table):
         lines = _whole_lines(path)
         if not lines:
@@ -50,8 +51,8 @@ def read_logs(table: Path, identity: Mapping[str, str]) -> Found:
         _check_identity(path, lines[0], identity)
         for number, line in enumerate(lines[1:], start=2):
             row = _row(line, f"{path}, line {number}")
-            found[row.tensor, row.type] = row
-    return found
+            rows[row.tensor, row.option] = row
+    return rows
 
 
 class MeasureLog:
@@ -64,13 +65,14 @@ class MeasureLog:
         if whole:
             _check_identity(self.path, whole[0], identity)
         self._file = self.path.open("ab")
-        self._file.truncate(sum(len(line) + 1 for line in whole))  # what was cut off half-way
+        # What was cut off half-way goes.
+        self._file.truncate(sum(len(line) + 1 for line in whole))
         if not whole:
             self._write({"schema": SCHEMA, **identity})
 
     def append(self, row: CostRow) -> None:
         """Write one result."""
-        self._write(asdict(row))
+        self._write(row.record())
 
     def close(self) -> None:
         """Close the file."""
@@ -109,11 +111,6 @@ def _short(value: Any) -> str:
 
 def _row(line: bytes, where: str) -> CostRow:
     try:
-        return CostRow(**json.loads(line))
-    except (ValueError, TypeError) as error:
+        return CostRow.of_record(json.loads(line))
+    except (ValueError, TypeError, KeyError) as error:
         raise FormatError(f"{where} is damaged ({error}). Remove the line, and it is measured anew.") from None
-
-
-def missing(items: Iterable[tuple[str, str]], found: Found) -> list[tuple[str, str]]:
-    """Return the items that have no result yet, in their order."""
-    return [item for item in items if item not in found]

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..compute import dtype_name
 from ..errors import GGUFError
 from ..flux.calls import image_tokens
-from ..flux.config import infer_config
-from ..flux.variant import naming_of
 from ..generation.memory_check import companion_files, loaded_weights, require_memory
 from ..generation.memory_plan import GIB, transformer_working
 from ..generation.tasks import default_settings
-from ..source.source_files import open_source
 from .capture import Size
 from .measured_model import Source16
 from .states import BATCH_TOKENS, SCHEMA
@@ -51,7 +49,7 @@ def check_memory(
     if source.embedded:
         return
     try:
-        config = _config(source)
+        config = source.config
     except GGUFError:
         return  # opening the model says what is wrong with it
     sizes = _captured_sizes(states) or [sizes[number % len(sizes)] for number in range(count)]
@@ -114,17 +112,8 @@ def _ways_out(source: Source16, config, device, dtype, sizes, capturing: bool) -
     )
 
 
-def _config(source: Source16) -> dict[str, Any]:
-    """Read the transformer's config from the headers of its files."""
-    opened = open_source(source.files[0] if len(source.files) == 1 else source.files[0].parent)
-    shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
-    return infer_config(shapes, naming_of(shapes, None), opened.metadata, opened.config)
-
-
 def _captured_sizes(path: Path) -> list[Size]:
     """Return the picture sizes of captured states, [] where there are none; reading them all says what is wrong with them."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         return []
     try:

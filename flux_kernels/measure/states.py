@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
@@ -76,8 +78,6 @@ class States:
 
     def save(self, path: Path) -> None:
         """Write the states; the file is complete before it takes its name."""
-        from safetensors.torch import save_file
-
         tensors = {}
         for number, state in enumerate(self.items):
             for name, tensor in {**state.inputs, "velocity": state.velocity}.items():
@@ -91,13 +91,10 @@ class States:
     @classmethod
     def load(cls, path: Path) -> States:
         """Read states; raise FormatError where the file holds none of this schema."""
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="pt") as stored:
-                about = (stored.metadata() or {}).get(SCHEMA)
-                names = stored.keys() if about else []
-                tensors = {name: stored.get_tensor(name) for name in names}
+                about = (stored.metadata() or {}).get(SCHEMA, "")
+                tensors = {name: stored.get_tensor(name) for name in (stored.keys() if about else ())}
         except SafetensorError as error:
             raise FormatError(f"{path} is no file of captured states ({error}). Remove it; `measure` captures anew.") from None
         if not tensors:
@@ -130,6 +127,11 @@ class States:
         if seed is not None and self.items[0].seed != seed:
             return f"states from seed {self.items[0].seed} on, not {seed}"
         return None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of all states, each once."""
+        return sorted({state.prompt for state in self.items})
 
     def summary(self) -> dict[str, Any]:
         """Return what a cost table says about its states."""

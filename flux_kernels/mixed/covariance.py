@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
@@ -20,8 +22,6 @@ def covariance_path(costs: Path) -> Path:
 
 def save_covariance(path: Path, covariances: Mapping[str, Tensor]) -> None:
     """Write tensor name -> float32 [K, K]."""
-    from safetensors.torch import save_file
-
     with written_whole(path) as part:
         save_file({name: covariance.float().cpu().contiguous() for name, covariance in covariances.items()}, part)
 
@@ -32,8 +32,6 @@ def load_covariance(path: str | os.PathLike[str], source: SourceModel, ranks: Ma
     Raises:
         FormatError: where the file is none, or of another model.
     """
-    from safetensors import SafetensorError, safe_open
-
     found = {}
     try:
         with safe_open(path, "pt") as file:

@@ -28,7 +28,7 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MOST_CALLS = 2**31 - 1  # the legacy format counts in int32
 _MOST_ENTRIES, _MOST_NAME, _MOST_VALUES = 2**20, 2**16, 2**24  # above any model: they bound what a damaged file can ask for
 
-Sums = Mapping[str, tuple[Tensor, int]]
+Sums = Mapping[str, tuple[Tensor, float]]
 
 
 def imatrix_path(costs: Path) -> Path:
@@ -87,7 +87,7 @@ def load_imatrix(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return means
 
 
-def _checked(name: str, total: Tensor, count: int) -> tuple[Tensor, int]:
+def _checked(name: str, total: Tensor, count: float) -> tuple[Tensor, int]:
     total = torch.as_tensor(total).detach().to("cpu", torch.float32)
     if total.dim() != 1 or not total.numel():
         raise FormatError(f"The sums of {name} must have shape [K], got {list(total.shape)}.")
@@ -108,7 +108,7 @@ def _save_legacy(path: str | os.PathLike[str], entries: Sums, datasets: list[str
     encoded = ", ".join(datasets).encode()
     most = max(min(count, _MOST_CALLS) for _, count in entries.values())
     data += struct.pack("<ii", most, len(encoded)) + encoded
-    write_whole(path, data)
+    write_whole(path, bytes(data))
 
 
 def _save_gguf(path: str | os.PathLike[str], entries: Sums, datasets: list[str]) -> None:

@@ -13,9 +13,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-STORED = torch.bfloat16  # dtype of both factors, as `file_layout.RANK_TYPE`
-TURNS = 2  # of quantizing what the product leaves and fitting the product anew, from each start; the best one counts
-_FLOOR = 1e-3  # added to second moments, relative to their mean: what the captured inputs never did is unlikely, not impossible
+from ..flux.low_rank_tensors import RANK_TYPE
+from ..formats import PLAIN_TYPES
+
+# Dtype of both factors.
+STORED = PLAIN_TYPES[RANK_TYPE].dtype
+# Of quantizing what the product leaves and fitting the product anew, from each start; the best one counts.
+TURNS = 2
+# Added to second moments, relative to their mean: what the captured inputs never did is unlikely, not impossible.
+_FLOOR = 1e-3
 _TINY = 1e-30
 
 
@@ -35,15 +41,17 @@ def corrected(
         decoded + up @ down is what the layer computes with.
     """
     root = root_of(torch.ones_like(weight[0]) if seen is None else seen.to(weight.device))
-    best, least = None, float("inf")
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    least = float("inf")
     for product in (torch.zeros_like(weight), _product(*_stored(weight, rank, root))):
         for _ in range(TURNS):
             decoded = round_trip(weight - product)
             down, up = _stored(weight - decoded, rank, root)
             product = _product(down, up)
             error = _weighted(weight - decoded - product, root).square().sum().item()
-            if error < least:
+            if best is None or error < least:
                 best, least = (decoded, down, up), error
+    assert best is not None
     return best
 
 
@@ -65,12 +73,14 @@ def fit(error: Tensor, rank: int, root: Tensor) -> tuple[Tensor, Tensor]:
     """
     weighted = _weighted(error, root)
     if weighted.shape[0] < weighted.shape[1]:
-        directions = torch.linalg.eigh(weighted @ weighted.T).eigenvectors[:, -rank:]  # ascending: the last are the largest
+        # Ascending: the last are the largest.
+        directions = torch.linalg.eigh(weighted @ weighted.T).eigenvectors[:, -rank:]
     else:
         directions = weighted @ torch.linalg.eigh(weighted.T @ weighted).eigenvectors[:, -rank:]
         directions = directions / directions.norm(dim=0).clamp_min(_TINY)
     down = directions.T @ error.double()
-    norms = down.norm(dim=1).clamp_min(_TINY).sqrt()  # factors of like size round best
+    # Factors of like size round best.
+    norms = down.norm(dim=1).clamp_min(_TINY).sqrt()
     return (down / norms[:, None]).float(), (directions * norms).float()
 
 

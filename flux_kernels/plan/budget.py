@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -22,7 +22,8 @@ from ..generation.memory_plan import (
     tiled,
     transformer_working,
 )
-from ..mixed.file_layout import KEY_VALUE_BYTES, FileLayout, uniform
+from ..mixed.file_layout import KEY_VALUE_BYTES, FileLayout
+from ..mixed.option import Option
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
@@ -36,7 +37,7 @@ ROOM = (
 """The arithmetic of `--fits`, in words."""
 
 
-def parse_size(text: str, layout: FileLayout, tensors: Iterable[str]) -> int:
+def parse_size(text: str, layout: FileLayout, tensors: Collection[str]) -> int:
     """Return the bytes of a file that a size in words means.
 
     Args:
@@ -46,7 +47,11 @@ def parse_size(text: str, layout: FileLayout, tensors: Iterable[str]) -> int:
         tensors: the tensors that a plan chooses.
     """
     if text in FORMATS:
-        return layout.file_bytes(uniform(layout, text, tensors)) + KEY_VALUE_BYTES
+        option = Option(text)
+        broken = next((name for name in tensors if not option.fits(layout.shapes[name])), None)
+        if broken:
+            raise FormatError(f"{broken} has rows of {layout.shapes[broken][-1]} weights, which are no whole blocks of {text}.")
+        return layout.file_bytes(dict.fromkeys(tensors, option)) + KEY_VALUE_BYTES
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match["unit"].upper()) if match else None
     if match is None or unit is None:

@@ -44,38 +44,19 @@ def _slope(group: Group, before: int, after: int) -> float:
 def walk(groups: Sequence[Group]) -> Iterator[Solution]:
     """Yield the plans from the largest to the smallest, one step apart; each is optimal for exactly its size."""
     picks = [useful(group)[-1] for group in groups]
-    state = total(groups, picks)
-    yield state
-    order = sorted(
-        (
-            (step.added / step.saved, number, position, step)
-            for number, group in enumerate(groups)
-            for position, step in _numbered(group)
-        ),
-        key=lambda entry: entry[:3],
-    )
-    size, cost = state.bytes, state.cost
-    for _, number, _, step in order:
+    largest = total(groups, picks)
+    yield largest
+    numbered = [(number, position, step) for number, group in enumerate(groups) for position, step in enumerate(steps(group))]
+    size, cost = largest.bytes, largest.cost
+    for number, _, step in sorted(numbered, key=lambda entry: (entry[2].added / entry[2].saved, *entry[:2])):
         picks[number] = step.after
         size, cost = size - step.saved, cost + step.added
         yield Solution(tuple(picks), size, cost)
 
 
-def _numbered(group: Group) -> list[tuple[int, Step]]:
-    return list(enumerate(steps(group)))
-
-
-def greedy(groups: Sequence[Group], wanted: int, *, believed: Sequence[Group] | None = None) -> Solution:
-    """Take the best steps first until at most `wanted` bytes are left, or no step is.
-
-    Args:
-        groups: the decisions.
-        wanted: in bytes.
-        believed: the same groups with the sizes that the optimiser counts with, where it rounds bits per weight.
-    """
-    counted = groups if believed is None else believed
-    last = None
-    for last in walk(counted):
-        if last.bytes <= wanted:
+def greedy(groups: Sequence[Group], wanted: int) -> Solution:
+    """Take the best steps first until at most `wanted` bytes are left, or no step is."""
+    for solution in walk(groups):
+        if solution.bytes <= wanted:
             break
-    return total(groups, last.picks if last else ())
+    return total(groups, solution.picks)

@@ -118,8 +118,7 @@ def _quiet() -> Iterator[None]:
 
 def _bound(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: int) -> float:
     """Return the least that the optimum can cost above the largest options: the best steps, of which the last may be a part."""
-    spent = 0.0
-    free = room
+    spent, free = 0.0, float(room)
     parts = [steps(Group(tuple(g.sizes[i] for i in o), tuple(g.costs[i] for i in o))) for g, o in zip(groups, kept)]
     for step in sorted((step for part in parts for step in part), key=lambda step: step.added / step.saved, reverse=True):
         taken = min(1.0, free * unit / step.saved) if free > 0 else 0.0

@@ -6,7 +6,9 @@ peak would be the size of the file.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 
 import torch
@@ -93,6 +95,14 @@ class StoredTensor:
             return tensor.view(stop - start, *self.shape[1:-1], row_bytes) if len(self.shape) > 1 else tensor
         return tensor.view(FLOATS[self.type]).view(stop - start, *self.shape[1:])
 
+    def mapped(self, start: int, stop: int, file: mmap.mmap) -> Tensor:
+        """Map rows of an unscaled float tensor as they are stored; `file` is the whole file."""
+        dtype, shape = FLOATS[self.type], (stop - start, *self.shape[1:])
+        if not prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        offset = self.offset + round(start * self.row_nbytes)
+        return torch.frombuffer(file, dtype=dtype, count=prod(shape), offset=offset).view(shape)
+
     def read(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Read and decode rows: float32 [stop - start, ...] on `device`."""
         if self.quantized:
@@ -108,7 +118,7 @@ class StoredTensor:
         return values * scale
 
 
-def _read_into(file, view: memoryview, tensor: StoredTensor) -> None:
+def _read_into(file: FileIO, view: memoryview, tensor: StoredTensor) -> None:
     """Fill `view`: one call stops at 2 GiB, and at the end of a file that shrank."""
     while view:
         count = file.readinto(view)

@@ -22,11 +22,12 @@ from flux_kernels.generation.base_pipeline import one_thread
 from flux_kernels.measure import run as measure_run
 from flux_kernels.measure.log import log_path
 from flux_kernels.measure.measured_model import find_source, open_transformer
-from flux_kernels.measure.measurer import Measurer, bootstrap, measure_joint
+from flux_kernels.measure.measurer import Measurer, bootstrap
 from flux_kernels.measure.stages import Stages
 from flux_kernels.measure.states import States
 from flux_kernels.mixed.cost import COLUMNS, CostRow, CostTable, JointRow, sidecar
 from flux_kernels.mixed.imatrix import load_imatrix
+from flux_kernels.mixed.option import Option
 
 from ..mixed.captured import COUNT, embedded_pipeline, states
 
@@ -75,7 +76,7 @@ def plain_run(types: dict[str, str]) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("tensor", "kind"), [(QKV, "Q4_K"), (QKV, "Q8_0"), (LINEAR1, "Q2_K")])
 def test_a_cost_is_that_of_a_plain_run(tensor, kind):
-    row = measurer().measure_one(tensor, kind)
+    row = measurer().measure_one(tensor, Option(kind))
     cost, mfq_cost = plain_run({tensor: kind})
     assert row.cost == pytest.approx(cost, rel=CLOSE) and row.mfq_cost == pytest.approx(mfq_cost, rel=CLOSE)
     assert row.bytes == measurer().tensors[tensor].shape[0] * fk.FORMATS[kind].row_bytes(256)
@@ -87,22 +88,22 @@ def test_a_cost_is_that_of_a_plain_run(tensor, kind):
 
 def test_a_plan_is_measured_as_a_whole():
     types = {QKV: "Q3_K", LINEAR1: "Q4_K"}
-    row = measurer().measure_joint(types)
+    options = {name: Option(kind) for name, kind in types.items()}
+    row = measurer().measure_joint(options)
     cost, mfq_cost = plain_run(types)
     assert row.cost == pytest.approx(cost, rel=CLOSE) and row.mfq_cost == pytest.approx(mfq_cost, rel=CLOSE)
     assert row.cost_low <= row.cost <= row.cost_high
-    alone = measurer().measure_one(QKV, "Q3_K")
-    assert measurer().measure_joint({QKV: "Q3_K"}).cost == alone.cost
-    assert measure_joint(embedded_pipeline().transformer, states(), types) == row.cost
-    assert measurer().measure_joint({**types, "single_blocks.0.linear2.weight": "BF16"}).cost == row.cost
+    alone = measurer().measure_one(QKV, Option("Q3_K"))
+    assert measurer().measure_joint({QKV: Option("Q3_K")}).cost == alone.cost
+    assert Measurer(embedded_pipeline().transformer, states()).measure_joint(options).cost == row.cost
+    assert measurer().measure_joint({**options, "single_blocks.0.linear2.weight": Option("BF16")}).cost == row.cost
 
 
 def test_order_does_not_matter():
     """Kept hidden states are those of the unquantized model, wherever the measurement before began."""
     fresh = Measurer(embedded_pipeline().transformer, states())
-    late = fresh.measure_one(LINEAR1, "Q4_K")
-    early = fresh.measure_one(QKV, "Q4_K")
-    assert (early, late) == (measurer().measure_one(QKV, "Q4_K"), measurer().measure_one(LINEAR1, "Q4_K"))
+    late, early = (fresh.measure_one(name, Option("Q4_K")) for name in (LINEAR1, QKV))
+    assert (early, late) == tuple(measurer().measure_one(name, Option("Q4_K")) for name in (QKV, LINEAR1))
 
 
 def test_stages_are_the_forward_pass():
@@ -163,7 +164,7 @@ def test_the_model_stays_as_it_was():
     model = embedded_pipeline().transformer
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     fresh = Measurer(model, states())
-    fresh.measure_joint({QKV: "Q2_K", LINEAR1: "Q2_K"})
+    fresh.measure_joint({QKV: Option("Q2_K"), LINEAR1: Option("Q2_K")})
     with pytest.raises(RuntimeError):
         fresh.changed({f"{PARTS[QKV][0]}.weight": torch.ones(3, 3)})
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -179,7 +180,7 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(FormatError, match="captured with another model: its velocities differ by"):
         Measurer(other, states())
     with pytest.raises(FormatError, match="no matrix 'nothing' to measure"):
-        measurer().measure_one("nothing", "Q4_K")
+        measurer().measure_one("nothing", Option("Q4_K"))
 
 
 def test_bootstrap_covers_the_mean_of_equal_states_and_widens():
@@ -195,13 +196,17 @@ def test_bootstrap_covers_the_mean_of_equal_states_and_widens():
 
 
 def test_tables_are_given_back(tmp_path):
-    rows = [CostRow("a", "F16", 0.0, 0.0, 10, 0.0), CostRow("a", "Q4_K", 1e-3, 2.5, 3, 0.1)]
-    table = CostTable(rows, model="m", states=dict(count=2), joint=[JointRow({"a": "Q4_K"}, 1.0, 2.0, 0.5, 1.5, "abc")])
+    rows = [CostRow("a", Option("F16"), 0.0, 0.0, 10, 0.0), CostRow("a", Option("Q4_K", 16), 1e-3, 2.5, 3, 0.1)]
+    table = CostTable(
+        rows, model="m", states=dict(count=2), joint=[JointRow({"a": Option("Q4_K", 16)}, 1.0, 2.0, 0.5, 1.5, "abc")]
+    )
     path = tmp_path / "costs.csv"
     table.save(path)
-    assert CostTable.load(path) == table and table.by_tensor()["a"]["Q4_K"].bytes == 3
+    assert CostTable.load(path) == table and table.by_tensor()["a"][Option("Q4_K", 16)].bytes == 3
     assert path.read_text().splitlines()[0] == "tensor,type,cost,mfq_cost,bytes,error_weight_rms" == ",".join(COLUMNS)
-    assert json.loads(sidecar(path).read_text())["schema"] == "flux_kernels.costs/1"
+    assert path.read_text().splitlines()[2] == "a,Q4_K+r16,0.001,2.5,3,0.1"
+    about = json.loads(sidecar(path).read_text())
+    assert about["schema"] == "flux_kernels.costs/1" and about["joint"][0]["types"] == {"a": "Q4_K+r16"}
     sidecar(path).unlink()
     assert CostTable.load(path).rows == rows
 
@@ -232,7 +237,7 @@ def test_a_sidecar_of_another_schema_is_refused(tmp_path):
 
 # Whole measurements: logs, processes, resuming
 
-TYPES = ("Q8_0", "Q4_K")
+TYPES = (Option("Q8_0"), Option("Q4_K"))
 
 
 @pytest.fixture
@@ -292,10 +297,11 @@ def test_a_table_has_every_tensor_and_type(whole):
     by_tensor = table.by_tensor()
     assert list(by_tensor) == list(measurer().tensors) and len(by_tensor) == 16
     for rows in by_tensor.values():
-        assert list(rows) == ["F16", *TYPES]
-        assert rows["F16"].cost == 0 < rows["Q8_0"].cost < rows["Q4_K"].cost
-        assert rows["F16"].bytes > rows["Q8_0"].bytes > rows["Q4_K"].bytes
-    assert by_tensor[QKV]["Q4_K"] == measurer().measure_one(QKV, "Q4_K")
+        assert list(map(str, rows)) == ["F16", "Q8_0", "Q4_K"]
+        full, fine, coarse = rows.values()
+        assert full.cost == 0 < fine.cost < coarse.cost
+        assert full.bytes > fine.bytes > coarse.bytes
+    assert by_tensor[QKV][Option("Q4_K")] == measurer().measure_one(QKV, Option("Q4_K"))
     assert table.states["count"] == len(states()) and table.importance == "collected"
     assert CostTable.load(whole.request.out) == table
     found = load_imatrix(whole.request.imatrix_path)
@@ -305,10 +311,10 @@ def test_a_table_has_every_tensor_and_type(whole):
 def test_plans_are_measured_as_their_table_was(whole, tmp_path):
     """The importance beside the table is that of its rows, so that a plan of one tensor costs what its row says."""
     folder = shutil.copytree(whole.request.out.parent, tmp_path / "copy")
-    request = replace(whole.request, out=folder / "costs.csv").as_table()
-    row = measure_run.measure_plan(measure_run.open_measurement(request), {LINEAR1: "Q4_K"})
+    request = replace(whole.request, out=folder / "costs.csv", plan={LINEAR1: Option("Q4_K")}).as_table()
+    row = measure_run.measure_plan(measure_run.open_measurement(request))
     # The file holds sums and counts in float32 and gives their ratio: channels on a rounding edge may fall otherwise
-    assert row.cost == pytest.approx(whole.table.by_tensor()[LINEAR1]["Q4_K"].cost, rel=1e-3)
+    assert row.cost == pytest.approx(whole.table.by_tensor()[LINEAR1][Option("Q4_K")].cost, rel=1e-3)
 
 
 def test_a_plan_that_only_partly_names_this_model_is_refused(request_in, tmp_path):
@@ -322,7 +328,13 @@ def test_a_plan_that_only_partly_names_this_model_is_refused(request_in, tmp_pat
     assert done.exit_code == 1
     assert "names double_blocks.7.img_attn.qkv.weight, which the model does not hold" in " ".join(done.output.split())
     with pytest.raises(FormatError, match="which the model does not hold"):
-        measure_run.measure_plan(measure_run.open_measurement(request), types)
+        measure_run.open_measurement(replace(request, plan=Plan(types, bytes=1, cost=0.0).by_tensor()))
+    for plan, error in (
+        ({"txt_in.weight": Option("Q8_0")}, "no quantized matrix"),
+        ({QKV: Option("Q4_K", 999)}, "cannot be Q4_K"),
+    ):
+        with pytest.raises(FormatError, match=f"The plan does not fit the model: .*{error}"):
+            measure_run.open_measurement(replace(request, plan=plan))
 
 
 def test_killed_and_resumed_gives_the_same_table(whole, request_in):
@@ -421,9 +433,9 @@ def test_16_bit_files_of_every_kind_are_the_same_model(tmp_path):
 
 
 def test_sources_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="was not found"):
+    with pytest.raises(GGUFError, match=r"no\.gguf does not exist"):
         find_source(gguf=tmp_path / "no.gguf")
-    with pytest.raises(FileNotFoundError, match="was not found"):
+    with pytest.raises(GGUFError, match="holds no model"):
         find_source(model=tmp_path)
     with pytest.raises(FormatError, match="not both"):
         find_source(gguf=tmp_path / "a", model=tmp_path / "b")
@@ -437,7 +449,7 @@ def test_sources_that_are_not_there(tmp_path):
 def test_the_command_measures_and_evaluates_plans(whole, request_in, tmp_path):
     from flux_kernels.mixed.plan_file import Plan
 
-    request = request_in("command", types=("Q8_0",))
+    request = request_in("command", types=(Option("Q8_0"),))
     arguments = ["measure", "--out", str(request.out), "--types", "Q8_0", "--json"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
@@ -446,10 +458,10 @@ def test_the_command_measures_and_evaluates_plans(whole, request_in, tmp_path):
     Plan({QKV: "Q4_K", "double_blocks.0.img_mod.lin.weight": "F16"}, bytes=1, cost=0.0).save(tmp_path / "plan.json")
     done = CliRunner().invoke(app, [*arguments, "--plan", str(tmp_path / "plan.json")])
     assert done.exit_code == 0, done.output
-    expected = whole.table.by_tensor()[QKV]["Q4_K"].cost
+    expected = whole.table.by_tensor()[QKV][Option("Q4_K")].cost
     assert json.loads(done.stdout)["cost"] == pytest.approx(expected, rel=CLOSE)
     (kept,) = CostTable.load(request.out).joint
-    assert kept.types == {QKV: "Q4_K"} and kept.cost == pytest.approx(expected, rel=CLOSE)
+    assert kept.types == {QKV: Option("Q4_K")} and kept.cost == pytest.approx(expected, rel=CLOSE)
     # The importance is read back from its file here: sums and counts in float32, so a weight on an edge may fall otherwise
 
 
@@ -459,7 +471,8 @@ def test_a_written_file_costs_what_was_measured(whole, tmp_path):
 
     request = whole.request
     types = {name: ("Q8_0", "Q4_K")[index % 2] for index, name in enumerate(measurer().tensors)}
-    Plan(types, bytes=1, cost=0.0).save(tmp_path / "plan.json")
+    plan = Plan(types, bytes=1, cost=0.0)
+    plan.save(tmp_path / "plan.json")
     done = CliRunner().invoke(
         app,
         ["quantize", str(request.source.files[0].parent), str(tmp_path / "mixed.gguf"), "--plan", str(tmp_path / "plan.json")]
@@ -473,7 +486,7 @@ def test_a_written_file_costs_what_was_measured(whole, tmp_path):
             difference = (model(**state.inputs).sample - state.velocity).double()
             error += state.dsigma**2 * difference.square().mean().item()
             magnitude += state.dsigma**2 * state.velocity.double().square().mean().item()
-    assert error / magnitude == pytest.approx(measurer().measure_joint(types).cost, rel=CLOSE)
+    assert error / magnitude == pytest.approx(measurer().measure_joint(plan.by_tensor()).cost, rel=CLOSE)
 
 
 def test_a_plan_with_corrections_is_measured_as_its_file_is_made(whole, tmp_path):
@@ -484,7 +497,7 @@ def test_a_plan_with_corrections_is_measured_as_its_file_is_made(whole, tmp_path
     arguments = ["measure", "--out", str(tmp_path / "joint.csv"), "--states-file", str(whole.request.states_path)]
     done = CliRunner().invoke(app, [*arguments, "--plan", str(tmp_path / "plan.json"), "--json"])
     assert done.exit_code == 0, done.output
-    fitted = Measurer(embedded_pipeline().transformer, states(), covariance=True).measure_joint({QKV: "Q2_K+r8"})
+    fitted = Measurer(embedded_pipeline().transformer, states(), covariance=True).measure_joint({QKV: Option("Q2_K", 8)})
     assert json.loads(done.stdout)["cost"] == pytest.approx(fitted.cost, rel=CLOSE)
 
 
@@ -496,7 +509,7 @@ def test_few_states_for_a_rank_are_noted(whole, tmp_path, count, noted):
 
     table = replace(whole.table, states={**whole.table.states, "count": count})
     console = Console(record=True, width=200)
-    _report_table(console, table, replace(whole.request, types=("Q8_0", "Q4_K+r8")), False)
+    _report_table(console, table, replace(whole.request, types=(Option("Q8_0"), Option("Q4_K", 8))), False)
     assert ("Take --states 32 or more" in console.export_text()) == noted
 
 
@@ -507,7 +520,7 @@ def test_few_states_for_a_rank_are_noted(whole, tmp_path, count, noted):
         (["--sizes", "1000x1000"], "multiples of 16"),
         (["--dtype", "int8"], "--dtype is float32"),
         (["--device", "warp"], "'warp' cannot be used here"),
-        (["--gguf", "no.gguf"], "was not found"),
+        (["--gguf", "no.gguf"], "no.gguf does not exist"),
         (["--out", "none/costs.csv"], "--out none/costs.csv: there is no folder none. Make it"),
         (["--states-file", "none/states"], "--states-file none/states: there is no folder none. Make it"),
     ],

@@ -7,6 +7,7 @@ import pytest
 from flux_kernels import FormatError
 from flux_kernels.flux.names import block_of
 from flux_kernels.mixed.file_layout import KEY_VALUE_BYTES, embedded_shapes, flux1_shapes, layout_of_shapes
+from flux_kernels.mixed.option import Option
 from flux_kernels.plan.budget import parse_card, parse_resolution, parse_size, room_on_card, room_table
 
 
@@ -32,7 +33,7 @@ def test_sizes_in_words(text, size):
 
 def test_a_type_means_the_file_in_that_type(dev):
     blocks = [name for name, shape in dev.shapes.items() if block_of(name) and len(shape) == 2]
-    assert parse_size("Q4_K", dev, blocks) == dev.file_bytes(dict.fromkeys(blocks, "Q4_K")) + KEY_VALUE_BYTES
+    assert parse_size("Q4_K", dev, blocks) == dev.file_bytes(dict.fromkeys(blocks, Option("Q4_K"))) + KEY_VALUE_BYTES
     with pytest.raises(FormatError, match="img_in.weight has rows of 64 weights, which are no whole blocks of Q4_K"):
         parse_size("Q4_K", dev, ["img_in.weight"])
 
@@ -45,7 +46,7 @@ def test_no_size(text, dev):
 
 def test_bits_per_weight_are_kept_to(dev):
     blocks = [name for name, shape in dev.shapes.items() if block_of(name) and len(shape) == 2]
-    options = dict.fromkeys(blocks, "Q4_K")
+    options = dict.fromkeys(blocks, Option("Q4_K"))
     bits = dev.bits_per_weight(options)
     # The writer's padding is nothing here: all tensors are multiples of 32 bytes.
     assert dev.budget_of_bits(bits) == pytest.approx(dev.file_bytes(options) + KEY_VALUE_BYTES, abs=1)
