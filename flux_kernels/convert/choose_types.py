@@ -1,4 +1,4 @@
-"""Choose the ggml type of every tensor of a file to be written: by layout and file type, by plan, by pattern."""
+"""Choose the ggml type of every tensor of a new file: by layout and file type, by plan, by pattern."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Request:
     """State what is asked for.
 
     Attributes:
-        type: file type such as "Q4_K_S", or a ggml type's own name; beside a plan, of the block matrices that it does not
+        type: file type such as "Q4_K_S", or a ggml type's own name; next to a plan, of the block matrices that it does not
             name. None leaves those in 16 bit.
         rule: "old", "new" or "legacy"; None takes the plan's, else "new".
         plan: types by tensor, or None.
@@ -184,7 +184,7 @@ def _ranks(source: SourceModel, types: Mapping[str, str], request: Request) -> d
 
 
 def _check_blocks(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], plain: str) -> None:
-    """Keep matrices plain whose rows are not whole blocks; raise FormatError where the user named the type for them."""
+    """Keep matrices plain whose rows are not whole blocks; raise FormatError for those of a named type."""
     kept = []
     for name, kind in chosen.types.items():
         fmt = block_format(kind)

@@ -1,4 +1,4 @@
-"""Convert a model to a GGUF file: every tensor is streamed from the source to the file, types by layout, plan or pattern."""
+"""Convert a model to a GGUF file: every tensor is streamed from the source to the file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Conversion:
         bare_nbytes: the same with the usual key-values only, as published files have them.
         bits_per_weight: all tensors, without header and padding.
         block_bits_per_weight: the matrices inside the blocks.
-        peak_bytes: memory that running it takes at most beside torch itself, an estimate.
+        peak_bytes: memory that running it takes at most, on top of torch itself, an estimate.
         notes: sentences for the user.
         seconds: that writing took; 0 before it ran.
         covariance: tensor name -> [K, K] of its inputs, which low-rank corrections are fitted to.
@@ -138,8 +138,8 @@ class Conversion:
                 packed, halves = make_corrected(tensor, self.choice, self.importance.get(name), seen, work)
                 factors.update(zip(correction_names(name), halves, strict=True))
                 return packed
-            made = make_tensor(tensor, self.choice.types[name], self.importance.get(name), work)
-            return made.flatten(1) if len(tensor.shape) > _MAX_DIMS else made
+            rows = make_tensor(tensor, self.choice.types[name], self.importance.get(name), work)
+            return rows.flatten(1) if len(tensor.shape) > _MAX_DIMS else rows
 
         with threads(self.workers) as pool:
             work = Work(pool, self.device, self.engine, report)
@@ -162,7 +162,7 @@ def prepare(
     provenance: bool = True,
     whole_hash: bool = False,
 ) -> Conversion:
-    """Check a conversion and plan its file to the byte; of the source only headers are read, and 4 MB for its hash.
+    """Check a conversion and plan its file to the byte; only headers are read, and 4 MB for the hash.
 
     Args:
         source: see `understand_source`.
@@ -237,7 +237,7 @@ def prepare(
 
 
 def check_target(source: SourceModel, path: str | os.PathLike[str], nbytes: int, force: bool) -> None:
-    """Raise GGUFError where a file cannot be written: it is there, is a source, or does not fit on the disk."""
+    """Raise GGUFError where a file cannot be written: it exists, is a source, or is larger than the disk."""
     target = os.path.realpath(os.fsdecode(path))
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
@@ -277,7 +277,7 @@ def _bits(source: SourceModel, choice: Choice, names: Collection[str]) -> float:
 
 
 def _peak(source: SourceModel, choice: Choice, workers: int, place: torch.device) -> int:
-    """Return the memory that a conversion takes: the largest tensor of the file, every thread's slab, and fitting a correction."""
+    """Return the bytes that a conversion takes: the largest tensor, each thread's slab, a fit."""
     largest = max((Option(choice.types[name]).nbytes(tensor.shape) for name, tensor in source.tensors.items()), default=0)
     slab = SLAB_WEIGHTS.get(place.type, SLAB_WEIGHTS["cuda"])
     width = max((prod(tensor.shape[1:]) for tensor in source.tensors.values()), default=0)

@@ -1,4 +1,4 @@
-"""The key-values of a converted file: the three usual ones, and what it was made from, by which tool, with which choices."""
+"""The key-values of a converted file: the usual ones, and what it comes from, how and by which tool."""
 
 from __future__ import annotations
 
@@ -69,16 +69,17 @@ def provenance_keys(
         keys["flux_kernels.plan.sha256"] = ("STRING", _plan_hash(plan, request))
         keys["flux_kernels.plan.costs_sha256"] = ("STRING", request.plan.costs_sha256)
     if imatrix:
-        keys["quantize.imatrix.file"] = ("STRING", os.path.basename(imatrix))  # llama.cpp's key, as is the next
+        # llama.cpp's keys, these two.
+        keys["quantize.imatrix.file"] = ("STRING", os.path.basename(imatrix))
         keys["quantize.imatrix.entries_count"] = ("UINT32", imatrix_entries)
         keys["flux_kernels.imatrix.sha256"] = ("STRING", file_sha256(imatrix))
     return keys
 
 
 def file_hash(path: str, whole: bool) -> str:
-    """Hash a file: "sha256:<hex>" of all its bytes, or "sampled-sha256:<hex>" of its size and 64 pieces of 64 KiB.
+    """Hash a file, as "sha256:<hex>" or "sampled-sha256:<hex>".
 
-    The first piece starts at byte 0, where the header is, the last ends at the end, the others are evenly spaced. Small
+    The one is of all its bytes, the other of its size and 64 pieces of 64 KiB. The first piece starts at byte 0, where the header is, the last ends at the end, the others are evenly spaced. Small
     files are hashed whole.
     """
     size = os.path.getsize(path)

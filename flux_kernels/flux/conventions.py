@@ -1,4 +1,4 @@
-"""What files of FLUX.1 have by convention: their architecture key, their file type, a matrix that is never BF16."""
+"""What files of FLUX.1 have by convention: an architecture, a file type, a matrix that is never BF16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGE_INPUT = "img_in.weight"
 
 
 def main_file_type(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Return llama.cpp's `file_type` number of the type that most weights of the block matrices have, or None.
+    """Return llama.cpp's number of the type that most weights of the block matrices have, or None.
 
     Args:
         types: tensor name (either naming, without prefix) -> ggml type name.

@@ -1,4 +1,4 @@
-"""The matrices of a Flux file as they lie in the model: one file tensor, such as a fused qkv, is several parameters."""
+"""The matrices of a Flux file as parameters of the model: a fused qkv is three of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FileTensor:
 
 
 def file_tensors(model: nn.Module) -> dict[str, FileTensor]:
-    """List the blocks' matrices of the file a model would be written to, by name, in the order of the file.
+    """List the blocks' matrices of the file a model would be written to, in the order of the file.
 
     Args:
         model: a FluxTransformer2DModel of plain layers.

@@ -1,4 +1,4 @@
-"""Measure plans as a whole for `flux-kernels plan --refine`: the measured model, opened again on the captured states."""
+"""Measure plans as a whole for `flux-kernels plan --refine`, on the states of a cost table."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .run import Request, open_measurement
 
 
 def joint_measure(costs: Path, model: str | None) -> Callable[[Options], float]:
-    """Open the measured model and the states captured for a cost table; return what measures {tensor: option} on them.
+    """Open the model and the states of a cost table; return what measures {tensor: option} on them.
 
     Args:
-        costs: the cost table; its states lie beside it.
+        costs: the cost table; its states lie in the same folder.
         model: the measured model's file or folder; None or "embedded" for the embedded one.
 
     Raises:

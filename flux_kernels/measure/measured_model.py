@@ -1,4 +1,4 @@
-"""Open the 16-bit transformer that is to be measured, and the pipeline that its states are captured with."""
+"""Open the 16-bit transformer that is measured, and the pipeline that its states are captured with."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def find_source(gguf: Path | None = None, model: Path | None = None, base: Path 
 
 
 def open_transformer(source: Source16, device: torch.device, dtype: torch.dtype) -> tuple[FluxTransformer2DModel, str]:
-    """Load the transformer in `dtype`, in eval mode; return it and the ggml type of its block matrices in the file.
+    """Load the transformer in eval mode; return it and the ggml type of its block matrices in the file.
 
     On the CPU, weights that are stored in `dtype` stay mapped from their file.
 

@@ -1,4 +1,4 @@
-"""Measure what quantized tensors cost in the model's own velocity, one tensor at a time or a plan as a whole.
+"""Measure what quantized tensors cost in the model's velocity, one at a time or a plan as a whole.
 
 The velocity v is what the sampler integrates: a step moves the latent by dsigma * v. With states sampled evenly over the
 steps of real runs, the expected squared error of a step over the expected squared step is
@@ -54,9 +54,10 @@ class Errors:
 
 
 class Measurer:
-    """Measure a model on captured states; hidden states in front of the current block are kept for all of them.
+    """Measure a model on captured states.
 
-    Memory beside the model: two hidden states (a third while measuring) a state, and the float32 work of one block's weights.
+    Hidden states in front of the current block are kept for all of them. Memory, on top of the model: two hidden states a
+    state (a third while measuring), and the float32 work of one block's weights.
 
     Args:
         model: a FluxTransformer2DModel of plain layers, on the device and in the dtype to measure in.
@@ -118,13 +119,13 @@ class Measurer:
             )
 
     def changed(self, weights: Mapping[str, Tensor]) -> Errors:
-        """Run the model with other weights of the blocks (parameter name -> weights), from the first block they change on."""
+        """Run the model with other weights of the blocks, by parameter name, from the first changed block on."""
         by_stage = _grouped(weights, self.stages.stage_of)
         return self._changed(by_stage, lambda stage: {name: weights[name] for name in by_stage.get(stage, ())})
 
     @torch.inference_mode()
     def _changed(self, changing: Iterable[int], weights_at: Callable[[int], Mapping[str, Tensor]]) -> Errors:
-        """Run the blocks from the first that changes on; the weights of a block are asked for when it is reached."""
+        """Run the blocks from the first that changes on; `weights_at` is called when a block is reached."""
         first = min((*changing, self.stages.last))
         self._advance(first)
         hidden = self._cache
@@ -152,7 +153,7 @@ class Measurer:
         return by_state
 
     def channel_weights(self, tensor: str) -> Tensor | None:
-        """Return the mean square of each input channel of a tensor of the file, [K], or None where nothing is known."""
+        """Return the mean square of each input channel of a tensor of the file, [K], None where unknown."""
         known = self.importance.get(tensor)
         return None if known is None else known[0] / max(known[1], 1)
 
@@ -182,7 +183,7 @@ class Measurer:
         )
 
     def joint_errors(self, options: Options) -> Errors:
-        """Run the model with all of these tensors quantized at once; the weights of one block at a time are decoded."""
+        """Run the model with all of these tensors quantized; one block's weights are decoded at a time."""
         by_stage = _grouped(self.known(options), lambda name: self.stages.stage_of(self.tensors[name].module))
 
         def weights_at(stage: int) -> dict[str, Tensor]:
@@ -192,7 +193,7 @@ class Measurer:
         return self._changed(by_stage, weights_at)
 
     def known(self, options: Options) -> dict[str, Option]:
-        """Return the tensors that count as quantized (those in a plain type do not); raise FormatError for foreign ones."""
+        """Return what counts as quantized, not plain types; raise FormatError for tensors of another model."""
         foreign = [name for name in options if name not in self.tensors]
         if foreign:
             raise FormatError(
@@ -218,7 +219,7 @@ def velocity_cost(error: Tensor, signal: Tensor, weights: Tensor) -> float:
 
 
 def bootstrap(error: Tensor, signal: Tensor, weights: Tensor, *, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of `velocity_cost` over the states; the numbers depend on `seed` alone."""
+    """Return the percentile bootstrap interval of `velocity_cost` over the states, the same for a `seed`."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(error), (_RESAMPLES, len(error)), generator=generator)
     costs = (weights * error)[drawn].sum(1) / (weights * signal)[drawn].sum(1)
@@ -238,7 +239,7 @@ def _mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Add up the squares of every input channel of the file's tensors while the model runs, or all products of channels."""
+    """Add up squares of the input channels of the file's tensors while the model runs, or all products."""
 
     def __init__(self, model: torch.nn.Module, tensors: Mapping[str, FileTensor], covariance: bool):
         self._covariance = covariance
@@ -260,7 +261,7 @@ class _Sums:
         return add
 
     def stop(self) -> tuple[Importance, dict[str, Tensor]]:
-        """Remove the hooks; return the importance and the covariances (mean products of channels), where wanted."""
+        """Remove the hooks; return importance and covariances (mean products of channels), where wanted."""
         for hook in self._hooks:
             hook.remove()
         importance = {name: (sums.float(), float(self._counts[name])) for name, sums in self._sums.items()}

@@ -1,4 +1,4 @@
-"""Estimate what `measure` holds in memory, and refuse before anything is loaded where that is more than is free."""
+"""Estimate what `measure` holds in memory; refuse, before anything is loaded, what does not fit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from ..flux.calls import image_tokens
 from ..generation.memory_check import companion_files, loaded_weights, require_memory
 from ..generation.memory_plan import GIB, transformer_working
 from ..generation.tasks import default_settings
-from .capture import Size
 from .measured_model import Source16
+from .request import Size
 from .states import BATCH_TOKENS, SCHEMA
 
-_HIDDEN_STATES = 3  # of every state: in front of the block in work, the last one, and the changed one while measuring
+# Of every state: in front of the block in work, the last one, and the changed one while measuring.
+_HIDDEN_STATES = 3
 
 
 def check_memory(
@@ -51,7 +52,8 @@ def check_memory(
     try:
         config = source.config
     except GGUFError:
-        return  # opening the model says what is wrong with it
+        # Opening the model says what is wrong with it.
+        return
     sizes = _captured_sizes(states) or [sizes[number % len(sizes)] for number in range(count)]
     needs = memory_needs(source, config, device, dtype, sizes, capturing=capturing)
     name = dtype_name(dtype)
@@ -69,7 +71,9 @@ def memory_needs(
     *,
     capturing: bool,
 ) -> dict[str, int]:
-    """Return what for -> bytes held at the peak: while capturing, or later with the states' hidden states, whichever is more.
+    """Return what for -> bytes held at the peak.
+
+    The peak is while capturing, or later with the states' hidden states, whichever is more.
 
     Args:
         source: what is measured.
@@ -113,7 +117,10 @@ def _ways_out(source: Source16, config, device, dtype, sizes, capturing: bool) -
 
 
 def _captured_sizes(path: Path) -> list[Size]:
-    """Return the picture sizes of captured states, [] where there are none; reading them all says what is wrong with them."""
+    """Return the picture sizes of captured states, [] where there are none.
+
+    Reading them all says what is wrong with them.
+    """
     if not path.exists():
         return []
     try:

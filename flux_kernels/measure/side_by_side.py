@@ -1,4 +1,4 @@
-"""Pictures of several plans side by side: the same prompts and noise, a column a plan, the unquantized model first."""
+"""Pictures of several plans side by side: the same prompts and noise, the unquantized model first."""
 
 from __future__ import annotations
 

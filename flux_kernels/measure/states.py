@@ -17,9 +17,12 @@ from ..errors import FormatError
 from ..files import file_sha256, written_whole
 
 SCHEMA = "flux_kernels.states/1"
-PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")  # batch dimension first
-SHARED = ("img_ids", "txt_ids")  # of all pictures of one size
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens that run together, at most; a larger picture runs alone
+# Inputs with the batch dimension first.
+PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+# Inputs of all pictures of one size.
+SHARED = ("img_ids", "txt_ids")
+# Tokens that run together, at most; a larger picture runs alone.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class States:
         facts = dict(model=self.model, source_sha256=self.source_sha256, states=[state.facts() for state in self.items])
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as part:
-            save_file(tensors, part, {SCHEMA: json.dumps(facts, ensure_ascii=False)})  # one key: several have no fixed order
+            # One key: several have no fixed order.
+            save_file(tensors, part, {SCHEMA: json.dumps(facts, ensure_ascii=False)})
         self.sha256 = file_sha256(path)
 
     @classmethod
@@ -114,7 +118,7 @@ class States:
         steps: int | None = None,
         seed: int | None = None,
     ) -> str | None:
-        """Say in which way these are not the states that such a capture would give, or None; what is not given does not count."""
+        """Say in which way such a capture would give other states, or None; what is not given does not count."""
         if count is not None and len(self.items) != count:
             return f"{len(self.items)} states, not {count}"
         for state in self.items:
@@ -154,13 +158,13 @@ def batches(items: Sequence[State], device: torch.device, dtype: torch.dtype) ->
         ids = tuple(state.inputs[name].numpy().tobytes() for name in SHARED)
         groups.setdefault((ids, tuple(sorted(state.inputs))), []).append(index)
     limit = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
-    found = []
+    parts = []
     for indices in groups.values():
         at_once = max(1, limit // items[indices[0]].tokens)
         for start in range(0, len(indices), at_once):
             part = indices[start : start + at_once]
-            found.append(Batch(part, _stack([items[index].inputs for index in part], device, dtype)))
-    return found
+            parts.append(Batch(part, _stack([items[index].inputs for index in part], device, dtype)))
+    return parts
 
 
 def _stack(inputs: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The cost table: what each type costs for each tensor of a file, as a CSV with a JSON beside it.
+"""The cost table: what each type costs for each tensor of a file, as a CSV and a JSON file.
 
 `costs.csv` has the fields of `CostRow` as columns; `costs.csv.json` says which model and which states were measured, and holds joint
 measurements: costs of single tensors do not add, so plans are measured as a whole.
@@ -134,7 +134,7 @@ class CostTable:
         return {name: {option: getattr(row, metric) for option, row in rows.items()} for name, rows in self.by_tensor().items()}
 
     def save(self, path: Path) -> None:
-        """Write `path` and the JSON beside it; both are complete before either takes its name.
+        """Write `path` and its JSON; both are complete before either takes its name.
 
         Processes of one run may write at once: each writes files of its own, which are the same.
         """
@@ -150,7 +150,7 @@ class CostTable:
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
-        """Read a table; the JSON beside it may be missing.
+        """Read a table; its JSON may be missing.
 
         Raises:
             FormatError: where the CSV is no cost table, or the JSON has another schema.

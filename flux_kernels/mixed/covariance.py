@@ -1,4 +1,4 @@
-"""The inputs' covariances that low-rank corrections are fitted to, as a safetensors file beside the cost table."""
+"""The inputs' covariances that low-rank corrections are fitted to, as a safetensors file."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def load_covariance(path: str | os.PathLike[str], source: SourceModel, ranks: Ma
     Raises:
         FormatError: where the file is none, or of another model.
     """
-    found = {}
+    covariances = {}
     try:
         with safe_open(path, "pt") as file:
             for name in ranks.keys() & set(file.keys()):
-                found[name] = file.get_tensor(name)
+                covariances[name] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise FormatError(
             f"{os.fspath(path)} is no file of covariances ({error}). `flux-kernels measure` writes one."
         ) from None
-    for name, covariance in found.items():
+    for name, covariance in covariances.items():
         k = source.tensors[name].shape[1]
         if covariance.shape != (k, k):
             raise FormatError(
                 f"The covariance of {name} is {list(covariance.shape)}, its rows have {k} weights: another model's."
             )
-    if ranks and not found:
+    if ranks and not covariances:
         raise FormatError(
             f"{os.fspath(path)} has none of the {len(ranks)} tensors that get a correction: it is another model's."
         )
-    return found
+    return covariances

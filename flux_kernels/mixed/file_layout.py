@@ -1,4 +1,4 @@
-"""The bytes of a file before it is written: each tensor of a FLUX.1 GGUF file, its type where no plan chooses it."""
+"""The bytes of a FLUX.1 GGUF file before it is written: its tensors, and types that no plan chooses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class FileLayout:
         return self.file_bytes({}) - sum(self.option_bytes(name, self.types[name]) for name in self.shapes)
 
     def option_bytes(self, name: str, option: Option) -> int:
-        """Return what a tensor adds to the file in an option, padding and the header's entries of a correction included."""
+        """Return the bytes that a tensor adds: padded data, and the header's entries of a correction."""
         entries = option.entries(name, self.shapes[name])
         data = sum(padded(tensor_nbytes(type_row(kind), shape), DEFAULT_ALIGNMENT) for _, kind, shape in entries)
         return data + sum(_entry_bytes(extra) for extra, _, _ in entries[1:])
@@ -101,7 +101,7 @@ class FileLayout:
 
 
 def layout_of_shapes(shapes: Shapes, model: str, rule: str = "new") -> FileLayout:
-    """Make the layout of a file; `rule` says how the tensors outside a plan are stored (see flux/types.py)."""
+    """Make the layout of a file; `rule` of flux/types.py says how tensors outside a plan are stored."""
     if rule not in RULES:
         raise FormatError(f"Unknown rule {rule!r}. Known: {', '.join(RULES)}.")
     types = {**tensor_types(rule, "BF16", shapes), **({IMAGE_INPUT: "F32"} if IMAGE_INPUT in shapes else {})}

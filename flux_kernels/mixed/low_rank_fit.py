@@ -1,6 +1,6 @@
-"""Fit a low-rank correction of a quantized matrix: W is stored as packed rows plus up @ down, in 16 bit, of rank r.
+"""Fit a low-rank correction of a quantized matrix.
 
-The idea is SVDQuant's (arXiv 2411.05007): what the type does worst is left to a product of thin matrices. Two starts are
+W is stored as packed rows plus up @ down, in 16 bit, of rank r. The idea is SVDQuant's (arXiv 2411.05007): what the type does worst is left to a product of thin matrices. Two starts are
 tried: the product takes the largest directions of W, and the type what is left (SVDQuant's); or the type comes first, and the
 product takes the largest directions of its error. "Largest" is as the layer's inputs see it: the truncated singular value
 decomposition after the root of the inputs' second moments, channel by channel or with all their correlations.
@@ -56,7 +56,7 @@ def corrected(
 
 
 def root_of(seen: Tensor) -> Tensor:
-    """Return the root of second moments in float64: of each channel [K], or the symmetric root of a covariance [K, K]."""
+    """Return the root of second moments in float64: of channels [K], or symmetric of a covariance [K, K]."""
     seen = seen.double()
     mean = (seen if seen.dim() == 1 else seen.diagonal()).mean().clamp_min(torch.finfo(torch.float32).tiny)
     if seen.dim() == 1:
@@ -69,7 +69,7 @@ def fit(error: Tensor, rank: int, root: Tensor) -> tuple[Tensor, Tensor]:
     """Return down [rank, K] and up [N, rank] of least ||(error - up @ down) root||.
 
     The best projection of the error onto `rank` output directions: those of the largest singular values of error @ root,
-    found from the smaller Gram matrix.
+    computed from the smaller Gram matrix.
     """
     weighted = _weighted(error, root)
     if weighted.shape[0] < weighted.shape[1]:

@@ -1,4 +1,4 @@
-"""One way to store a tensor: a ggml type, with or without a low-rank correction beside it."""
+"""One way to store a tensor: a ggml type, with or without a low-rank correction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEXT = re.compile(r"(?P<type>\w+?)(\+r(?P<rank>[1-9]\d*))?")
 
 
 class Option(NamedTuple):
-    """Name a ggml type, and the rank of the 16-bit correction that is stored beside it; rank 0 is none.
+    """Name a ggml type, and the rank of the 16-bit correction that is stored with it; rank 0 is none.
 
     Files and people write it as text: "Q4_K", or "Q4_K+r16".
     """
@@ -49,7 +49,7 @@ class Option(NamedTuple):
         return shape[-1] % type_row(self.type).block_size == 0 and self.rank <= min(shape)
 
     def entries(self, name: str, shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return (name, type, shape) of the tensors of a file: the tensor itself, then its correction's down and up."""
+        """Return (name, type, shape) of what a file holds: the tensor, then its correction's down and up."""
         halves = low_rank_shapes(name, shape, self.rank)
         return [(name, self.type, shape), *((half, RANK_TYPE, size) for half, size in halves.items())]
 

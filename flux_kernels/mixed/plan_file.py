@@ -1,4 +1,4 @@
-"""The plan of a mixed file: which ggml type each tensor gets, as a JSON file that says where it came from."""
+"""The plan of a mixed file: the type of each tensor, as a JSON file that says where it comes from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Plan:
     Attributes:
         types: tensor name in the GGUF file (BFL names, without prefix) -> ggml type name. Tensors that are not named follow
             the layout `options["rule"]` ("new" where it is missing).
-        low_rank: tensor name -> rank of the 16-bit correction stored beside it; tensors that are not named have none.
+        low_rank: tensor name -> rank of the 16-bit correction stored with it; tensors that are not named have none.
         bytes: size of the whole file with the key-values that published files have, in bytes; what a tool writes about the
             file's origin comes on top (KEY_VALUE_BYTES are kept free for it within a budget).
         cost: predicted by adding up the costs of the tensors; lower is better.

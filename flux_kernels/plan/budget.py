@@ -1,4 +1,4 @@
-"""Turn what people say about size into bytes of a file: "8GB", "7.5GiB", 8000000000, "Q4_K", bits per weight, or a card."""
+"""Turn what people say about size into bytes of a file: "8GB", "7.5GiB", "Q4_K", or a card's memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Room:
         height: of the picture, in pixels.
         activations: of the transformer, a decoded matrix included.
         vae: memory of the VAE while it decodes the picture, in tiles above 1024 x 1024.
-        beside: weights that stay on the card beside the transformer.
+        beside: weights of other parts that stay on the card while the transformer runs.
         file: what is left for the file; negative where nothing is.
     """
 
@@ -109,9 +109,9 @@ def room_on_card(layout: FileLayout, card_gib: float, width: int, height: int, o
     others = companions(width, height)
     vae = next(part for part in others if part.name == "vae")
     decoding = tiled(vae.working, width, height)
-    beside = sum(part.weights for part in others) if offload == "none" else 0
+    resident = sum(part.weights for part in others) if offload == "none" else 0
     peak = max(working, decoding) if offload == "none" else working
-    return Room(width, height, working, vae.weights + decoding, beside, free_on_card(card_gib) - beside - peak)
+    return Room(width, height, working, vae.weights + decoding, resident, free_on_card(card_gib) - resident - peak)
 
 
 def room_table(layout: FileLayout, card_gib: float, offload: str = "model") -> list[Room]:

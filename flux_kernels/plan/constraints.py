@@ -1,8 +1,8 @@
-"""What a plan must respect, by patterns of tensor names: kept types, least types, tensors tied to one type."""
+"""What a plan must respect, by patterns of tensor names: kept types, least types, tied tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,7 +16,7 @@ Costs = Mapping[str, Mapping[Option, float]]
 
 @dataclass(frozen=True)
 class Constraints:
-    """Hold what a plan must respect; patterns are fnmatch patterns of tensor names, with or without ".weight".
+    """Hold what a plan must respect; fnmatch patterns of tensor names, with or without ".weight".
 
     Attributes:
         keep: (pattern, option): these tensors get exactly this option, also tensors outside the blocks.
@@ -77,18 +77,14 @@ def allowed(
     """
     left = {name: dict(options) for name, options in costs.items()}
     fixed: dict[str, Option] = {}
-
-    def limit(name: str, is_allowed: Callable[[Option], bool], asked: str) -> None:
-        left[name] = {option: cost for option, cost in left[name].items() if is_allowed(option)}
-        if not left[name]:
-            raise FormatError(f"{name}: no measured type is left with {asked}. Measure it, or loosen the constraint.")
-
     types = {option.type for option in constraints.only_types}
     for name in left if types else ():
-        limit(name, lambda option: option.type in types, f"only {', '.join(sorted(types))}")
+        only = {option: cost for option, cost in left[name].items() if option.type in types}
+        left[name] = _any_left(only, name, f"only {', '.join(sorted(types))}")
     for pattern, least in constraints.at_least:
         for name in matching(pattern, left):
-            limit(name, lambda option: option.bits >= least.bits, f"at least {least}")
+            wide = {option: cost for option, cost in left[name].items() if option.bits >= least.bits}
+            left[name] = _any_left(wide, name, f"at least {least}")
     for pattern, kept in constraints.keep:
         for name in matching(pattern, plain):
             if name in left:
@@ -96,6 +92,12 @@ def allowed(
             else:
                 fixed[name] = kept
     return left, fixed
+
+
+def _any_left(options: dict[Option, float], name: str, asked: str) -> dict[Option, float]:
+    if not options:
+        raise FormatError(f"{name}: no measured type is left with {asked}. Measure it, or loosen the constraint.")
+    return options
 
 
 def _cost_of(options: Mapping[Option, float], option: Option, name: str) -> float:
@@ -108,7 +110,10 @@ def _cost_of(options: Mapping[Option, float], option: Option, name: str) -> floa
 
 
 def tied(names: Sequence[str], constraints: Constraints) -> list[list[str]]:
-    """Return the groups of tensors that get one type, in the order of their first names; most groups are one tensor."""
+    """Return the groups of tensors that get one type, in the order of their first names.
+
+    Most groups are one tensor.
+    """
     owner = {name: name for name in names}
 
     def root(name: str) -> str:

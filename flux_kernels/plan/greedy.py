@@ -1,4 +1,4 @@
-"""The greedy optimiser of MixedQuantFlux, as a baseline, and the curve of the best plans of every size that it walks along.
+"""The greedy optimiser of MixedQuantFlux, as a baseline, and the curve of best plans it walks along.
 
 Per group the options are thinned out until the steps from the largest to the smallest get steeper and steeper; the step that
 saves most bits for the cost it adds is taken first, until the wanted number of bits is gone. Its last step is taken whole, so
@@ -25,7 +25,7 @@ class Step:
 
 
 def steps(group: Group) -> list[Step]:
-    """Return the convex steps of a group from its largest option down: each adds more cost a byte than the one before."""
+    """Return the convex steps of a group, largest option first: each adds more cost a byte than the last."""
     hull: list[int] = []
     for index in reversed(useful(group)):
         while len(hull) > 1 and _slope(group, hull[-2], hull[-1]) >= _slope(group, hull[-1], index):
@@ -42,7 +42,7 @@ def _slope(group: Group, before: int, after: int) -> float:
 
 
 def walk(groups: Sequence[Group]) -> Iterator[Solution]:
-    """Yield the plans from the largest to the smallest, one step apart; each is optimal for exactly its size."""
+    """Yield the plans from the largest to the smallest, one step apart; each is the best of its size."""
     picks = [useful(group)[-1] for group in groups]
     largest = total(groups, picks)
     yield largest

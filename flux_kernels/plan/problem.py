@@ -1,4 +1,4 @@
-"""Plan a mixed file: the type of every tensor, so that the file keeps to a number of bytes at the least predicted cost."""
+"""Plan a mixed file: the type of every tensor, at the least predicted cost within a number of bytes."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def plan_within(
 
 
 def curve(problem: Problem) -> list[tuple[int, float]]:
-    """Return (file bytes, cost) of plans from the largest to the smallest, each of which is the best of its size."""
+    """Return (file bytes, cost) of plans from the largest to the smallest, each the best of its size."""
     fixed = problem.fixed_bytes - KEY_VALUE_BYTES
     return [(fixed + point.bytes, point.cost) for point in walk(problem.groups())]
 

@@ -1,6 +1,6 @@
-"""Refine a plan by measuring it as a whole: costs of single tensors do not add, so they are corrected where the plan stands.
+"""Refine a plan by measuring it as a whole.
 
-A round measures the plan jointly, and again with one group of its tensors (a class such as all `img_mlp.0`, or a block) left
+Costs of single tensors do not add, so they are corrected where the plan stands. A round measures the plan jointly, and again with one group of its tensors (a class such as all `img_mlp.0`, or a block) left
 unquantized at a time. The difference is what that group adds to this plan; the costs of its tensors are scaled so that they
 add up to it, and the plan is solved again. The best plan that was measured is kept, so that a round can do no harm.
 """
@@ -50,7 +50,7 @@ def refine(
     time_limit: float = TIME_LIMIT,
     on_measured: Callable[[str, float], None] = lambda what, cost: None,
 ) -> Refined:
-    """Plan within a budget, measure the plan as a whole, correct the costs, plan again; return the best plan.
+    """Plan within a budget, measure the plan, correct the costs and plan again; return the best plan.
 
     Args:
         problem: the decisions, with costs of single tensors.

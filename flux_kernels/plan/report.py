@@ -1,4 +1,4 @@
-"""The report on a plan: one HTML page that needs no network, and its figures as PNG files beside it."""
+"""The report on a plan: one HTML page that needs no network, and its figures as PNG files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CAPTIONS = {
 
 
 def write_report(data: ReportData, path: Path) -> list[Path]:
-    """Write the page `path` and its figures as `<stem>-<figure>.png` beside it; return what was written.
+    """Write the page `path` and its figures as `<stem>-<figure>.png` next to it; return all paths.
 
     Each file appears under its name only when it is complete.
 
@@ -92,17 +92,19 @@ def _compared(data: ReportData) -> str:
     cost = data.plan.cost
     # What another file could have taken.
     room = max(data.plan.bytes, data.budget - KEY_VALUE_BYTES)
-    said = [f"Predicted error {cost:.4g}"]
+    sentences = [f"Predicted error {cost:.4g}"]
     fitting = [(option, value) for option, size, value in data.uniform if size <= room and value > 0]
     if fitting and cost > 0:
         option, value = min(fitting, key=lambda file: file[1])
-        said.append(f"{(1 - cost / value):.0%} less than {option} for everything, the best uniform file within the same size")
+        sentences.append(
+            f"{(1 - cost / value):.0%} less than {option} for everything, the best uniform file within the same size"
+        )
     baseline = [value for size, value in data.greedy if size <= room]
     if baseline and min(baseline) > 0:
-        said.append(f"{(1 - cost / min(baseline)):.0%} less than the greedy choice of whole blocks")
+        sentences.append(f"{(1 - cost / min(baseline)):.0%} less than the greedy choice of whole blocks")
     if data.plan.joint_cost is not None:
-        said.append(f"measured as a whole: {data.plan.joint_cost:.4g}")
-    return html.escape("; ".join(said)) + "."
+        sentences.append(f"measured as a whole: {data.plan.joint_cost:.4g}")
+    return html.escape("; ".join(sentences)) + "."
 
 
 def _measured_table(data: ReportData) -> str:

@@ -92,7 +92,7 @@ def gather(
 
 
 def uniform_files(layout: FileLayout, costs: Costs) -> list[tuple[Option, int, float]]:
-    """Return (option, file bytes, predicted cost) of the files with one option for every tensor of `costs`."""
+    """Return (option, file bytes, predicted cost) of files with one option for every tensor of `costs`."""
     shared = [option for option in next(iter(costs.values())) if all(option in row for row in costs.values())]
     files = [(one, layout.file_bytes(dict.fromkeys(costs, one)), sum(row[one] for row in costs.values())) for one in shared]
     return sorted(files, key=lambda file: file[1])

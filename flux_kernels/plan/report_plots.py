@@ -1,4 +1,4 @@
-"""Draw a plan for people: size against cost, tensors against types, where the bytes go. Needs matplotlib."""
+"""Draw a plan: size against cost, tensors against types, where the bytes go. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PLACES = {BLOCK: "", LEFTOVER: ", outside the blocks", VECTOR: ", biases and no
 
 
 def size_against_cost(data: ReportData) -> Figure:
-    """Draw file size against predicted cost: uniform files, greedy, the best plans, this plan, joint measurements."""
+    """Draw file size against cost: uniform files, greedy, the best plans, this plan, joint measurements."""
     figure, axes = panel(9.5, 5.6)
     plan, (unit, unit_name) = data.plan, unit_of(data.plan.bytes)
     _line(axes, data.best, unit, PLAN, "the best plan of every size, tensor by tensor", "-")
@@ -57,12 +57,12 @@ def size_against_cost(data: ReportData) -> Figure:
 
 
 def _note(axes: Axes, text: str, at: tuple[float, float], color: str, **place: Any) -> None:
-    """Write small words beside a point; `xytext` of `place` is in points from it."""
+    """Write small words at a point; `xytext` of `place` is in points from it."""
     axes.annotate(text, at, textcoords="offset points", fontsize=8.5, color=color, **place)
 
 
 def _label_uniform(axes: Axes, data: ReportData, unit: float) -> None:
-    """Name the uniform files beside their points; names of files of nearly one size are moved apart."""
+    """Name the uniform files at their points; names of files of nearly one size are moved apart."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     columns: dict[tuple[bool, int], list[tuple[float, float, str]]] = {}
     for option, size, cost in data.uniform:

@@ -1,4 +1,4 @@
-"""Understand a source model: which it is, and of which stored rows each tensor of the file to be written consists."""
+"""Understand a source model: what it is, and of which stored rows each tensor of a new file consists."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ def _fused(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int,
         pieces = []
         for parameter, source in parts[name]:
             taken = 0
-            for start, stop in source.rows:  # where the parameter's rows lie in BFL's tensor, in the parameter's order
+            # Where the parameter's rows lie in BFL's tensor, in the parameter's order.
+            for start, stop in source.rows:
                 pieces.append((start, (stored[parameter], taken, taken + stop - start)))
                 taken += stop - start
         ordered = tuple(piece for _, piece in sorted(pieces, key=lambda piece: piece[0]))

@@ -1,4 +1,4 @@
-"""One tensor of a file on disk, read row by row: safetensors and GGUF files alike are bytes of a type at an offset.
+"""One tensor of a file on disk, read row by row: bytes of a type at an offset.
 
 Rows are read, not mapped: a mapped source counts as the process's memory page by page, and as address space at once, so its
 peak would be the size of the file.
@@ -81,7 +81,7 @@ class StoredTensor:
             )
 
     def raw(self, start: int, stop: int) -> Tensor:
-        """Read rows as they are stored: uint8 [stop - start, row bytes...] for blocks, the typed rows otherwise."""
+        """Read rows as they are stored: uint8 [stop - start, row bytes...] for blocks, typed rows otherwise."""
         first = self.offset + round(start * self.row_nbytes)
         data = bytearray(round(stop * self.row_nbytes) - round(start * self.row_nbytes))
         with open(self.path, "rb", buffering=0) as file:
@@ -106,7 +106,8 @@ class StoredTensor:
     def read(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Read and decode rows: float32 [stop - start, ...] on `device`."""
         if self.quantized:
-            if len(self.shape) == 1:  # blocks span rows of one weight
+            # Blocks span rows of one weight.
+            if len(self.shape) == 1:
                 return dequantize(self.raw(0, self.rows).to(device), self.type)[start:stop]
             return dequantize(self.raw(start, stop).to(device), self.type)
         values = self.raw(start, stop).to(device).float()

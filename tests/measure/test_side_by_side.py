@@ -1,4 +1,4 @@
-"""Pictures side by side: every column is drawn with its plan's weights, and the model is as it was afterwards."""
+"""Pictures side by side: each column is drawn with its plan's weights, and the model stays as it was."""
 
 from __future__ import annotations
 

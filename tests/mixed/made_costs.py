@@ -17,7 +17,7 @@ TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
 
 
 def made_table(seed: int = 0, types: tuple[str, ...] = TYPES) -> CostTable:
-    """Draw costs: every matrix of a block has a sensitivity of its own, every bit less costs four times as much."""
+    """Draw costs: each block matrix has its own sensitivity, and every bit less costs four times as much."""
     rng = np.random.default_rng(seed)
     rows = []
     for name, shape in embedded_shapes().items():

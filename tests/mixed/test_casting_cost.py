@@ -39,8 +39,9 @@ def test_blocks_keep_their_published_costs(dev):
         "Q8_0",
     }
     assert block_costs(table, "double_blocks.0.", "Q2_K") == pytest.approx(652.65)
-    assert block_costs(table, "single_blocks.0.", "Q8_0") == pytest.approx(8.9919)  # layer 19
-    assert block_costs(table, "single_blocks.37.", "Q8_0") == pytest.approx(0.13739)  # layer 56, the last
+    # Layer 19, and 56, the last.
+    assert block_costs(table, "single_blocks.0.", "Q8_0") == pytest.approx(8.9919)
+    assert block_costs(table, "single_blocks.37.", "Q8_0") == pytest.approx(0.13739)
     assert block_costs(table, "single_blocks.37.", "BF16") == 0
 
 
@@ -52,7 +53,8 @@ def test_of_two_measurements_the_first_counts(dev, tmp_path):
     (tmp_path / "patched.csv").write_text("\n".join(kept) + "\n")
     patched = read_casting_cost(tmp_path / "patched.csv", dev)
     assert block_costs(patched, "double_blocks.1.", "Q4_1") == pytest.approx(95.388)
-    assert block_costs(patched, "double_blocks.1.", "Q4_0") == pytest.approx(120.78)  # measured once
+    # Measured once.
+    assert block_costs(patched, "double_blocks.1.", "Q4_0") == pytest.approx(120.78)
 
 
 def test_costs_are_spread_by_weights(dev):
@@ -78,7 +80,8 @@ def test_a_measured_table_is_exported_with_the_earlier_metric(tmp_path):
     wanted = sum(
         row.mfq_cost for row in table.rows if row.tensor.startswith("double_blocks.0.") and row.option == Option("Q4_K")
     )
-    assert first == pytest.approx(wanted, rel=1e-5)  # six digits are written
+    # Six digits are written.
+    assert first == pytest.approx(wanted, rel=1e-5)
     table.rows = [row for row in table.rows if "txt_mlp.2" not in row.tensor]
     with pytest.raises(FormatError, match="lacks double_blocks.0.txt_mlp.2.weight"):
         write_casting_cost(table, layout, out)

@@ -43,7 +43,8 @@ def test_a_correction_takes_what_a_type_does_worst():
     assert down.dtype == up.dtype == STORED
     plain = (weight - round_trip(weight)).square().sum()
     left = (weight - decoded - up.float() @ down.float()).square().sum()
-    assert left < 0.1 * plain  # without the four large directions what remains is a tenth in size, a hundredth in square
+    # Without the four large directions what remains is a tenth in size, a hundredth in square.
+    assert left < 0.1 * plain
 
 
 def test_importance_says_where():
@@ -66,7 +67,8 @@ def test_a_corrected_tensor_is_measured_and_counted():
     assert measurer.measure_joint({QKV: Option("Q2_K", 16)}).cost == ranked.cost
     correlated = Measurer(embedded_pipeline().transformer, states(), covariance=True)
     torch.testing.assert_close(correlated.covariance[QKV].diagonal().float(), correlated.channel_weights(QKV))
-    modulation = "single_blocks.0.modulation.lin.weight"  # its inputs, one a picture, span few directions
+    # Its inputs, one a picture, span few directions.
+    modulation = "single_blocks.0.modulation.lin.weight"
     ranked = Option("Q2_K", 4)
     assert correlated.measure_one(modulation, ranked).cost < 0.5 * measurer.measure_one(modulation, ranked).cost
     shape = measurer.tensors[QKV].shape

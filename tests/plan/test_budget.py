@@ -24,7 +24,8 @@ def dev():
         ("750MB", 750_000_000),
         ("12_345", 12345),
         ("1kib", 1024),
-        ("9007199254740993", 9007199254740993),  # one above what a double holds
+        # One above what a double holds.
+        ("9007199254740993", 9007199254740993),
     ],
 )
 def test_sizes_in_words(text, size):
@@ -64,7 +65,7 @@ def test_cards_and_resolutions():
 
 
 def test_room_follows_the_documented_arithmetic(dev):
-    """At 1024 x 1024: 4096 + 512 tokens, 20 widths of 3072 in 16 bit and a tenth more, linear1 decoded in 16 bit."""
+    """At 1024 x 1024: 4096 + 512 tokens, 20 widths of 3072 in 16 bit and a tenth more, linear1 decoded."""
     room = room_on_card(dev, 12, 1024, 1024)
     decoded = 2 * 21504 * 3072
     assert room.activations == round(4608 * 20 * 3072 * 2 * 1.1) + decoded
@@ -75,7 +76,8 @@ def test_room_follows_the_documented_arithmetic(dev):
 
 def test_without_offload_the_text_encoders_take_their_share(dev):
     resident = room_on_card(dev, 24, 1024, 1024, "none")
-    assert resident.beside > 9e9  # T5 in 16 bit: 4.76 billion weights
+    # T5 in 16 bit: 4.76 billion weights.
+    assert resident.beside > 9e9
     assert resident.file < room_on_card(dev, 24, 1024, 1024).file - resident.beside
     assert room_on_card(dev, 8, 1024, 1024, "none").file < 0
     with pytest.raises(FormatError, match="Unknown offload"):

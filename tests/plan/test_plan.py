@@ -63,7 +63,7 @@ def published():
 @pytest.mark.parametrize("name", PUBLISHED_FILES)
 @pytest.mark.parametrize("size", ["named", "published"])
 def test_no_plan_is_worse_than_the_greedy_or_over_the_budget(name, size):
-    """Issue 8, 5 (a): at the size in the file's name, at the one it came to, and at those that the greedy came to."""
+    """At the size in the file's name, at the one it came to, and at those that the greedy came to."""
     bits = float(name.replace("_", ".")) if size == "named" else PUBLISHED_FILES[name]
     row = compare(published(), name, bits)
     assert row.gap == 0
@@ -75,7 +75,7 @@ def test_no_plan_is_worse_than_the_greedy_or_over_the_budget(name, size):
 
 
 def test_the_greedy_as_it_counts_overshoots():
-    """What makes the comparison at the nominal size unfair to a plan that keeps to it, and why it is held to true bytes."""
+    """At the nominal size it would be unfair to a plan, which keeps to it: so the greedy is held to bytes."""
     assert compare(published(), "3_0", 3.0).as_is_over > 100e6
 
 
@@ -106,7 +106,7 @@ def test_a_plain_plan_has_exactly_the_bytes_of_the_writer():
 
 
 def test_published_sizes_come_out_of_the_layout():
-    """krea-dev in the new layout (flux_gguf.md), but for img_in, which is kept in F32 for diffusers: 2 bytes a weight more."""
+    """krea-dev in the new layout, but for img_in, which is F32 for diffusers: 2 bytes a weight more."""
     layout = layout_of_shapes(flux1_shapes(), "flux1-dev")
     blocks = [name for name, shape in layout.shapes.items() if block_of(name) and len(shape) == 2]
     more = 2 * 3072 * 64
@@ -128,7 +128,8 @@ def test_a_plan_names_every_tensor_and_its_cost_is_the_sum():
     costs = {(row.tensor, str(row.option)): row.cost for row in table.rows}
     assert plan.cost == pytest.approx(sum(costs.get(item, 0.0) for item in plan.types.items()), rel=1e-12)
     assert plan.types["img_in.weight"] == plan.types["img_in.bias"] == "F32"
-    assert plan.types["txt_in.weight"] == "F16"  # as the table's 16-bit rows: the source is not rounded
+    # As the table's 16-bit rows: the source is not rounded.
+    assert plan.types["txt_in.weight"] == "F16"
 
 
 def test_more_bytes_never_cost_more():
@@ -180,7 +181,7 @@ def test_same_and_per_block_tie_tensors():
 
 
 def greedy_within(problem: Problem, budget: int) -> Plan:
-    """Return what MixedQuantFlux's optimiser chooses from the same costs and constraints; it may stay below the budget."""
+    """Return what MixedQuantFlux's optimiser chooses from the same costs; it may stay below the budget."""
     solution = greedy(problem.groups(), budget - problem.fixed_bytes)
     return as_plan(problem, problem.chosen(solution), {"budget": budget, "optimiser": "greedy"})
 
@@ -255,7 +256,7 @@ def test_the_metric_can_be_the_earlier_one():
 
 
 def test_a_plan_applied_on_the_fly_has_the_bytes_of_its_file(tmp_path):
-    """swap_linear with the plan, then save: the tensors are those that the plan names, packed the same from file and model."""
+    """A model swapped by the plan and saved has the tensors that `quantize` writes, byte for byte."""
     import torch
 
     import flux_kernels as fk

@@ -1,4 +1,4 @@
-"""Refinement: on a model whose costs do not add, measuring the plan as a whole and correcting the costs pays."""
+"""Refinement: where costs do not add, measuring the plan as a whole and correcting the costs pays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def problem():
 
 
 def coupled(problem):
-    """Return a joint cost in which errors of the image stream add up in amplitude, and so cost more than their sum."""
+    """Return a joint cost in which errors of the image stream add up in amplitude, above their sum."""
 
     def measure(types):
         image = [problem.costs[name][kind] for name, kind in types.items() if "img_" in name]
@@ -46,7 +46,8 @@ def test_where_costs_add_the_first_plan_stays(problem):
     first = plan_within(problem, BUDGET)
     assert found.plan.types == first.types
     assert found.plan.joint_cost == pytest.approx(first.cost)
-    assert len(found.rounds) == 1  # the corrected costs lead to the same plan, which is not measured twice
+    # The corrected costs lead to the same plan, which is not measured twice.
+    assert len(found.rounds) == 1
 
 
 def test_no_round_measures_once(problem):

@@ -44,7 +44,8 @@ def test_the_page_holds_everything_and_asks_for_nothing(data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
     text = (tmp_path / "plan.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    assert len(images) == 4  # three figures and the pictures
+    # Three figures and the pictures.
+    assert len(images) == 4
     for path, image in zip(written[1:], images):
         assert base64.b64decode(image) == path.read_bytes()
         Image.open(path).verify()
@@ -123,7 +124,8 @@ def test_uniform_files_leave_out_types_that_some_tensor_lacks(problem):
         ([0.0, 0.5, 1.0], [0.0, 0.5, 1.0]),
         ([0.5, 0.5], [0.45, 0.55]),
         ([0.3, 0.31, 0.32, 0.9], [0.21, 0.31, 0.41, 0.9]),
-        ([0.0, 0.08, 0.2, 0.21], [-0.0275, 0.0725, 0.1725, 0.2725]),  # two crowds that meet become one
+        # Two crowds that meet become one.
+        ([0.0, 0.08, 0.2, 0.21], [-0.0275, 0.0725, 0.1725, 0.2725]),
     ],
 )
 def test_names_are_moved_apart_no_further_than_needed(places, moved):
