@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import FormatError
 from ..flux.names import BFL, Source, sources
 from ..flux.types import BLOCK, tensor_kind
-from ..formats import get_format
+from ..formats import Packed, get_format
 from ..mixed.low_rank_fit import corrected
 from ..mixed.option import Option
 from ..packing import quantize
@@ -88,7 +88,7 @@ def quantized(
     own = {name: model.get_parameter(name).detach() for name in tensor.parts}
 
     def round_trip(weight: Tensor) -> Tensor:
-        return dequantize(quantize(weight, fmt, importance, name=tensor.name), fmt)
+        return dequantize(Packed(quantize(weight, fmt, importance, name=tensor.name), fmt))
 
     if option.rank:
         # The order of its rows does not matter to the fit.
