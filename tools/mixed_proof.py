@@ -61,20 +61,20 @@ Types = dict[str, Option]
 class Remembering(Measurer):
     """A Measurer that quantizes every tensor to every type once."""
 
-    def weights_of(self, types: Mapping[str, str]) -> dict:
+    def weights_of(self, options: Mapping[str, Option]) -> dict:
         """Return parameter -> (decoded weights, squared weight error)."""
         kept = self.__dict__.setdefault("kept", {})
-        for item in types.items():
+        for item in options.items():
             if item not in kept:
                 kept[item] = super().weights_of(dict([item]))
-        return {name: pair for item in types.items() for name, pair in kept[item].items()}
+        return {name: pair for item in options.items() for name, pair in kept[item].items()}
 
 
 class Proof:
     """Hold the two sets of states and what was measured on the first."""
 
     def __init__(self, calibration: int, held_out: int, types: Sequence[str], seed: int):
-        self.types = tuple(map(Option, types))
+        self.types: Sequence[Option] = tuple(map(Option, types))
         self.model, _ = open_transformer(find_source(), CPU, torch.float32)
         own, other = split_prompts()
         pipeline = load_pipeline(embedded_model_path(), self.model, torch.float32)

@@ -79,8 +79,8 @@ def provenance_keys(
 def file_hash(path: str, whole: bool) -> str:
     """Hash a file, as "sha256:<hex>" or "sampled-sha256:<hex>".
 
-    The one is of all its bytes, the other of its size and 64 pieces of 64 KiB. The first piece starts at byte 0, where the header is, the last ends at the end, the others are evenly spaced. Small
-    files are hashed whole.
+    The one is of all its bytes, the other of its size and 64 pieces of 64 KiB. The first piece starts at byte 0, where the
+    header is, the last ends at the end, the others are evenly spaced. Small files are hashed whole.
     """
     size = os.path.getsize(path)
     if whole or size <= _SAMPLES * _SAMPLE_BYTES:

@@ -88,7 +88,8 @@ def make_tensor(source: SourceTensor, type_name: str, importance: Tensor | None,
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Make a tensor in pages of its own, which go back when it is freed.
 
-    malloc keeps what was freed, up to twice the largest piece: with tensors of any size among it the peak was 90 to 200 MB, by chance.
+    malloc keeps what was freed, up to twice the largest piece: with tensors of any size among it the peak was 90 to 200 MB, by
+    chance.
     """
     nbytes = prod(shape) * dtype.itemsize
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape) if nbytes else torch.empty(shape, dtype=dtype)

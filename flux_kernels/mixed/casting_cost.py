@@ -69,8 +69,8 @@ def read_casting_cost(path: Path, layout: FileLayout) -> CostTable:
 def write_casting_cost(table: CostTable, layout: FileLayout, path: Path) -> None:
     """Write a cost table as a casting_cost table.
 
-    A row is the sum of MixedQuantFlux's metric over the matrices of one block in one type. The sum is above what the whole block costs at once where errors overlap (published: the six parts of layer 10 in Q8_0
-    cost 26 to 41 each, together 42).
+    A row is the sum of MixedQuantFlux's metric over the matrices of one block in one type. The sum is above what the whole
+    block costs at once where errors overlap (published: the six parts of layer 10 in Q8_0 cost 26 to 41 each, together 42).
     """
     by_tensor = table.by_tensor()
     lines: list[tuple[int, str, str]] = []

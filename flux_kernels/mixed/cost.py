@@ -1,7 +1,7 @@
 """The cost table: what each type costs for each tensor of a file, as a CSV and a JSON file.
 
-`costs.csv` has the fields of `CostRow` as columns; `costs.csv.json` says which model and which states were measured, and holds joint
-measurements: costs of single tensors do not add, so plans are measured as a whole.
+`costs.csv` has the fields of `CostRow` as columns; `costs.csv.json` says which model and which states were measured, and holds
+joint measurements: costs of single tensors do not add, so plans are measured as a whole.
 """
 
 from __future__ import annotations

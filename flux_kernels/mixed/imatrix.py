@@ -41,7 +41,8 @@ def imatrix_path(costs: Path) -> Path:
 def save_imatrix(path: str | os.PathLike[str], sums: Sums, *, datasets: Iterable[str] = ()) -> None:
     """Write an importance matrix in one of llama.cpp's formats.
 
-    That is the legacy format where `path` ends in ".dat", else its GGUF format. The file appears under its name only when it is complete.
+    That is the legacy format where `path` ends in ".dat", else its GGUF format. The file appears under its name only when it is
+    complete.
 
     Args:
         path: the file to write; one that is there is replaced.

@@ -1,9 +1,10 @@
 """Fit a low-rank correction of a quantized matrix.
 
-W is stored as packed rows plus up @ down, in 16 bit, of rank r. The idea is SVDQuant's (arXiv 2411.05007): what the type does worst is left to a product of thin matrices. Two starts are
-tried: the product takes the largest directions of W, and the type what is left (SVDQuant's); or the type comes first, and the
-product takes the largest directions of its error. "Largest" is as the layer's inputs see it: the truncated singular value
-decomposition after the root of the inputs' second moments, channel by channel or with all their correlations.
+W is stored as packed rows plus up @ down, in 16 bit, of rank r. The idea is SVDQuant's (arXiv 2411.05007): what the type does
+worst is left to a product of thin matrices. Two starts are tried: the product takes the largest directions of W, and the type
+what is left (SVDQuant's); or the type comes first, and the product takes the largest directions of its error. "Largest" is as
+the layer's inputs see it: the truncated singular value decomposition after the root of the inputs' second moments, channel by
+channel or with all their correlations.
 """
 
 from __future__ import annotations

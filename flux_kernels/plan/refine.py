@@ -1,8 +1,9 @@
 """Refine a plan by measuring it as a whole.
 
-Costs of single tensors do not add, so they are corrected where the plan stands. A round measures the plan jointly, and again with one group of its tensors (a class such as all `img_mlp.0`, or a block) left
-unquantized at a time. The difference is what that group adds to this plan; the costs of its tensors are scaled so that they
-add up to it, and the plan is solved again. The best plan that was measured is kept, so that a round can do no harm.
+Costs of single tensors do not add, so they are corrected where the plan stands. A round measures the plan jointly, and again
+with one group of its tensors (a class such as all `img_mlp.0`, or a block) left unquantized at a time. The difference is what
+that group adds to this plan; the costs of its tensors are scaled so that they add up to it, and the plan is solved again. The
+best plan that was measured is kept, so that a round can do no harm.
 """
 
 from __future__ import annotations
