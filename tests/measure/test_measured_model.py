@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -41,3 +44,17 @@ def test_sources_that_are_not_there(tmp_path):
         find_source(gguf=tmp_path / "a", model=tmp_path / "b")
     with pytest.raises(FormatError, match="without a transformer"):
         find_source(base=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_in_the_dtype_of_their_file_stay_mapped():
+    """The memory check counts on it: FLUX.1-dev in bfloat16 on a CPU holds nothing but its file."""
+    source = find_source()
+    model, _ = open_transformer(source, torch.device("cpu"), torch.float16)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(source.files[0]) in line]
+    ranges = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in maps]
+    # All but the halves of the last modulation, which change places.
+    moved = {"norm_out.linear.weight", "norm_out.linear.bias"}
+    for name, parameter in model.named_parameters():
+        is_mapped = any(first <= parameter.data_ptr() < last for first, last in ranges)
+        assert is_mapped or name in moved, name
