@@ -1,4 +1,4 @@
-"""Quantizers against libggml's, row for row; determinism, special rows, importance, and what the entry refuses."""
+"""Quantizers against libggml's, row for row; determinism, special rows, importance, refusals."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from . import libggml_oracle
 
 OWN = [name for name, fmt in FORMATS.items() if fmt.quantize is not None]
 BORROWED = [name for name, fmt in FORMATS.items() if fmt.quantize is None]
-NEEDS_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")  # ggml_quantize_requires_imatrix
-SLOW_BORROWED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")  # libggml builds search tables for up to 20 s
+# As ggml_quantize_requires_imatrix says.
+NEEDS_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")
+# libggml builds search tables for up to 20 s.
+SLOW_BORROWED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")
 
 pytest.importorskip("libggml", reason="the oracle: pip install libggml-python")
 every_own = pytest.mark.parametrize("name", OWN)
@@ -70,8 +72,10 @@ KINDS = (
     *("gaussian", "heavy-tailed", "sparse", "outliers", "positive", "shifted", "small", "large", "rounded"),
     *("constant", "constant blocks", "real"),
 )
-OPEN_TAILS = {("Q2_K", "near constant 0.01")}  # single rows are still up to 1.8 % worse: docs/decisions, quantizers
-ALLOWANCE = 1e-6  # of a row's norm: what float32 can tell; constants are hit that closely
+# Single rows are still up to 1.8 % worse: docs/decisions, quantizers.
+OPEN_TAILS = {("Q2_K", "near constant 0.01")}
+# Of a row's norm: what float32 can tell; constants are hit that closely.
+ALLOWANCE = 1e-6
 
 
 def decoded(name: str, packed: torch.Tensor) -> torch.Tensor:
@@ -112,7 +116,7 @@ def test_weighted_rows_are_as_good_as_libggml(name, kind):
 
 @every_own
 def test_no_cell_is_worse_than_libggml_nor_any_row_by_more_than_one_percent(name):
-    """Weights that are hard to round, rows of two superblocks, with and without importance (a part of tools/quantizer_tails)."""
+    """Weights that are hard to round, with and without importance (a part of tools/quantizer_tails)."""
     kinds = ("gaussian", "student-t 2", "sparse 10%", "near constant 0.01", "near constant 0.3", "tiny", "huge")
     generator = torch.Generator().manual_seed(11)
     samples = dict(quantizer_tails.weights_of(16, 512, generator))
@@ -126,7 +130,7 @@ def test_no_cell_is_worse_than_libggml_nor_any_row_by_more_than_one_percent(name
 
 @every_own
 def test_importance_pays(name):
-    """Columns that count are served better than without importance, and the scale of importance does not matter."""
+    """Columns that count are served better than without importance, whose scale does not matter."""
     x = sample("gaussian")
     importance = torch.where(torch.arange(x.shape[1]) % 8 == 0, 1.0, 0.01)
     plain, weighted = decoded(name, quantize(x, name)), quantize(x, name, importance)
@@ -141,14 +145,16 @@ def test_importance_pays(name):
 
 @every_own
 def test_constants_are_as_exact_as_the_type_allows(name):
-    """One fp16 scale misses by 2^-11; d and dmin, or d and m, leave 2^-20; d times the best of many products some 2^-16.
+    """Rows of one value come out as near as scales allow.
 
+    One fp16 scale misses by 2^-11; d and dmin, or d and m, leave 2^-20; d times the best of many products some 2^-16.
     NVFP4 rounds to 3 mantissa bits; MXFP4's powers of 2 times 1 or 1.5 miss by a fifth at worst.
     """
     x = torch.linspace(-0.5, 0.5, 16)[:, None].expand(-1, 512).contiguous()
     y = decoded(name, quantize(x, name))
     one_scale = dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL"), 2.0**-11)
-    products = {"Q3_K": 2.0**-13, "Q6_K": 2.0**-17, "IQ4_XS": 2.0**-17}  # Q3_K has 32 that are no powers of 2 apart
+    # Q3_K has 32 that are no powers of 2 apart.
+    products = {"Q3_K": 2.0**-13, "Q6_K": 2.0**-17, "IQ4_XS": 2.0**-17}
     relative = {**one_scale, **products, "MXFP4": 0.2, "NVFP4": 2.0**-4}.get(name, 2.0**-20)
     assert ((x - y).abs() <= relative * x.abs()).all()
 
@@ -156,7 +162,7 @@ def test_constants_are_as_exact_as_the_type_allows(name):
 @every_own
 @pytest.mark.parametrize("scale", [1e-30, 6e-8, 1e-6, 1e6, 1e10, 3e38])
 def test_tiny_and_huge_rows_stay_finite_and_beat_zeros(name, scale):
-    """Where no scale is small enough the row is zero, where none is large enough it saturates; never NaN or Inf."""
+    """Too small for any scale, a row is zero; too large, it saturates; never NaN or Inf."""
     x = sample("gaussian", rows=2, k=512)
     x = (x / x.abs().max()).clamp(-1, 1) * scale
     y = decoded(name, quantize(x, name))
@@ -204,7 +210,7 @@ print(digest.hexdigest())
 
 
 def test_bytes_do_not_depend_on_the_vector_width():
-    """torch's scalar kernels and those for this machine's vectors give the same bytes: no fused or reordered arithmetic."""
+    """torch's scalar and vector kernels give the same bytes: no fused or reordered arithmetic."""
     widths = ({}, {"ATEN_CPU_CAPABILITY": "default"})
     environment = {**os.environ, "PYTHONPATH": str(Path(fk.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     running = [
@@ -240,7 +246,8 @@ def test_no_row_is_worse_than_zeros(name, values, importance):
     w = torch.ones(512, dtype=torch.float64) if weights is None or not weights.any() else weights.double()
     assert y.isfinite().all()
     zeros = (w * x.double().square()).sum()
-    assert (w * (x - y).square()).sum() <= zeros * (1 + 1e-5)  # the search adds up in float32
+    # The search adds up in float32.
+    assert (w * (x - y).square()).sum() <= zeros * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in BORROWED if name not in SLOW_BORROWED])

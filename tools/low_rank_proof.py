@@ -17,6 +17,7 @@ from bench.record import origin, write_csv
 from flux_kernels.generation.base_pipeline import go_offline_quietly, one_thread
 from flux_kernels.measure.measurer import bootstrap, velocity_cost
 from flux_kernels.mixed.cost import CostTable
+from flux_kernels.mixed.option import Option
 from tools.mixed_proof import CPU, OWN, UNIFORM, Proof, Remembering, tell
 
 CORRECTED = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")
@@ -35,7 +36,7 @@ def main(
         proof = Proof(calibration, held_out, OWN, seed)
         tell("measuring types")
         plain = proof.table(proof.weighted)
-        proof.types = [f"{kind}+r{rank}" for kind in CORRECTED for rank in RANKS]
+        proof.types = [Option(kind, rank) for kind in CORRECTED for rank in RANKS]
         tell("measuring corrections fitted to the importance of channels")
         by_channel = proof.table(proof.weighted)
         tell("measuring corrections fitted to the inputs' covariance")
@@ -73,8 +74,8 @@ def compare(proof: Proof, plain: CostTable, judges: dict[str, tuple[CostTable, R
                 of_mixed=f"{velocity_cost(errors[name], errors['mixed'], held.weights):.4f}",
                 of_mixed_low=f"{low:.4f}",
                 of_mixed_high=f"{high:.4f}",
-                corrected=sum("+r" in option for option in types.values()),
-                types=" ".join(types.values()),
+                corrected=sum(option.rank > 0 for option in types.values()),
+                types=" ".join(map(str, types.values())),
             )
         )
     return rows

@@ -20,21 +20,24 @@ import typer
 
 from bench.record import origin, write_csv
 from flux_kernels.errors import FormatError
-from flux_kernels.flux.names import block_of
+from flux_kernels.flux.names import block_of, tensor_class
 from flux_kernels.formats import FORMATS
 from flux_kernels.generation.base_pipeline import go_offline_quietly, load_pipeline, one_thread
+from flux_kernels.generation.demo import PROMPTS, SEED
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from flux_kernels.measure.capture import capture
 from flux_kernels.measure.measured_model import find_source, open_transformer
 from flux_kernels.measure.measurer import Measurer, bootstrap, velocity_cost
+from flux_kernels.measure.side_by_side import side_by_side
 from flux_kernels.measure.states import State
 from flux_kernels.mixed.cost import CostTable
-from flux_kernels.mixed.file_layout import layout_of_shapes, shapes_of_model
+from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
+from flux_kernels.mixed.option import Option
 from flux_kernels.plan.choices import Group
 from flux_kernels.plan.constraints import Constraints
 from flux_kernels.plan.greedy import greedy
 from flux_kernels.plan.knapsack import solve
-from flux_kernels.plan.problem import NO_CONSTRAINTS, make_problem, options_of, plan_within
+from flux_kernels.plan.problem import NO_CONSTRAINTS, make_problem, plan_within
 from flux_kernels.plan.refine import refine
 from flux_kernels.torch_backend import libggml
 
@@ -52,26 +55,26 @@ STREAMS_TIED = Constraints(
 SEEDS = [0, 20_000_000]
 HELD_OUT_SEED = 1_000_000  # further from the calibration's seeds than there are states
 CPU = torch.device("cpu")
-Types = dict[str, str]
+Types = dict[str, Option]
 
 
 class Remembering(Measurer):
     """A Measurer that quantizes every tensor to every type once."""
 
-    def weights_of(self, types: Mapping[str, str]) -> dict:
+    def weights_of(self, options: Mapping[str, Option]) -> dict:
         """Return parameter -> (decoded weights, squared weight error)."""
         kept = self.__dict__.setdefault("kept", {})
-        for item in types.items():
+        for item in options.items():
             if item not in kept:
                 kept[item] = super().weights_of(dict([item]))
-        return {name: pair for item in types.items() for name, pair in kept[item].items()}
+        return {name: pair for item in options.items() for name, pair in kept[item].items()}
 
 
 class Proof:
     """Hold the two sets of states and what was measured on the first."""
 
     def __init__(self, calibration: int, held_out: int, types: Sequence[str], seed: int):
-        self.types = types
+        self.types: Sequence[Option] = tuple(map(Option, types))
         self.model, _ = open_transformer(find_source(), CPU, torch.float32)
         own, other = split_prompts()
         pipeline = load_pipeline(embedded_model_path(), self.model, torch.float32)
@@ -86,20 +89,20 @@ class Proof:
         for a, b in ((self.weighted, self.held_weighted), (self.plain, self.held_plain)):
             a.kept = b.kept = {}
         self.tensors = self.weighted.tensors
-        self.layout = layout_of_shapes(shapes_of_model(find_source().files[0]), "embedded", "new")
+        self.layout = layout_of_shapes(embedded_shapes(), "embedded")
 
     def bytes(self, types: Types) -> int:
         """Return the bytes of the block matrices."""
-        return sum(self.tensors[name].packed_bytes(kind) for name, kind in types.items())
+        return sum(option.nbytes(self.tensors[name].shape) for name, option in types.items())
 
     def uniform(self, kind: str) -> Types:
         """Return the types of a uniform file."""
-        return dict.fromkeys(self.tensors, kind)
+        return dict.fromkeys(self.tensors, Option(kind))
 
     def table(self, measurer: Measurer) -> CostTable:
         """Measure every tensor in every type."""
-        rows = [measurer.measure_one(name, kind) for name, one in self.tensors.items() for kind in one.types(self.types)]
-        return CostTable(rows)
+        items = [(name, option) for name, one in self.tensors.items() for option in self.types if option.fits(one.shape)]
+        return CostTable([measurer.measure_one(name, option) for name, option in items])
 
     def block_costs(self, measurer: Measurer, metric: str, kinds: Sequence[str]) -> tuple[list[list[str]], list[Group]]:
         """Measure every block in every type as a whole: MixedQuantFlux's costs, or the velocity's."""
@@ -110,29 +113,30 @@ class Proof:
         for names in blocks.values():
             costs = []
             for kind in kinds:
-                row = measurer.measure_joint(dict.fromkeys(names, kind))
+                row = measurer.measure_joint(dict.fromkeys(names, Option(kind)))
                 costs.append(row.mfq_cost if metric == "mfq" else row.cost)
-            groups.append(Group(tuple(self.bytes(dict.fromkeys(names, kind)) for kind in kinds), tuple(costs)))
+            groups.append(Group(tuple(self.bytes(dict.fromkeys(names, Option(kind))) for kind in kinds), tuple(costs)))
         return list(blocks.values()), groups
 
     def planned(self, table: CostTable, budget: int, constraints: Constraints = NO_CONSTRAINTS) -> Types:
         """Return the exact optimum of the summed costs."""
         problem = make_problem(table, self.layout, constraints)
-        return self.of_blocks(options_of(plan_within(problem, problem.fixed_bytes + budget)))
+        return self.of_blocks(plan_within(problem, problem.fixed_bytes + budget).by_tensor())
 
     def refined(self, table: CostTable, budget: int, rounds: int) -> Types:
         """Return the plan after rounds of joint measurement on the calibration states."""
         problem = make_problem(table, self.layout)
 
-        def joint(types: Mapping[str, str]) -> float:
+        def joint(types: Mapping[str, Option]) -> float:
             return self.weighted.measure_joint(self.of_blocks(types)).cost
 
         plans = [
-            refine(problem, problem.fixed_bytes + budget, joint, rounds, grouping=name).plan for name in ("class", "block")
+            refine(problem, problem.fixed_bytes + budget, joint, rounds, group_of=group_of).plan
+            for group_of in (tensor_class, lambda name: block_of(name) or name)
         ]
-        return self.of_blocks(options_of(min(plans, key=lambda plan: plan.joint_cost)))
+        return self.of_blocks(min(plans, key=lambda plan: plan.joint_cost).by_tensor())
 
-    def of_blocks(self, types: Mapping[str, str]) -> Types:
+    def of_blocks(self, types: Mapping[str, Option]) -> Types:
         """Return the block matrices' types."""
         return {name: kind for name, kind in types.items() if name in self.tensors}
 
@@ -152,7 +156,7 @@ def captured(pipeline, prompts: list[str], count: int, seed: int) -> list[State]
 
 def without(table: CostTable, kinds: Sequence[str]) -> CostTable:
     """Return the table without some types."""
-    return replace(table, rows=[row for row in table.rows if row.type not in kinds])
+    return replace(table, rows=[row for row in table.rows if str(row.option) not in kinds])
 
 
 def candidates(proof: Proof, budget: int, kind: str, tables: dict, blocks: dict, rounds: int) -> dict[str, tuple[Types, bool]]:
@@ -163,7 +167,10 @@ def candidates(proof: Proof, budget: int, kind: str, tables: dict, blocks: dict,
     }
     for name, (names, groups, kinds, weighted) in blocks.items():
         picks = (solve if name.startswith("best") else greedy)(groups, budget).picks
-        found[name] = {tensor: kinds[pick] for part, pick in zip(names, picks, strict=True) for tensor in part}, weighted
+        found[name] = (
+            {tensor: Option(kinds[pick]) for part, pick in zip(names, picks, strict=True) for tensor in part},
+            weighted,
+        )
     found["mixed without importance"] = proof.planned(tables["plain"], budget), False
     found["mixed, types quantized here"] = proof.planned(without(tables["weighted"], BY_LIBGGML), budget), True
     found["mixed, streams tied"] = proof.planned(tables["weighted"], budget, STREAMS_TIED), True
@@ -207,7 +214,7 @@ def judge(proof: Proof, found: dict[str, tuple[Types, bool]], kind: str, budget:
             ends = bootstrap(error, base, held.weights)
             row |= {f"of_{label}": f"{velocity_cost(error, base, held.weights):.4f}"}
             row |= {f"of_{label}_low": f"{ends[0]:.4f}", f"of_{label}_high": f"{ends[1]:.4f}"}
-        row |= dict(importance=weighted, states=held.count, types=" ".join(types.values()))
+        row |= dict(importance=weighted, states=held.count, types=" ".join(map(str, types.values())))
         rows.append(row)
     return rows
 
@@ -225,7 +232,7 @@ def run(calibration: int, held_out: int, rounds: int, seed: int) -> tuple[Proof,
     tell("measuring every tensor in every type, weighted by importance")
     tables = dict(weighted=proof.table(proof.weighted))
     tell("and without")
-    proof.types = [name for name in proof.types if name not in BY_LIBGGML]
+    proof.types = [option for option in proof.types if str(option) not in BY_LIBGGML]
     tables["plain"] = proof.table(proof.plain)
     tell("blocks")
     blocks = {
@@ -273,11 +280,11 @@ def main(
 
 def draw(proof: Proof, found: dict[str, tuple[Types, bool]], path: Path) -> None:
     """Draw uniform, greedy and mixed side by side, all weighted by importance."""
-    from flux_kernels.measure.side_by_side import embedded_side_by_side
-
     names = {"uniform Q3_K": "uniform, importance", "greedy by block": "greedy by block, importance", "mixed": "mixed"}
     plans = {title: found[name][0] for title, name in names.items()}
-    embedded_side_by_side(plans, importance=proof.weighted.importance).save(path, "PNG", optimize=True)
+    pipeline = load_pipeline(embedded_model_path(), proof.model, torch.float32)
+    how = dict(settings=PIPELINE_KWARGS, seed=SEED, importance=proof.weighted.importance)
+    side_by_side(pipeline, plans, PROMPTS[:4], **how).save(path, "PNG", optimize=True)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from math import prod
 from pathlib import Path
 
 from bench.record import write_csv
-from flux_kernels.formats import FORMATS, PLAIN_TYPES
 from flux_kernels.mixed.casting_cost import read_casting_cost
 from flux_kernels.mixed.file_layout import flux1_shapes, layout_of_shapes
-from flux_kernels.plan.choices import Group
+from flux_kernels.mixed.option import Option
+from flux_kernels.plan.choices import Group, total
 from flux_kernels.plan.constraints import Constraints
 from flux_kernels.plan.greedy import greedy
 from flux_kernels.plan.knapsack import solve
@@ -69,7 +69,7 @@ def compare(problem: Problem, name: str, bits: float) -> Row:
     layout, groups = problem.layout, problem.groups()
     fixed = layout.file_bytes({}) - sum(layout.option_bytes(tensor, layout.types[tensor]) for tensor in problem.costs)
     budget = int(bits * layout.parameters / 8) + layout.empty_bytes
-    as_is = greedy(groups, int(bits * layout.block_parameters / 8), believed=_believed(problem))
+    as_is = total(groups, greedy(_believed(problem), int(bits * layout.block_parameters / 8)).picks)
     held = greedy(groups, budget - fixed)
     start = time.perf_counter()
     plan = solve(groups, budget - fixed)
@@ -103,13 +103,13 @@ def _believed(problem: Problem) -> list[Group]:
     """Return the groups with the bytes that MixedQuantFlux's code counts with."""
     shapes = problem.layout.shapes
     return [
-        Group(tuple(int(sum(prod(shapes[name]) for name in tie) * _bits(kind) / 8) for kind in kinds), group.costs)
-        for tie, kinds, group in zip(problem.ties, problem.options(), problem.groups())
+        Group(tuple(int(sum(prod(shapes[name]) for name in tie) * _bits(option) / 8) for option in options), group.costs)
+        for tie, options, group in zip(problem.ties, problem.options, problem.groups())
     ]
 
 
-def _bits(kind: str) -> float:
-    return _COUNTED.get(kind) or (PLAIN_TYPES.get(kind) or FORMATS[kind]).bits_per_weight
+def _bits(option: Option) -> float:
+    return _COUNTED.get(option.type, option.bits)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from contextlib import nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,12 +103,13 @@ def measure(
     with console.status("loading diffusers"):
         from ..measure import run as work
         from ..measure.measured_model import find_source
+        from ..mixed.option import Option
         from ..mixed.plan_file import Plan
-        from ..plan.problem import options_of
     request = work.Request(
         out=out,
         source=find_source(gguf, model, base),
-        types=tuple(comma_separated(types)) if types else work.TYPES,
+        types=tuple(map(Option.parse, comma_separated(types))) if types else work.TYPES,
+        plan=None if plan is None else Plan.load(plan).by_tensor(),
         prompts=None if prompts is None else _prompts(prompts),
         states_file=states_file,
         count=states,
@@ -121,27 +121,23 @@ def measure(
         device=usable_device(device) if device else None,
         dtype=DTYPES[dtype] if dtype else None,
     )
-    types_of_plan = None if plan is None else options_of(Plan.load(plan))
     if plan is not None and out.exists() and imatrix is None:
         request = request.as_table()
-    if types_of_plan is not None and any("+r" in option for option in types_of_plan.values()):
-        # What corrections are fitted to in a file that quantize makes with measure's covariances.
-        request = replace(request, covariance=True)
     world = work.World.from_environment()
     with (
         one_thread() if request.source.embedded else nullcontext(),
         progress(console, TaskProgressColumn(), shown=world.rank == 0) as bar,
     ):
         show = _show(bar)
-        opened = work.open_measurement(request, world, show, planned=types_of_plan or ())
-        if types_of_plan is not None:
-            show("measuring the plan", 0, 0)
-            row = work.measure_plan(opened, types_of_plan) if world.rank == 0 else None
-        else:
+        opened = work.open_measurement(request, world, show)
+        if plan is None:
             table = work.measure(opened, world, show)
-    if types_of_plan is None:
+        elif world.rank == 0:
+            show("measuring the plan", 0, 0)
+            row = work.measure_plan(opened)
+    if plan is None:
         _report_table(console, table, request, as_json)
-    elif row is not None:
+    elif world.rank == 0:
         _report_plan(console, row, out, as_json)
 
 
@@ -162,7 +158,7 @@ def _show(bar: Progress) -> Any:
 
 def _report_plan(console: Console, row: Any, out: Path, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(asdict(row)))
+        typer.echo(json.dumps(row.record()))
         return
     console.print(
         f"The plan as a whole costs {row.cost:.3e} (95 % of resampled states: {row.cost_low:.3e} to {row.cost_high:.3e}); "
@@ -183,7 +179,7 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
         console.print("This process's share is measured. The table is written when the others have finished theirs.")
         return
     console.print(_cost_table(table, request.types))
-    rank = max((int(name.rpartition("+r")[2]) for name in request.types if "+r" in name), default=0)
+    rank = max((option.rank for option in request.types), default=0)
     if table.states["count"] < _STATES_A_RANK * rank:
         console.print(
             f"[yellow]Note:[/] rank {rank} is fitted to {table.states['count']} states and judged on the same; modulation sees "
@@ -197,18 +193,21 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
     )
 
 
-def _cost_table(table: Any, types: tuple[str, ...]) -> Table:
+def _cost_table(table: Any, types: tuple[Any, ...]) -> Table:
     """List the tensors that cost most in the middle type, with a few types on both sides of it."""
-    shown = [name for name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K") if name in types] or list(types)[:6]
+    from ..mixed.option import Option
+
+    usual = map(Option, ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"))
+    shown = [option for option in usual if option in types] or list(types)[:6]
     by_tensor = table.by_tensor()
     middle = shown[len(shown) // 2]
     ranked = sorted(by_tensor, key=lambda name: -by_tensor[name][middle].cost if middle in by_tensor[name] else 0)
     drawn = Table(title=f"Cost (squared error of the velocity, fraction): the {min(_SHOWN, len(ranked))} dearest tensors")
     drawn.add_column("tensor", overflow="fold")
-    for name in shown:
-        drawn.add_column(name, justify="right", overflow="fold")
+    for option in shown:
+        drawn.add_column(str(option), justify="right", overflow="fold")
     for tensor in ranked[:_SHOWN]:
-        costs = (by_tensor[tensor].get(name) for name in shown)
+        costs = (by_tensor[tensor].get(option) for option in shown)
         drawn.add_row(tensor.removesuffix(".weight"), *("" if row is None else f"{row.cost:.1e}" for row in costs))
     return drawn
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..errors import FormatError
 from ..generation.memory_plan import GIB
+from ..report.sizes import size_text
 from ._options import comma_separated
 from ._own_command import own_command
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from ..mixed.file_layout import FileLayout
     from ..mixed.plan_file import Plan
     from ..plan.problem import Problem
-
-GB, MB = 1e9, 1e6
 
 
 def plan(
@@ -82,12 +81,13 @@ def plan(
             check_writable(path, option)
     console = Console(stderr=as_json, highlight=False)
     with console.status("reading the costs"):
+        from ..mixed.option import Option
         from ..plan.constraints import Constraints, parse_pair
 
         constraints = Constraints(
             keep=tuple(parse_pair(text, "--keep") for text in keep or ()),
             at_least=tuple(parse_pair(text, "--at-least") for text in at_least or ()),
-            only_types=tuple(comma_separated(only_types)) if only_types else (),
+            only_types=tuple(map(Option.parse, comma_separated(only_types))) if only_types else (),
             same=tuple(same or ()),
             per_block=per_block,
         )
@@ -194,11 +194,7 @@ def _report(path: Path, problem: Problem, chosen: Plan, table: Any, metric: str,
 
     joint = table.joint if metric == "cost" else ()
     shown = Image.open(pictures) if pictures else None
-    return write_report(gather(problem, chosen, _measured(table, metric), joint, shown), path)
-
-
-def _measured(table: Any, metric: str) -> dict[str, dict[str, float]]:
-    return {name: {kind: getattr(row, metric) for kind, row in rows.items()} for name, rows in table.by_tensor().items()}
+    return write_report(gather(problem, chosen, table.costs(metric), joint, shown), path)
 
 
 def _print_room(console: Console, rooms: list, card: float, offload: str) -> None:
@@ -220,7 +216,7 @@ def _print(console: Console, problem: Problem, chosen: Plan, table: Any, metric:
 
     layout, budget = problem.layout, chosen.options["budget"]
     console.print(
-        f"[bold]{_size(chosen.bytes)}[/] of {_size(budget)} asked for ({budget - chosen.bytes:,} bytes are left, "
+        f"[bold]{size_text(chosen.bytes, 3)}[/] of {size_text(budget, 3)} asked for ({budget - chosen.bytes:,} bytes are left, "
         f"{KEY_VALUE_BYTES:,} of them for what quantize writes about the file's origin), "
         f"{chosen.options['bits_per_weight']:.2f} bits per weight "
         f"({chosen.options['block_bits_per_weight']:.2f} inside the blocks)",
@@ -234,27 +230,25 @@ def _print(console: Console, problem: Problem, chosen: Plan, table: Any, metric:
     shown = Table(title="Beside it: files with one type")
     for heading in ("type", "size", "predicted error", "of this plan's"):
         shown.add_column(heading, justify="right")
-    for name, size, cost in uniform_files(layout, _measured(table, metric)):
-        shown.add_row(name, _size(size), f"{cost:.4g}", f"{cost / chosen.cost:.2f} times" if chosen.cost else "")
+    for option, size, cost in uniform_files(layout, table.costs(metric)):
+        shown.add_row(str(option), size_text(size, 3), f"{cost:.4g}", f"{cost / chosen.cost:.2f} times" if chosen.cost else "")
     console.print(shown)
 
 
 def _types_table(layout: FileLayout, chosen: Plan, problem: Problem) -> Table:
     """Give each class of matrices a row, with how many tensors got each type."""
     from ..flux.names import tensor_class
-    from ..mixed.file_layout import option_bits
-    from ..plan.problem import options_of
 
-    options = options_of(chosen)
-    kinds = sorted({options[name] for name in problem.costs}, key=lambda option: (option_bits(option), option))
-    counts: dict[str, dict[str, int]] = {}
+    options = chosen.by_tensor()
+    kinds = sorted({options[name] for name in problem.costs}, key=lambda option: (option.bits, option))
+    counts: dict[str, dict[Any, int]] = {}
     for name in problem.costs:
         row = counts.setdefault(tensor_class(name).removesuffix(".weight"), {})
         row[options[name]] = row.get(options[name], 0) + 1
     table = Table(title="Tensors by type")
     table.add_column("tensors", overflow="fold")
     for kind in kinds:
-        table.add_column(kind, justify="right")
+        table.add_column(str(kind), justify="right")
     for title, row in counts.items():
         table.add_row(title, *(str(row.get(kind, "")) for kind in kinds))
     return table
@@ -292,7 +286,3 @@ def _print_next(console: Console, out: Path, chosen: Plan, costs: Path, source: 
     console.print(f"Next: {command}", soft_wrap=True, markup=False)
     if source is None:
         console.print(f"SOURCE is the 16-bit file or folder that was measured ({chosen.options['model']}).", soft_wrap=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / GB:.3f} GB" if count >= GB else f"{count / MB:.3f} MB"

@@ -1,4 +1,4 @@
-"""Choose the ggml type of every tensor of a file to be written: by layout and file type, by plan, by pattern."""
+"""Choose the ggml type of every tensor of a new file: by layout and file type, by plan, by pattern."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import prod
 
 from torch import Tensor
 
 from ..errors import FormatError
+from ..flux.conventions import main_file_type
 from ..flux.names import block_of
-from ..flux.types import BLOCK, NAMED_TYPES, RULES, VECTOR, file_type, tensor_kind, tensor_types
+from ..flux.types import BLOCK, NAMED_TYPES, RULES, VECTOR, tensor_kind, tensor_types
 from ..formats import PLAIN_TYPES, block_format
 from ..gguf.check import listed
+from ..mixed.option import Option
 from ..mixed.plan_file import Plan, check_tensors
 from ..packing import Engine, quantizer
 from ..source.source import SourceModel, SourceTensor
 from ..torch_backend import libggml
 
 DEFAULT_RULE = "new"
-_NUMBERED = re.compile(r"(^|\.)\d+\.")  # what other models' blocks have in common: an index in the name
+# What other models' blocks have in common: an index in the name.
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Request:
     """State what is asked for.
 
     Attributes:
-        type: file type such as "Q4_K_S", or a ggml type's own name; beside a plan, of the block matrices that it does not
+        type: file type such as "Q4_K_S", or a ggml type's own name; next to a plan, of the block matrices that it does not
             name. None leaves those in 16 bit.
         rule: "old", "new" or "legacy"; None takes the plan's, else "new".
         plan: types by tensor, or None.
@@ -53,12 +55,23 @@ class Request:
 
 @dataclass
 class Choice:
-    """Hold types and ranks of low-rank corrections, llama.cpp's `file_type` (None where there is none), sentences for the user."""
+    """Hold how every tensor is stored.
+
+    Attributes:
+        types: tensor name -> ggml type name.
+        file_type: llama.cpp's number, None where there is none.
+        notes: sentences for the user.
+        ranks: tensor name -> rank of its low-rank correction, of those that get one.
+    """
 
     types: dict[str, str]
     file_type: int | None
     notes: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
+
+    def option(self, name: str) -> Option:
+        """Return type and rank of a tensor."""
+        return Option(self.types[name], self.ranks.get(name, 0))
 
 
 def choose_types(source: SourceModel, request: Request) -> Choice:
@@ -78,16 +91,15 @@ def choose_types(source: SourceModel, request: Request) -> Choice:
         _keep_half(chosen, source)
     given = _given(shapes, request)
     chosen.types.update(given)
-    _check_type_counts(shapes, given, request)
     _check_blocks(chosen, shapes, given, RULES[request.layout].leftover)
-    chosen.notes += _unplanned(chosen, shapes, given, request)
+    chosen.notes += _beside_plan(chosen, shapes, given, request)
     chosen.ranks = _ranks(source, chosen.types, request)
     if chosen.ranks:
         chosen.notes.append(
             f"{len(chosen.ranks)} tensors get a low-rank correction, two tensors more each. Only flux_kernels.load_flux reads "
             "them; other readers refuse the file."
         )
-    chosen.file_type = _number(chosen.types, shapes, NAMED_TYPES[named].file_type if not given else None)
+    chosen.file_type = main_file_type(chosen.types, shapes) if given else NAMED_TYPES[named].file_type
     return chosen
 
 
@@ -137,35 +149,28 @@ def _given(shapes: Mapping[str, tuple[int, ...]], request: Request) -> dict[str,
         if not any(fnmatchcase(name, pattern) for name in shapes):
             raise FormatError(f"No tensor is called {pattern!r}. `--dry-run --json` lists the names.")
     for name in shapes:
-        kind = next((kind for pattern, kind in request.overrides if fnmatchcase(name, pattern)), None)
-        if kind is not None:
-            planned[name] = kind
+        matching = [kind for pattern, kind in request.overrides if fnmatchcase(name, pattern)]
+        if matching:
+            planned[name] = matching[0]
     return planned
 
 
-def _check_type_counts(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request) -> None:
-    """Refuse a type beside a plan that leaves it nothing: it would be ignored."""
-    if request.plan is None or request.type is None:
-        return
-    if not _unnamed_blocks(shapes, given):
+def _beside_plan(
+    chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request
+) -> list[str]:
+    """Say which block matrices a plan leaves in 16 bit; refuse a type that it leaves nothing for."""
+    unnamed = [name for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK and name not in given]
+    if request.plan is None or (request.type is not None and unnamed):
+        return []
+    if request.type is not None:
         raise FormatError(
             f"The plan has a type for every matrix of the blocks, so --type {request.type} has none left. Leave one of them out, or "
             "change tensors of the plan with --tensor-type PATTERN=TYPE."
         )
-
-
-def _unplanned(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request) -> list[str]:
-    """Say which block matrices a plan leaves in 16 bit because it does not name them."""
-    if request.plan is None or request.type is not None:
-        return []
-    left = [name for name in _unnamed_blocks(shapes, given) if chosen.types[name] in PLAIN_TYPES]
-    if not left:
-        return []
-    return [f"The plan does not name {listed(left)}: they stay in {chosen.types[left[0]]}. --type gives them one."]
-
-
-def _unnamed_blocks(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str]) -> list[str]:
-    return [name for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK and name not in given]
+    left = [name for name in unnamed if chosen.types[name] in PLAIN_TYPES]
+    return (
+        [f"The plan does not name {listed(left)}: they stay in {chosen.types[left[0]]}. --type gives them one."] if left else []
+    )
 
 
 def _ranks(source: SourceModel, types: Mapping[str, str], request: Request) -> dict[str, int]:
@@ -179,7 +184,7 @@ def _ranks(source: SourceModel, types: Mapping[str, str], request: Request) -> d
 
 
 def _check_blocks(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], plain: str) -> None:
-    """Keep matrices plain whose rows are not whole blocks; raise FormatError where the user named the type for them."""
+    """Keep matrices plain whose rows are not whole blocks; raise FormatError for those of a named type."""
     kept = []
     for name, kind in chosen.types.items():
         fmt = block_format(kind)
@@ -197,16 +202,6 @@ def _check_blocks(chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: 
         chosen.notes.append(f"{len(kept)} matrices stay {plain}, as their rows are not whole blocks: {listed(kept)}.")
 
 
-def _number(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], named: int | None) -> int | None:
-    if named is not None:
-        return named
-    weights: dict[str, int] = {}
-    for name, kind in types.items():
-        if tensor_kind(name, shapes[name]) == BLOCK:
-            weights[kind] = weights.get(kind, 0) + prod(shapes[name])
-    return file_type(max(weights, key=lambda kind: weights[kind])) if weights else None
-
-
 def match_importance(
     source: SourceModel, types: Mapping[str, str], means: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], str]:
@@ -218,7 +213,7 @@ def match_importance(
     Raises:
         FormatError: where a length is not that of the tensor's rows, or nothing matches.
     """
-    found, missing = {}, []
+    importance, missing = {}, []
     for name, tensor in source.tensors.items():
         if block_format(types[name]) is None or len(tensor.shape) < 2:
             continue
@@ -231,13 +226,13 @@ def match_importance(
                 "matrix is of another model."
             )
         else:
-            found[name] = mean
-    if missing and not found:
+            importance[name] = mean
+    if missing and not importance:
         raise FormatError(
             f"The importance matrix has none of the tensors: it names {listed(list(means))}, the file {listed(missing)}."
         )
-    note = f"{len(missing)} of {len(missing) + len(found)} quantized matrices have no importance: {listed(missing)}."
-    return found, note if missing else ""
+    note = f"{len(missing)} of {len(missing) + len(importance)} quantized matrices have no importance: {listed(missing)}."
+    return importance, note if missing else ""
 
 
 def check_engine(source: SourceModel, types: Mapping[str, str], engine: Engine, weighted: Mapping[str, Tensor]) -> None:

@@ -1,11 +1,11 @@
-"""Convert a model to a GGUF file: every tensor is streamed from the source to the file, types by layout, plan or pattern."""
+"""Convert a model to a GGUF file: every tensor is streamed from the source to the file."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -15,26 +15,30 @@ from torch import Tensor
 
 from ..backends import usable_device
 from ..errors import BackendUnavailable, FormatError, GGUFError
-from ..flux.low_rank_tensors import RANK_TYPE, correction_names, low_rank_shapes
+from ..flux.low_rank_tensors import correction_names
 from ..flux.names import block_of
-from ..formats import FORMATS, type_row
+from ..formats import FORMATS
+from ..gguf.conventions import KeyValues
 from ..gguf.file import planned_size, write_gguf
-from ..gguf.spec import shown_path, tensor_nbytes
+from ..gguf.spec import shown_path
 from ..mixed.covariance import load_covariance
 from ..mixed.imatrix import load_imatrix
+from ..mixed.option import Option
 from ..packing import Engine
 from ..source.source import SourceModel, SourceTensor, understand_source
 from ..source.stored_tensor import FP8
 from .choose_types import Choice, Request, check_engine, choose_types, match_importance, requantized
-from .provenance import KeyValues, file_hash, provenance_keys, usual_keys
+from .provenance import file_hash, provenance_keys, usual_keys
 from .quantize_rows import SLAB_WEIGHTS, Work, make_corrected, make_tensor, threads
 
-_MAX_DIMS = 4  # of a GGUF tensor; what has more is stored as a matrix, with its shape in a key-value
-_GPU_THREADS = 2  # one reads while the other computes
-_SLAB_BYTES = (
-    70  # a weight of a slab: float32, source, result and the quantizer's chunks; measured (decisions/quantize-command)
-)
-_FIT_BYTES = 48  # a weight of a matrix that gets a correction: float32 and float64 copies of the whole matrix, an estimate
+# Of a GGUF tensor; what has more is stored as a matrix, with its shape in a key-value.
+_MAX_DIMS = 4
+# One reads while the other computes.
+_GPU_THREADS = 2
+# A weight of a slab: float32, source, result and the quantizer's chunks; measured (decisions/quantize-command).
+_SLAB_BYTES = 70
+# A weight of a matrix that gets a correction: float32 and float64 copies of the whole matrix, an estimate.
+_FIT_BYTES = 48
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,7 +65,7 @@ class Conversion:
         bare_nbytes: the same with the usual key-values only, as published files have them.
         bits_per_weight: all tensors, without header and padding.
         block_bits_per_weight: the matrices inside the blocks.
-        peak_bytes: memory that running it takes at most beside torch itself, an estimate.
+        peak_bytes: memory that running it takes at most, on top of torch itself, an estimate.
         notes: sentences for the user.
         seconds: that writing took; 0 before it ran.
         covariance: tensor name -> [K, K] of its inputs, which low-rank corrections are fitted to.
@@ -90,13 +94,14 @@ class Conversion:
 
     def shares(self) -> list[TypeShare]:
         """Count tensors, weights and bytes by type, most bytes first."""
-        counts: dict[str, list[int]] = {}
+        tensors: dict[str, list[SourceTensor]] = {}
         for name, kind in self.choice.types.items():
-            tensor = self.source.tensors[name]
-            count = counts.setdefault(kind, [0, 0, 0])
-            for index, value in enumerate((1, tensor.weights, _nbytes(tensor, kind))):
-                count[index] += value
-        return sorted((TypeShare(kind, *count) for kind, count in counts.items()), key=lambda share: -share.nbytes)
+            tensors.setdefault(kind, []).append(self.source.tensors[name])
+        shares = [
+            TypeShare(kind, len(held), sum(one.weights for one in held), sum(Option(kind).nbytes(one.shape) for one in held))
+            for kind, held in tensors.items()
+        ]
+        return sorted(shares, key=lambda share: -share.nbytes)
 
     def write(self, path: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None) -> None:
         """Write the file; it appears under its name only when it is complete.
@@ -133,8 +138,8 @@ class Conversion:
                 packed, halves = make_corrected(tensor, self.choice, self.importance.get(name), seen, work)
                 factors.update(zip(correction_names(name), halves, strict=True))
                 return packed
-            made = make_tensor(tensor, self.choice.types[name], self.importance.get(name), work)
-            return made.flatten(1) if len(tensor.shape) > _MAX_DIMS else made
+            rows = make_tensor(tensor, self.choice.types[name], self.importance.get(name), work)
+            return rows.flatten(1) if len(tensor.shape) > _MAX_DIMS else rows
 
         with threads(self.workers) as pool:
             work = Work(pool, self.device, self.engine, report)
@@ -157,7 +162,7 @@ def prepare(
     provenance: bool = True,
     whole_hash: bool = False,
 ) -> Conversion:
-    """Check a conversion and plan its file to the byte; of the source only headers are read, and 4 MB for its hash.
+    """Check a conversion and plan its file to the byte; only headers are read, and 4 MB for the hash.
 
     Args:
         source: see `understand_source`.
@@ -219,7 +224,7 @@ def prepare(
         metadata=metadata,
         nbytes=nbytes,
         bare_nbytes=planned_size(entries, usual),
-        bits_per_weight=_bits(model, choice, list(model.tensors)),
+        bits_per_weight=_bits(model, choice, model.tensors),
         block_bits_per_weight=_bits(model, choice, blocks),
         peak_bytes=_peak(model, choice, count, place),
         importance=weighted,
@@ -232,7 +237,7 @@ def prepare(
 
 
 def check_target(source: SourceModel, path: str | os.PathLike[str], nbytes: int, force: bool) -> None:
-    """Raise GGUFError where a file cannot be written: it is there, is a source, or does not fit on the disk."""
+    """Raise GGUFError where a file cannot be written: it exists, is a source, or is larger than the disk."""
     target = os.path.realpath(os.fsdecode(path))
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
@@ -258,36 +263,22 @@ def _device(name: str) -> torch.device:
 
 def _entries(source: SourceModel, choice: Choice) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return (name, type, shape) as the file states them, in its order; a correction follows its weight."""
-    entries = []
-    for name, tensor in source.tensors.items():
-        entries.append((name, choice.types[name], _written_shape(tensor.shape)))
-        halves = low_rank_shapes(name, tensor.shape, choice.ranks.get(name, 0))
-        entries += [(half, RANK_TYPE, shape) for half, shape in halves.items()]
-    return entries
+    tensors = source.tensors.items()
+    return [entry for name, tensor in tensors for entry in choice.option(name).entries(name, _written_shape(tensor.shape))]
 
 
 def _written_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) <= _MAX_DIMS else (shape[0], prod(shape[1:]))
 
 
-def _nbytes(tensor: SourceTensor, kind: str) -> int:
-    return tensor_nbytes(type_row(kind), tensor.shape)
-
-
-def _bits(source: SourceModel, choice: Choice, names: list[str]) -> float:
+def _bits(source: SourceModel, choice: Choice, names: Collection[str]) -> float:
     weights = sum(source.tensors[name].weights for name in names)
-    nbytes = sum(_nbytes(source.tensors[name], choice.types[name]) + _correction_nbytes(source, choice, name) for name in names)
-    return 8 * nbytes / weights if weights else 0.0
-
-
-def _correction_nbytes(source: SourceModel, choice: Choice, name: str) -> int:
-    shapes = low_rank_shapes(name, source.tensors[name].shape, choice.ranks.get(name, 0))
-    return sum(tensor_nbytes(type_row(RANK_TYPE), shape) for shape in shapes.values())
+    return 8 * sum(choice.option(name).nbytes(source.tensors[name].shape) for name in names) / weights if weights else 0.0
 
 
 def _peak(source: SourceModel, choice: Choice, workers: int, place: torch.device) -> int:
-    """Return the memory that a conversion takes: the largest tensor of the file, every thread's slab, and fitting a correction."""
-    largest = max((_nbytes(tensor, choice.types[name]) for name, tensor in source.tensors.items()), default=0)
+    """Return the bytes that a conversion takes: the largest tensor, each thread's slab, a fit."""
+    largest = max((Option(choice.types[name]).nbytes(tensor.shape) for name, tensor in source.tensors.items()), default=0)
     slab = SLAB_WEIGHTS.get(place.type, SLAB_WEIGHTS["cuda"])
     width = max((prod(tensor.shape[1:]) for tensor in source.tensors.values()), default=0)
     fitted = max((source.tensors[name].weights for name in choice.ranks), default=0)

@@ -1,4 +1,4 @@
-"""The key-values of a converted file: the three usual ones, and what it was made from, by which tool, with which choices."""
+"""The key-values of a converted file: the usual ones, and what it comes from, how and by which tool."""
 
 from __future__ import annotations
 
@@ -6,33 +6,25 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from ..files import file_sha256
 from ..flux.config import CONFIG_KEY
+from ..flux.conventions import ARCHITECTURE
+from ..gguf.conventions import ORIGINAL_SHAPE_KEY, KeyValues, architecture_of, general_keys
 from ..source.source import SourceModel
 from ..version import own_version
 from .choose_types import Choice, Request
 
-QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, the only one there is for these types
-ARCHITECTURE = "flux"  # also of Chroma and FLUX.2 files; readers go by the tensors
-ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
 _OTHER = "unknown"
-_SAMPLES, _SAMPLE_BYTES = 64, 2**16  # a sampled hash reads these many pieces of these many bytes, evenly spaced
-
-KeyValues = dict[str, tuple[str, Any]]
+# A sampled hash reads these many pieces of these many bytes, evenly spaced.
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 def usual_keys(source: SourceModel, choice: Choice, architecture: str | None) -> KeyValues:
     """Return the key-values that published files have, and the config where readers cannot infer it."""
-    known = ARCHITECTURE if _looks_like_flux(source) else _OTHER
-    stated = source.files.metadata.get("general.architecture")
-    keys: KeyValues = {
-        "general.architecture": ("STRING", architecture or (known if source.config else stated or known)),
-        "general.quantization_version": ("UINT32", QUANTIZATION_VERSION),
-    }
-    if choice.file_type is not None:
-        keys["general.file_type"] = ("UINT32", choice.file_type)
+    known = ARCHITECTURE if any(name.startswith(("double_blocks.", "single_blocks.")) for name in source.tensors) else _OTHER
+    stated = None if source.config else architecture_of(source.files.metadata)
+    keys = general_keys(architecture or stated or known, choice.file_type)
     if source.needs_config:
         keys[CONFIG_KEY] = ("STRING", json.dumps(source.config))
     for name, tensor in source.tensors.items():
@@ -77,34 +69,31 @@ def provenance_keys(
         keys["flux_kernels.plan.sha256"] = ("STRING", _plan_hash(plan, request))
         keys["flux_kernels.plan.costs_sha256"] = ("STRING", request.plan.costs_sha256)
     if imatrix:
-        keys["quantize.imatrix.file"] = ("STRING", os.path.basename(imatrix))  # llama.cpp's key, as is the next
+        # llama.cpp's keys, these two.
+        keys["quantize.imatrix.file"] = ("STRING", os.path.basename(imatrix))
         keys["quantize.imatrix.entries_count"] = ("UINT32", imatrix_entries)
         keys["flux_kernels.imatrix.sha256"] = ("STRING", file_sha256(imatrix))
     return keys
 
 
 def file_hash(path: str, whole: bool) -> str:
-    """Hash a file: "sha256:<hex>" of all its bytes, or "sampled-sha256:<hex>" of its size and 64 pieces of 64 KiB.
+    """Hash a file, as "sha256:<hex>" or "sampled-sha256:<hex>".
 
-    The first piece starts at byte 0, where the header is, the last ends at the end, the others are evenly spaced. Small
-    files are hashed whole.
+    The one is of all its bytes, the other of its size and 64 pieces of 64 KiB. The first piece starts at byte 0, where the
+    header is, the last ends at the end, the others are evenly spaced. Small files are hashed whole.
     """
     size = os.path.getsize(path)
     if whole or size <= _SAMPLES * _SAMPLE_BYTES:
         return f"sha256:{file_sha256(path)}"
-    found = hashlib.sha256(size.to_bytes(8, "little"))
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
     with open(path, "rb") as file:
         for sample in range(_SAMPLES):
             file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-            found.update(file.read(_SAMPLE_BYTES))
-    return f"sampled-sha256:{found.hexdigest()}"
+            digest.update(file.read(_SAMPLE_BYTES))
+    return f"sampled-sha256:{digest.hexdigest()}"
 
 
 def _plan_hash(path: str | None, request: Request) -> str:
     if path:
         return file_sha256(path)
     return hashlib.sha256(request.plan.to_json().encode()).hexdigest() if request.plan else ""
-
-
-def _looks_like_flux(source: SourceModel) -> bool:
-    return any(name.startswith(("double_blocks.", "single_blocks.")) for name in source.tensors)

@@ -1,4 +1,4 @@
-"""Make one tensor of the file: its rows are read, decoded, checked and quantized in slabs, by several threads."""
+"""Make one tensor of the file: read, decode, check and quantize rows in slabs, by several threads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from ..packing import Engine, quantize
 from ..source.source import SourceTensor
 from .choose_types import Choice
 
-SLAB_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # weights a thread has in work: float32, source and scratch are about 12 bytes
+# Weights a thread has in work: float32, source and scratch are about 12 bytes.
+SLAB_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Say how tensors are made: threads, device, engine, and whom to tell that source bytes are done."""
+    """Say how tensors are made: threads, device, engine, and what is called with source bytes done."""
 
     threads: ThreadPoolExecutor
     device: torch.device
@@ -35,7 +36,7 @@ class Work:
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Start threads that run torch one-threaded: slabs of different rows scale better than operations on one."""
+    """Start threads that run torch one-threaded: slabs of rows scale better than single operations."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, thread_name_prefix="quantize", initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -54,39 +55,41 @@ def make_tensor(source: SourceTensor, type_name: str, importance: Tensor | None,
     fmt = block_format(type_name)
     rows, width = source.rows, prod(source.shape[1:])
     if fmt is None:
-        made = _empty(tuple(source.shape), PLAIN_TYPES[type_name].dtype)
+        result = _empty(tuple(source.shape), PLAIN_TYPES[type_name].dtype)
     else:
-        made = _empty((*source.shape[:-1], fmt.row_bytes(source.shape[-1], source.name)), torch.uint8)
+        result = _empty((*source.shape[:-1], fmt.row_bytes(source.shape[-1], source.name)), torch.uint8)
     step = max(1, SLAB_WEIGHTS.get(work.device.type, SLAB_WEIGHTS["cuda"]) // max(1, width))
     if len(source.shape) < 2:
-        step = max(1, rows)  # blocks of a vector span its rows
+        # Blocks of a vector span its rows.
+        step = max(1, rows)
 
     def slab(start: int, stop: int) -> int:
         rows = _slab(source, type_name, fmt, importance, start, stop, work)
         if source.shape:
-            (made if len(source.shape) < 2 else made[start:stop]).copy_(rows)
+            (result if len(source.shape) < 2 else result[start:stop]).copy_(rows)
         else:
-            made.copy_(rows.reshape(()))
+            result.copy_(rows.reshape(()))
         return stop - start
 
     jobs = [work.threads.submit(slab, start, min(start + step, rows)) for start in range(0, rows, step)]
     try:
-        told, finished = 0, 0
+        reported, finished = 0, 0
         for job in as_completed(jobs):
             finished += job.result()
-            work.done(source.nbytes * finished // rows - told)
-            told = source.nbytes * finished // rows
+            work.done(source.nbytes * finished // rows - reported)
+            reported = source.nbytes * finished // rows
     except BaseException:
         for job in jobs:
             job.cancel()
         raise
-    return made
+    return result
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Make a tensor in pages of its own, which go back when it is freed.
 
-    malloc keeps what was freed, up to twice the largest piece: with tensors of any size among it the peak was 90 to 200 MB, by chance.
+    malloc keeps what was freed, up to twice the largest piece: with tensors of any size among it the peak was 90 to 200 MB, by
+    chance.
     """
     nbytes = prod(shape) * dtype.itemsize
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape) if nbytes else torch.empty(shape, dtype=dtype)
@@ -95,7 +98,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def make_corrected(
     source: SourceTensor, choice: Choice, importance: Tensor | None, seen: Tensor | None, work: Work
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Quantize a matrix together with its low-rank correction, as `measure` did: the whole matrix at once, in float32.
+    """Quantize a matrix with its low-rank correction as `measure` does: the whole matrix in float32.
 
     Args:
         seen: the inputs' covariance [K, K] or importance [K], which the correction is fitted to.
@@ -107,7 +110,8 @@ def make_corrected(
     _check_finite(source, weight, 0)
     fmt = get_format(choice.types[source.name])
     weighted = None if importance is None else importance.to(work.device)
-    tried: list[tuple[Tensor, Tensor]] = []  # decoded and packed of every turn
+    # Decoded and packed of every turn.
+    tried: list[tuple[Tensor, Tensor]] = []
 
     def round_trip(part: Tensor) -> Tensor:
         packed = quantize(part, fmt, weighted, name=source.name, engine=work.engine)
@@ -123,7 +127,8 @@ def make_corrected(
 def _slab(
     source: SourceTensor, type_name: str, fmt: BlockFormat | None, importance: Tensor | None, start: int, stop: int, work: Work
 ) -> Tensor:
-    if source.type == type_name:  # nothing to convert: the bytes move
+    # Nothing to convert: the bytes move.
+    if source.type == type_name:
         rows = source.raw(start, stop)
         if fmt is None:
             _check_finite(source, rows, start)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,23 +13,20 @@ from torch import Tensor, nn
 
 from ..errors import GGUFError
 from ..formats import PLAIN_TYPES
+from ..gguf.conventions import KeyValues, general_keys
 from ..gguf.file import write_gguf
 from ..layers.linear import GGUFLinear
 from .config import CONFIG_KEY, CONFIG_NAMES
+from .conventions import ARCHITECTURE, IMAGE_INPUT, main_file_type
 from .low_rank_tensors import correction_names, is_correction, join_branches
 from .names import BFL, DIFFUSERS, NAMINGS, Source, sources, stored_shapes
 from .stored import empty_model, parameter_shapes
-from .types import BLOCK, file_type, tensor_kind
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-# GGML_QNT_VERSION, the only one there is for these types.
-_QUANTIZATION_VERSION = 2
 # It holds every value of the 16-bit types.
 _EXACT = "F32"
-# In BF16, diffusers takes its bytes for columns and the file for FLUX.1-Depth.
-_IMAGE_INPUT = "img_in.weight"
 # A tensor to write: name, ggml type, shape, and its data or a function that gives them.
 Entry = tuple[str, str, tuple[int, ...], Any]
 _PLAIN_NAMES = {plain.dtype: name for name, plain in PLAIN_TYPES.items() if name in ("F32", "F16", "BF16")}
@@ -81,19 +76,11 @@ def _mixes_types(model: nn.Module, located: Mapping[str, Source]) -> bool:
     return any(len(types) > 1 for types in kinds.values())
 
 
-def _metadata(config: Mapping[str, Any], tensors: list[Entry]) -> dict[str, tuple[str, Any]]:
+def _metadata(config: Mapping[str, Any], tensors: list[Entry]) -> KeyValues:
     """Return the key-values: the three usual ones, and what the tensors do not tell."""
-    weights: Counter[str] = Counter()
-    for name, kind, shape, _ in tensors:
-        if tensor_kind(name, shape) == BLOCK and not is_correction(name):
-            weights[kind] += prod(shape)
-    number = file_type(weights.most_common(1)[0][0]) if weights else None
-    return {
-        "general.architecture": ("STRING", "flux"),
-        "general.quantization_version": ("UINT32", _QUANTIZATION_VERSION),
-        **({} if number is None else {"general.file_type": ("UINT32", number)}),
-        CONFIG_KEY: ("STRING", json.dumps(config)),
-    }
+    weights = [(name, kind, shape) for name, kind, shape, _ in tensors if not is_correction(name)]
+    number = main_file_type({name: kind for name, kind, _ in weights}, {name: shape for name, _, shape in weights})
+    return {**general_keys(ARCHITECTURE, number), CONFIG_KEY: ("STRING", json.dumps(config))}
 
 
 def _stored_type(model: nn.Module, name: str, shape: tuple[int, ...], parameters: list[str]) -> str:
@@ -105,7 +92,7 @@ def _stored_type(model: nn.Module, name: str, shape: tuple[int, ...], parameters
             f'{name!r} is one tensor of one type, its parts are {held}. Use names="diffusers", or one type for all.'
         )
     (kind,) = set(kinds.values())
-    if kind in PLAIN_TYPES and (len(shape) == 1 or (name == _IMAGE_INPUT and kind == "BF16")):
+    if kind in PLAIN_TYPES and (len(shape) == 1 or (name == IMAGE_INPUT and kind == "BF16")):
         return _EXACT
     return kind
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import GGUFError
 from ..formats import Packed, PlainType
 from ..gguf.check import check_weight_type, tensor_problems
+from ..gguf.conventions import ORIGINAL_SHAPE_KEY, architecture_of
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..torch_backend.reference import dequantize
 from .config import infer_config
@@ -24,8 +25,6 @@ from .variant import canonical_names, naming_of
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
 
 
 class StoredLayer(NamedTuple):
@@ -147,8 +146,7 @@ def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
     shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
     extra = {bare: names.pop(bare) for bare in [*names] if is_correction(bare)}
     extra_shapes = {bare: shapes.pop(bare) for bare in extra}
-    architecture = file.metadata.get("general.architecture")
-    naming = naming_of(shapes, architecture if isinstance(architecture, str) else None)
+    naming = naming_of(shapes, architecture_of(file.metadata))
     inferred = infer_config(shapes, naming, file.metadata, config)
     expected = parameter_shapes(empty_model(inferred))
     located = sources(expected, naming)

@@ -23,7 +23,7 @@ from .header import Cursor, Header, parse_header
 from .spec import shown_path
 from .write import planned_size, write_gguf
 
-__all__ = ["GGUFFile", "GGUFTensor", "planned_size", "read_gguf", "write_gguf"]
+__all__ = ["GGUFFile", "GGUFTensor", "map_file", "planned_size", "read_gguf", "write_gguf"]
 
 # Python names it from 3.13 on; the value is that of x86, ARM and RISC-V
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -143,7 +143,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     Source: ggml docs/gguf.md, gguf.cpp.
     """
     path = os.fsdecode(path)
-    mapped = _map_file(path)
+    mapped = map_file(path)
     try:
         header = parse_header(Cursor(mapped, shown_path(path)))
     except GGUFError:
@@ -168,7 +168,7 @@ def _tensors(header: Header, mapped: mmap.mmap) -> dict[str, GGUFTensor]:
     }
 
 
-def _map_file(path: str) -> mmap.mmap:
+def map_file(path: str) -> mmap.mmap:
     """Map a regular file copy-on-write: torch wants writable memory, and the file must never change."""
     try:
         # Before opening, since a pipe would wait for its writer.

@@ -1,19 +1,73 @@
-"""Capture states: run the pipeline on prompts, and keep what the transformer was given at one random step of each run."""
+"""Capture states: what the transformer is given at one random step of each run of the pipeline."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from .states import PER_PICTURE, SHARED, State
+from ..generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS
+from ..mixed.world import World
+from .measured_model import open_pipeline
+from .request import SIZES, STATES, Progress, Request, Size
+from .states import PER_PICTURE, SHARED, State, States
 
-Size = tuple[int, int]  # width, height in pixels
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+_POLL_SECONDS = 0.5
+
+
+def captured_states(request: Request, world: World, model: FluxTransformer2DModel, sha256: str, progress: Progress) -> States:
+    """Return the states of the file, which is written first where it is missing.
+
+    The first process captures them, the others wait for the file.
+
+    Raises:
+        FormatError: where the file holds states of another model, or others than the request asks for.
+    """
+    path = request.states_path
+    if not path.exists() and world.rank == 0:
+        States(_capture_for(request, model, progress), request.source.name, sha256).save(path)
+    while not path.exists():
+        progress("waiting for the first process to capture states", 0, 0)
+        time.sleep(_POLL_SECONDS)
+    states = States.load(path)
+    if states.source_sha256 != sha256:
+        raise FormatError(
+            f"{path} was captured with another model ({states.model}, sha256 {states.source_sha256[:12]}..., this one has "
+            f"{sha256[:12]}...). Remove it to capture anew, or choose another --states-file."
+        )
+    unlike = states.unlike(request.count, request.prompts, request.sizes, request.steps, request.seed)
+    if unlike:
+        raise FormatError(
+            f"{path} is there already and holds {unlike}. Leave the options of capturing out to measure on it, or give another "
+            "--out (or --states-file) to capture anew."
+        )
+    return states
+
+
+def _capture_for(request: Request, model: FluxTransformer2DModel, progress: Progress) -> list[State]:
+    pipeline, settings = open_pipeline(request.source, model)
+    if request.steps is not None:
+        settings["num_inference_steps"] = request.steps
+    own_sizes = [(PIPELINE_KWARGS["width"], PIPELINE_KWARGS["height"])] if request.source.embedded else SIZES
+    count = request.count or STATES
+    return capture(
+        pipeline,
+        request.prompts or EMBEDDED_PROMPTS,
+        count,
+        settings=settings,
+        sizes=request.sizes or own_sizes,
+        seed=request.seed or 0,
+        on_state=lambda done: progress("capturing states", done, count),
+    )
 
 
 def capture(
@@ -24,9 +78,9 @@ def capture(
     settings: Mapping[str, Any],
     sizes: Sequence[Size],
     seed: int = 0,
-    on_state: Callable[[], None] = lambda: None,
+    on_state: Callable[[int], None] = lambda done: None,
 ) -> list[State]:
-    """Draw `count` pictures up to a random step each, and return the transformer's inputs and output there.
+    """Draw `count` pictures up to a random step each; return the transformer's inputs and output there.
 
     Prompts and sizes are drawn at random without repeating one before all had their turn; steps likewise, so that they are
     spread evenly over the run. Every picture has noise of its own, seeded with `seed`, `seed` + 1, ...
@@ -38,7 +92,7 @@ def capture(
         settings: arguments of the pipeline call, `num_inference_steps` among them.
         sizes: (width, height) in pixels, to choose from.
         seed: of the choices and of the first picture's noise.
-        on_state: called after each state.
+        on_state: called after each state with the number of states so far.
 
     Raises:
         FormatError: where there are no prompts or no sizes, or `count` is not positive.
@@ -48,12 +102,12 @@ def capture(
     choice = random.Random(seed)
     steps = settings["num_inference_steps"]
     plan = zip(_turns(choice, prompts, count), _turns(choice, sizes, count), _turns(choice, range(steps), count), strict=True)
-    found = []
+    states: list[State] = []
     for number, (prompt, size, step) in enumerate(plan):
         call = {**settings, "width": size[0], "height": size[1]}
-        found.append(_capture_one(pipeline, prompt, step, seed + number, call))
-        on_state()
-    return found
+        states.append(_capture_one(pipeline, prompt, step, seed + number, call))
+        on_state(len(states))
+    return states
 
 
 def _turns(choice: random.Random, options: Sequence[Any], count: int) -> list[Any]:
@@ -73,7 +127,8 @@ def _capture_one(pipeline: Any, prompt: str, step: int, seed: int, settings: dic
         if calls == step:
             kept["inputs"] = {name: _clone(given[name]) for name in (*PER_PICTURE, *SHARED) if given.get(name) is not None}
             kept["velocity"] = _clone(output[0])
-            pipeline._interrupt = True  # the pipeline's own switch: the steps that remain are not run
+            # The pipeline's own switch: the steps that remain are not run.
+            pipeline._interrupt = True
         calls += 1
 
     hook = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)

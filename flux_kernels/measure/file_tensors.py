@@ -1,24 +1,22 @@
-"""The matrices of a Flux file as they lie in the model: one file tensor, such as a fused qkv, is several parameters."""
+"""The matrices of a Flux file as parameters of the model: a fused qkv is three of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..flux.names import BFL, Source, sources
-from ..formats import PLAIN_TYPES, Packed, get_format
-from ..mixed.file_layout import parse_option
-from ..mixed.low_rank_fit import STORED, corrected
+from ..flux.types import BLOCK, tensor_kind
+from ..formats import Packed, get_format
+from ..mixed.low_rank_fit import corrected
+from ..mixed.option import Option
 from ..packing import quantize
 from ..torch_backend.reference import dequantize
-
-BLOCKS = ("double_blocks.*", "single_blocks.*")
 
 
 @dataclass(frozen=True)
@@ -40,28 +38,12 @@ class FileTensor:
         """Name of the first module that holds rows of it; all of them have the same input."""
         return next(iter(self.parts)).removesuffix(".weight")
 
-    def types(self, wanted: Iterable[str]) -> list[str]:
-        """Return those of the wanted types (also "Q4_K+r16") that this tensor's rows are whole blocks of."""
-        split = {name: parse_option(name) for name in wanted}
-        return [
-            name
-            for name, (kind, rank) in split.items()
-            if self.shape[1] % get_format(kind).block_size == 0 and rank <= min(self.shape)
-        ]
 
-    def packed_bytes(self, type_name: str) -> int:
-        """Return the bytes of the tensor in a block type or a plain one, its correction included, without padding."""
-        kind, rank = parse_option(type_name)
-        fmt = PLAIN_TYPES[kind] if kind in PLAIN_TYPES else get_format(kind)
-        return self.shape[0] * self.shape[1] // fmt.block_size * fmt.type_size + rank * sum(self.shape) * STORED.itemsize
-
-
-def file_tensors(model: nn.Module, include: Iterable[str] = BLOCKS) -> dict[str, FileTensor]:
-    """List the matrices of the file a model would be written to, by name, in the order of the file.
+def file_tensors(model: nn.Module) -> dict[str, FileTensor]:
+    """List the blocks' matrices of the file a model would be written to, in the order of the file.
 
     Args:
         model: a FluxTransformer2DModel of plain layers.
-        include: fnmatch patterns of file names; by default the matrices of the blocks.
 
     Raises:
         FormatError: where the model has packed layers: costs are measured against 16 bit.
@@ -74,25 +56,19 @@ def file_tensors(model: nn.Module, include: Iterable[str] = BLOCKS) -> dict[str,
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     grouped: dict[str, dict[str, Source]] = {}
     for parameter, source in sources(shapes, BFL).items():
-        if len(shapes[parameter]) == 2 and any(fnmatchcase(source.tensor, pattern) for pattern in include):
+        if tensor_kind(source.tensor, shapes[parameter]) == BLOCK:
             grouped.setdefault(source.tensor, {})[parameter] = source
-    found = {}
+    tensors = {}
     for name, parts in grouped.items():
         rows = max(stop for source in parts.values() for _, stop in source.rows)
-        found[name] = FileTensor(name, parts, (rows, shapes[next(iter(parts))][1]))
-    return found
-
-
-def file_names(model: nn.Module) -> set[str]:
-    """Return the names of all tensors of the file that a plain model would be written to."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return {source.tensor for source in sources(shapes, BFL).values()}
+        tensors[name] = FileTensor(name, parts, (rows, shapes[next(iter(parts))][1]))
+    return tensors
 
 
 def quantized(
     model: nn.Module,
     tensor: FileTensor,
-    type_name: str,
+    option: Option,
     importance: Tensor | None = None,
     covariance: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -101,29 +77,31 @@ def quantized(
     Args:
         model: that holds its parts.
         tensor: of the file.
-        type_name: a ggml type, or one with a low-rank correction such as "Q4_K+r16".
+        option: a block type, with or without a low-rank correction.
         importance: [K] of the quantizer's weighting, or None.
         covariance: [K, K] of the inputs, which a low-rank correction is fitted to; None fits it to `importance`.
 
     Returns:
         Parameter name -> (its decoded weights in its dtype, its squared weight error as a float64 scalar).
     """
-    kind, rank = parse_option(type_name)
+    fmt = get_format(option.type)
     own = {name: model.get_parameter(name).detach() for name in tensor.parts}
 
     def round_trip(weight: Tensor) -> Tensor:
-        return dequantize(Packed(quantize(weight, kind, importance, name=tensor.name), get_format(kind)))
+        return dequantize(Packed(quantize(weight, fmt, importance, name=tensor.name), fmt))
 
-    if rank:
-        whole = torch.cat([weight.float() for weight in own.values()])  # the order of its rows does not matter to the fit
-        decoded, down, up = corrected(whole, round_trip, rank, importance if covariance is None else covariance)
+    if option.rank:
+        # The order of its rows does not matter to the fit.
+        whole = torch.cat([weight.float() for weight in own.values()])
+        decoded, down, up = corrected(whole, round_trip, option.rank, importance if covariance is None else covariance)
         pieces = (decoded + up.float() @ down.float()).split([len(weight) for weight in own.values()])
-    else:  # a row's bytes depend on that row alone, so the parts can be quantized one by one
-        pieces = map(round_trip, own.values())
-    found = {}
+    else:
+        # A row's bytes depend on that row alone, so the parts can be quantized one by one.
+        pieces = tuple(map(round_trip, own.values()))
+    weights = {}
     for (name, weight), piece in zip(own.items(), pieces, strict=True):
-        found[name] = piece.to(weight.dtype), (piece - weight.float()).square().sum(dtype=torch.float64)
-    return found
+        weights[name] = piece.to(weight.dtype), (piece - weight.float()).square().sum(dtype=torch.float64)
+    return weights
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The log of a measurement: one JSON line a result, appended as it is found, so that nothing is measured twice.
+"""The log of a measurement: one JSON line a result, so that nothing is measured twice.
 
 Every process of a measurement has a log of its own, `<costs>.rank<r>.jsonl`, and reads those of all. The first line says
 what is measured; a log of something else is refused. A last line that was cut off half-way does not count.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..errors import FormatError
 from ..mixed.cost import CostRow
+from ..mixed.option import Option
 
 SCHEMA = "flux_kernels.measure_log/1"
-Found = dict[tuple[str, str], CostRow]
+Rows = dict[tuple[str, Option], CostRow]
+"""(tensor, option) -> its cost."""
 
 
 def log_path(table: Path, rank: int) -> Path:
@@ -26,55 +27,61 @@ def log_path(table: Path, rank: int) -> Path:
 
 
 def log_paths(table: Path) -> list[Path]:
-    """Return the logs that lie beside a table."""
+    """Return the logs of a table, of all processes."""
     prefix, suffix = f"{table.name}.rank", ".jsonl"
     names = [path for path in table.parent.glob("*.jsonl") if path.name.startswith(prefix)]
     return sorted(path for path in names if path.name[len(prefix) : -len(suffix)].isdigit())
 
 
-def read_logs(table: Path, identity: Mapping[str, str]) -> Found:
-    """Return all results in the logs beside a table.
+class MeasureLog:
+    """Append results to the log of one process, each on the disk before the next begins; read all logs.
 
     Args:
-        table: the cost table's path.
+        table: path of the cost table.
+        rank: of this process.
         identity: what is measured, as the first line of every log says it: hashes of model and states, importance, dtype.
 
+    Attributes:
+        measured: what the logs held at the beginning.
+
     Raises:
-        FormatError: where a log was begun with something else, or has a damaged line before its last.
+        FormatError: where a log was begun with something else, or has a damaged line before its last; also from `read`.
     """
-    found: Found = {}
-    for path in log_paths(table):
-        lines = _whole_lines(path)
-        if not lines:
-            continue
-        _check_identity(path, lines[0], identity)
-        for number, line in enumerate(lines[1:], start=2):
-            row = _row(line, f"{path}, line {number}")
-            found[row.tensor, row.type] = row
-    return found
-
-
-class MeasureLog:
-    """Append results to the log of one process; each is on the disk before the next is begun."""
 
     def __init__(self, table: Path, rank: int, identity: Mapping[str, str]):
-        self.path = log_path(table, rank)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = _whole_lines(self.path) if self.path.exists() else []
-        if whole:
-            _check_identity(self.path, whole[0], identity)
-        self._file = self.path.open("ab")
-        self._file.truncate(sum(len(line) + 1 for line in whole))  # what was cut off half-way
+        self._table, self._identity = table, identity
+        # All logs are checked before this one is begun.
+        self.measured = self.read()
+        path = log_path(table, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = _whole_lines(path) if path.exists() else []
+        self._file = path.open("ab")
+        # What was cut off half-way goes.
+        self._file.truncate(sum(len(line) + 1 for line in whole))
         if not whole:
             self._write({"schema": SCHEMA, **identity})
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self) -> Rows:
+        """Return all results in the logs of the table."""
+        rows: Rows = {}
+        for path in log_paths(self._table):
+            lines = _whole_lines(path)
+            if lines:
+                _check_identity(path, lines[0], self._identity)
+            for number, line in enumerate(lines[1:], start=2):
+                row = _row(line, f"{path}, line {number}")
+                rows[row.tensor, row.option] = row
+        return rows
+
     def append(self, row: CostRow) -> None:
         """Write one result."""
-        self._write(asdict(row))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        self._write(row.record())
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
@@ -109,11 +116,6 @@ def _short(value: Any) -> str:
 
 def _row(line: bytes, where: str) -> CostRow:
     try:
-        return CostRow(**json.loads(line))
-    except (ValueError, TypeError) as error:
+        return CostRow.of_record(json.loads(line))
+    except (ValueError, TypeError, KeyError) as error:
         raise FormatError(f"{where} is damaged ({error}). Remove the line, and it is measured anew.") from None
-
-
-def missing(items: Iterable[tuple[str, str]], found: Found) -> list[tuple[str, str]]:
-    """Return the items that have no result yet, in their order."""
-    return [item for item in items if item not in found]

@@ -1,49 +1,68 @@
-"""Open the 16-bit transformer that is to be measured, and the pipeline that its states are captured with."""
+"""Open the 16-bit transformer that is measured, and the pipeline that its states are captured with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..errors import FormatError, GGUFError
 from ..files import file_sha256
-from ..flux import load_flux
-from ..flux.config import infer_config
-from ..flux.names import Source, sources
-from ..flux.stored import empty_model, open_flux, parameter_shapes
+from ..flux.names import BFL, sources
+from ..flux.stored import empty_model, parameter_shapes
 from ..flux.types import BLOCK, tensor_kind
-from ..flux.variant import canonical_names, naming_of
+from ..flux.variant import naming_of
 from ..formats import PLAIN_TYPES
 from ..generation.base_pipeline import check_base, load_pipeline
 from ..generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from ..generation.tasks import default_settings
-from ..gguf.check import tensor_problems
+from ..gguf.conventions import architecture_of
+from ..gguf.file import map_file
+from ..source.source import SourceModel, understand
+from ..source.source_files import SourceFiles, open_source
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-_WEIGHTS = "*.safetensors"
-_TYPES = {plain.dtype: name for name, plain in PLAIN_TYPES.items() if plain.dtype.is_floating_point}
+_TYPES = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
 class Source16:
-    """Name what is measured.
+    """Name what is measured; only headers were read.
 
     Attributes:
-        files: that hold the transformer: one GGUF file, one safetensors file, or the shards of a diffusers folder.
+        opened: the files that hold the transformer.
         base: diffusers folder with the rest of the pipeline; only captured states need it.
         given: file or folder that was named, None for the embedded model.
     """
 
-    files: tuple[Path, ...]
+    opened: SourceFiles
     base: Path | None
     given: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files: one GGUF or safetensors file, or shards."""
+        return tuple(map(Path, self.opened.paths))
+
+    @cached_property
+    def model(self) -> SourceModel:
+        """What the files hold; raises GGUFError where that is no whole FLUX.1 transformer."""
+        try:
+            shapes = {name: tensor.shape for name, tensor in self.opened.tensors.items()}
+            naming_of(shapes, architecture_of(self.opened.metadata))
+            return understand(self.opened)
+        except GGUFError as error:
+            raise GGUFError(f"{self.files[0]}: {error}") from None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of FluxTransformer2DModel; raises GGUFError as `model` does."""
+        return self.model.config or {}
 
     @property
     def name(self) -> str:
@@ -61,117 +80,74 @@ class Source16:
 
 
 def find_source(gguf: Path | None = None, model: Path | None = None, base: Path | None = None) -> Source16:
-    """Find the files of a 16-bit transformer; without arguments those of the embedded model.
+    """Open the files of a 16-bit transformer; without arguments those of the embedded model.
 
     Args:
         gguf: a GGUF file of F16, BF16 or F32 matrices.
-        model: a safetensors file (BFL or diffusers names), a diffusers pipeline folder or its transformer folder.
+        model: any source that `quantize` takes: a file, an index of shards, a transformer's or a pipeline's folder.
         base: diffusers folder with the rest of the pipeline; by default `model` where that is such a folder.
 
     Raises:
         FormatError: where both or neither of two exclusive arguments are given.
-        FileNotFoundError: for files that are not there.
+        GGUFError: where there is no model, or its files are damaged.
     """
     given = gguf or model
     if gguf is not None and model is not None:
         raise FormatError("Give --gguf or --model, not both: each is the whole transformer.")
-    if gguf is None and model is None:
-        if base is not None:
-            raise FormatError("--base without a transformer: give it as --gguf FILE or --model FILE-OR-FOLDER.")
-        model = embedded_model_path()
-    if gguf is not None:
-        files = (gguf,)
-    elif model.is_dir():
-        folder = model / "transformer" if (model / "transformer").is_dir() else model
-        files = tuple(sorted(folder.glob(_WEIGHTS)))
-        base = model if base is None and folder != model else base
-    else:
-        files = (model,)
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing or not files:
-        where = missing[0] if missing else f"{model}: no {_WEIGHTS}"
-        raise FileNotFoundError(f"{where} was not found. --gguf is a 16-bit GGUF file; --model a safetensors file or folder.")
-    return Source16(files, base, given)
+    if given is None and base is not None:
+        raise FormatError("--base without a transformer: give it as --gguf FILE or --model FILE-OR-FOLDER.")
+    path = given or embedded_model_path()
+    if base is None and (path / "transformer").is_dir():
+        base = path
+    return Source16(open_source(path), base, given)
 
 
 def open_transformer(source: Source16, device: torch.device, dtype: torch.dtype) -> tuple[FluxTransformer2DModel, str]:
-    """Load the transformer in `dtype`, in eval mode; return it and the ggml type of its block matrices in the file.
+    """Load the transformer in eval mode; return it and the ggml type of its block matrices in the file.
+
+    On the CPU, weights that are stored in `dtype` stay mapped from their file.
 
     Raises:
-        FormatError: where the file's block matrices are quantized.
+        FormatError: where the file's weights are quantized.
         GGUFError: where it is no FLUX.1 transformer.
     """
-    if source.files[0].suffix == ".gguf":
-        return _from_gguf(source.files[0], device, dtype)
-    return _from_safetensors(source.files, device, dtype)
-
-
-def _from_gguf(file: Path, device: torch.device, dtype: torch.dtype) -> tuple[FluxTransformer2DModel, str]:
-    stored = open_flux(file)
-    types = {kind for name, kind in stored.types.items() if tensor_kind(name, stored.shapes[name]) == BLOCK}
-    packed = types - PLAIN_TYPES.keys()
+    tensors = source.model.tensors
+    packed = {kind for tensor in tensors.values() for kind in tensor.types if kind not in _TYPES}
     if packed:
         raise FormatError(
-            f"{file} is quantized ({', '.join(sorted(packed))}). Costs are measured against the 16-bit model: give its F16 or BF16 file."
+            f"{source.files[0]} is quantized ({', '.join(sorted(packed))}). Costs are measured against the 16-bit model: give its "
+            "F16 or BF16 file."
         )
-    return load_flux(file, dtype=dtype, device=device), max(types, key=lambda kind: PLAIN_TYPES[kind].type_size)
+    model = empty_model(source.config).eval()
+    maps = {path: map_file(path) for path in source.opened.paths}
+    weights = {}
+    for name, located in sources(parameter_shapes(model), BFL).items():
+        pieces = [tensors[located.tensor].mapped(start, stop, maps).to(device, dtype) for start, stop in located.rows]
+        weights[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    model.load_state_dict(weights, assign=True)
+    blocks = {kind for tensor in tensors.values() if tensor_kind(tensor.name, tensor.shape) == BLOCK for kind in tensor.types}
+    return model, max(blocks, key=lambda kind: PLAIN_TYPES[kind].type_size)
 
 
-def _from_safetensors(files: tuple[Path, ...], device: torch.device, dtype: torch.dtype) -> tuple[FluxTransformer2DModel, str]:
-    """Fill an empty model parameter by parameter; a folder's config.json counts, otherwise tensors tell the config."""
-    from safetensors import safe_open
+def base_of(source: Source16) -> Path:
+    """Return the folder of the rest of the pipeline.
 
-    opened = [safe_open(file, framework="pt") for file in files]
-    slices = {name: one.get_slice(name) for one in opened for name in one.keys()}  # noqa: SIM118 (it has no iterator)
-    bare = canonical_names(slices)
-    shapes = {name: tuple(slices[full].get_shape()) for name, full in bare.items()}
-    try:
-        naming = naming_of(shapes, None)
-        folder = files[0].parent
-        config = infer_config(shapes, naming, {}, folder if (folder / "config.json").is_file() else None)
-        model = empty_model(config).eval()
-        located = sources(parameter_shapes(model), naming)
-        lacking = {source.tensor for source in located.values()} - shapes.keys()
-        if lacking:
-            raise GGUFError(f"it lacks {min(lacking)!r}. The file is incomplete.")
-        parameters = {name: _rows(slices, bare, source) for name, source in located.items()}
-        problems = tensor_problems({name: tuple(one.shape) for name, one in parameters.items()}, parameter_shapes(model))
-        if problems:
-            raise GGUFError(problems)
-    except GGUFError as error:
-        raise GGUFError(f"{files[0]}: {error}") from None
-    held = {parameters[name].dtype for name in parameters if tensor_kind(located[name].tensor, parameters[name].shape) == BLOCK}
-    foreign = held - _TYPES.keys()
-    if foreign or not held:
-        raise FormatError(
-            f"{files[0]} holds {', '.join(map(str, foreign)) or 'no blocks'}; measure reads float16, bfloat16 and float32."
-        )
-    model.load_state_dict({name: one.to(device, dtype) for name, one in parameters.items()}, assign=True)
-    return model, _TYPES[max(held, key=lambda kind: kind.itemsize)]
-
-
-def _rows(slices: Mapping[str, Any], bare: Mapping[str, str], source: Source) -> Tensor:
-    stored = slices[bare[source.tensor]]
-    pieces = [stored[start:stop] for start, stop in source.rows]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def check_base_of(source: Source16) -> None:
-    """Raise FormatError where no base folder was given, FileNotFoundError where it is incomplete."""
+    Raises:
+        FormatError: where none was given.
+        FileNotFoundError: where it is incomplete.
+    """
     if source.base is None:
         raise FormatError("States are captured by drawing: give the folder with text encoders and VAE as --base DIR.")
     check_base(source.base)
+    return source.base
 
 
 def open_pipeline(source: Source16, transformer: FluxTransformer2DModel) -> tuple[Any, dict[str, Any]]:
     """Load the rest of the pipeline around a transformer; return it and the arguments of its call.
 
-    Raises:
-        FormatError: where no base folder was given.
-        FileNotFoundError: where it is incomplete.
+    Raises as `base_of` does.
     """
-    check_base_of(source)
     parameter = next(transformer.parameters())
-    pipeline = load_pipeline(source.base, transformer, parameter.dtype).to(parameter.device)
+    pipeline = load_pipeline(base_of(source), transformer, parameter.dtype).to(parameter.device)
     settings = PIPELINE_KWARGS if source.embedded else default_settings(bool(transformer.config["guidance_embeds"]))
     return pipeline, dict(settings)

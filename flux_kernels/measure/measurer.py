@@ -1,4 +1,4 @@
-"""Measure what quantized tensors cost in the model's own velocity, one tensor at a time or a plan as a whole.
+"""Measure what quantized tensors cost in the model's velocity, one at a time or a plan as a whole.
 
 The velocity v is what the sampler integrates: a step moves the latent by dsigma * v. With states sampled evenly over the
 steps of real runs, the expected squared error of a step over the expected squared step is
@@ -15,29 +15,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..formats import PLAIN_TYPES
 from ..mixed.cost import CostRow, JointRow
-from ..mixed.file_layout import parse_option
+from ..mixed.file_layout import Options
+from ..mixed.option import Option
 from .file_tensors import FileTensor, file_tensors, quantized, replaced
 from .stages import Hidden, Stages
-from .states import Batch, State, batches
+from .states import State, batches
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-Importance = Mapping[str, tuple[Tensor, float]]  # file tensor -> (sum of squares of each input channel [K], tokens)
-_FOREIGN = 0.1  # relative error against the captured velocity above which the states are of another model
+Importance = Mapping[str, tuple[Tensor, float]]
+"""File tensor -> (sum of squares of each input channel [K], tokens)."""
+# Relative error against the captured velocity above which the states are of another model.
+_FOREIGN = 0.1
 _RESAMPLES = 2000
-_CORRELATED = (
-    4096  # channels up to which covariances are kept: FLUX.1-dev's 228 of 3072 take 8.6 GB, the 76 wider ones 59 GB more
-)
+# Channels up to which covariances are kept: FLUX.1-dev's 228 of 3072 take 8.6 GB, the 76 wider ones 59 GB more.
+_CORRELATED = 4096
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ class Errors:
 
 
 class Measurer:
-    """Measure a model on captured states; hidden states in front of the current block are kept for all of them.
+    """Measure a model on captured states.
 
-    Memory beside the model: two hidden states (a third while measuring) a state, and the float32 work of one block's weights.
+    Hidden states in front of the current block are kept for all of them. Memory, on top of the model: two hidden states a
+    state (a third while measuring), and the float32 work of one block's weights.
 
     Args:
         model: a FluxTransformer2DModel of plain layers, on the device and in the dtype to measure in.
@@ -64,7 +65,6 @@ class Measurer:
         importance: of the quantizers' weighting: "collect" for that of these states, None for none, or a ready one.
         covariance: whether to collect the inputs' covariance, float32 [K, K] a tensor of up to 4096 channels, to fit low-rank
             corrections to; wider ones are fitted to the importance.
-        include: fnmatch patterns of the file's tensors to look at; the blocks' matrices by default.
         on_batch: called after each batch of the reference pass, (done, in all).
 
     Raises:
@@ -76,13 +76,12 @@ class Measurer:
         model: FluxTransformer2DModel,
         items: Sequence[State],
         *,
-        importance: Importance | str | None = "collect",
+        importance: Importance | Literal["collect"] | None = "collect",
         covariance: bool = False,
-        include: Iterable[str] | None = None,
         on_batch: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.model = model
-        self.tensors: dict[str, FileTensor] = file_tensors(model) if include is None else file_tensors(model, include)
+        self.tensors: dict[str, FileTensor] = file_tensors(model)
         self.stages = Stages(model)
         parameter = next(model.parameters())
         self._batches = batches(items, parameter.device, parameter.dtype)
@@ -90,23 +89,26 @@ class Measurer:
         self.weights = torch.tensor([state.dsigma**2 for state in items], dtype=torch.float64)
         self.covariance: dict[str, Tensor] = {}
         self.importance: Importance = {} if importance is None or importance == "collect" else importance
-        self._at, self._cache = 0, [None] * len(self._batches)
+        # Hidden states of every batch where stage `_at` begins; nothing is kept before the first measurement.
+        self._at, self._cache = self.stages.last + 1, list[Hidden]()
         with torch.inference_mode():
             self._reference(items, importance == "collect", covariance, on_batch)
 
-    def _reference(self, items: Sequence[State], collect: bool, covariance: bool, on_batch) -> None:
+    def _reference(self, items: Sequence[State], collect: bool, covariance: bool, on_batch: Callable[[int, int], None]) -> None:
         """Run the unquantized model once: velocities, last hidden states, importance, covariance."""
         sums = _Sums(self.model, self.tensors, covariance) if collect or covariance else None
         self._velocity: list[Tensor] = []
         self._stack: list[Tensor] = []
-        for number, batch in enumerate(self._batches):
-            hidden = self._run(batch, self.stages.last, None)
+        for number, batch in enumerate(self._batches, start=1):
+            hidden = self.stages.embed(batch.inputs)
+            for stage in range(1, self.stages.last):
+                hidden = self.stages.block(stage, hidden)
             self._stack.append(hidden.tokens())
             self._velocity.append(self.stages.velocity(hidden))
-            on_batch(number + 1, len(self._batches))
+            on_batch(number, len(self._batches))
         if sums is not None:
-            found, self.covariance = sums.stop()
-            self.importance = found if collect else self.importance
+            importance, self.covariance = sums.stop()
+            self.importance = importance if collect else self.importance
         self.signal = self._by_state([velocity.double().square().mean((1, 2)) for velocity in self._velocity])
         captured = [torch.cat([items[index].velocity for index in batch.indices]) for batch in self._batches]
         error = self._by_state([_mse(a.to(b.device), b) for a, b in zip(captured, self._velocity, strict=True)])
@@ -116,132 +118,99 @@ class Measurer:
                 f"{math.sqrt(error.mean() / self.signal.mean()):.0%} from this one's. Capture anew (another --states-file)."
             )
 
-    def _run(self, batch: Batch, stop: int, hidden: Hidden | None, start: int = 0) -> Hidden:
-        """Run stages `start` to `stop` - 1, from `hidden` or from the inputs."""
-        for stage in range(start, stop):
-            hidden = self.stages.embed(batch.inputs) if stage == 0 else self.stages.block(stage, hidden)
-        return hidden
-
-    def _advance(self, stage: int) -> None:
-        """Bring the kept hidden states to where `stage` begins."""
-        if stage < self._at:
-            self._at, self._cache = 0, [None] * len(self._batches)
-        pairs = zip(self._batches, self._cache, strict=True)
-        self._cache = [self._run(batch, stage, hidden, self._at) for batch, hidden in pairs]
-        self._at = stage
-
-    def changed(self, weights: Mapping[str, Tensor]) -> tuple[Errors, list[Tensor]]:
-        """Run the model with other weights (parameter name -> weights), from the first stage they change on.
-
-        Returns:
-            The errors, and for each batch the difference of the velocity, [batch, image tokens, channels].
-        """
+    def changed(self, weights: Mapping[str, Tensor]) -> Errors:
+        """Run the model with other weights of the blocks, by parameter name, from the first changed block on."""
         by_stage = _grouped(weights, self.stages.stage_of)
         return self._changed(by_stage, lambda stage: {name: weights[name] for name in by_stage.get(stage, ())})
 
     @torch.inference_mode()
-    def _changed(
-        self, changing: Iterable[int], weights_at: Callable[[int], Mapping[str, Tensor]]
-    ) -> tuple[Errors, list[Tensor]]:
-        """Run the stages from the first that changes on; the weights of a stage are asked for when it is reached."""
+    def _changed(self, changing: Iterable[int], weights_at: Callable[[int], Mapping[str, Tensor]]) -> Errors:
+        """Run the blocks from the first that changes on; `weights_at` is called when a block is reached."""
         first = min((*changing, self.stages.last))
         self._advance(first)
-        found = list(self._cache)
+        hidden = self._cache
         for stage in range(first, self.stages.last):
             with replaced(self.model, weights_at(stage)):
-                pairs = zip(self._batches, found, strict=True)
-                found = [self._run(batch, stage + 1, hidden, stage) for batch, hidden in pairs]
-        with replaced(self.model, weights_at(self.stages.last)):
-            velocity = [self.stages.velocity(hidden) for hidden in found]
-        difference = [a.float() - b.float() for a, b in zip(velocity, self._velocity, strict=True)]
-        errors = Errors(
-            self._by_state([one.double().square().mean((1, 2)) for one in difference]),
-            self._by_state([_mse(hidden.tokens(), own) for hidden, own in zip(found, self._stack, strict=True)]),
+                hidden = [self.stages.block(stage, state) for state in hidden]
+        velocity = [self.stages.velocity(state) for state in hidden]
+        return Errors(
+            self._by_state([_mse(got, own) for got, own in zip(velocity, self._velocity, strict=True)]),
+            self._by_state([_mse(state.tokens(), own) for state, own in zip(hidden, self._stack, strict=True)]),
         )
-        return errors, difference
+
+    def _advance(self, stage: int) -> None:
+        """Bring the kept hidden states to where `stage` begins."""
+        if stage < self._at:
+            self._at, self._cache = 1, [self.stages.embed(batch.inputs) for batch in self._batches]
+        for at in range(self._at, stage):
+            self._cache = [self.stages.block(at, hidden) for hidden in self._cache]
+        self._at = stage
 
     def _by_state(self, values: list[Tensor]) -> Tensor:
-        found = torch.empty(self.count, dtype=torch.float64)
+        by_state = torch.empty(self.count, dtype=torch.float64)
         for batch, value in zip(self._batches, values, strict=True):
-            found[batch.indices] = value.cpu()
-        return found
+            by_state[batch.indices] = value.cpu()
+        return by_state
 
     def channel_weights(self, tensor: str) -> Tensor | None:
-        """Return the mean square of each input channel of a tensor of the file, [K], or None where nothing is known."""
+        """Return the mean square of each input channel of a tensor of the file, [K], None where unknown."""
         known = self.importance.get(tensor)
         return None if known is None else known[0] / max(known[1], 1)
 
-    def weights_of(self, types: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
+    def weights_of(self, options: Options) -> dict[str, tuple[Tensor, Tensor]]:
         """Quantize tensors of the file; return parameter -> (decoded weights, squared weight error).
 
         Tensors in a plain type (F16, BF16, F32) count as unquantized and are left out.
         """
-        found: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, type_name in self.known(types).items():
-            found |= quantized(self.model, self.tensors[name], type_name, self.channel_weights(name), self.covariance.get(name))
-        return found
+        weights: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, option in self.known(options).items():
+            channels, covariance = self.channel_weights(name), self.covariance.get(name)
+            weights |= quantized(self.model, self.tensors[name], option, channels, covariance)
+        return weights
 
-    def measure_one(self, tensor: str, type_name: str) -> CostRow:
-        """Measure one tensor in one type, all others unquantized."""
-        found = self.weights_of({tensor: type_name})
-        errors, _ = self.changed({name: weight for name, (weight, _) in found.items()})
-        signal = sum(self.model.get_parameter(name).double().square().sum().item() for name in found)
+    def measure_one(self, tensor: str, option: Option) -> CostRow:
+        """Measure one tensor in one option, all others unquantized."""
+        weights = self.weights_of({tensor: option})
+        errors = self.changed({name: weight for name, (weight, _) in weights.items()})
+        signal = sum(self.model.get_parameter(name).double().square().sum().item() for name in weights)
         return CostRow(
             tensor=tensor,
-            type=type_name,
+            option=option,
             cost=velocity_cost(errors.velocity, self.signal, self.weights),
             mfq_cost=errors.stack.mean().item(),
-            bytes=self.tensors[tensor].packed_bytes(type_name),
-            error_weight_rms=math.sqrt(sum(error.item() for _, error in found.values()) / signal) if signal else 0.0,
+            bytes=option.nbytes(self.tensors[tensor].shape),
+            error_weight_rms=math.sqrt(sum(error.item() for _, error in weights.values()) / signal) if signal else 0.0,
         )
 
-    def joint_errors(self, types: Mapping[str, str]) -> Errors:
-        """Run the model with all of these tensors quantized at once; the weights of one block at a time are decoded."""
-        by_stage = _grouped(self.known(types), lambda name: self.stages.stage_of(self.tensors[name].module))
+    def joint_errors(self, options: Options) -> Errors:
+        """Run the model with all of these tensors quantized; one block's weights are decoded at a time."""
+        by_stage = _grouped(self.known(options), lambda name: self.stages.stage_of(self.tensors[name].module))
 
         def weights_at(stage: int) -> dict[str, Tensor]:
-            found = self.weights_of({name: types[name] for name in by_stage.get(stage, ())})
-            return {name: weight for name, (weight, _) in found.items()}
+            weights = self.weights_of({name: options[name] for name in by_stage.get(stage, ())})
+            return {name: weight for name, (weight, _) in weights.items()}
 
-        return self._changed(by_stage, weights_at)[0]
+        return self._changed(by_stage, weights_at)
 
-    def known(self, types: Mapping[str, str]) -> dict[str, str]:
-        """Return the tensors that count as quantized (those in a plain type do not); raise FormatError for foreign ones."""
-        foreign = [name for name in types if name not in self.tensors]
+    def known(self, options: Options) -> dict[str, Option]:
+        """Return what counts as quantized, not plain types; raise FormatError for tensors of another model."""
+        foreign = [name for name in options if name not in self.tensors]
         if foreign:
             raise FormatError(
                 f"The model's file has no matrix {foreign[0]!r} to measure. It has {', '.join(list(self.tensors)[:3])}, ..."
             )
-        return {name: kind for name, kind in types.items() if parse_option(kind)[0] not in PLAIN_TYPES}
+        return {name: option for name, option in options.items() if not option.is_plain}
 
-    def measure_joint(self, types: Mapping[str, str], states: str = "") -> JointRow:
+    def measure_joint(self, options: Options, states: str = "") -> JointRow:
         """Measure a plan as a whole, with a bootstrap interval over the states."""
-        errors = self.joint_errors(types)
+        errors = self.joint_errors(options)
         low, high = bootstrap(errors.velocity, self.signal, self.weights)
         cost = velocity_cost(errors.velocity, self.signal, self.weights)
-        return JointRow(dict(types), cost, errors.stack.mean().item(), low, high, states)
-
-    @cached_property
-    def stage_count(self) -> int:
-        """Number of stages, the embedding and the final one included."""
-        return self.stages.last + 1
+        return JointRow(dict(options), cost, errors.stack.mean().item(), low, high, states)
 
     def effort(self, tensor: str) -> int:
         """Return how many stages one measurement of a tensor runs: a measure of its time."""
-        return self.stage_count - self.stages.stage_of(self.tensors[tensor].module)
-
-
-def measure_joint(model: FluxTransformer2DModel, states: Sequence[State], types: Mapping[str, str]) -> float:
-    """Measure what a plan costs as a whole (`JointRow.cost`), weighting the quantizers by the states' own importance.
-
-    For several plans on the same states, keep one Measurer.
-
-    Args:
-        model: as in Measurer.
-        states: captured states.
-        types: tensor of the file -> ggml type; the others stay as they are.
-    """
-    return Measurer(model, states).measure_joint(types).cost
+        return self.stages.last + 1 - self.stages.stage_of(self.tensors[tensor].module)
 
 
 def velocity_cost(error: Tensor, signal: Tensor, weights: Tensor) -> float:
@@ -250,7 +219,7 @@ def velocity_cost(error: Tensor, signal: Tensor, weights: Tensor) -> float:
 
 
 def bootstrap(error: Tensor, signal: Tensor, weights: Tensor, *, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of `velocity_cost` over the states; the numbers depend on `seed` alone."""
+    """Return the percentile bootstrap interval of `velocity_cost` over the states, the same for a `seed`."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(error), (_RESAMPLES, len(error)), generator=generator)
     costs = (weights * error)[drawn].sum(1) / (weights * signal)[drawn].sum(1)
@@ -259,10 +228,10 @@ def bootstrap(error: Tensor, signal: Tensor, weights: Tensor, *, seed: int = 0, 
 
 
 def _grouped(names: Iterable[str], stage_of: Callable[[str], int]) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
+    by_stage: dict[int, list[str]] = {}
     for name in names:
-        found.setdefault(stage_of(name), []).append(name)
-    return found
+        by_stage.setdefault(stage_of(name), []).append(name)
+    return by_stage
 
 
 def _mse(a: Tensor, b: Tensor) -> Tensor:
@@ -270,28 +239,30 @@ def _mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Add up the squares of every input channel of the file's tensors while the model runs, or all products of channels."""
+    """Add up squares of the input channels of the file's tensors while the model runs, or all products."""
 
     def __init__(self, model: torch.nn.Module, tensors: Mapping[str, FileTensor], covariance: bool):
-        self._found: dict[str, tuple[Tensor, int]] = {}
-        self._products: dict[str, Tensor] | None = {} if covariance else None
+        self._covariance = covariance
+        self._counts: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}
         self._hooks = [
             model.get_submodule(tensor.module).register_forward_pre_hook(self._hook(name)) for name, tensor in tensors.items()
         ]
 
-    def _hook(self, name: str):
-        def add(_module: torch.nn.Module, arguments: tuple) -> None:
+    def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+        def add(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
             x = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-            sums, count = self._found.get(name, (0, 0))
-            self._found[name] = sums + x.double().square().sum(0).cpu(), count + x.shape[0]
-            if self._products is not None and x.shape[1] <= _CORRELATED:
+            self._counts[name] = self._counts.get(name, 0) + x.shape[0]
+            self._sums[name] = self._sums.get(name, 0) + x.double().square().sum(0).cpu()
+            if self._covariance and x.shape[1] <= _CORRELATED:
                 self._products[name] = self._products.get(name, 0) + (x.float().T @ x.float()).cpu()
 
         return add
 
     def stop(self) -> tuple[Importance, dict[str, Tensor]]:
-        """Remove the hooks; return the importance and the covariances (mean products of channels), where wanted."""
+        """Remove the hooks; return importance and covariances (mean products of channels), where wanted."""
         for hook in self._hooks:
             hook.remove()
-        covariance = {name: products / self._found[name][1] for name, products in (self._products or {}).items()}
-        return {name: (sums.float(), float(count)) for name, (sums, count) in self._found.items()}, covariance
+        importance = {name: (sums.float(), float(self._counts[name])) for name, sums in self._sums.items()}
+        return importance, {name: products / self._counts[name] for name, products in self._products.items()}

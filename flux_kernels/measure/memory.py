@@ -1,4 +1,4 @@
-"""Estimate what `measure` holds in memory, and refuse before anything is loaded where that is more than is free."""
+"""Estimate what `measure` holds in memory; refuse, before anything is loaded, what does not fit."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..compute import dtype_name
 from ..errors import GGUFError
 from ..flux.calls import image_tokens
-from ..flux.config import infer_config
-from ..flux.variant import naming_of
 from ..generation.memory_check import companion_files, loaded_weights, require_memory
 from ..generation.memory_plan import GIB, transformer_working
 from ..generation.tasks import default_settings
-from ..source.source_files import open_source
-from .capture import Size
 from .measured_model import Source16
+from .request import Size
 from .states import BATCH_TOKENS, SCHEMA
 
-_HIDDEN_STATES = 3  # of every state: in front of the block in work, the last one, and the changed one while measuring
+# Of every state: in front of the block in work, the last one, and the changed one while measuring.
+_HIDDEN_STATES = 3
 
 
 def check_memory(
@@ -51,9 +50,10 @@ def check_memory(
     if source.embedded:
         return
     try:
-        config = _config(source)
+        config = source.config
     except GGUFError:
-        return  # opening the model says what is wrong with it
+        # Opening the model says what is wrong with it.
+        return
     sizes = _captured_sizes(states) or [sizes[number % len(sizes)] for number in range(count)]
     needs = memory_needs(source, config, device, dtype, sizes, capturing=capturing)
     name = dtype_name(dtype)
@@ -71,7 +71,9 @@ def memory_needs(
     *,
     capturing: bool,
 ) -> dict[str, int]:
-    """Return what for -> bytes held at the peak: while capturing, or later with the states' hidden states, whichever is more.
+    """Return what for -> bytes held at the peak.
+
+    The peak is while capturing, or later with the states' hidden states, whichever is more.
 
     Args:
         source: what is measured.
@@ -114,17 +116,11 @@ def _ways_out(source: Source16, config, device, dtype, sizes, capturing: bool) -
     )
 
 
-def _config(source: Source16) -> dict[str, Any]:
-    """Read the transformer's config from the headers of its files."""
-    opened = open_source(source.files[0] if len(source.files) == 1 else source.files[0].parent)
-    shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
-    return infer_config(shapes, naming_of(shapes, None), opened.metadata, opened.config)
-
-
 def _captured_sizes(path: Path) -> list[Size]:
-    """Return the picture sizes of captured states, [] where there are none; reading them all says what is wrong with them."""
-    from safetensors import SafetensorError, safe_open
+    """Return the picture sizes of captured states, [] where there are none.
 
+    Reading them all says what is wrong with them.
+    """
     if not path.exists():
         return []
     try:

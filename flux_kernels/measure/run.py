@@ -1,4 +1,4 @@
-"""A whole measurement: states, every tensor times type over several processes, resumed from its logs, merged into the table.
+"""A whole measurement: every tensor in every type, over several processes, resumed from logs.
 
 Processes agree through files alone: process r takes every n-th item, appends to a log of its own, and whoever finds all
 items in the logs writes the table. So torchrun, accelerate and shells on several machines with one folder all work, and a
@@ -9,145 +9,90 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..compute import dtype_name
 from ..errors import FormatError
-from ..formats import PLAIN_TYPES, get_format
-from ..generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS
-from ..mixed.cost import CostRow, CostTable, sidecar
+from ..flux.types import BLOCK, tensor_kind
+from ..formats import get_format
+from ..mixed.cost import CostRow, CostTable, JointRow, sidecar
 from ..mixed.covariance import covariance_path, save_covariance
-from ..mixed.file_layout import parse_option
-from ..mixed.imatrix import imatrix_path, load_imatrix, save_imatrix
+from ..mixed.file_layout import Options
+from ..mixed.imatrix import save_imatrix
+from ..mixed.option import Option
 from ..mixed.plan_file import check_tensors
 from ..mixed.world import ALONE, World
 from ..version import own_version
-from .capture import Size, capture
-from .file_tensors import file_names
-from .log import MeasureLog, missing, read_logs
-from .measured_model import Source16, check_base_of, open_pipeline, open_transformer
+from .capture import captured_states
+from .log import MeasureLog
+from .measured_model import Source16, base_of, open_transformer
 from .measurer import Importance, Measurer
 from .memory import check_memory
+from .request import SIZES, STATES, TYPES, Progress, Request, no_progress
 from .states import States
 
-TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")
-STATES = 64
-SIZES: tuple[Size, ...] = ((512, 512), (768, 768), (1024, 1024), (832, 1216), (1216, 832), (1344, 768))
-_POLL_SECONDS = 0.5
-
-Progress = Callable[[str, float, float], None]  # what is being done, done, in all
-
-
-@dataclass(frozen=True)
-class Request:
-    """Say what to measure.
-
-    Attributes:
-        out: the cost table to write; logs and the JSON lie beside it.
-        source: the 16-bit transformer.
-        types: ggml type names, also with a low-rank correction as in "Q4_K+r16"; a tensor whose rows are not whole blocks of one is left out of that type.
-        prompts: to capture with; None takes the embedded model's, which only it has.
-        states_file: of captured states; made where it is not there.
-        count: of states to capture; None takes STATES, or those that are captured already.
-        sizes: (width, height) in pixels; () takes those of the model.
-        steps: of the denoising runs, None for the model's number.
-        seed: of the capture; None takes 0, or that of the states that are captured already.
-        imatrix: file with ready importance; None collects it from the states.
-        weighted: whether the quantizers are weighted by importance at all.
-        covariance: whether to collect what low-rank corrections are fitted to; None where `types` has any.
-        device: to measure on; None takes the process's GPU, or the CPU.
-        dtype: to measure in; None takes float32 on the CPU and bfloat16 on a GPU.
-    """
-
-    out: Path
-    source: Source16
-    types: Sequence[str] = TYPES
-    prompts: Sequence[str] | None = None
-    states_file: Path | None = None
-    count: int | None = None
-    sizes: Sequence[Size] = ()
-    steps: int | None = None
-    seed: int | None = None
-    imatrix: Path | None = None
-    weighted: bool = True
-    covariance: bool | None = None
-    device: torch.device | None = None
-    dtype: torch.dtype | None = None
-
-    @property
-    def states_path(self) -> Path:
-        """Path of the captured states."""
-        return self.states_file or self.out.with_suffix(".states.safetensors")
-
-    @property
-    def imatrix_path(self) -> Path:
-        """Path of the importance that was used."""
-        return imatrix_path(self.out)
-
-    def as_table(self) -> Request:
-        """Return this request with the importance that the table `out` was measured with, and covariances if it used any."""
-        table = CostTable.load(self.out)
-        weighted, ranks = table.importance != "none", any(parse_option(row.type)[1] for row in table.rows)
-        return replace(self, weighted=weighted, covariance=ranks, imatrix=self.imatrix_path if weighted else None)
+__all__ = ["TYPES", "Opened", "Request", "World", "measure", "measure_plan", "open_measurement"]
 
 
 @dataclass
 class Opened:
-    """Hold what measuring needs: model, states, Measurer and what identifies them."""
+    """Hold what measuring needs: model, states, Measurer and what identifies them.
+
+    Attributes:
+        request: what to measure.
+        plan: tensor -> option of the request's plan, quantized block matrices only.
+        measurer: around the model.
+        states: that it measures on.
+        source_type: ggml type of the block matrices in the model's file.
+        identity: hashes and names that results must share to be compared.
+    """
 
     request: Request
+    plan: Options
     measurer: Measurer
     states: States
     source_type: str
-    identity: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, str]
 
-    def items(self) -> list[tuple[str, str]]:
-        """List (tensor, type) in the order of measuring: block by block."""
-        return [(name, kind) for name, tensor in self.measurer.tensors.items() for kind in tensor.types(self.request.types)]
+    def items(self) -> list[tuple[str, Option]]:
+        """List (tensor, option) in the order of measuring: block by block."""
+        tensors = self.measurer.tensors
+        return [(name, option) for name in tensors for option in self.request.types if option.fits(tensors[name].shape)]
 
 
-def open_measurement(
-    request: Request,
-    world: World = ALONE,
-    progress: Progress = lambda what, done, total: None,
-    planned: Collection[str] = (),
-) -> Opened:
-    """Load the model, get the states (the first process captures, the others wait for its file) and run the reference.
+def open_measurement(request: Request, world: World = ALONE, progress: Progress = no_progress) -> Opened:
+    """Load the model, get the states and run the unquantized model on them.
 
     Args:
         request: what to measure.
         world: this process among those that measure together.
-        progress: called with what is being done, and how far.
-        planned: tensors of a plan that will be measured; whether the model has them is checked before states are captured.
+        progress: see Progress.
 
     Raises:
-        FormatError: for unknown types, captured states that are not those asked for or of another model, a quantized model, a plan of another model.
+        FormatError: for unknown types, captured states that are not those asked for or of another model, a quantized model, a
+            plan of another model; before anything is loaded where headers tell.
         GGUFError, FileNotFoundError: where the model or the base cannot be read.
     """
-    for name in request.types:
-        get_format(parse_option(name)[0])
     device = request.device or world.device()
     dtype = request.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    _check_first(request, world, device, dtype)
+    plan = _checked(request, world, device, dtype)
     progress("hashing the model", 0, 0)
     sha256 = request.source.sha256()
     progress("loading the model", 0, 0)
     model, source_type = open_transformer(request.source, device, dtype)
-    check_tensors(planned, file_names(model), "the model")
-    states = _states(request, world, model, sha256, progress)
+    states = captured_states(request, world, model, sha256, progress)
     measurer = Measurer(
         model,
         states.items,
-        importance=_importance(request),
-        covariance=any(parse_option(name)[1] for name in request.types) if request.covariance is None else request.covariance,
+        importance=request.importance,
+        covariance=any(option.rank for option in (*request.types, *plan.values())),
         on_batch=lambda done, total: progress("running the 16-bit model on the states", done, total),
     )
+    if world.rank == 0:
+        _save_inputs(request, measurer, states)
     identity = dict(
         model=sha256,
         states=states.sha256,
@@ -155,18 +100,20 @@ def open_measurement(
         dtype=dtype_name(dtype),
         version=own_version(),
     )
-    if request.weighted and request.imatrix != request.imatrix_path and world.rank == 0:
-        save_imatrix(request.imatrix_path, dict(measurer.importance), datasets=sorted({state.prompt for state in states.items}))
-    if measurer.covariance and world.rank == 0 and not covariance_path(request.out).exists():
-        save_covariance(covariance_path(request.out), measurer.covariance)
-    return Opened(request, measurer, states, source_type, identity)
+    return Opened(request, plan, measurer, states, source_type, identity)
 
 
-def _check_first(request: Request, world: World, device: torch.device, dtype: torch.dtype) -> None:
-    """Check what can be checked before minutes of reading: what states are captured with, and memory."""
+def _checked(request: Request, world: World, device: torch.device, dtype: torch.dtype) -> Options:
+    """Check what needs no minutes of reading: types, what states are captured with, memory, the plan.
+
+    Returns:
+        Tensor -> option of the plan's quantized block matrices.
+    """
+    for option in request.types:
+        get_format(option.type)
     capturing = world.rank == 0 and not request.states_path.exists()
     if capturing:
-        check_base_of(request.source)
+        base_of(request.source)
         if request.prompts is None and not request.source.embedded:
             raise FormatError(
                 "States are captured by drawing: give --prompts FILE, one a line, of the kind the model is used with."
@@ -181,61 +128,28 @@ def _check_first(request: Request, world: World, device: torch.device, dtype: to
         capturing=capturing,
         processes=world.local_size,
     )
+    return {} if request.plan is None else _quantized_matrices(request.plan, request.source)
 
 
-def _states(request: Request, world: World, model, sha256: str, progress: Progress) -> States:
-    path = request.states_path
-    if not path.exists() and world.rank == 0:
-        items = _capture(request, model, progress)
-        States(items, request.source.name, sha256).save(path)
-    while not path.exists():
-        progress("waiting for the first process to capture states", 0, 0)
-        time.sleep(_POLL_SECONDS)
-    states = States.load(path)
-    if states.source_sha256 != sha256:
-        raise FormatError(
-            f"{path} was captured with another model ({states.model}, sha256 {states.source_sha256[:12]}..., this one has "
-            f"{sha256[:12]}...). Remove it to capture anew, or choose another --states-file."
-        )
-    unlike = states.unlike(request.count, request.prompts, request.sizes, request.steps, request.seed)
-    if unlike:
-        raise FormatError(
-            f"{path} is there already and holds {unlike}. Leave the options of capturing out to measure on it, or give another "
-            "--out (or --states-file) to capture anew."
-        )
-    return states
+def _quantized_matrices(plan: Options, source: Source16) -> Options:
+    """Return the block matrices that a plan quantizes; raise FormatError for a plan of another model."""
+    shapes = {name: tensor.shape for name, tensor in source.model.tensors.items()}
+    check_tensors(plan, shapes, "the model")
+    packed = {name: option for name, option in plan.items() if not option.is_plain and tensor_kind(name, shapes[name]) == BLOCK}
+    unfit = [name for name, option in packed.items() if not option.fits(shapes[name])]
+    if unfit:
+        raise FormatError(f"The plan does not fit the model: {unfit[0]} cannot be {packed[unfit[0]]}.")
+    if not packed:
+        raise FormatError("The plan does not fit the model: it names no quantized matrix of this model's blocks.")
+    return packed
 
 
-def _capture(request: Request, model, progress: Progress):
-    embedded = request.source.embedded
-    pipeline, settings = open_pipeline(request.source, model)
-    if request.steps is not None:
-        settings["num_inference_steps"] = request.steps
-    own_size = ((PIPELINE_KWARGS["width"], PIPELINE_KWARGS["height"]),)
-    count, done = request.count or STATES, 0
-
-    def on_state() -> None:
-        nonlocal done
-        done += 1
-        progress("capturing states", done, count)
-
-    return capture(
-        pipeline,
-        list(request.prompts or EMBEDDED_PROMPTS),
-        count,
-        settings=settings,
-        sizes=list(request.sizes) or list(own_size if embedded else SIZES),
-        seed=request.seed or 0,
-        on_state=on_state,
-    )
-
-
-def _importance(request: Request) -> Importance | str | None:
-    if not request.weighted:
-        return None
-    if request.imatrix is None:
-        return "collect"
-    return {name: (mean, 1.0) for name, mean in load_imatrix(request.imatrix).items()}
+def _save_inputs(request: Request, measurer: Measurer, states: States) -> None:
+    """Keep importance and covariance next to the table, for the file that is made by it."""
+    if request.weighted and request.imatrix != request.imatrix_path:
+        save_imatrix(request.imatrix_path, measurer.importance, datasets=states.prompts)
+    if measurer.covariance and not covariance_path(request.out).exists():
+        save_covariance(covariance_path(request.out), measurer.covariance)
 
 
 def _importance_hash(importance: Importance) -> str:
@@ -245,90 +159,62 @@ def _importance_hash(importance: Importance) -> str:
     return digest.hexdigest() if importance else "none"
 
 
-def measure(opened: Opened, world: World = ALONE, progress: Progress = lambda what, done, total: None) -> CostTable | None:
-    """Measure this process's share of what the logs lack; write and return the table once the logs hold everything.
+def measure(opened: Opened, world: World = ALONE, progress: Progress = no_progress) -> CostTable | None:
+    """Measure this process's share of what the logs lack; write the table once they hold everything.
 
     Returns:
         The table, or None where other processes still have work to do.
     """
     request, measurer = opened.request, opened.measurer
     items = opened.items()
-    found = read_logs(request.out, opened.identity)
-    share = missing(items[world.rank :: world.size], found)
-    total = sum(measurer.effort(tensor) for tensor, _ in share)
-    done = 0
-    log = MeasureLog(request.out, world.rank, opened.identity)
-    try:
-        for tensor, kind in share:
-            progress(f"{tensor} {kind}", done, total)
-            log.append(measurer.measure_one(tensor, kind))
+    with MeasureLog(request.out, world.rank, opened.identity) as log:
+        share = [item for item in items[world.rank :: world.size] if item not in log.measured]
+        done, total = 0, sum(measurer.effort(tensor) for tensor, _ in share)
+        for tensor, option in share:
+            progress(f"{tensor} {option}", done, total)
+            log.append(measurer.measure_one(tensor, option))
             done += measurer.effort(tensor)
         progress("measured", done, total)
-    finally:
-        log.close()
-    found = read_logs(request.out, opened.identity)
-    if missing(items, found):
+        # With what other processes wrote meanwhile.
+        measured = log.read()
+    if any(item not in measured for item in items):
         return None
-    table = _table(opened, [found[item] for item in items])
+    table = _table(opened, [measured[item] for item in items])
     table.save(request.out)
     return table
 
 
 def _table(opened: Opened, rows: Sequence[CostRow]) -> CostTable:
     request, states = opened.request, opened.states
-    by_tensor: dict[str, list[CostRow]] = {}
+    full = Option(opened.source_type)
+    by_tensor = {
+        name: [CostRow(name, full, 0.0, 0.0, full.nbytes(tensor.shape), 0.0)]
+        for name, tensor in opened.measurer.tensors.items()
+    }
     for row in rows:
-        by_tensor.setdefault(row.tensor, []).append(row)
-    complete = []
-    for name, tensor in opened.measurer.tensors.items():
-        complete.append(CostRow(name, opened.source_type, 0.0, 0.0, tensor.packed_bytes(opened.source_type), 0.0))
-        complete += by_tensor.get(name, [])
+        by_tensor[row.tensor].append(row)
     before = CostTable.load(request.out).joint if request.out.exists() and sidecar(request.out).exists() else []
     return CostTable(
-        rows=complete,
+        rows=[row for tensor_rows in by_tensor.values() for row in tensor_rows],
         model=request.source.name,
         source_sha256=states.source_sha256,
         states=states.summary(),
-        prompts=sorted({state.prompt for state in states.items}),
+        prompts=states.prompts,
         seed=states.items[0].seed,
         date=datetime.date.today().isoformat(),
         versions=dict(flux_kernels=own_version(), torch=torch.__version__),
-        importance=_importance_name(request),
+        importance=request.importance_name,
         joint=before,
         source="" if request.source.given is None else str(request.source.given),
     )
 
 
-def _importance_name(request: Request) -> str:
-    if not request.weighted:
-        return "none"
-    return "collected" if request.imatrix is None else request.imatrix.name
-
-
-def measure_plan(opened: Opened, types: dict[str, str]) -> Any:
-    """Measure a plan as a whole, and keep the result in the table's JSON where the table is there.
-
-    Args:
-        types: tensor of the file -> ggml type. Tensors in a plain type, and those outside the blocks, count as unquantized.
-
-    Returns:
-        A JointRow.
-
-    Raises:
-        FormatError: where the plan is of another model.
-    """
-    check_tensors(types, file_names(opened.measurer.model), "the model")
-    known = opened.measurer.tensors
-    packed = {name: kind for name, kind in types.items() if name in known and kind not in PLAIN_TYPES}
-    unknown = [name for name in packed if not known[name].types([packed[name]])]
-    if unknown or not packed:
-        what = (
-            f"{unknown[0]} cannot be {packed[unknown[0]]}" if unknown else "it names no quantized matrix of this model's blocks"
-        )
-        raise FormatError(f"The plan does not fit the model: {what}.")
-    row = opened.measurer.measure_joint(packed, opened.states.sha256)
-    if opened.request.out.exists():
-        table = CostTable.load(opened.request.out)
-        table.joint = [one for one in table.joint if (one.types, one.states) != (row.types, row.states)] + [row]
-        table.save(opened.request.out)
+def measure_plan(opened: Opened) -> JointRow:
+    """Measure the request's plan as a whole, and keep the result in the JSON of a table that is there."""
+    row = opened.measurer.measure_joint(opened.plan, opened.states.sha256)
+    out = opened.request.out
+    if out.exists():
+        table = CostTable.load(out)
+        table.joint = [other for other in table.joint if (other.types, other.states) != (row.types, row.states)] + [row]
+        table.save(out)
     return row

@@ -1,4 +1,4 @@
-"""The forward pass of a Flux transformer in stages, so that measuring can start at the block that changed.
+"""The forward pass of a Flux transformer in stages, so that measuring can start at any block.
 
 Stage 0 embeds the inputs, stages 1 to n are the blocks, stage n + 1 projects to the velocity. Running all of them is
 FluxTransformer2DModel's own forward pass (without ControlNet and IP-Adapter inputs).
@@ -18,7 +18,8 @@ from ..flux.names import block_of
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-_THOUSAND = 1000  # the model's embedders take a timestep and a guidance of thousandths
+# The model's embedders take a timestep and a guidance of thousandths.
+_THOUSAND = 1000
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
 from ..files import file_sha256, written_whole
 
 SCHEMA = "flux_kernels.states/1"
-PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")  # batch dimension first
-SHARED = ("img_ids", "txt_ids")  # of all pictures of one size
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens that run together, at most; a larger picture runs alone
+# Inputs with the batch dimension first.
+PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+# Inputs of all pictures of one size.
+SHARED = ("img_ids", "txt_ids")
+# Tokens that run together, at most; a larger picture runs alone.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,6 @@ class States:
 
     def save(self, path: Path) -> None:
         """Write the states; the file is complete before it takes its name."""
-        from safetensors.torch import save_file
-
         tensors = {}
         for number, state in enumerate(self.items):
             for name, tensor in {**state.inputs, "velocity": state.velocity}.items():
@@ -85,19 +88,17 @@ class States:
         facts = dict(model=self.model, source_sha256=self.source_sha256, states=[state.facts() for state in self.items])
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as part:
-            save_file(tensors, part, {SCHEMA: json.dumps(facts, ensure_ascii=False)})  # one key: several have no fixed order
+            # One key: several have no fixed order.
+            save_file(tensors, part, {SCHEMA: json.dumps(facts, ensure_ascii=False)})
         self.sha256 = file_sha256(path)
 
     @classmethod
     def load(cls, path: Path) -> States:
         """Read states; raise FormatError where the file holds none of this schema."""
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="pt") as stored:
-                about = (stored.metadata() or {}).get(SCHEMA)
-                names = stored.keys() if about else []
-                tensors = {name: stored.get_tensor(name) for name in names}
+                about = (stored.metadata() or {}).get(SCHEMA, "")
+                tensors = {name: stored.get_tensor(name) for name in (stored.keys() if about else ())}
         except SafetensorError as error:
             raise FormatError(f"{path} is no file of captured states ({error}). Remove it; `measure` captures anew.") from None
         if not tensors:
@@ -117,7 +118,7 @@ class States:
         steps: int | None = None,
         seed: int | None = None,
     ) -> str | None:
-        """Say in which way these are not the states that such a capture would give, or None; what is not given does not count."""
+        """Say in which way such a capture would give other states, or None; what is not given does not count."""
         if count is not None and len(self.items) != count:
             return f"{len(self.items)} states, not {count}"
         for state in self.items:
@@ -130,6 +131,11 @@ class States:
         if seed is not None and self.items[0].seed != seed:
             return f"states from seed {self.items[0].seed} on, not {seed}"
         return None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of all states, each once."""
+        return sorted({state.prompt for state in self.items})
 
     def summary(self) -> dict[str, Any]:
         """Return what a cost table says about its states."""
@@ -152,13 +158,13 @@ def batches(items: Sequence[State], device: torch.device, dtype: torch.dtype) ->
         ids = tuple(state.inputs[name].numpy().tobytes() for name in SHARED)
         groups.setdefault((ids, tuple(sorted(state.inputs))), []).append(index)
     limit = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
-    found = []
+    parts = []
     for indices in groups.values():
         at_once = max(1, limit // items[indices[0]].tokens)
         for start in range(0, len(indices), at_once):
             part = indices[start : start + at_once]
-            found.append(Batch(part, _stack([items[index].inputs for index in part], device, dtype)))
-    return found
+            parts.append(Batch(part, _stack([items[index].inputs for index in part], device, dtype)))
+    return parts
 
 
 def _stack(inputs: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

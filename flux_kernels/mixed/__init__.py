@@ -1,1 +1,1 @@
-"""What the commands measure, plan and quantize hand each other: costs, plans, importance, covariance, low-rank fits, and the layout of a file."""
+"""What the commands measure, plan and quantize share: costs, plans, importance, file layouts."""

@@ -17,13 +17,15 @@ from pathlib import Path
 from ..errors import FormatError
 from ..files import written_whole
 from ..flux.names import block_of
-from ..flux.types import BLOCK, tensor_kind
 from ..formats import FORMATS
 from .cost import CostRow, CostTable
 from .file_layout import FileLayout
+from .option import Option
 
 COLUMNS = ("layer", "quant", "cost_mse")
-_FULL = "BF16"  # what costs are measured against
+# What costs are measured against.
+_FULL = "BF16"
+# Notes a block and type that was measured a second time; the first measurement counts.
 _PATCHED = "patched"
 
 
@@ -33,20 +35,19 @@ def is_casting_cost(path: Path) -> bool:
         return set(COLUMNS) <= set(next(csv.reader(file), ()))
 
 
-def read_casting_cost(path: Path, layout: FileLayout, *, patched: bool = False) -> CostTable:
+def read_casting_cost(path: Path, layout: FileLayout) -> CostTable:
     """Read a casting_cost table as costs of tensors.
 
     Args:
         path: CSV with the columns layer, quant, cost_mse, and optionally note.
         layout: the model that was measured.
-        patched: whether rows noted "patched" count where a type was measured twice; otherwise the others do.
 
     Returns:
         A table of ggml types; both cost columns hold MixedQuantFlux's metric, and `error_weight_rms` is 0. Types of other
         libraries (bnb) are left out; 16 bit is added with a cost of 0.
     """
     blocks = _blocks(layout)
-    measured = _read(path, patched)
+    measured = _read(path)
     unknown = sorted(set(measured) - set(range(len(blocks))))
     if unknown or len(measured) < len(blocks):
         missing = sorted(set(range(len(blocks))) - set(measured))
@@ -60,15 +61,16 @@ def read_casting_cost(path: Path, layout: FileLayout, *, patched: bool = False) 
         for name in names:
             share = prod(layout.shapes[name]) / weights
             for kind, cost in {_FULL: 0.0, **measured[layer]}.items():
-                rows.append(CostRow(name, kind, cost * share, cost * share, layout.data_bytes(name, kind), 0.0))
+                option = Option(kind)
+                rows.append(CostRow(name, option, cost * share, cost * share, option.nbytes(layout.shapes[name]), 0.0))
     return CostTable(rows, model=layout.model)
 
 
 def write_casting_cost(table: CostTable, layout: FileLayout, path: Path) -> None:
-    """Write a cost table as a casting_cost table: per block and type, the sum of MixedQuantFlux's metric over the block's matrices.
+    """Write a cost table as a casting_cost table.
 
-    The sum is above what the whole block costs at once where errors overlap (published: the six parts of layer 10 in Q8_0
-    cost 26 to 41 each, together 42).
+    A row is the sum of MixedQuantFlux's metric over the matrices of one block in one type. The sum is above what the whole
+    block costs at once where errors overlap (published: the six parts of layer 10 in Q8_0 cost 26 to 41 each, together 42).
     """
     by_tensor = table.by_tensor()
     lines: list[tuple[int, str, str]] = []
@@ -77,16 +79,16 @@ def write_casting_cost(table: CostTable, layout: FileLayout, path: Path) -> None
         if len(measured) < len(names):
             lacking = next(name for name in names if name not in by_tensor)
             raise FormatError(f"The cost table lacks {lacking}; a casting_cost table needs every matrix of a block.")
-        shared = [kind for kind in measured[0] if kind in FORMATS and all(kind in rows for rows in measured)]
-        lines += [(layer, _quant(kind), f"{sum(rows[kind].mfq_cost for rows in measured):.6g}") for kind in shared]
+        shared = [option for option in measured[0] if str(option) in FORMATS and all(option in rows for rows in measured)]
+        lines += [(layer, _quant(option.type), f"{sum(rows[option].mfq_cost for rows in measured):.6g}") for option in shared]
     with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(lines)
 
 
-def _read(path: Path, patched: bool) -> dict[int, dict[str, float]]:
-    found: dict[int, dict[str, float]] = {}
+def _read(path: Path) -> dict[int, dict[str, float]]:
+    by_layer: dict[int, dict[str, float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if not set(COLUMNS) <= set(reader.fieldnames or ()):
@@ -96,10 +98,10 @@ def _read(path: Path, patched: bool) -> dict[int, dict[str, float]]:
             if kind is None:
                 continue
             layer, cost = _numbers(line, f"{path}, line {reader.line_num}")
-            costs = found.setdefault(layer, {})
-            if kind not in costs or (line.get("note") == _PATCHED) == patched:
+            costs = by_layer.setdefault(layer, {})
+            if kind not in costs or line.get("note") != _PATCHED:
                 costs[kind] = cost
-    return found
+    return by_layer
 
 
 def _numbers(line: Mapping[str, str], where: str) -> tuple[int, float]:
@@ -123,9 +125,8 @@ def _quant(kind: str) -> str:
 
 def _blocks(layout: FileLayout) -> list[list[str]]:
     """Return the matrices of every block, double blocks first."""
-    found: dict[tuple[bool, int], list[str]] = {}
-    for name, shape in layout.shapes.items():
-        block = block_of(name)
-        if block and tensor_kind(name, shape) == BLOCK:
-            found.setdefault((block[0] == "single_blocks", block[1]), []).append(name)
-    return [found[key] for key in sorted(found)]
+    blocks: dict[tuple[bool, int], list[str]] = {}
+    for name in layout.blocks:
+        kind, index = block_of(name) or ("", 0)
+        blocks.setdefault((kind == "single_blocks", index), []).append(name)
+    return [blocks[key] for key in sorted(blocks)]

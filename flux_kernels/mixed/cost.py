@@ -1,7 +1,7 @@
-"""The cost table: what each ggml type costs for each tensor of a file, as a CSV with a JSON file beside it.
+"""The cost table: what each type costs for each tensor of a file, as a CSV and a JSON file.
 
-`costs.csv` has the columns of `CostRow`; `costs.csv.json` says which model and which states were measured, and holds joint
-measurements: costs of single tensors do not add, so plans are measured as a whole.
+`costs.csv` has the fields of `CostRow` as columns; `costs.csv.json` says which model and which states were measured, and holds
+joint measurements: costs of single tensors do not add, so plans are measured as a whole.
 """
 
 from __future__ import annotations
@@ -10,23 +10,25 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
 from ..files import written_whole
+from .option import Option
 
 SCHEMA = "flux_kernels.costs/1"
+COLUMNS = ("tensor", "type", "cost", "mfq_cost", "bytes", "error_weight_rms")
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """Hold what one type costs for one tensor of the file, all other tensors being unquantized.
+    """Hold what one option costs for one tensor of the file, all other tensors being unquantized.
 
     Attributes:
         tensor: name in the GGUF file without prefix, such as "double_blocks.0.img_attn.qkv.weight".
-        type: ggml type name; the 16-bit type of the source is among them, with costs of 0.
+        option: type and rank; the 16-bit type of the source is among them, with costs of 0.
         cost: squared error of the model's velocity over the velocity's squared magnitude, image tokens only, steps weighted
             by the square of their length in sigma (see `measure.velocity_cost`). A fraction.
         mfq_cost: MixedQuantFlux's metric: mean squared error of the last block's output, text tokens included.
@@ -35,11 +37,29 @@ class CostRow:
     """
 
     tensor: str
-    type: str
+    option: Option
     cost: float
     mfq_cost: float
     bytes: int
     error_weight_rms: float
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as files hold it: column -> text or number."""
+        return dict(zip(COLUMNS, (self.tensor, str(self.option), *astuple(self)[2:]), strict=True))
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> CostRow:
+        """Read what `record` returned, its numbers as such or as text.
+
+        Raises:
+            FormatError: for a type that is not known, and numbers that are not finite or negative.
+            KeyError, TypeError, ValueError: where a column is missing or no number.
+        """
+        cost, mfq_cost, error = (float(record[name]) for name in ("cost", "mfq_cost", "error_weight_rms"))
+        nbytes = int(record["bytes"])
+        if not all(math.isfinite(value) and value >= 0 for value in (cost, mfq_cost, error, nbytes)):
+            raise FormatError(f"costs, bytes and errors are finite and not negative, got {dict(record)}.")
+        return cls(record["tensor"], Option.parse(record["type"]), cost, mfq_cost, nbytes, error)
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class JointRow:
     """Hold what a plan costs when all of its tensors are quantized at once.
 
     Attributes:
-        types: tensor -> ggml type; tensors that are not named were left as they are.
+        types: tensor -> option; tensors that are not named were left as they are.
         cost: as in CostRow.
         mfq_cost: as in CostRow.
         cost_low: lower end of the 95 % bootstrap interval of `cost` over the states.
@@ -55,12 +75,21 @@ class JointRow:
         states: sha256 of the states file that it was measured on.
     """
 
-    types: dict[str, str]
+    types: dict[str, Option]
     cost: float
     mfq_cost: float
     cost_low: float | None = None
     cost_high: float | None = None
     states: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as JSON holds it."""
+        return {**vars(self), "types": {name: str(option) for name, option in self.types.items()}}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> JointRow:
+        """Read what `record` returned."""
+        return cls(**{**record, "types": {name: Option.parse(text) for name, text in record["types"].items()}})
 
 
 @dataclass
@@ -93,40 +122,42 @@ class CostTable:
     joint: list[JointRow] = field(default_factory=list)
     source: str = ""
 
-    def by_tensor(self) -> dict[str, dict[str, CostRow]]:
-        """Return tensor -> type -> row, in the order of the rows."""
-        found: dict[str, dict[str, CostRow]] = {}
+    def by_tensor(self) -> dict[str, dict[Option, CostRow]]:
+        """Return tensor -> option -> row, in the order of the rows."""
+        rows: dict[str, dict[Option, CostRow]] = {}
         for row in self.rows:
-            found.setdefault(row.tensor, {})[row.type] = row
-        return found
+            rows.setdefault(row.tensor, {})[row.option] = row
+        return rows
+
+    def costs(self, metric: str) -> dict[str, dict[Option, float]]:
+        """Return tensor -> option -> cost; `metric` is "cost" or "mfq_cost"."""
+        return {name: {option: getattr(row, metric) for option, row in rows.items()} for name, rows in self.by_tensor().items()}
 
     def save(self, path: Path) -> None:
-        """Write `path` and the JSON beside it; both are complete before either takes its name.
+        """Write `path` and its JSON; both are complete before either takes its name.
 
         Processes of one run may write at once: each writes files of its own, which are the same.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"schema": SCHEMA, **{name: value for name, value in asdict(self).items() if name != "rows"}}
+        about = {"schema": SCHEMA, **vars(self), "joint": [row.record() for row in self.joint]}
+        del about["rows"]
         with written_whole(path) as table, written_whole(sidecar(path)) as facts:
             with table.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(COLUMNS)
-                writer.writerows([getattr(row, name) for name in COLUMNS] for row in self.rows)
+                writer.writerows(row.record().values() for row in self.rows)
             facts.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
-        """Read a table; the JSON beside it may be missing.
+        """Read a table; its JSON may be missing.
 
         Raises:
             FormatError: where the CSV is no cost table, or the JSON has another schema.
         """
         about = _read_sidecar(sidecar(path))
-        joint = [JointRow(**row) for row in about.pop("joint", [])]
+        joint = [JointRow.of_record(record) for record in about.pop("joint", [])]
         return cls(rows=list(_read_rows(path)), joint=joint, **about)
-
-
-COLUMNS = tuple(column.name for column in fields(CostRow))
 
 
 def sidecar(path: Path) -> Path:
@@ -149,13 +180,11 @@ def _read_rows(path: Path) -> Iterable[CostRow]:
 
 def _row(line: Mapping[str, str], where: str) -> CostRow:
     try:
-        numbers = {name: float(line[name]) for name in ("cost", "mfq_cost", "error_weight_rms")}
-        size = int(line["bytes"])
+        return CostRow.of_record(line)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
     except (TypeError, ValueError) as error:
         raise FormatError(f"{where}: {error}. cost, mfq_cost, bytes and error_weight_rms are numbers.") from None
-    if not all(math.isfinite(value) and value >= 0 for value in (*numbers.values(), size)):
-        raise FormatError(f"{where}: costs, bytes and errors are finite and not negative, got {dict(line)}.")
-    return CostRow(tensor=line["tensor"], type=line["type"], bytes=size, **numbers)
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:

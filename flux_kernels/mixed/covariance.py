@@ -1,4 +1,4 @@
-"""The inputs' covariances that low-rank corrections are fitted to, as a safetensors file beside the cost table."""
+"""The inputs' covariances that low-rank corrections are fitted to, as a safetensors file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
@@ -20,8 +22,6 @@ def covariance_path(costs: Path) -> Path:
 
 def save_covariance(path: Path, covariances: Mapping[str, Tensor]) -> None:
     """Write tensor name -> float32 [K, K]."""
-    from safetensors.torch import save_file
-
     with written_whole(path) as part:
         save_file({name: covariance.float().cpu().contiguous() for name, covariance in covariances.items()}, part)
 
@@ -32,25 +32,23 @@ def load_covariance(path: str | os.PathLike[str], source: SourceModel, ranks: Ma
     Raises:
         FormatError: where the file is none, or of another model.
     """
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
+    covariances = {}
     try:
         with safe_open(path, "pt") as file:
             for name in ranks.keys() & set(file.keys()):
-                found[name] = file.get_tensor(name)
+                covariances[name] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise FormatError(
             f"{os.fspath(path)} is no file of covariances ({error}). `flux-kernels measure` writes one."
         ) from None
-    for name, covariance in found.items():
+    for name, covariance in covariances.items():
         k = source.tensors[name].shape[1]
         if covariance.shape != (k, k):
             raise FormatError(
                 f"The covariance of {name} is {list(covariance.shape)}, its rows have {k} weights: another model's."
             )
-    if ranks and not found:
+    if ranks and not covariances:
         raise FormatError(
             f"{os.fspath(path)} has none of the {len(ranks)} tensors that get a correction: it is another model's."
         )
-    return found
+    return covariances

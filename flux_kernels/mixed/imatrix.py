@@ -1,4 +1,4 @@
-"""Importance matrices: for each matrix of a file, how large its inputs were. llama.cpp's two formats, read and written.
+"""Importance matrices, in llama.cpp's two formats: how large the inputs of each matrix of a file were.
 
 The legacy format (".dat") is a list of (name, calls, K float32) in little-endian binary; the newer one is a GGUF file with
 two tensors a matrix, `<name>.in_sum2` and `<name>.counts`. Both hold sums of squared inputs, whose mean is the importance.
@@ -25,21 +25,24 @@ from ..gguf.spec import MAGIC, shown
 
 LEGACY_SUFFIX = ".dat"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_MOST_CALLS = 2**31 - 1  # the legacy format counts in int32
-_MOST_ENTRIES, _MOST_NAME, _MOST_VALUES = 2**20, 2**16, 2**24  # above any model: they bound what a damaged file can ask for
+# The legacy format counts in int32.
+_MOST_CALLS = 2**31 - 1
+# Above any model: they bound what a damaged file can ask for.
+_MOST_ENTRIES, _MOST_NAME, _MOST_VALUES = 2**20, 2**16, 2**24
 
-Sums = Mapping[str, tuple[Tensor, int]]
+Sums = Mapping[str, tuple[Tensor, float]]
 
 
 def imatrix_path(costs: Path) -> Path:
-    """Return where `measure` keeps the importance it collected, beside its table of costs."""
+    """Return where `measure` keeps the importance it collected for a table of costs."""
     return costs.with_suffix(".imatrix.gguf")
 
 
 def save_imatrix(path: str | os.PathLike[str], sums: Sums, *, datasets: Iterable[str] = ()) -> None:
-    """Write an importance matrix: in llama.cpp's legacy format where `path` ends in ".dat", else in its GGUF format.
+    """Write an importance matrix in one of llama.cpp's formats.
 
-    The file appears under its name only when it is complete.
+    That is the legacy format where `path` ends in ".dat", else its GGUF format. The file appears under its name only when it is
+    complete.
 
     Args:
         path: the file to write; one that is there is replaced.
@@ -75,9 +78,9 @@ def load_imatrix(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         is_gguf = file.read(len(MAGIC)) == MAGIC
     where = os.fsdecode(path)
-    found = _load_gguf(where) if is_gguf else _load_legacy(where)
+    sums = _load_gguf(where) if is_gguf else _load_legacy(where)
     means: dict[str, Tensor] = {}
-    for name, (total, count) in found.items():
+    for name, (total, count) in sums.items():
         if not torch.isfinite(total).all() or (total < 0).any():
             raise FormatError(f"{where}: {shown(name)} holds values that are negative, NaN or infinite. Collect it again.")
         bare = strip_prefix(name)
@@ -87,7 +90,7 @@ def load_imatrix(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return means
 
 
-def _checked(name: str, total: Tensor, count: int) -> tuple[Tensor, int]:
+def _checked(name: str, total: Tensor, count: float) -> tuple[Tensor, int]:
     total = torch.as_tensor(total).detach().to("cpu", torch.float32)
     if total.dim() != 1 or not total.numel():
         raise FormatError(f"The sums of {name} must have shape [K], got {list(total.shape)}.")
@@ -108,7 +111,7 @@ def _save_legacy(path: str | os.PathLike[str], entries: Sums, datasets: list[str
     encoded = ", ".join(datasets).encode()
     most = max(min(count, _MOST_CALLS) for _, count in entries.values())
     data += struct.pack("<ii", most, len(encoded)) + encoded
-    write_whole(path, data)
+    write_whole(path, bytes(data))
 
 
 def _save_gguf(path: str | os.PathLike[str], entries: Sums, datasets: list[str]) -> None:
@@ -120,14 +123,15 @@ def _save_gguf(path: str | os.PathLike[str], entries: Sums, datasets: list[str])
         "general.type": ("STRING", "imatrix"),
         "imatrix.datasets": ("ARRAY[STRING]", datasets),
         "imatrix.chunk_count": ("UINT32", min(max(count for _, count in entries.values()), _MOST_CALLS)),
-        "imatrix.chunk_size": ("UINT32", 1),  # one input row a chunk: counts are rows
+        # One input row a chunk: counts are rows.
+        "imatrix.chunk_size": ("UINT32", 1),
     }
     write_gguf(path, tensors, metadata)
 
 
 def _load_gguf(where: str) -> dict[str, tuple[Tensor, float]]:
     file = read_gguf(where)
-    found = {}
+    sums = {}
     for name in (name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)):
         total = _float32(where, file.tensors[name + _SUMS])
         if name + _COUNTS not in file.tensors:
@@ -135,13 +139,13 @@ def _load_gguf(where: str) -> dict[str, tuple[Tensor, float]]:
         counts = _float32(where, file.tensors[name + _COUNTS])
         if counts.numel() != 1:
             raise FormatError(f"{where}: {shown(name)} holds {counts.numel()} matrices (experts); one is legal here.")
-        found[name] = total.flatten().clone(), float(counts)
-    if not found:
+        sums[name] = total.flatten().clone(), float(counts)
+    if not sums:
         raise FormatError(
             f"{where} is a GGUF file, but no importance matrix: no tensor ends in {_SUMS!r}. Is it a model? `flux-kernels "
             "measure` and llama.cpp's llama-imatrix write importance matrices."
         )
-    return found
+    return sums
 
 
 def _float32(where: str, tensor: Any) -> Tensor:
@@ -160,16 +164,17 @@ def _load_legacy(where: str) -> dict[str, tuple[Tensor, float]]:
             "measure` writes one as costs.imatrix.gguf."
         )
     cursor = _Cursor(where, data)
-    found: dict[str, tuple[Tensor, float]] = {}
+    sums: dict[str, tuple[Tensor, float]] = {}
     for _ in range(cursor.integer("number of tensors", _MOST_ENTRIES)):
         name = cursor.take(cursor.integer("length of a name", _MOST_NAME)).decode("utf-8", "replace")
         calls = cursor.integer(f"calls of {shown(name)}", _MOST_CALLS, least=0)
         count = cursor.integer(f"length of {shown(name)}", _MOST_VALUES)
         total = torch.frombuffer(bytearray(cursor.take(4 * count)), dtype=torch.float32)
-        if name in found:
+        if name in sums:
             raise FormatError(f"{where}: {shown(name)} is there twice. A file must hold each tensor once.")
-        found[name] = total, float(calls)
-    return found  # what follows, the number of chunks and the data set, is for the record
+        sums[name] = total, float(calls)
+    # What follows, the number of chunks and the data set, is for the record.
+    return sums
 
 
 class _Cursor:

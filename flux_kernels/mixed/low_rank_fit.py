@@ -1,9 +1,10 @@
-"""Fit a low-rank correction of a quantized matrix: W is stored as packed rows plus up @ down, in 16 bit, of rank r.
+"""Fit a low-rank correction of a quantized matrix.
 
-The idea is SVDQuant's (arXiv 2411.05007): what the type does worst is left to a product of thin matrices. Two starts are
-tried: the product takes the largest directions of W, and the type what is left (SVDQuant's); or the type comes first, and the
-product takes the largest directions of its error. "Largest" is as the layer's inputs see it: the truncated singular value
-decomposition after the root of the inputs' second moments, channel by channel or with all their correlations.
+W is stored as packed rows plus up @ down, in 16 bit, of rank r. The idea is SVDQuant's (arXiv 2411.05007): what the type does
+worst is left to a product of thin matrices. Two starts are tried: the product takes the largest directions of W, and the type
+what is left (SVDQuant's); or the type comes first, and the product takes the largest directions of its error. "Largest" is as
+the layer's inputs see it: the truncated singular value decomposition after the root of the inputs' second moments, channel by
+channel or with all their correlations.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-STORED = torch.bfloat16  # dtype of both factors, as `file_layout.RANK_TYPE`
-TURNS = 2  # of quantizing what the product leaves and fitting the product anew, from each start; the best one counts
-_FLOOR = 1e-3  # added to second moments, relative to their mean: what the captured inputs never did is unlikely, not impossible
+from ..flux.low_rank_tensors import RANK_TYPE
+from ..formats import PLAIN_TYPES
+
+# Dtype of both factors.
+STORED = PLAIN_TYPES[RANK_TYPE].dtype
+# Of quantizing what the product leaves and fitting the product anew, from each start; the best one counts.
+TURNS = 2
+# Added to second moments, relative to their mean: what the captured inputs never did is unlikely, not impossible.
+_FLOOR = 1e-3
 _TINY = 1e-30
 
 
@@ -35,20 +42,22 @@ def corrected(
         decoded + up @ down is what the layer computes with.
     """
     root = root_of(torch.ones_like(weight[0]) if seen is None else seen.to(weight.device))
-    best, least = None, float("inf")
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    least = float("inf")
     for product in (torch.zeros_like(weight), _product(*_stored(weight, rank, root))):
         for _ in range(TURNS):
             decoded = round_trip(weight - product)
             down, up = _stored(weight - decoded, rank, root)
             product = _product(down, up)
             error = _weighted(weight - decoded - product, root).square().sum().item()
-            if error < least:
+            if best is None or error < least:
                 best, least = (decoded, down, up), error
+    assert best is not None
     return best
 
 
 def root_of(seen: Tensor) -> Tensor:
-    """Return the root of second moments in float64: of each channel [K], or the symmetric root of a covariance [K, K]."""
+    """Return the root of second moments in float64: of channels [K], or symmetric of a covariance [K, K]."""
     seen = seen.double()
     mean = (seen if seen.dim() == 1 else seen.diagonal()).mean().clamp_min(torch.finfo(torch.float32).tiny)
     if seen.dim() == 1:
@@ -61,16 +70,18 @@ def fit(error: Tensor, rank: int, root: Tensor) -> tuple[Tensor, Tensor]:
     """Return down [rank, K] and up [N, rank] of least ||(error - up @ down) root||.
 
     The best projection of the error onto `rank` output directions: those of the largest singular values of error @ root,
-    found from the smaller Gram matrix.
+    computed from the smaller Gram matrix.
     """
     weighted = _weighted(error, root)
     if weighted.shape[0] < weighted.shape[1]:
-        directions = torch.linalg.eigh(weighted @ weighted.T).eigenvectors[:, -rank:]  # ascending: the last are the largest
+        # Ascending: the last are the largest.
+        directions = torch.linalg.eigh(weighted @ weighted.T).eigenvectors[:, -rank:]
     else:
         directions = weighted @ torch.linalg.eigh(weighted.T @ weighted).eigenvectors[:, -rank:]
         directions = directions / directions.norm(dim=0).clamp_min(_TINY)
     down = directions.T @ error.double()
-    norms = down.norm(dim=1).clamp_min(_TINY).sqrt()  # factors of like size round best
+    # Factors of like size round best.
+    norms = down.norm(dim=1).clamp_min(_TINY).sqrt()
     return (down / norms[:, None]).float(), (directions * norms).float()
 
 

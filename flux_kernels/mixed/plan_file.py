@@ -1,12 +1,13 @@
-"""The plan of a mixed file: which ggml type each tensor gets, as a JSON file that says where it came from."""
+"""The plan of a mixed file: the type of each tensor, as a JSON file that says where it comes from."""
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,9 +15,10 @@ from ..errors import FormatError
 from ..files import write_whole
 from ..formats import types_by_name
 from ..gguf.check import listed
+from .option import Option
 
 SCHEMA = "flux_kernels.plan/1"
-_HASH = re.compile(r"[0-9a-f]{64}")
+_HASH = re.compile(r"([0-9a-f]{64})?")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Plan:
     Attributes:
         types: tensor name in the GGUF file (BFL names, without prefix) -> ggml type name. Tensors that are not named follow
             the layout `options["rule"]` ("new" where it is missing).
-        low_rank: tensor name -> rank of the 16-bit correction stored beside it; tensors that are not named have none.
+        low_rank: tensor name -> rank of the 16-bit correction stored with it; tensors that are not named have none.
         bytes: size of the whole file with the key-values that published files have, in bytes; what a tool writes about the
             file's origin comes on top (KEY_VALUE_BYTES are kept free for it within a budget).
         cost: predicted by adding up the costs of the tensors; lower is better.
@@ -52,6 +54,10 @@ class Plan:
         if problem:
             raise FormatError(f"This is no plan: {problem}.")
 
+    def by_tensor(self) -> dict[str, Option]:
+        """Return tensor -> option, type and rank together."""
+        return {name: Option(type_name, self.low_rank.get(name, 0)) for name, type_name in self.types.items()}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears under its name only when it is complete.
 
@@ -76,16 +82,17 @@ class Plan:
         return cls.from_json(text, os.fsdecode(path))
 
     @classmethod
-    def from_json(cls, text: str | bytes, name: str = "plan") -> Plan:
+    def from_json(cls, text: str | builtins.bytes, name: str = "plan") -> Plan:
         """Check the JSON text of a plan file, called `name` in errors."""
         try:
-            found = json.loads(text)
-        except ValueError as error:  # also text that is not UTF-8
+            record = json.loads(text)
+        # Also for text that is not UTF-8.
+        except ValueError as error:
             raise FormatError(f"{name} is no JSON: {error}. `flux-kernels plan -o plan.json` writes a plan.") from None
-        problem = _schema_problem(found) or _fields_problem(found) or _problem(found)
+        problem = _record_problem(record) or _problem(record)
         if problem:
             raise FormatError(f"{name} is no plan: {problem}.")
-        return cls(**{key: value for key, value in found.items() if key != "schema"})
+        return cls(**{key: value for key, value in record.items() if key != "schema"})
 
 
 def check_tensors(names: Collection[str], held: Collection[str], holder: str) -> None:
@@ -106,71 +113,60 @@ def check_tensors(names: Collection[str], held: Collection[str], holder: str) ->
         )
 
 
-def _schema_problem(found: Any) -> str | None:
-    if not isinstance(found, dict):
-        return f"it holds a {type(found).__name__}, a plan is an object"
-    schema = found.get("schema")
-    if schema != SCHEMA:
-        return f'its "schema" is {schema!r}, legal is {SCHEMA!r}; it was made by another tool or version'
-    return None
-
-
-def _fields_problem(found: Mapping[str, Any]) -> str | None:
-    """Say which fields are missing or unknown."""
-    known = Plan.__dataclass_fields__
-    missing = [name for name in ("types", "bytes", "cost") if name not in found]
-    unknown = sorted(found.keys() - known.keys() - {"schema"})
+def _record_problem(record: Any) -> str | None:
+    """Say where an object is not of this schema: another one, or fields that are missing or unknown."""
+    if not isinstance(record, dict):
+        return f"it holds a {type(record).__name__}, a plan is an object"
+    if record.get("schema") != SCHEMA:
+        return f'its "schema" is {record.get("schema")!r}, legal is {SCHEMA!r}; it was made by another tool or version'
+    missing = [name for name in ("types", "bytes", "cost") if name not in record]
+    unknown = sorted(record.keys() - _LEGAL.keys() - {"schema"})
     if missing:
         return f"it lacks {', '.join(map(repr, missing))}"
-    return f"unknown fields {', '.join(map(repr, unknown))}; legal are {', '.join(known)}" if unknown else None
+    return f"unknown fields {', '.join(map(repr, unknown))}; legal are {', '.join(_LEGAL)}" if unknown else None
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_integer(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Field -> (what its value must be, the same in words).
+_LEGAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "types": (_is_object, "an object"),
+    "bytes": (_is_integer, "a whole number of bytes"),
+    "cost": (_is_finite, "a finite number"),
+    "low_rank": (_is_object, "an object"),
+    "joint_cost": (lambda value: value is None or _is_finite(value), "a finite number"),
+    "costs_sha256": (lambda value: isinstance(value, str) and bool(_HASH.fullmatch(value)), "64 hexadecimal digits"),
+    "options": (_is_object, "an object"),
+    "versions": (_is_object, "an object"),
+    "date": (lambda value: isinstance(value, str), "text"),
+}
 
 
 def _problem(plan: Mapping[str, Any]) -> str | None:
     """Return the first defect of the values, as a sentence without its full stop."""
-    mappings = ("types", "low_rank", "options", "versions")
-    wrong = next((name for name in mappings if not isinstance(plan.get(name, {}), Mapping)), None)
-    if wrong:
-        return f'"{wrong}" is a {type(plan[wrong]).__name__}, legal is an object'
-    return _types_problem(plan["types"]) or _ranks_problem(plan.get("low_rank", {}), plan["types"]) or _numbers_problem(plan)
-
-
-def _types_problem(types: Mapping[str, Any]) -> str | None:
+    for name, (is_legal, legal) in _LEGAL.items():
+        if name in plan and not is_legal(plan[name]):
+            value = type(plan[name]).__name__ if is_legal is _is_object else repr(plan[name])
+            return f'"{name}" is {"a " * (is_legal is _is_object)}{value}, legal is {legal}'
+    types, known = plan["types"], types_by_name()
     if not types:
         return '"types" is empty, a plan names at least one tensor'
-    legal = types_by_name()
-    wrong = next(((name, kind) for name, kind in types.items() if not isinstance(kind, str) or kind not in legal), None)
-    if wrong:
-        return f"tensor {wrong[0]!r} has the unknown type {wrong[1]!r}; legal are {', '.join(legal)}"
-    return None
-
-
-def _ranks_problem(ranks: Mapping[str, Any], types: Mapping[str, Any]) -> str | None:
-    for name, rank in ranks.items():
+    for name, type_name in types.items():
+        if not isinstance(type_name, str) or type_name not in known:
+            return f"tensor {name!r} has the unknown type {type_name!r}; legal are {', '.join(known)}"
+    for name, rank in plan.get("low_rank", {}).items():
         if name not in types:
             return f'"low_rank" names {name!r}, which "types" does not'
-        if not _integer(rank) or rank < 1:
+        if not _is_integer(rank, least=1):
             return f"the rank of {name!r} is {rank!r}, legal is an integer from 1"
     return None
-
-
-def _numbers_problem(plan: Mapping[str, Any]) -> str | None:
-    if not _integer(plan["bytes"]) or plan["bytes"] < 0:
-        return f'"bytes" is {plan["bytes"]!r}, legal is a whole number of bytes'
-    for name in ("cost", "joint_cost"):
-        value = plan.get(name)
-        if (value is not None or name == "cost") and not (_number(value) and math.isfinite(value)):
-            return f'"{name}" is {value!r}, legal is a finite number'
-    source = plan.get("costs_sha256", "")
-    if source != "" and not (isinstance(source, str) and _HASH.fullmatch(source)):
-        return f'"costs_sha256" is {source!r}, legal are 64 hexadecimal digits'
-    if not isinstance(plan.get("date", ""), str):
-        return f'"date" is {plan["date"]!r}, legal is text'
-    return None
-
-
-def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

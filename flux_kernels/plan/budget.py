@@ -1,9 +1,9 @@
-"""Turn what people say about size into bytes of a file: "8GB", "7.5GiB", 8000000000, "Q4_K", bits per weight, or a card."""
+"""Turn what people say about size into bytes of a file: "8GB", "7.5GiB", "Q4_K", or a card's memory."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -22,7 +22,8 @@ from ..generation.memory_plan import (
     tiled,
     transformer_working,
 )
-from ..mixed.file_layout import KEY_VALUE_BYTES, FileLayout, uniform
+from ..mixed.file_layout import KEY_VALUE_BYTES, FileLayout
+from ..mixed.option import Option
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
@@ -36,7 +37,7 @@ ROOM = (
 """The arithmetic of `--fits`, in words."""
 
 
-def parse_size(text: str, layout: FileLayout, tensors: Iterable[str]) -> int:
+def parse_size(text: str, layout: FileLayout, tensors: Collection[str]) -> int:
     """Return the bytes of a file that a size in words means.
 
     Args:
@@ -46,7 +47,11 @@ def parse_size(text: str, layout: FileLayout, tensors: Iterable[str]) -> int:
         tensors: the tensors that a plan chooses.
     """
     if text in FORMATS:
-        return layout.file_bytes(uniform(layout, text, tensors)) + KEY_VALUE_BYTES
+        option = Option(text)
+        broken = next((name for name in tensors if not option.fits(layout.shapes[name])), None)
+        if broken:
+            raise FormatError(f"{broken} has rows of {layout.shapes[broken][-1]} weights, which are no whole blocks of {text}.")
+        return layout.file_bytes(dict.fromkeys(tensors, option)) + KEY_VALUE_BYTES
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match["unit"].upper()) if match else None
     if match is None or unit is None:
@@ -82,7 +87,7 @@ class Room:
         height: of the picture, in pixels.
         activations: of the transformer, a decoded matrix included.
         vae: memory of the VAE while it decodes the picture, in tiles above 1024 x 1024.
-        beside: weights that stay on the card beside the transformer.
+        beside: weights of other parts that stay on the card while the transformer runs.
         file: what is left for the file; negative where nothing is.
     """
 
@@ -104,9 +109,9 @@ def room_on_card(layout: FileLayout, card_gib: float, width: int, height: int, o
     others = companions(width, height)
     vae = next(part for part in others if part.name == "vae")
     decoding = tiled(vae.working, width, height)
-    beside = sum(part.weights for part in others) if offload == "none" else 0
+    resident = sum(part.weights for part in others) if offload == "none" else 0
     peak = max(working, decoding) if offload == "none" else working
-    return Room(width, height, working, vae.weights + decoding, beside, free_on_card(card_gib) - beside - peak)
+    return Room(width, height, working, vae.weights + decoding, resident, free_on_card(card_gib) - resident - peak)
 
 
 def room_table(layout: FileLayout, card_gib: float, offload: str = "model") -> list[Room]:

@@ -1,4 +1,4 @@
-"""Decisions of a plan as numbers: the options of a group of tensors with their bytes and costs, and a choice among them."""
+"""Decisions of a plan as numbers: bytes and costs of options, and a choice among them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def total(groups: Sequence[Group], picks: Sequence[int], gap: float = 0.0) -> So
 
 
 def useful(group: Group) -> list[int]:
-    """Return the options of a group that no other beats in bytes and cost, from the smallest to the largest."""
+    """Return the options of a group that no other beats in bytes and cost, smallest first."""
     kept: list[int] = []
     for index in sorted(range(len(group.sizes)), key=lambda index: (group.sizes[index], group.costs[index])):
         if not kept or group.costs[index] < group.costs[kept[-1]]:

@@ -1,4 +1,4 @@
-"""What a plan must respect, by patterns of tensor names: kept types, least types, tensors tied to one type."""
+"""What a plan must respect, by patterns of tensor names: kept types, least types, tied tensors."""
 
 from __future__ import annotations
 
@@ -8,106 +8,112 @@ from fnmatch import fnmatchcase
 
 from ..errors import FormatError
 from ..flux.names import block_of
-from ..mixed.file_layout import option_bits, parse_option
+from ..mixed.option import Option
 
-Costs = Mapping[str, Mapping[str, float]]  # tensor -> option, such as "Q4_K" or "Q4_K+r16" -> cost
+Costs = Mapping[str, Mapping[Option, float]]
+"""Tensor -> option -> cost."""
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """Hold what a plan must respect; patterns are fnmatch patterns of tensor names, with or without ".weight".
+    """Hold what a plan must respect; fnmatch patterns of tensor names, with or without ".weight".
 
     Attributes:
-        keep: (pattern, type): these tensors get exactly this type, also tensors outside the blocks.
-        at_least: (pattern, type): these tensors get no fewer bits per weight than this type has.
+        keep: (pattern, option): these tensors get exactly this option, also tensors outside the blocks.
+        at_least: (pattern, option): these tensors get no fewer bits per weight than this type has.
         only_types: the types that may be chosen; empty means all that were measured. Ranks go with their type.
         same: patterns; all tensors that match one of them get one type.
         per_block: whether all tensors of a block get one type.
     """
 
-    keep: tuple[tuple[str, str], ...] = ()
-    at_least: tuple[tuple[str, str], ...] = ()
-    only_types: tuple[str, ...] = ()
+    keep: tuple[tuple[str, Option], ...] = ()
+    at_least: tuple[tuple[str, Option], ...] = ()
+    only_types: tuple[Option, ...] = ()
     same: tuple[str, ...] = ()
     per_block: bool = False
 
     def described(self) -> dict[str, object]:
         """Return what was asked for, as JSON values, without what was not."""
-        pairs = {name: [f"{p}={t}" for p, t in getattr(self, name)] for name in ("keep", "at_least")}
-        found = {**pairs, "only_types": list(self.only_types), "same": list(self.same), "per_block": self.per_block}
-        return {name: value for name, value in found.items() if value}
+        values = {
+            "keep": [f"{pattern}={option}" for pattern, option in self.keep],
+            "at_least": [f"{pattern}={option}" for pattern, option in self.at_least],
+            "only_types": [str(option) for option in self.only_types],
+            "same": list(self.same),
+            "per_block": self.per_block,
+        }
+        return {name: value for name, value in values.items() if value}
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """Return the names a pattern matches; raise FormatError where it matches none."""
     names = list(names)
-    found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)]
-    if not found:
+    matches = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)]
+    if not matches:
         examples = ", ".join(names[:: max(1, len(names) // 4)][:4])
         raise FormatError(f"No tensor matches {pattern!r}. Tensors are called, for example, {examples}.")
-    return found
+    return matches
 
 
-def parse_pair(text: str, option: str) -> tuple[str, str]:
-    """Split PATTERN=TYPE; `option` is the command's option that errors speak of."""
-    pattern, equals, kind = text.rpartition("=")
+def parse_pair(text: str, flag: str) -> tuple[str, Option]:
+    """Split PATTERN=TYPE; `flag` is the command's option that errors speak of."""
+    pattern, equals, type_text = text.rpartition("=")
     if not equals or not pattern:
-        raise FormatError(f'{option} takes PATTERN=TYPE, such as "*.img_mod.*=Q8_0", got {text!r}.')
-    parse_option(kind)
-    return pattern, kind
+        raise FormatError(f'{flag} takes PATTERN=TYPE, such as "*.img_mod.*=Q8_0", got {text!r}.')
+    return pattern, Option.parse(type_text)
 
 
 def allowed(
-    costs: Costs, constraints: Constraints, plain: Mapping[str, str]
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    costs: Costs, constraints: Constraints, plain: Mapping[str, Option]
+) -> tuple[dict[str, dict[Option, float]], dict[str, Option]]:
     """Apply everything but the ties.
 
     Args:
         costs: of the tensors that a plan chooses.
         constraints: what is asked for.
-        plain: tensor -> type of all tensors of the file where no plan chooses.
+        plain: tensor -> option of all tensors of the file where no plan chooses.
 
     Returns:
-        The options left for every tensor with their costs, and the types of tensors that are kept outside of `costs`.
+        The options left for every tensor with their costs, and the options of tensors that are kept outside of `costs`.
     """
     left = {name: dict(options) for name, options in costs.items()}
-    fixed: dict[str, str] = {}
-    only = {parse_option(kind)[0] for kind in constraints.only_types}
-    if only:
-        left = {name: _only(name, options, only) for name, options in left.items()}
-    for pattern, kind in constraints.at_least:
+    fixed: dict[str, Option] = {}
+    types = {option.type for option in constraints.only_types}
+    for name in left if types else ():
+        only = {option: cost for option, cost in left[name].items() if option.type in types}
+        left[name] = _any_left(only, name, f"only {', '.join(sorted(types))}")
+    for pattern, least in constraints.at_least:
         for name in matching(pattern, left):
-            least = option_bits(kind)
-            left[name] = _some({o: c for o, c in left[name].items() if option_bits(o) >= least}, name, f"at least {kind}")
-    for pattern, kind in constraints.keep:
+            wide = {option: cost for option, cost in left[name].items() if option.bits >= least.bits}
+            left[name] = _any_left(wide, name, f"at least {least}")
+    for pattern, kept in constraints.keep:
         for name in matching(pattern, plain):
             if name in left:
-                left[name] = {kind: _cost_of(costs[name], kind, name)}
+                left[name] = {kept: _cost_of(costs[name], kept, name)}
             else:
-                fixed[name] = kind
+                fixed[name] = kept
     return left, fixed
 
 
-def _only(name: str, options: Mapping[str, float], only: Iterable[str]) -> dict[str, float]:
-    return _some({o: c for o, c in options.items() if parse_option(o)[0] in only}, name, f"only {', '.join(sorted(only))}")
-
-
-def _some(options: dict[str, float], name: str, asked: str) -> dict[str, float]:
+def _any_left(options: dict[Option, float], name: str, asked: str) -> dict[Option, float]:
     if not options:
         raise FormatError(f"{name}: no measured type is left with {asked}. Measure it, or loosen the constraint.")
     return options
 
 
-def _cost_of(options: Mapping[str, float], kind: str, name: str) -> float:
-    if kind in options:
-        return options[kind]
-    if option_bits(kind) >= 16:
-        return 0.0  # costs are measured against 16 bit
-    raise FormatError(f"{name} cannot be kept in {kind}: it was not measured. Measured: {', '.join(options)}.")
+def _cost_of(options: Mapping[Option, float], option: Option, name: str) -> float:
+    if option in options:
+        return options[option]
+    # Costs are measured against 16 bit.
+    if option.bits >= 16:
+        return 0.0
+    raise FormatError(f"{name} cannot be kept in {option}: it was not measured. Measured: {', '.join(map(str, options))}.")
 
 
 def tied(names: Sequence[str], constraints: Constraints) -> list[list[str]]:
-    """Return the groups of tensors that get one type, in the order of their first names; most groups are one tensor."""
+    """Return the groups of tensors that get one type, in the order of their first names.
+
+    Most groups are one tensor.
+    """
     owner = {name: name for name in names}
 
     def root(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The greedy optimiser of MixedQuantFlux, as a baseline, and the curve of the best plans of every size that it walks along.
+"""The greedy optimiser of MixedQuantFlux, as a baseline, and the curve of best plans it walks along.
 
 Per group the options are thinned out until the steps from the largest to the smallest get steeper and steeper; the step that
 saves most bits for the cost it adds is taken first, until the wanted number of bits is gone. Its last step is taken whole, so
@@ -25,7 +25,7 @@ class Step:
 
 
 def steps(group: Group) -> list[Step]:
-    """Return the convex steps of a group from its largest option down: each adds more cost a byte than the one before."""
+    """Return the convex steps of a group, largest option first: each adds more cost a byte than the last."""
     hull: list[int] = []
     for index in reversed(useful(group)):
         while len(hull) > 1 and _slope(group, hull[-2], hull[-1]) >= _slope(group, hull[-1], index):
@@ -42,40 +42,21 @@ def _slope(group: Group, before: int, after: int) -> float:
 
 
 def walk(groups: Sequence[Group]) -> Iterator[Solution]:
-    """Yield the plans from the largest to the smallest, one step apart; each is optimal for exactly its size."""
+    """Yield the plans from the largest to the smallest, one step apart; each is the best of its size."""
     picks = [useful(group)[-1] for group in groups]
-    state = total(groups, picks)
-    yield state
-    order = sorted(
-        (
-            (step.added / step.saved, number, position, step)
-            for number, group in enumerate(groups)
-            for position, step in _numbered(group)
-        ),
-        key=lambda entry: entry[:3],
-    )
-    size, cost = state.bytes, state.cost
-    for _, number, _, step in order:
+    largest = total(groups, picks)
+    yield largest
+    numbered = [(number, position, step) for number, group in enumerate(groups) for position, step in enumerate(steps(group))]
+    size, cost = largest.bytes, largest.cost
+    for number, _, step in sorted(numbered, key=lambda entry: (entry[2].added / entry[2].saved, *entry[:2])):
         picks[number] = step.after
         size, cost = size - step.saved, cost + step.added
         yield Solution(tuple(picks), size, cost)
 
 
-def _numbered(group: Group) -> list[tuple[int, Step]]:
-    return list(enumerate(steps(group)))
-
-
-def greedy(groups: Sequence[Group], wanted: int, *, believed: Sequence[Group] | None = None) -> Solution:
-    """Take the best steps first until at most `wanted` bytes are left, or no step is.
-
-    Args:
-        groups: the decisions.
-        wanted: in bytes.
-        believed: the same groups with the sizes that the optimiser counts with, where it rounds bits per weight.
-    """
-    counted = groups if believed is None else believed
-    last = None
-    for last in walk(counted):
-        if last.bytes <= wanted:
+def greedy(groups: Sequence[Group], wanted: int) -> Solution:
+    """Take the best steps first until at most `wanted` bytes are left, or no step is."""
+    for solution in walk(groups):
+        if solution.bytes <= wanted:
             break
-    return total(groups, last.picks if last else ())
+    return total(groups, solution.picks)

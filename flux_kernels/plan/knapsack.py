@@ -1,4 +1,7 @@
-"""Choose one option of every group at the least cost within a number of bytes: exact, by scipy's mixed-integer solver (HiGHS)."""
+"""Choose one option of every group at the least cost within a number of bytes.
+
+The choice is exact, by scipy's mixed-integer solver (HiGHS).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from ..machine.silence import STDOUT, silenced
 from .choices import Group, Solution, total, useful
 from .greedy import greedy, steps
 
-TIME_LIMIT = 120.0  # seconds; FLUX.1-dev takes about one
-_SCALE = 1e4  # the optimum in the solver's units: its absolute gap of 1e-6 then is 1e-10 of the cost
+# Seconds; FLUX.1-dev takes about one.
+TIME_LIMIT = 120.0
+# The optimum in the solver's units: its absolute gap of 1e-6 then is 1e-10 of the cost.
+_SCALE = 1e4
 
 
 def solve(groups: Sequence[Group], budget: int, *, time_limit: float = TIME_LIMIT) -> Solution:
@@ -40,10 +45,11 @@ def solve(groups: Sequence[Group], budget: int, *, time_limit: float = TIME_LIMI
     unit = reduce(gcd, (group.sizes[i] - group.sizes[options[0]] for group, options in zip(groups, kept) for i in options), 0)
     room = (budget - smallest.bytes) // unit
     while True:
-        found = _milp(groups, kept, unit, room, time_limit)
-        if found.bytes <= budget:
-            return found
-        room -= 1  # the solver holds integers to a tolerance, so a unit too many can slip through
+        solution = _milp(groups, kept, unit, room, time_limit)
+        if solution.bytes <= budget:
+            return solution
+        # The solver holds integers to a tolerance, so a unit too many can slip through.
+        room -= 1
 
 
 def _milp(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: int, time_limit: float) -> Solution:
@@ -78,7 +84,7 @@ def _milp(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: i
     done = total(groups, picks)
     if result.status == 0:
         return done
-    return _proved(min(done, _fallback(groups, kept, unit, room), key=lambda found: found.cost), lower)
+    return _proved(min(done, _fallback(groups, kept, unit, room), key=lambda solution: solution.cost), lower)
 
 
 def _fallback(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: int) -> Solution:
@@ -86,15 +92,17 @@ def _fallback(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, roo
     return greedy(groups, sum(group.sizes[options[0]] for group, options in zip(groups, kept)) + unit * room)
 
 
-def _proved(found: Solution, lower: float) -> Solution:
-    """State how far a choice may be from the best, by the bound of plans that may mix two options of a group."""
-    return replace(found, gap=max(0.0, 1 - lower / found.cost)) if found.cost else found
+def _proved(solution: Solution, lower: float) -> Solution:
+    """State how far a choice may be from the best, by the bound of plans that mix options of a group."""
+    return replace(solution, gap=max(0.0, 1 - lower / solution.cost)) if solution.cost else solution
 
 
 def _bound(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: int) -> float:
-    """Return the least that the optimum can cost above the largest options: the best steps, of which the last may be a part."""
-    spent = 0.0
-    free = room
+    """Return the least that the optimum can cost above the largest options.
+
+    That is the cost of the best steps, of which the last may be taken in part.
+    """
+    spent, free = 0.0, float(room)
     parts = [steps(Group(tuple(g.sizes[i] for i in o), tuple(g.costs[i] for i in o))) for g, o in zip(groups, kept)]
     for step in sorted((step for part in parts for step in part), key=lambda step: step.added / step.saved, reverse=True):
         taken = min(1.0, free * unit / step.saved) if free > 0 else 0.0

@@ -1,26 +1,28 @@
-"""Plan a mixed file: the type of every tensor, so that the file keeps to a number of bytes at the least predicted cost."""
+"""Plan a mixed file: the type of every tensor, at the least predicted cost within a number of bytes."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
 from ..mixed.cost import CostTable
-from ..mixed.file_layout import KEY_VALUE_BYTES, NAMED_MODELS, FileLayout, layout_of_shapes, parse_option, shapes_of_model
+from ..mixed.file_layout import KEY_VALUE_BYTES, NAMED_MODELS, FileLayout, Options, layout_of_shapes, shapes_of_model
+from ..mixed.option import Option
 from ..mixed.plan_file import Plan
 from ..version import own_version
 from .choices import Group, Solution
 from .constraints import Constraints, Costs, allowed, tied
-from .greedy import greedy, walk
+from .greedy import walk
 from .knapsack import TIME_LIMIT, solve
 
 METRICS = ("cost", "mfq_cost")
-_SIXTEEN = ("BF16", "F16")
+_SIXTEEN = (Option("BF16"), Option("F16"))
 NO_CONSTRAINTS = Constraints()
 
 
@@ -42,15 +44,14 @@ class Problem:
     about: Mapping[str, Any] = field(default_factory=dict)
     costs_sha256: str = ""
 
-    def options(self) -> list[list[str]]:
-        """Return the options that all tensors of each tie have."""
-        found = []
-        for tie in self.ties:
-            shared = [option for option in self.costs[tie[0]] if all(option in self.costs[name] for name in tie)]
+    @cached_property
+    def options(self) -> list[list[Option]]:
+        """The options that all tensors of each tie have."""
+        options = [[one for one in self.costs[tie[0]] if all(one in self.costs[name] for name in tie)] for tie in self.ties]
+        for tie, shared in zip(self.ties, options):
             if not shared:
                 raise FormatError(f"No type was measured for all of {', '.join(tie)}, which must get the same one.")
-            found.append(shared)
-        return found
+        return options
 
     def groups(self) -> list[Group]:
         """Return the decisions as bytes and costs."""
@@ -59,25 +60,22 @@ class Problem:
                 tuple(sum(self.layout.option_bytes(name, option) for name in tie) for option in options),
                 tuple(sum(self.costs[name][option] for name in tie) for option in options),
             )
-            for tie, options in zip(self.ties, self.options())
+            for tie, options in zip(self.ties, self.options)
         ]
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes of the file that no decision changes, the room for more key-values included."""
-        others = [name for name in self.layout.shapes if name not in self.costs]
-        return (
-            self.layout.empty_bytes
-            + KEY_VALUE_BYTES
-            + sum(self.layout.option_bytes(name, self.layout.types[name]) for name in others)
-        )
+        layout = self.layout
+        others = sum(layout.option_bytes(name, layout.types[name]) for name in layout.shapes if name not in self.costs)
+        return layout.empty_bytes + KEY_VALUE_BYTES + others
 
-    def chosen(self, solution: Solution) -> dict[str, str]:
+    def chosen(self, solution: Solution) -> dict[str, Option]:
         """Return tensor -> option of a solution."""
-        picked = zip(self.ties, self.options(), solution.picks)
+        picked = zip(self.ties, self.options, solution.picks)
         return {name: options[pick] for tie, options, pick in picked for name in tie}
 
-    def predicted(self, options: Mapping[str, str]) -> float:
+    def predicted(self, options: Options) -> float:
         """Return the sum of the costs."""
         return sum(self.costs[name][option] for name, option in options.items() if name in self.costs)
 
@@ -100,10 +98,10 @@ def make_problem(
     problem = mismatch(table, layout)
     if problem:
         raise FormatError(f"{problem}. Name the model that was measured with --model.")
-    measured = {name: {kind: getattr(row, metric) for kind, row in rows.items()} for name, rows in table.by_tensor().items()}
-    costs, kept = allowed(measured, constraints, layout.types)
-    full = next((row.type for row in table.rows if row.type in _SIXTEEN), "BF16")
-    plain = {name: full if kind in _SIXTEEN else kind for name, kind in layout.types.items()}  # as in the source: no rounding
+    costs, kept = allowed(table.costs(metric), constraints, layout.types)
+    full = next((row.option for row in table.rows if row.option in _SIXTEEN), _SIXTEEN[0])
+    # 16 bit as in the source: no weight is rounded.
+    plain = {name: full if option in _SIXTEEN else option for name, option in layout.types.items()}
     layout = FileLayout(layout.shapes, {**plain, **kept}, layout.model)
     about = {"model": layout.model, "metric": metric, "importance": table.importance, **constraints.described()}
     return Problem(layout, costs, tied(list(costs), constraints), about, costs_sha256)
@@ -114,14 +112,13 @@ def mismatch(table: CostTable, layout: FileLayout) -> str | None:
     if not table.rows:
         return "The cost table is empty"
     for row in table.rows:
-        kind, rank = parse_option(row.type)
         shape = layout.shapes.get(row.tensor)
         if shape is None or len(shape) != 2:
             return f"{layout.model or 'The model'} has no matrix {row.tensor!r}, the cost table has"
-        expected = layout.data_bytes(row.tensor, kind)
-        if not rank and row.bytes != expected:
+        expected = row.option.nbytes(shape)
+        if not row.option.rank and row.bytes != expected:
             return (
-                f"{row.tensor} in {row.type} is {row.bytes:,} bytes in the cost table, in {layout.model or 'the model'} of shape "
+                f"{row.tensor} in {row.option} is {row.bytes:,} bytes in the cost table, in {layout.model or 'the model'} of shape "
                 f"{list(shape)} it is {expected:,}"
             )
     return None
@@ -144,9 +141,8 @@ def find_layout(table: CostTable, model: str | None = None, rule: str = "new") -
     # dev and schnell have the same matrices in their blocks, so the measured file's name decides between them.
     letters = table.model.lower().replace(".", "").replace("-", "")
     for name in sorted(NAMED_MODELS, key=lambda name: name.replace("-", "") not in letters):
-        layout = layout_of_shapes(
-            NAMED_MODELS[name](), table.model.removesuffix(".safetensors").removesuffix(".gguf") or name, rule
-        )
+        title = table.model.removesuffix(".safetensors").removesuffix(".gguf") or name
+        layout = layout_of_shapes(NAMED_MODELS[name](), title, rule)
         if mismatch(table, layout) is None:
             return layout
     raise FormatError(
@@ -180,25 +176,19 @@ def plan_within(
     return as_plan(problem, problem.chosen(solution), {"budget": budget, "gap": solution.gap, **(about or {})})
 
 
-def greedy_within(problem: Problem, budget: int) -> Plan:
-    """Return what MixedQuantFlux's optimiser chooses from the same costs and constraints; it may stay below the budget."""
-    solution = greedy(problem.groups(), budget - problem.fixed_bytes)
-    return as_plan(problem, problem.chosen(solution), {"budget": budget, "optimiser": "greedy"})
-
-
 def curve(problem: Problem) -> list[tuple[int, float]]:
-    """Return (file bytes, cost) of plans from the largest to the smallest, each of which is the best of its size."""
+    """Return (file bytes, cost) of plans from the largest to the smallest, each the best of its size."""
     fixed = problem.fixed_bytes - KEY_VALUE_BYTES
     return [(fixed + point.bytes, point.cost) for point in walk(problem.groups())]
 
 
-def as_plan(problem: Problem, options: Mapping[str, str], about: Mapping[str, Any]) -> Plan:
+def as_plan(problem: Problem, options: Options, about: Mapping[str, Any]) -> Plan:
     """Make a plan of chosen options; every tensor of the file is named in it."""
     layout = problem.layout
-    split = {name: parse_option(option) for name, option in {**layout.types, **options}.items()}
+    chosen = {**layout.types, **options}
     return Plan(
-        types={name: kind for name, (kind, _) in split.items()},
-        low_rank={name: rank for name, (_, rank) in split.items() if rank},
+        types={name: option.type for name, option in chosen.items()},
+        low_rank={name: option.rank for name, option in chosen.items() if option.rank},
         bytes=layout.file_bytes(options),
         cost=problem.predicted(options),
         costs_sha256=problem.costs_sha256,
@@ -212,8 +202,3 @@ def as_plan(problem: Problem, options: Mapping[str, str], about: Mapping[str, An
         versions={"flux_kernels": own_version(), **{name: version(name) for name in ("scipy", "torch")}},
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-
-
-def options_of(plan: Plan) -> dict[str, str]:
-    """Return tensor -> option of a plan, such as "Q4_K+r16"."""
-    return {name: f"{kind}+r{plan.low_rank[name]}" if name in plan.low_rank else kind for name, kind in plan.types.items()}

@@ -1,4 +1,4 @@
-"""The report on a plan: one HTML page that needs no network, and its figures as PNG files beside it."""
+"""The report on a plan: one HTML page that needs no network, and its figures as PNG files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CAPTIONS = {
 
 
 def write_report(data: ReportData, path: Path) -> list[Path]:
-    """Write the page `path` and its figures as `<stem>-<figure>.png` beside it; return what was written.
+    """Write the page `path` and its figures as `<stem>-<figure>.png` next to it; return all paths.
 
     Each file appears under its name only when it is complete.
 
@@ -81,27 +81,30 @@ def _heading(data: ReportData) -> str:
     plan = data.plan
     bits = data.layout.bits_per_weight(data.options)
     left = f", {data.budget - plan.bytes:,} bytes under what was asked for" if data.budget else ""
-    lines = [
-        f'<p class="key"><b>{size_text(plan.bytes, 3)}</b> ({plan.bytes:,} bytes{left}), <b>{bits:.2f} bits per weight</b>.</p>'
-    ]
-    lines.append(f"<p>{_compared(data)}</p>")
-    return f"<h1>{html.escape(_name(data))}</h1>{''.join(lines)}"
+    return (
+        f'<h1>{html.escape(_name(data))}</h1><p class="key"><b>{size_text(plan.bytes, 3)}</b> ({plan.bytes:,} bytes{left}), '
+        f"<b>{bits:.2f} bits per weight</b>.</p><p>{_compared(data)}</p>"
+    )
 
 
 def _compared(data: ReportData) -> str:
     """Compare the plan with uniform files and the greedy baseline, in words."""
-    cost, room = data.plan.cost, max(data.plan.bytes, data.budget - KEY_VALUE_BYTES)  # what another file could have taken
-    said = [f"Predicted error {cost:.4g}"]
-    fitting = [(name, value) for name, size, value in data.uniform if size <= room and value > 0]
+    cost = data.plan.cost
+    # What another file could have taken.
+    room = max(data.plan.bytes, data.budget - KEY_VALUE_BYTES)
+    sentences = [f"Predicted error {cost:.4g}"]
+    fitting = [(option, value) for option, size, value in data.uniform if size <= room and value > 0]
     if fitting and cost > 0:
-        name, value = min(fitting, key=lambda one: one[1])
-        said.append(f"{(1 - cost / value):.0%} less than {name} for everything, the best uniform file within the same size")
+        option, value = min(fitting, key=lambda file: file[1])
+        sentences.append(
+            f"{(1 - cost / value):.0%} less than {option} for everything, the best uniform file within the same size"
+        )
     baseline = [value for size, value in data.greedy if size <= room]
     if baseline and min(baseline) > 0:
-        said.append(f"{(1 - cost / min(baseline)):.0%} less than the greedy choice of whole blocks")
+        sentences.append(f"{(1 - cost / min(baseline)):.0%} less than the greedy choice of whole blocks")
     if data.plan.joint_cost is not None:
-        said.append(f"measured as a whole: {data.plan.joint_cost:.4g}")
-    return html.escape("; ".join(said)) + "."
+        sentences.append(f"measured as a whole: {data.plan.joint_cost:.4g}")
+    return html.escape("; ".join(sentences)) + "."
 
 
 def _measured_table(data: ReportData) -> str:
@@ -127,8 +130,8 @@ def _details(data: ReportData) -> str:
     rows = ((name, data.options[name], f"{data.layout.option_bytes(name, data.options[name]):,}") for name in data.costs)
     facts = {**data.plan.options, "costs sha256": data.plan.costs_sha256, **data.plan.versions, "date": data.plan.date}
     counted = f'<p class="faint">What --fits counts: {html.escape(ROOM)}.</p>' if data.plan.options.get("fits") else ""
-    told = "; ".join(f"{key} {value}" for key, value in facts.items() if value not in ("", None))
+    origin = "; ".join(f"{key} {value}" for key, value in facts.items() if value not in ("", None))
     return (
         f"<details><summary>Type of every chosen tensor</summary>{table(('tensor', 'type', 'bytes'), rows, ('bytes',))}</details>"
-        f'<p class="faint">{html.escape(told)}</p>{counted}'
+        f'<p class="faint">{html.escape(origin)}</p>{counted}'
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from PIL.Image import Image
 
 from ..mixed.cost import JointRow
-from ..mixed.file_layout import FileLayout
+from ..mixed.file_layout import FileLayout, Options
+from ..mixed.option import Option
 from ..mixed.plan_file import Plan
 from .constraints import Constraints, Costs, tied
-from .problem import Problem, curve, options_of
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from .problem import Problem, curve
 
 _OWN = "this plan"
 
@@ -40,7 +39,7 @@ class ReportData:
         options: tensor -> option of the plan, of all tensors.
         best: (file bytes, cost) of the best plans, under the constraints.
         greedy: the same with one type a block, by the greedy baseline.
-        uniform: (type, file bytes, cost) of files with one type for every chosen tensor.
+        uniform: (option, file bytes, cost) of files with one option for every chosen tensor.
         budget: bytes asked for, 0 where unknown.
         joint: measurements of whole files.
         pictures: side by side, or None.
@@ -49,10 +48,10 @@ class ReportData:
     plan: Plan
     layout: FileLayout
     costs: Costs
-    options: Mapping[str, str]
+    options: Options
     best: Sequence[tuple[int, float]]
     greedy: Sequence[tuple[int, float]]
-    uniform: Sequence[tuple[str, int, float]]
+    uniform: Sequence[tuple[Option, int, float]]
     budget: int = 0
     joint: Sequence[Measured] = ()
     pictures: Image | None = None
@@ -75,14 +74,14 @@ def gather(
         pictures: an image of pictures side by side.
     """
     measurements = [_measured(problem.layout, plan, row) for row in joint]
-    if plan.joint_cost is not None and not any(found.label == _OWN for found in measurements):
+    if plan.joint_cost is not None and not any(one.label == _OWN for one in measurements):
         measurements.append(Measured(_OWN, plan.bytes, plan.joint_cost))
     blocks = replace(problem, costs=measured, ties=tied(list(measured), Constraints(per_block=True)))
     return ReportData(
         plan=plan,
         layout=problem.layout,
         costs=measured,
-        options=options_of(plan),
+        options=plan.by_tensor(),
         best=curve(problem),
         greedy=curve(blocks),
         uniform=uniform_files(problem.layout, measured),
@@ -92,18 +91,19 @@ def gather(
     )
 
 
-def uniform_files(layout: FileLayout, costs: Costs) -> list[tuple[str, int, float]]:
-    """Return (option, file bytes, predicted cost) of the files with one option for every tensor of `costs`."""
+def uniform_files(layout: FileLayout, costs: Costs) -> list[tuple[Option, int, float]]:
+    """Return (option, file bytes, predicted cost) of files with one option for every tensor of `costs`."""
     shared = [option for option in next(iter(costs.values())) if all(option in row for row in costs.values())]
-    found = [(o, layout.file_bytes(dict.fromkeys(costs, o)), sum(row[o] for row in costs.values())) for o in shared]
-    return sorted(found, key=lambda point: point[1])
+    files = [(one, layout.file_bytes(dict.fromkeys(costs, one)), sum(row[one] for row in costs.values())) for one in shared]
+    return sorted(files, key=lambda file: file[1])
 
 
 def _measured(layout: FileLayout, plan: Plan, row: JointRow) -> Measured:
     """Label a joint measurement by what was measured."""
-    kinds = {row.types[name] for name in row.types if name in layout.shapes}
-    if all(plan.types.get(name) == kind for name, kind in row.types.items()) and not plan.low_rank:
+    own = plan.by_tensor()
+    if all(own.get(name) == option for name, option in row.types.items()):
         label = _OWN
     else:
-        label = kinds.pop() if len(kinds) == 1 else "another plan"
+        options = {option for name, option in row.types.items() if name in layout.shapes}
+        label = str(options.pop()) if len(options) == 1 else "another plan"
     return Measured(label, layout.file_bytes(row.types), row.cost, row.cost_low, row.cost_high)

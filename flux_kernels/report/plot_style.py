@@ -1,4 +1,4 @@
-"""What the figures of all reports share: colours, one panel without a frame, the bytes of a PNG. Needs matplotlib."""
+"""What the figures of all reports share: colours, a plain panel, the bytes of a PNG. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 INK, FAINT = "#222222", "#8a8a8a"
 RED, ORANGE, BLUE, GREEN = "#c2255c", "#e8890c", "#2f6db3", "#2b8a3e"
-DPI = 150  # dots an inch
+# Dots an inch.
+DPI = 150
 
 
 def panel(width: float, height: float) -> tuple[Figure, Axes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def unit_of(nbytes: float) -> tuple[float, str]:
-    """Return the bytes of the unit that a size is written in, and its name: GB from a thousand million bytes on, else MB."""
+    """Return the bytes of the unit that a size is written in, and its name: GB from 1e9 bytes on, else MB."""
     return (1e9, "GB") if abs(nbytes) >= 1e9 else (1e6, "MB")
 
 

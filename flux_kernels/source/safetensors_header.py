@@ -17,14 +17,15 @@ from ..errors import GGUFError
 from ..gguf.spec import shown, shown_path
 from .stored_tensor import FLOATS, FP8, StoredTensor
 
-_MOST_HEADER = 10**8  # bytes; the limit of the safetensors package
+# Bytes; the limit of the safetensors package.
+_MOST_HEADER = 10**8
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
-# Written beside fp8 weights for kernels that compute in fp8, no weights themselves
+# Written next to fp8 weights for kernels that compute in fp8, no weights themselves.
 _FP8_EXTRAS = (".scale_input", ".input_scale", ".scale_output", ".output_scale", ".comfy_quant", "scaled_fp8")
 
 
 def read_safetensors(path: str) -> dict[str, StoredTensor]:
-    """List the tensors of a safetensors file by name, in file order; scales of fp8 weights become part of the weight.
+    """List the tensors of a safetensors file by name, in file order.
 
     Raises:
         GGUFError: where the file is not safetensors, or cut short.

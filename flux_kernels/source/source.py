@@ -1,9 +1,10 @@
-"""Understand a source model: which it is, and of which stored rows each tensor of the file to be written consists."""
+"""Understand a source model: what it is, and of which stored rows each tensor of a new file consists."""
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -18,6 +19,7 @@ from ..flux.names import BFL, Source, sources, stored_shapes
 from ..flux.stored import empty_model, parameter_shapes
 from ..flux.variant import lora_tensor, naming_of, refusal_of, variant_name
 from ..gguf.check import tensor_problems
+from ..gguf.conventions import architecture_of
 from ..gguf.spec import shown_path
 from .source_files import SourceFiles, open_source
 from .stored_tensor import StoredTensor
@@ -73,7 +75,11 @@ class SourceTensor:
         """Read rows as they are stored, of a tensor that has one `type`."""
         return _joined([tensor.raw(first, last) for tensor, first, last in self._ranges(start, stop)])
 
-    def _ranges(self, start: int, stop: int):
+    def mapped(self, start: int, stop: int, files: Mapping[str, mmap.mmap]) -> Tensor:
+        """Map rows as they are stored, of a tensor of floats; `files` are the source's by path, mapped whole."""
+        return _joined([tensor.mapped(first, last, files[tensor.path]) for tensor, first, last in self._ranges(start, stop)])
+
+    def _ranges(self, start: int, stop: int) -> Iterator[tuple[StoredTensor, int, int]]:
         """Yield the stored rows that rows start..stop consist of."""
         at = 0
         for tensor, first, last in self.pieces:
@@ -113,30 +119,33 @@ class SourceModel:
 
 
 def understand_source(path: str | os.PathLike[str], config: object | None = None) -> SourceModel:
-    """Open a source and tell what it is; only headers are read.
+    """Open a source and tell what it is; see `understand`."""
+    return understand(open_source(path), config)
+
+
+def understand(files: SourceFiles, config: object | None = None) -> SourceModel:
+    """Tell what model a source holds; only headers were read.
 
     FLUX.1 must be complete, and gets BFL names: q, k and v become one tensor, so do the inputs of a single block, and the
     halves of the last modulation change places. Tensors of other models keep their names.
 
     Args:
-        path: a safetensors or GGUF file, an index of shards, or a folder.
+        files: an opened source.
         config: overrides of FLUX.1's inferred config, as in `load_flux`.
 
     Raises:
         GGUFError: where the source is damaged, incomplete, a LoRA, or holds what cannot be weights.
     """
-    files = open_source(path)
     shapes = {name: tensor.shape for name, tensor in files.tensors.items()}
-    architecture = files.metadata.get("general.architecture")
     for tensor in files.tensors.values():
         tensor.check()
     factor = lora_tensor(shapes)
     if factor is not None:
         raise GGUFError(
-            f"{shown_path(os.fsdecode(path))} holds a LoRA ({factor!r}), which is no model and stays in 16 bit: quantize the model, "
+            f"{shown_path(files.paths[0])} holds a LoRA ({factor!r}), which is no model and stays in 16 bit: quantize the model, "
             "and give the LoRA to `flux-kernels generate --lora` or pipeline.load_lora_weights(...)."
         )
-    refusal = refusal_of(shapes, architecture if isinstance(architecture, str) else None)
+    refusal = refusal_of(shapes, architecture_of(files.metadata))
     if refusal is not None:
         tensors = {name: _whole(name, tensor) for name, tensor in files.tensors.items()}
         first = refusal.split(". ")[0].rstrip(".")
@@ -171,7 +180,8 @@ def _fused(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int,
         pieces = []
         for parameter, source in parts[name]:
             taken = 0
-            for start, stop in source.rows:  # where the parameter's rows lie in BFL's tensor, in the parameter's order
+            # Where the parameter's rows lie in BFL's tensor, in the parameter's order.
+            for start, stop in source.rows:
                 pieces.append((start, (stored[parameter], taken, taken + stop - start)))
                 taken += stop - start
         ordered = tuple(piece for _, piece in sorted(pieces, key=lambda piece: piece[0]))

@@ -1,4 +1,7 @@
-"""Find the files of a source model, and the tensors in them: one safetensors file, shards, a diffusers folder, or GGUF."""
+"""Find the files of a source model and the tensors in them.
+
+A source is one safetensors file, shards with or without an index, a diffusers folder, or a GGUF file.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from .stored_tensor import StoredTensor
 
 _INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
-_WHOLE_CHECKPOINT = "model.diffusion_model."  # the transformer's prefix in files that hold text encoders and VAE too
+# The transformer's prefix in files that hold text encoders and VAE too.
+_WHOLE_CHECKPOINT = "model.diffusion_model."
 _LEGAL = (
     "Legal are a .safetensors or .gguf file, an index of shards (.safetensors.index.json), or a folder that holds one of them"
 )
@@ -34,7 +38,7 @@ class SourceFiles:
         paths: the files, GGUF or safetensors.
         tensors: name without prefix -> tensor.
         metadata: key-values of a GGUF file.
-        config: path of the config.json beside a diffusers model, or None.
+        config: path of the config.json of a diffusers model, or None.
         left_out: names of tensors that belong to other parts of a whole checkpoint.
     """
 
@@ -52,8 +56,8 @@ def open_source(path: str | os.PathLike[str]) -> SourceFiles:
         GGUFError: where there is no model, the files are damaged, or shards are missing.
         OSError: where a file cannot be read.
     """
-    found = Path(os.fsdecode(path))
-    paths = [Path(file) for file in _files(found)]
+    source = Path(os.fsdecode(path))
+    paths = list(_files(source))
     if _is_gguf(paths[0]):
         return _open_gguf(str(paths[0]))
     tensors: dict[str, StoredTensor] = {}
@@ -64,7 +68,7 @@ def open_source(path: str | os.PathLike[str]) -> SourceFiles:
             tensors[name] = tensor
     tensors = join_scales(tensors)
     if not tensors:
-        raise GGUFError(f"{shown_path(str(found))} holds no tensors.")
+        raise GGUFError(f"{shown_path(str(source))} holds no tensors.")
     chosen = [name for name in tensors if name.startswith(_WHOLE_CHECKPOINT)] or list(tensors)
     return SourceFiles(
         tuple(map(str, paths)),
@@ -109,23 +113,23 @@ def _files(path: Path) -> Iterable[Path]:
 
 
 def _files_of_folder(folder: Path) -> Iterable[Path]:
-    """Return the files of a folder: a diffusers pipeline's transformer/, shards with or without index, or the one file."""
+    """Return the files of a folder: a pipeline's transformer/, shards with or without index, or one file."""
     inner = folder / "transformer"
     if inner.is_dir() and any(inner.glob("*.safetensors")):
         folder = inner
     indices = sorted(folder.glob(f"*{_INDEX}"))
     if len(indices) == 1:
         return _shards(indices[0])
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
-    shards = [path for path in found if _SHARD.search(path.name)]
-    if shards and len(shards) == len(found) and not indices:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
+    shards = [path for path in files if _SHARD.search(path.name)]
+    if shards and len(shards) == len(files) and not indices:
         wanted = int(shards[0].name.removesuffix(".safetensors").rpartition("-")[2])
         if len({_SHARD.sub("", path.name) for path in shards}) == 1 and len(shards) == wanted:
             return shards
         raise GGUFError(f"{shown_path(str(folder))} holds {len(shards)} shards of {wanted}. Get the rest.")
-    if len(found) == 1:
-        return found
-    names = ", ".join(path.name for path in (indices or found)[:5])
+    if len(files) == 1:
+        return files
+    names = ", ".join(path.name for path in (indices or files)[:5])
     what = f"several models: {names}. Give one of them" if names else f"no model. {_LEGAL}"
     raise GGUFError(f"{shown_path(str(folder))} holds {what}.")
 

@@ -1,4 +1,4 @@
-"""One tensor of a file on disk, read row by row: safetensors and GGUF files alike are bytes of a type at an offset.
+"""One tensor of a file on disk, read row by row: bytes of a type at an offset.
 
 Rows are read, not mapped: a mapped source counts as the process's memory page by page, and as address space at once, so its
 peak would be the size of the file.
@@ -6,7 +6,9 @@ peak would be the size of the file.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 
 import torch
@@ -79,7 +81,7 @@ class StoredTensor:
             )
 
     def raw(self, start: int, stop: int) -> Tensor:
-        """Read rows as they are stored: uint8 [stop - start, row bytes...] for blocks, the typed rows otherwise."""
+        """Read rows as they are stored: uint8 [stop - start, row bytes...] for blocks, typed rows otherwise."""
         first = self.offset + round(start * self.row_nbytes)
         data = bytearray(round(stop * self.row_nbytes) - round(start * self.row_nbytes))
         with open(self.path, "rb", buffering=0) as file:
@@ -93,10 +95,19 @@ class StoredTensor:
             return tensor.view(stop - start, *self.shape[1:-1], row_bytes) if len(self.shape) > 1 else tensor
         return tensor.view(FLOATS[self.type]).view(stop - start, *self.shape[1:])
 
+    def mapped(self, start: int, stop: int, file: mmap.mmap) -> Tensor:
+        """Map rows of an unscaled float tensor as they are stored; `file` is the whole file."""
+        dtype, shape = FLOATS[self.type], (stop - start, *self.shape[1:])
+        if not prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        offset = self.offset + round(start * self.row_nbytes)
+        return torch.frombuffer(file, dtype=dtype, count=prod(shape), offset=offset).view(shape)
+
     def read(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Read and decode rows: float32 [stop - start, ...] on `device`."""
         if self.quantized:
-            if len(self.shape) == 1:  # blocks span rows of one weight
+            # Blocks span rows of one weight.
+            if len(self.shape) == 1:
                 return dequantize(self.raw(0, self.rows).to(device), self.type)[start:stop]
             return dequantize(self.raw(start, stop).to(device), self.type)
         values = self.raw(start, stop).to(device).float()
@@ -108,7 +119,7 @@ class StoredTensor:
         return values * scale
 
 
-def _read_into(file, view: memoryview, tensor: StoredTensor) -> None:
+def _read_into(file: FileIO, view: memoryview, tensor: StoredTensor) -> None:
     """Fill `view`: one call stops at 2 GiB, and at the end of a file that shrank."""
     while view:
         count = file.readinto(view)

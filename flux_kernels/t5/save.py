@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import GGUFError
 from ..formats import FORMATS, PLAIN_TYPES, get_format
+from ..gguf.conventions import KeyValues, general_keys
 from ..gguf.file import write_gguf
 from ..layers.embedding import GGUFEmbedding
 from ..layers.linear import GGUFLinear
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
 ARCHITECTURE = "t5encoder"
-# GGML_QNT_VERSION, the only one there is for these types.
-_QUANTIZATION_VERSION = 2
 # Tokens that FLUX.1 and T5 v1.1 use; readers that ask for it only reserve memory by it.
 _CONTEXT = 512
 # Type of norm scales and the relative bias, as llama.cpp's converter writes them.
@@ -100,9 +99,9 @@ def _data(parameter: str, layer: Any, kind: str) -> Tensor:
     return weight.to("cpu", PLAIN_TYPES[kind].dtype) if kind in PLAIN_TYPES else quantize(weight, kind, name=parameter).cpu()
 
 
-def _metadata(config: Any) -> dict[str, tuple[str, Any]]:
+def _metadata(config: Any) -> KeyValues:
     """Return the key-values that llama.cpp's converter writes for the model, without the tokenizer's."""
-    keys = {
+    keys: KeyValues = {
         "context_length": ("UINT32", _CONTEXT),
         "embedding_length": ("UINT32", config.d_model),
         "feed_forward_length": ("UINT32", config.d_ff),
@@ -115,8 +114,4 @@ def _metadata(config: Any) -> dict[str, tuple[str, Any]]:
         "attention.layer_norm_rms_epsilon": ("FLOAT32", config.layer_norm_epsilon),
         "attention.relative_buckets_count": ("UINT32", config.relative_attention_num_buckets),
     }
-    return {
-        "general.architecture": ("STRING", ARCHITECTURE),
-        "general.quantization_version": ("UINT32", _QUANTIZATION_VERSION),
-        **{f"{ARCHITECTURE}.{key}": value for key, value in keys.items()},
-    }
+    return {**general_keys(ARCHITECTURE), **{f"{ARCHITECTURE}.{key}": value for key, value in keys.items()}}

@@ -1,4 +1,4 @@
-"""Conversions: published sizes, files that every reader takes, bytes against libggml, and refusals that leave nothing behind."""
+"""Conversions: published sizes, files that every reader takes, bytes against libggml, and refusals."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ LAYOUTS += [("new", name) for name in ("Q5_K_M", "Q4_K_M", "Q3_K_L")]
 
 @pytest.mark.parametrize(("rule", "name"), LAYOUTS)
 def test_every_layout_is_read_everywhere(tmp_path, rule, name, velocity):
-    conversion = prepare(EMBEDDED, Request(name, rule), engine="libggml")  # the faster one
+    # The faster one.
+    conversion = prepare(EMBEDDED, Request(name, rule), engine="libggml")
     conversion.write(tmp_path / "layout.gguf")
     check_file(tmp_path / "layout.gguf", conversion, velocity, MOST[name])
 

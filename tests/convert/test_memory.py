@@ -1,4 +1,4 @@
-"""Memory of a conversion: a source larger than the address space allowed is converted, and the peak stated is kept."""
+"""Memory of a conversion: a source above the allowed address space is converted within the peak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROWS, COLUMNS, TENSORS = 8192, 3072, 16  # 50 MB in 16 bit, one of FLUX.1's sizes, times 16: 805 MB
+# 50 MB in 16 bit, one of FLUX.1's sizes, times 16: 805 MB.
+ROWS, COLUMNS, TENSORS = 8192, 3072, 16
 
 # Thread stacks and heaps of glibc (64 MB of address space a thread each) are no memory in use, but count as address space.
 CONVERT = """

@@ -1,4 +1,4 @@
-"""Sources of a conversion: every form gives the tensors of the one BFL checkpoint, and damaged ones are refused."""
+"""Sources: every form gives the tensors of the one BFL checkpoint, and damaged ones are refused."""
 
 from __future__ import annotations
 

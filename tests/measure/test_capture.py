@@ -31,7 +31,8 @@ def test_steps_and_sizes_are_spread_and_every_picture_has_its_noise():
         assert state.inputs["hidden_states"].shape[1] == state.width * state.height // 256
         assert state.inputs["timestep"].item() == pytest.approx(state.sigma, rel=1e-6)
     by_step = {state.step: state for state in found}
-    for step in range(3):  # a step ends where the next begins
+    # A step ends where the next begins.
+    for step in range(3):
         assert by_step[step].sigma - by_step[step].dsigma == pytest.approx(by_step[step + 1].sigma, rel=1e-5)
     assert by_step[3].sigma == pytest.approx(by_step[3].dsigma, rel=1e-6)
 
@@ -62,7 +63,8 @@ def test_a_file_gives_the_states_back(tmp_path):
     saved.save(path)
     loaded = States.load(path)
     assert (loaded.model, loaded.source_sha256, loaded.sha256) == ("embedded", "abc", saved.sha256)
-    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()  # its hash identifies a measurement
+    # Its hash identifies a measurement.
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     assert loaded.summary() == dict(count=COUNT, sha256=saved.sha256, steps=4, sizes=["48x80", "64x64"])
     for a, b in zip(states(), loaded.items, strict=True):
         assert a.facts() == b.facts() and torch.equal(a.velocity, b.velocity) and a.inputs.keys() == b.inputs.keys()
@@ -86,7 +88,8 @@ def test_batches_hold_every_state_once_and_one_size_each(monkeypatch):
     found = batches(states(), CPU, torch.float32)
     assert sorted(index for batch in found for index in batch.indices) == list(range(COUNT))
     for batch in found:
-        assert batch.inputs["hidden_states"].shape[0] == len(batch.indices) <= 2  # 24 tokens each
+        # 24 tokens each.
+        assert batch.inputs["hidden_states"].shape[0] == len(batch.indices) <= 2
         for row, index in enumerate(batch.indices):
             assert torch.equal(batch.inputs["hidden_states"][row], states()[index].inputs["hidden_states"][0])
 

@@ -1,4 +1,4 @@
-"""Pictures side by side: every column is drawn with its plan's weights, and the model is as it was afterwards."""
+"""Pictures side by side: each column is drawn with its plan's weights, and the model stays as it was."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from PIL import Image
 import flux_kernels as fk
 from flux_kernels.measure import side_by_side as module
 from flux_kernels.measure.side_by_side import side_by_side
+from flux_kernels.mixed.option import Option
 from flux_kernels.report.contact_sheet import LABEL_WIDTH, MARGIN, TILE
 
 from ..mixed.captured import SETTINGS, embedded_pipeline
@@ -19,7 +20,7 @@ def test_columns_show_their_plans(monkeypatch):
     before = {name: parameter.clone() for name, parameter in pipeline.transformer.named_parameters()}
     sheet = module.contact_sheet
     monkeypatch.setattr(module, "contact_sheet", lambda *given: drawn.append(given) or sheet(*given))
-    plans = {"nothing": {QKV: "F16"}, "coarse": {QKV: "Q2_K", "img_in.weight": "BF16"}}
+    plans = {"nothing": {QKV: Option("F16")}, "coarse": {QKV: Option("Q2_K"), "img_in.weight": Option("BF16")}}
     settings = {**SETTINGS, "height": 64, "width": 64, "num_inference_steps": 2}
     image = side_by_side(pipeline, plans, ["a red seven", "a blue two"], settings=settings, seed=5, title="Two")
     ((title, columns, rows, pictures),) = drawn

@@ -1,4 +1,4 @@
-"""Source models for tests: FLUX.1 checkpoints in safetensors, written by the safetensors package, never by flux_kernels."""
+"""Source models: FLUX.1 checkpoints in safetensors, written by the safetensors package alone."""
 
 from __future__ import annotations
 

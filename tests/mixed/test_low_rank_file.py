@@ -54,7 +54,8 @@ def expected(weight: torch.Tensor, rank: int, seen=None):
 
 
 def effective(layer) -> torch.Tensor:
-    return layer.dequantize(torch.float32).weight  # branch included
+    # Its branch is included.
+    return layer.dequantize(torch.float32).weight
 
 
 def test_layers_compute_with_what_was_fitted(file, tensors):
@@ -86,7 +87,7 @@ def test_saving_writes_the_same_bytes_again(file, tmp_path, fuse):
 
 
 def test_a_correction_is_fitted_to_the_covariance(tmp_path, tensors):
-    """Inputs along few directions: a correction fitted to them leaves far less error there than one that is not."""
+    """Inputs along few directions: a correction fitted to them leaves far less error there than another."""
     k = tensors[QKV].shape[1]
     directions = torch.randn(4, k)
     covariance = directions.T @ directions / 4

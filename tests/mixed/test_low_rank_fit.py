@@ -8,6 +8,7 @@ import torch
 import flux_kernels as fk
 from flux_kernels.measure.measurer import Measurer
 from flux_kernels.mixed.low_rank_fit import STORED, corrected, fit, root_of
+from flux_kernels.mixed.option import Option
 
 from .captured import embedded_pipeline, states
 
@@ -42,7 +43,8 @@ def test_a_correction_takes_what_a_type_does_worst():
     assert down.dtype == up.dtype == STORED
     plain = (weight - round_trip(weight)).square().sum()
     left = (weight - decoded - up.float() @ down.float()).square().sum()
-    assert left < 0.1 * plain  # without the four large directions what remains is a tenth in size, a hundredth in square
+    # Without the four large directions what remains is a tenth in size, a hundredth in square.
+    assert left < 0.1 * plain
 
 
 def test_importance_says_where():
@@ -59,12 +61,15 @@ def test_importance_says_where():
 
 def test_a_corrected_tensor_is_measured_and_counted():
     measurer = Measurer(embedded_pipeline().transformer, states())
-    plain, ranked = measurer.measure_one(QKV, "Q2_K"), measurer.measure_one(QKV, "Q2_K+r16")
+    plain, ranked = measurer.measure_one(QKV, Option("Q2_K")), measurer.measure_one(QKV, Option("Q2_K", 16))
     assert ranked.bytes == plain.bytes + 2 * 16 * (768 + 256)
     assert ranked.cost < plain.cost and ranked.error_weight_rms < plain.error_weight_rms
-    assert measurer.measure_joint({QKV: "Q2_K+r16"}).cost == ranked.cost
+    assert measurer.measure_joint({QKV: Option("Q2_K", 16)}).cost == ranked.cost
     correlated = Measurer(embedded_pipeline().transformer, states(), covariance=True)
     torch.testing.assert_close(correlated.covariance[QKV].diagonal().float(), correlated.channel_weights(QKV))
-    modulation = "single_blocks.0.modulation.lin.weight"  # its inputs, one a picture, span few directions
-    assert correlated.measure_one(modulation, "Q2_K+r4").cost < 0.5 * measurer.measure_one(modulation, "Q2_K+r4").cost
-    assert measurer.tensors[QKV].types(["Q4_K+r16", "Q4_K+r300"]) == ["Q4_K+r16"]
+    # Its inputs, one a picture, span few directions.
+    modulation = "single_blocks.0.modulation.lin.weight"
+    ranked = Option("Q2_K", 4)
+    assert correlated.measure_one(modulation, ranked).cost < 0.5 * measurer.measure_one(modulation, ranked).cost
+    shape = measurer.tensors[QKV].shape
+    assert Option("Q4_K", 16).fits(shape) and not Option("Q4_K", 300).fits(shape)

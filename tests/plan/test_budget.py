@@ -7,6 +7,7 @@ import pytest
 from flux_kernels import FormatError
 from flux_kernels.flux.names import block_of
 from flux_kernels.mixed.file_layout import KEY_VALUE_BYTES, embedded_shapes, flux1_shapes, layout_of_shapes
+from flux_kernels.mixed.option import Option
 from flux_kernels.plan.budget import parse_card, parse_resolution, parse_size, room_on_card, room_table
 
 
@@ -23,7 +24,8 @@ def dev():
         ("750MB", 750_000_000),
         ("12_345", 12345),
         ("1kib", 1024),
-        ("9007199254740993", 9007199254740993),  # one above what a double holds
+        # One above what a double holds.
+        ("9007199254740993", 9007199254740993),
     ],
 )
 def test_sizes_in_words(text, size):
@@ -32,7 +34,7 @@ def test_sizes_in_words(text, size):
 
 def test_a_type_means_the_file_in_that_type(dev):
     blocks = [name for name, shape in dev.shapes.items() if block_of(name) and len(shape) == 2]
-    assert parse_size("Q4_K", dev, blocks) == dev.file_bytes(dict.fromkeys(blocks, "Q4_K")) + KEY_VALUE_BYTES
+    assert parse_size("Q4_K", dev, blocks) == dev.file_bytes(dict.fromkeys(blocks, Option("Q4_K"))) + KEY_VALUE_BYTES
     with pytest.raises(FormatError, match="img_in.weight has rows of 64 weights, which are no whole blocks of Q4_K"):
         parse_size("Q4_K", dev, ["img_in.weight"])
 
@@ -45,7 +47,7 @@ def test_no_size(text, dev):
 
 def test_bits_per_weight_are_kept_to(dev):
     blocks = [name for name, shape in dev.shapes.items() if block_of(name) and len(shape) == 2]
-    options = dict.fromkeys(blocks, "Q4_K")
+    options = dict.fromkeys(blocks, Option("Q4_K"))
     bits = dev.bits_per_weight(options)
     # The writer's padding is nothing here: all tensors are multiples of 32 bytes.
     assert dev.budget_of_bits(bits) == pytest.approx(dev.file_bytes(options) + KEY_VALUE_BYTES, abs=1)
@@ -63,7 +65,7 @@ def test_cards_and_resolutions():
 
 
 def test_room_follows_the_documented_arithmetic(dev):
-    """At 1024 x 1024: 4096 + 512 tokens, 20 widths of 3072 in 16 bit and a tenth more, linear1 decoded in 16 bit."""
+    """At 1024 x 1024: 4096 + 512 tokens, 20 widths of 3072 in 16 bit and a tenth more, linear1 decoded."""
     room = room_on_card(dev, 12, 1024, 1024)
     decoded = 2 * 21504 * 3072
     assert room.activations == round(4608 * 20 * 3072 * 2 * 1.1) + decoded
@@ -74,7 +76,8 @@ def test_room_follows_the_documented_arithmetic(dev):
 
 def test_without_offload_the_text_encoders_take_their_share(dev):
     resident = room_on_card(dev, 24, 1024, 1024, "none")
-    assert resident.beside > 9e9  # T5 in 16 bit: 4.76 billion weights
+    # T5 in 16 bit: 4.76 billion weights.
+    assert resident.beside > 9e9
     assert resident.file < room_on_card(dev, 24, 1024, 1024).file - resident.beside
     assert room_on_card(dev, 8, 1024, 1024, "none").file < 0
     with pytest.raises(FormatError, match="Unknown offload"):

@@ -1,4 +1,4 @@
-"""The exact choice against solvers that are not scipy's: brute force, and dynamic programming over bytes."""
+"""The exact choice against solvers that are not scipy's: brute force, and dynamic programming."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from flux_kernels.plan.choices import Group, total, useful
 from flux_kernels.plan.greedy import greedy, steps, walk
 from flux_kernels.plan.knapsack import solve
 
-RELATIVE = 1e-9  # the solver's absolute gap is 1e-10 of the scaled optimum; sums of doubles add some 1e-15
+# The solver's absolute gap is 1e-10 of the scaled optimum; sums of doubles add some 1e-15.
+RELATIVE = 1e-9
 
 
 @st.composite
@@ -90,7 +91,7 @@ def test_steps_are_convex_and_useful_options_are_not_beaten(items):
 
 
 def flux_like(count: int = 120) -> list[Group]:
-    """Draw decisions of a model's size: matrices of three shapes in the usual types, costs spread over four decades."""
+    """Draw decisions of a model's size: matrices of three shapes in the usual types, costs over decades."""
     rng = np.random.default_rng(0)
     bits = np.array([2.625, 3.4375, 4.25, 4.5, 5.5, 6.5625, 8.5, 16])
     made = []
@@ -106,7 +107,8 @@ def test_a_large_choice_agrees_with_dynamic_programming(share):
     items = flux_like()
     budget = int(share * sum(max(item.sizes) for item in items))
     found = solve(items, budget)
-    unit = 6144  # divides every size above, so that the table rounds nothing
+    # Divides every size above, so that the table rounds nothing.
+    unit = 6144
     assert all(size % unit == 0 for item in items for size in item.sizes)
     assert found.bytes <= budget and found.gap == 0
     assert found.cost == pytest.approx(cheapest_by_table(items, budget, unit), rel=1e-9)

@@ -35,17 +35,18 @@ def costs(tmp_path_factory):
 
 def test_from_costs_to_a_file_with_the_planned_types(costs, tmp_path):
     out, report, file = tmp_path / "plan.json", tmp_path / "plan.html", tmp_path / "model.gguf"
-    said = invoke("plan", costs, "--size", "Q4_K", "-o", out, "--report", report, "--keep", "*.img_mod.*=Q8_0")
-    assert said.exit_code == 0, said.output
-    assert "the least there is" in said.output and "Q5_K" in said.output and "plan-curve.png" in said.output
+    planned = invoke("plan", costs, "--size", "Q4_K", "-o", out, "--report", report, "--keep", "*.img_mod.*=Q8_0")
+    assert planned.exit_code == 0, planned.output
+    assert "the least there is" in planned.output and "Q5_K" in planned.output and "plan-curve.png" in planned.output
     plan = Plan.load(out)
     assert report.exists() and plan.types["double_blocks.0.img_mod.lin.weight"] == "Q8_0"
     done = invoke("quantize", embedded_model_path() / "transformer", file, "--plan", out, "--bare")
     assert done.exit_code == 0, done.output
     assert {name: tensor.format for name, tensor in read_gguf(file).tensors.items()} == plan.types
     assert file.stat().st_size == plan.bytes
-    told = invoke("quantize", embedded_model_path() / "transformer", "--plan", out, "--dry-run", "--json")
-    assert json.loads(told.stdout)["bytes"] <= plan.options["budget"]  # with what it says about its origin
+    dry = invoke("quantize", embedded_model_path() / "transformer", "--plan", out, "--dry-run", "--json")
+    # With what it says about its origin.
+    assert json.loads(dry.stdout)["bytes"] <= plan.options["budget"]
 
 
 def test_the_next_command_names_the_source_where_it_is_known(tmp_path, monkeypatch):

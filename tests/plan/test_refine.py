@@ -1,11 +1,12 @@
-"""Refinement: on a model whose costs do not add, measuring the plan as a whole and correcting the costs pays."""
+"""Refinement: where costs do not add, measuring the plan as a whole and correcting the costs pays."""
 
 from __future__ import annotations
 
 import pytest
 
+from flux_kernels.flux.names import block_of
 from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
-from flux_kernels.plan.problem import greedy_within, make_problem, options_of, plan_within
+from flux_kernels.plan.problem import make_problem, plan_within
 from flux_kernels.plan.refine import refine
 
 from ..mixed.made_costs import made_table
@@ -19,7 +20,7 @@ def problem():
 
 
 def coupled(problem):
-    """Return a joint cost in which errors of the image stream add up in amplitude, and so cost more than their sum."""
+    """Return a joint cost in which errors of the image stream add up in amplitude, above their sum."""
 
     def measure(types):
         image = [problem.costs[name][kind] for name, kind in types.items() if "img_" in name]
@@ -36,7 +37,7 @@ def test_corrected_costs_find_a_better_plan(problem):
     assert found.plan.bytes <= BUDGET
     assert found.plan.options["rounds"][0]["measured"] == found.rounds[0].measured
     assert found.plan.cost == pytest.approx(
-        sum(problem.costs[n][o] for n, o in options_of(found.plan).items() if n in problem.costs)
+        sum(problem.costs[n][o] for n, o in found.plan.by_tensor().items() if n in problem.costs)
     )
 
 
@@ -45,7 +46,8 @@ def test_where_costs_add_the_first_plan_stays(problem):
     first = plan_within(problem, BUDGET)
     assert found.plan.types == first.types
     assert found.plan.joint_cost == pytest.approx(first.cost)
-    assert len(found.rounds) == 1  # the corrected costs lead to the same plan, which is not measured twice
+    # The corrected costs lead to the same plan, which is not measured twice.
+    assert len(found.rounds) == 1
 
 
 def test_no_round_measures_once(problem):
@@ -54,11 +56,14 @@ def test_no_round_measures_once(problem):
     assert measured == ["round 0"] and len(found.rounds) == 1
 
 
-def test_a_better_start_wins(problem):
-    """A measure that contradicts the table altogether: only the start that was brought along is any good."""
-    start = greedy_within(problem, BUDGET - 200_000)
-    types = {name: kind for name, kind in options_of(start).items() if name in problem.costs}
-    found = refine(
-        problem, BUDGET, lambda asked: 0.0 if dict(asked) == types else 1.0, rounds=1, starts=[start], grouping="block"
-    )
-    assert found.plan.types == start.types and found.plan.joint_cost == 0.0
+def test_no_round_does_harm(problem):
+    """A measure by which every whole plan but the first is bad: the first is kept."""
+    first = {name: option for name, option in plan_within(problem, BUDGET).by_tensor().items() if name in problem.costs}
+    cost = coupled(problem)
+
+    def contrary(asked):
+        return 1.0 if len(asked) == len(first) and asked != first else cost(asked)
+
+    found = refine(problem, BUDGET, contrary, rounds=1, group_of=lambda name: block_of(name) or name)
+    assert [one.measured for one in found.rounds] == [cost(first), 1.0]
+    assert first.items() <= found.plan.by_tensor().items() and found.plan.joint_cost == cost(first)

@@ -1,0 +1,35 @@
+"""Key-values that GGUF files of models share by convention; the format itself asks for none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Before it a tensor's name: the shape of a tensor that its converter reshaped, as ComfyUI-GGUF reads it.
+ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
+_ARCHITECTURE = "general.architecture"
+# GGML_QNT_VERSION, the only one there is for the types of today
+_QUANTIZATION_VERSION = 2
+
+KeyValues = dict[str, tuple[str, Any]]
+"""Key -> (type, value), as `write_gguf` takes them."""
+
+
+def general_keys(architecture: str, file_type: int | None = None) -> KeyValues:
+    """Return the key-values that every published model has.
+
+    Args:
+        architecture: of the model, such as "flux" or "t5encoder".
+        file_type: llama.cpp's number of the type that most matrices have, None where there is none.
+    """
+    keys: KeyValues = {
+        _ARCHITECTURE: ("STRING", architecture),
+        "general.quantization_version": ("UINT32", _QUANTIZATION_VERSION),
+    }
+    return keys if file_type is None else {**keys, "general.file_type": ("UINT32", file_type)}
+
+
+def architecture_of(metadata: Mapping[str, Any]) -> str | None:
+    """Return the architecture that a file states; None where it states none, or no text."""
+    stated = metadata.get(_ARCHITECTURE)
+    return stated if isinstance(stated, str) else None
