@@ -21,8 +21,8 @@ def test_a_page_behind_the_registry_is_refused_with_the_difference(tmp_path, mon
     path.write_text(write_formats_page.page().replace("144 bytes per 256 weights", "145 bytes per 256 weights"))
     monkeypatch.setattr(write_formats_page, "PAGE", path)
     assert write_formats_page.main(check=True) == 1
-    said = capsys.readouterr().out
-    assert "-145 bytes per 256 weights" in said and "+144 bytes per 256 weights" in said and "make tables" in said
+    printed = capsys.readouterr().out
+    assert "-145 bytes per 256 weights" in printed and "+144 bytes per 256 weights" in printed and "make tables" in printed
     write_formats_page.main(check=False)
     assert write_formats_page.main(check=True) == 0
 

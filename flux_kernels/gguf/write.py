@@ -36,7 +36,7 @@ from .spec import (
     tensor_nbytes,
 )
 
-# Bytes a write call; several are needed for a tensor past 2 GiB on any system.
+# Bytes a write call; more than one are needed for a tensor past 2 GiB on any system.
 _CHUNK = 2**24
 
 Data = Tensor | Callable[[], Tensor]

@@ -1,4 +1,4 @@
-"""What diffusers and peft do to a model with adapters, done to a swapped one (see test_operations_table.py)."""
+"""What diffusers and peft do to a model with adapters, done to a swapped one."""
 
 from __future__ import annotations
 
