@@ -21,15 +21,17 @@ from .poisoned_memory import poisoned
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bf16_in_interpreter():
-    """Mend the interpreter's bf16 arithmetic for the session (see bf16_interpreter.py)."""
+def triton_interpreter():
+    """Mend the interpreter's bf16 arithmetic, and spare it repeated work, for the session."""
     if not interpreting():
         yield
         return
     from .bf16_interpreter import mend
+    from .interpreter_speed import quicken
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         mend(monkeypatch)
+        quicken(monkeypatch)
         yield
 
 
