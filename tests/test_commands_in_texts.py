@@ -1,4 +1,4 @@
-"""Commands that README, documentation and messages tell people to type: each is parsed by the program it is for."""
+"""Commands that README, documentation and messages give are parsed by the program they are for."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def downloaded(command: str, monkeypatch) -> dict:
 
 
 def test_the_download_leaves_the_transformer_out_whatever_its_file_is_called(monkeypatch):
-    """All patterns arrive: `--exclude` of this hf takes one value, and a second would be the name of a file."""
+    """All patterns arrive: `--exclude` of this hf takes one value.
+
+    A second would be the name of a file.
+    """
     asked = downloaded(PIPELINE_DOWNLOAD, monkeypatch)
     assert asked["repo_id"] == "black-forest-labs/FLUX.1-dev"
     assert asked["ignore_patterns"] == ["transformer/*", "flux1-dev*", "*.sft", "ae.safetensors"]
@@ -67,7 +70,10 @@ def test_every_download_in_a_text_is_that_one(monkeypatch, tmp_path):
 
 
 def test_every_pip_line_can_be_run_in_a_clone():
-    """Nothing is installed from an index under this package's name, and each extra is one that pyproject.toml has."""
+    """Nothing is installed from an index under this package's name.
+
+    Each extra is one that pyproject.toml has.
+    """
     found = [line for line in commands("pip install") if "libggml" not in line and "triton" not in line]
     assert len(found) >= 3
     for line in found:

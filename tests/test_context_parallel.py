@@ -1,4 +1,7 @@
-"""Several processes: diffusers' context parallelism (Ulysses) on a swapped model, over two gloo processes without a GPU."""
+"""diffusers' context parallelism (Ulysses) on a swapped model, over two processes.
+
+They talk by gloo, without a GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The files that GitHub and pre-commit read, which nothing else runs: they parse, and agree with what they repeat."""
+"""The files that GitHub and pre-commit read parse, and agree with what they repeat.
+
+Nothing else runs them here.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,10 @@ def test_the_wheel_is_tried_on_each_system(jobs):
 
 
 def test_readme_commands_run_as_they_stand_there(jobs):
-    """On macOS the first command of all, on Windows the block for it but for the tests, which take a quarter of an hour."""
+    """macOS runs the first command of README.md, Windows the block for it but for the tests.
+
+    Those take a quarter of an hour.
+    """
     rows = {row["os"]: row["commands"].splitlines() for row in jobs["readme"]["strategy"]["matrix"]["include"]}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"On Windows, or without make:\n\n((?:    .*\n)+)", readme)[1]

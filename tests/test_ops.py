@@ -164,7 +164,8 @@ def test_old_cards_get_the_torch_backend_from_auto(monkeypatch):
         monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))  # Turing: unpack and cuBLAS, nothing faster
         backends.resolve.cache_clear()
         assert backends.resolve("auto", "exact", card, fmt).name == "triton"
-        for backend in ("triton", "auto"):  # torch's twins of the faster modes are slower than exact: not what was asked for
+        # Torch's twins of the faster modes are slower than exact: not what was asked for
+        for backend in ("triton", "auto"):
             with pytest.raises(fk.BackendUnavailable, match='RTX 30 card or newer.*Use backend="auto" with compute="exact"'):
                 backends.resolve(backend, "int8", card, fmt)
         monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))

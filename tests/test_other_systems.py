@@ -1,4 +1,7 @@
-"""Windows and macOS, as far as Linux can show: what their Python lacks is asked for before it is used, and hidden here."""
+"""Windows and macOS, as far as Linux can show.
+
+What their Python lacks is asked for before it is used, and hidden here.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def unix_only(path: Path) -> set[str]:
 
 
 def test_what_windows_lacks_is_used_where_it_is_asked_for_only():
-    """Each place of this list has a test that hides it: those below, and the pool of tests/torch_backend/test_cpu_threads.py."""
+    """Each place of this list has a test that hides what it asks for.
+
+    Those below, and the pool of tests/torch_backend/test_cpu_threads.py.
+    """
     used = {path.relative_to(PACKAGE).as_posix(): unix_only(path) for path in FILES}
     assert {name: names for name, names in used.items() if names} == ASKED_FIRST
 

@@ -1,4 +1,7 @@
-"""What a wheel holds, by its configuration: nothing is built here (tools/check_installed.py compares an installed one)."""
+"""What a wheel holds, by its configuration.
+
+Nothing is built here: tools/check_installed.py compares an installed one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Quantizers against libggml's, row for row; determinism, special rows, importance, and what the entry refuses."""
+"""Quantizers against libggml's, row for row.
+
+Determinism, special rows, importance, and what the entry refuses.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +73,10 @@ KINDS = (
     *("gaussian", "heavy-tailed", "sparse", "outliers", "positive", "shifted", "small", "large", "rounded"),
     *("constant", "constant blocks", "real"),
 )
-OPEN_TAILS = {("Q2_K", "near constant 0.01")}  # single rows are still up to 1.8 % worse: docs/decisions, quantizers
-ALLOWANCE = 1e-6  # of a row's norm: what float32 can tell; constants are hit that closely
+# Single rows are still up to 1.8 % worse: docs/decisions, quantizers
+OPEN_TAILS = {("Q2_K", "near constant 0.01")}
+# Of a row's norm: what float32 can tell; constants are hit that closely
+ALLOWANCE = 1e-6
 
 
 def decoded(name: str, packed: torch.Tensor) -> torch.Tensor:
@@ -112,7 +117,10 @@ def test_weighted_rows_are_as_good_as_libggml(name, kind):
 
 @every_own
 def test_no_cell_is_worse_than_libggml_nor_any_row_by_more_than_one_percent(name):
-    """Weights that are hard to round, rows of two superblocks, with and without importance (a part of tools/quantizer_tails)."""
+    """No cell of weights that are hard to round is worse than libggml's.
+
+    Rows of two superblocks, with and without importance (a part of tools/quantizer_tails).
+    """
     kinds = ("gaussian", "student-t 2", "sparse 10%", "near constant 0.01", "near constant 0.3", "tiny", "huge")
     generator = torch.Generator().manual_seed(11)
     samples = dict(quantizer_tails.weights_of(16, 512, generator))
@@ -126,7 +134,10 @@ def test_no_cell_is_worse_than_libggml_nor_any_row_by_more_than_one_percent(name
 
 @every_own
 def test_importance_pays(name):
-    """Columns that count are served better than without importance, and the scale of importance does not matter."""
+    """Columns that count are served better than without importance.
+
+    The scale of importance does not matter.
+    """
     x = sample("gaussian")
     importance = torch.where(torch.arange(x.shape[1]) % 8 == 0, 1.0, 0.01)
     plain, weighted = decoded(name, quantize(x, name)), quantize(x, name, importance)
@@ -141,7 +152,9 @@ def test_importance_pays(name):
 
 @every_own
 def test_constants_are_as_exact_as_the_type_allows(name):
-    """One fp16 scale misses by 2^-11; d and dmin, or d and m, leave 2^-20; d times the best of many products some 2^-16.
+    """One fp16 scale misses by 2^-11; d and dmin, or d and m, leave 2^-20.
+
+    d times the best of many products leaves some 2^-16.
 
     NVFP4 rounds to 3 mantissa bits; MXFP4's powers of 2 times 1 or 1.5 miss by a fifth at worst.
     """
@@ -156,7 +169,10 @@ def test_constants_are_as_exact_as_the_type_allows(name):
 @every_own
 @pytest.mark.parametrize("scale", [1e-30, 6e-8, 1e-6, 1e6, 1e10, 3e38])
 def test_tiny_and_huge_rows_stay_finite_and_beat_zeros(name, scale):
-    """Where no scale is small enough the row is zero, where none is large enough it saturates; never NaN or Inf."""
+    """The row is zero where no scale is small enough, and saturates where none is large enough.
+
+    Never NaN or Inf.
+    """
     x = sample("gaussian", rows=2, k=512)
     x = (x / x.abs().max()).clamp(-1, 1) * scale
     y = decoded(name, quantize(x, name))
@@ -204,7 +220,10 @@ print(digest.hexdigest())
 
 
 def test_bytes_do_not_depend_on_the_vector_width():
-    """torch's scalar kernels and those for this machine's vectors give the same bytes: no fused or reordered arithmetic."""
+    """torch's scalar kernels and those for this machine's vectors give the same bytes.
+
+    No arithmetic is fused or reordered.
+    """
     widths = ({}, {"ATEN_CPU_CAPABILITY": "default"})
     environment = {**os.environ, "PYTHONPATH": str(Path(fk.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     running = [

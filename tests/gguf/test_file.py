@@ -1,4 +1,7 @@
-"""The reader on good files: what gguf-py writes reads identically, mapped, with storages of their own, fast."""
+"""The reader on good files: what gguf-py writes reads identically.
+
+Files are mapped, tensors have storages of their own, and it is fast.
+"""
 
 from __future__ import annotations
 
@@ -231,7 +234,10 @@ def test_rows_of_a_quantized_bias_are_whole_blocks(tmp_path):
 
 
 def test_a_million_strings_read_in_seconds(tmp_path):
-    """gguf-py's reader takes 27 s for such a vocabulary. Measured here 0.3 s; the bound leaves room for a busy machine."""
+    """A million strings read in seconds; gguf-py's reader takes 27 s.
+
+    Measured here 0.3 s; the bound leaves room for a busy machine.
+    """
     count = 1_000_000
     words = b"".join([raw.string(f"token{index}") for index in range(count)])
     scores = np.arange(count, dtype="<f4")

@@ -1,4 +1,7 @@
-"""The reader on mutated files: it returns a file that is sound throughout, or raises one GGUFError, and is quick either way."""
+"""The reader on mutated files: it returns a file that is sound throughout, or raises GGUFError.
+
+It is quick either way.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,19 @@ from .. import gguf_bytes as raw
 
 SMALL = raw.small()
 LAST_BYTE = len(SMALL) - 30
-HEADER_END = LAST_BYTE - 162  # the three tensors: 96, 32 and 34 bytes, padding but the last included
+# The three tensors: 96, 32 and 34 bytes, padding but the last included
+HEADER_END = LAST_BYTE - 162
 NUMBERS = [0, 1, 7, 8, 9, 31, 33, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
 NUMBERS += [2**32, 2**40, 2**60, 2**61, 2**62, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 4096, 2**64 - 32, 2**64 - 1]
-SECONDS = 0.5  # of processor time a file; the requirement is 1 s, measured are below 1 ms
+# Of processor time a file; the requirement is 1 s, measured are below 1 ms
+SECONDS = 0.5
 
 
 def outcome(tmp_path, content: bytes) -> GGUFFile | None:
-    """Read `content`; return None where it is refused, else the file with every byte of every tensor touched."""
+    """Read `content`; return None where it is refused, else the file.
+
+    Every byte of every tensor is touched.
+    """
     path = tmp_path / "fuzz.gguf"
     path.unlink(missing_ok=True)  # truncating a file with data takes milliseconds on ext4
     path.write_bytes(content)

@@ -1,4 +1,7 @@
-"""The writer: the bytes gguf-py writes, bit-exact round trips, one tensor at a time, nothing left behind on failure."""
+"""The writer: the bytes gguf-py writes, and bit-exact round trips.
+
+It takes one tensor at a time, and leaves nothing behind where it fails.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +143,10 @@ def test_any_metadata_and_shapes_round_trip(tmp_path, metadata, shapes, alignmen
 
 
 def test_planned_size_follows_the_format(tmp_path):
-    """24 + key-values + 8 + len(name) + 4 + 8 * dimensions + 4 + 8 a tensor, header and tensors padded to the alignment."""
+    """The size is a sum of known parts, header and tensors padded to the alignment.
+
+    24 + key-values + 8 + len(name) + 4 + 8 * dimensions + 4 + 8 a tensor.
+    """
     metadata = {
         "general.architecture": ("STRING", "flux"),
         "general.quantization_version": ("UINT32", 2),

@@ -1,4 +1,7 @@
-"""Tuning records: what is chosen from them, what is refused, and that old ones are used with a warning."""
+"""Tuning records: what is chosen from them, and what is refused.
+
+Old ones are used with a warning.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +192,10 @@ def test_the_kernel_hash_follows_mode_and_format():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_kernels_call_is_hashed_with_them(mode):
-    """A change of a function that a kernel inlines makes its measurements old; where a tile lies on the grid does not count."""
+    """A change of a function that a kernel inlines makes its measurements old.
+
+    Where a tile lies on the grid does not count.
+    """
     folder, listed = record._PACKAGED.parent, MODES[mode].sources
     for name in listed:
         for found in re.finditer(r"^from \.(\w+) import (.+)$", (folder / f"{name}.py").read_text(), re.MULTILINE):

@@ -1,4 +1,7 @@
-"""Scales of weight rows are found once and kept by the layer: launches counted, results unchanged, never stale."""
+"""Scales of weight rows are computed once and kept by the layer.
+
+Launches are counted; results are unchanged and never stale.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The way past torch's dispatcher: the op's results and errors, and not taken where anything could see the op."""
+"""The way past torch's dispatcher: the op's results and errors.
+
+It is not taken where anything could see the op.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ def layer(format: str = "Q4_K", n: int = 24, k: int = 512, bias: bool = True, co
 @pytest.mark.parametrize("compute", ["exact", "fp16_accumulate", "int8"])
 @pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "IQ4_NL"])
 def test_the_result_is_the_ops_bit_for_bit(format, compute, dtype, shape, calls):
-    """First call (which compiles) and second (which launches what was compiled), 1 to 3 dimensions, with bias."""
+    """The first call, which compiles, and the second, which launches, give the op's result.
+
+    1 to 3 dimensions, with bias.
+    """
     made, x = layer(format, compute=compute), torch.randn(shape).to(dtype)
     with torch.no_grad():
         first, second = made(x), made(x)
