@@ -30,7 +30,7 @@ from flux_kernels.benchmark.providers import GATE_EXACT, GATE_INT8
 from flux_kernels.benchmark.record import append_csv, origin
 from flux_kernels.benchmark.shapes import STEPS, reduced, step_calls
 from flux_kernels.flux.calls import Call
-from flux_kernels.formats import get_format
+from flux_kernels.formats import Packed, get_format
 from flux_kernels.machine.random_rows import random_rows
 from flux_kernels.torch_backend import reference
 
@@ -158,7 +158,7 @@ def _write_problem(folder: Path, name: str, call: Call, dtype: torch.dtype) -> t
     data = random_rows(fmt, call.n, call.k, seed=call.n + call.k)
     x, bias = torch.randn(call.m, call.k, generator=generator).to(dtype), torch.randn(call.n, generator=generator).to(dtype)
     rows = torch.linspace(0, call.m - 1, min(_CHECKED, call.m)).long()
-    oracle = x[rows].double() @ reference.dequantize(data, fmt).double().T + bias.double()
+    oracle = x[rows].double() @ reference.dequantize(Packed(data, fmt)).double().T + bias.double()
     path = folder / "problem.pt"
     torch.save(dict(data=data, x=x, bias=bias), path)
     return path, rows.tolist(), oracle

@@ -34,7 +34,8 @@ after_import(
     "diffusers.loaders.peft", lambda: importlib.import_module(f"{__name__}.integrations.lora_merge").install_in_diffusers()
 )
 
-_LAZY = {  # names whose modules need more than torch, or are wanted by few: imported when first asked for
+# Names whose modules need more than torch, or are wanted by few: imported when first asked for.
+_LAZY = {
     "FluxKernelsConfig": "integrations.config",
     "fuse_lora": "integrations.lora",
     "unfuse_lora": "integrations.lora",

@@ -22,7 +22,8 @@ from .formats import BlockFormat
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_CAPABILITY = (7, 5)  # Turing: Triton unpacks, cuBLAS multiplies
-_AMD_MATRIX_CORES = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # CDNA 2 and RDNA 3 on; AMD's instruction set manuals
+# Architectures with matrix cores: CDNA 2, RDNA 3 and later (AMD's instruction set manuals).
+_AMD_MATRIX_CORES = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 _EVERYWHERE = 'Use backend="auto" with compute="exact", which runs everywhere'
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,9 @@ def check_names(backend: str, compute: str = "exact") -> None:
 
 @cache
 def resolve(backend: str, compute: str, device: torch.device, fmt: BlockFormat) -> Backend:
-    """Return the backend that runs `fmt` on `device`; raise BackendUnavailable with the reason where none can.
+    """Return the backend that runs `fmt` on `device`.
+
+    Raises BackendUnavailable with the reason where none can.
 
     "auto" takes Triton on an accelerator where it runs, else torch for "exact"; torch's twins of the other modes are many times
     slower than "exact", so on an accelerator they have to be named. It never takes Triton's interpreter on the CPU, which is
@@ -169,19 +172,19 @@ def usable_device(name: torch.device | str) -> torch.device:
 
 
 def execution_devices(device: torch.device) -> list[torch.device]:
-    """List the devices a layer on `device` may run on: itself, and an accelerator where one may be moved to (offloading)."""
+    """List the devices a layer on `device` may run on: its own, and an accelerator it may be moved to."""
     if device.type not in ("cpu", "meta"):
         return [device]
-    found = [torch.device("cpu")]
+    devices = [torch.device("cpu")]
     if torch.cuda.is_available():
-        found.append(torch.device("cuda", torch.cuda.current_device()))
+        devices.append(torch.device("cuda", torch.cuda.current_device()))
     if hasattr(torch, "xpu") and torch.xpu.is_available():
-        found.append(torch.device("xpu", torch.xpu.current_device()))
-    return found
+        devices.append(torch.device("xpu", torch.xpu.current_device()))
+    return devices
 
 
 def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockFormat, k: int | None = None) -> None:
-    """Raise where a layer of rows of `k` weights (None: any) that is now on `device` could run nowhere it may be moved to.
+    """Raise where a layer of rows of `k` weights (None: any) could run on no device it may be moved to.
 
     A faster mode is asked for because of an accelerator: where there is one, it is the one that has to run it.
 
@@ -205,13 +208,13 @@ def check_runnable(backend: str, compute: str, device: torch.device, fmt: BlockF
 
 
 def wants_planes(backend: str, device: torch.device, fmt: BlockFormat) -> bool:
-    """Tell whether a layer now on `device` should hold its rows as field planes (see `BlockFormat.planes`)."""
+    """Tell whether a layer now on `device` should hold its rows as planes (see `BlockFormat.planes`)."""
     if not fmt.planes or backend == "torch":
         return False
     if backend == "triton":
         return True
     return any(
-        BACKENDS["triton"].refusal(found, fmt, "exact") is None for found in execution_devices(device) if found.type != "cpu"
+        BACKENDS["triton"].refusal(candidate, fmt, "exact") is None for candidate in execution_devices(device) if candidate.type != "cpu"
     )
 
 

@@ -15,13 +15,18 @@ COMPUTE_MODES = {
     "fp16_accumulate": "fp16 operands and accumulation, promoted to float32 every 64 of K",
     "int8": "activations and weights as int8 with scales, int32 accumulation",
 }
-GROUP = 128  # weights and activations that share one int8 scale along K, where K allows it
-PROMOTE_K = 64  # products summed in fp16 before they are added in float32
+# How many weights or activations along K share one int8 scale, where K allows it.
+GROUP = 128
+# How many products are summed in fp16 before the sum is added in float32.
+PROMOTE_K = 64
 # Calls of so few rows (modulation, time embedding) are bound by reading the weight: every mode runs them as "exact".
 WEIGHT_ONLY_M = 16
-Branch = tuple[Tensor, Tensor]  # hidden [M, r] and up [N, r], both of x's dtype; in a layer down [r, K] and up [N, r]
-WIDEST_LOAD = 16  # bytes: what kernels assume of the address of the first packed row
-TENSOR_CORE_CAPABILITY = (8, 0)  # NVIDIA compute capability from which Triton has tensor-core code
+# A low-rank branch: hidden [M, r] and up [N, r], both of x's dtype; in a layer down [r, K] and up [N, r].
+Branch = tuple[Tensor, Tensor]
+# Bytes: the alignment that kernels assume of the address of the first packed row.
+WIDEST_LOAD = 16
+# NVIDIA compute capability from which Triton has tensor-core code.
+TENSOR_CORE_CAPABILITY = (8, 0)
 HOPPER = (9, 0)  # H100, H200
 # Cards whose tensor cores leave few arithmetic instructions per product, and which multiply fp16 as fast with float32 accumulation
 # as with fp16: A100, H100 and H200, B200, B300, Thor.
@@ -54,7 +59,10 @@ def check_mode(compute: str, k: int) -> None:
 
 
 def mode_of_call(compute: str, m: int) -> str:
-    """Return the mode in which a call of `m` rows runs: with few of them only reading the weight counts, and it is exact."""
+    """Return the mode in which a call of `m` rows runs.
+
+    Calls of few rows are exact: only reading the weight counts in them.
+    """
     return compute if m > WEIGHT_ONLY_M else "exact"
 
 
@@ -72,6 +80,9 @@ def join(first: Branch | None, second: Branch) -> Branch:
 
 
 def outlier_branch(x: Tensor, outliers: tuple[Tensor, Tensor]) -> Branch:
-    """Return the branch of the columns of x [M, K] that `outliers` (index [k], weight [N, k]) keeps in x's dtype."""
+    """Return the branch of the input channels that stay in x's dtype.
+
+    `outliers` are (index [k], weight [N, k]), x is [M, K].
+    """
     index, weight = outliers
     return x.index_select(1, index), weight.to(x.dtype)

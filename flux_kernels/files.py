@@ -1,4 +1,7 @@
-"""Files that appear under their name only when they are complete, and what is asked before long work: can it be written?"""
+"""Files that appear under their name only when they are complete.
+
+Also what is asked before long work: can the file be written?
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from .errors import FormatError
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new path beside `path` to write to; rename it when the block ends, remove it where the block raises.
+    """Yield a new path beside `path` to write to, and rename it when the block ends.
+
+    It is removed where the block raises.
 
     The file appears under its name only when it is complete, and two writers of one file do not meet: the last one counts.
     A link is followed, so that it stays one.

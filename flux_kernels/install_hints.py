@@ -21,7 +21,9 @@ _DISTRIBUTION = "flux_kernels"
 
 
 def install_command(extra: str = "") -> str:
-    """Return the pip command that installs what this package needs, with the packages of an extra where one is named.
+    """Return the pip command that installs what this package needs.
+
+    With the packages of an extra where one is named.
 
     Args:
         extra: of pyproject.toml: "cpu", "plan", "bench", "test" or "train".
@@ -34,17 +36,20 @@ def install_command(extra: str = "") -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """List the requirements of the installed distribution, those of other extras that an extra names included."""
+    """List the requirements of the installed distribution.
+
+    Those of other extras that an extra names are included.
+    """
     try:
         lines = requires(_DISTRIBUTION) or []
     except PackageNotFoundError:
         return [f"{_DISTRIBUTION}[{extra}]" if extra else _DISTRIBUTION]
-    found: list[str] = []
+    requirements: list[str] = []
     for line in lines:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         of_extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
         if (of_extra[1] if of_extra else "") != extra:
             continue
         own = re.fullmatch(r"flux[-_]kernels\[([\w,-]+)\].*", requirement)
-        found += [one for name in own[1].split(",") for one in _requirements(name)] if own else [requirement]
-    return found
+        requirements += [one for name in own[1].split(",") for one in _requirements(name)] if own else [requirement]
+    return requirements

@@ -12,7 +12,7 @@ from torch import Tensor
 from .backends import check_activation_dtype, check_names, resolve
 from .compute import check_mode
 from .errors import FormatError
-from .formats import BlockFormat, get_format
+from .formats import BlockFormat, Packed, get_format
 
 _library = torch.library.Library("flux_kernels", "DEF")
 _library.define(
@@ -26,14 +26,15 @@ _library.define(
 )
 
 
-def check_data(data: Tensor, format: str) -> tuple[BlockFormat, int]:
-    """Check packed rows; return the format's row and K."""
+def check_data(data: Tensor, format: str, planes: bool = False) -> Packed:
+    """Check packed rows of any number of dimensions and return them as a weight."""
     fmt = get_format(format)
     if data.dtype != torch.uint8:
         raise FormatError(f"Packed {fmt.name} data must be uint8, got {data.dtype}.")
     if data.dim() < 1:
         raise FormatError(f"Packed {fmt.name} data must be [..., N, row bytes], got a scalar.")
-    return fmt, fmt.row_weights(data.shape[-1])
+    fmt.row_weights(data.shape[-1])
+    return Packed(data, fmt, planes)
 
 
 def check_linear(
@@ -43,33 +44,38 @@ def check_linear(
     format: str,
     backend: str,
     compute: str,
+    planes: bool = False,
     branch: tuple[Tensor | None, ...] = (None, None, None, None),
     row_scale: Tensor | None = None,
-) -> tuple[BlockFormat, int]:
-    """Check everything about a linear call, in eager mode and while tracing; return the format's row and N.
+) -> Packed:
+    """Check everything about a linear call, in eager mode and while tracing, and return the weight.
 
     `branch` is (hidden, up, outlier_index, outlier_weight); `row_scale` is what the function of that name returned.
     """
     check_names(backend, compute)
-    fmt, k = check_data(data, format)
+    weight = check_data(data, format, planes)
     if data.dim() != 2:
         raise FormatError(f"linear needs packed data of shape [N, row bytes], got {list(data.shape)}.")
     check_activation_dtype(x.dtype, "The activation dtype")
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise FormatError(f"{fmt.name} data {list(data.shape)} holds rows of K={k} weights, got x of shape {list(x.shape)}.")
-    check_mode(compute, k)
+    if x.dim() < 1 or x.shape[-1] != weight.k:
+        rows = f"{weight.fmt.name} data {list(data.shape)} holds rows of K={weight.k} weights"
+        raise FormatError(f"{rows}, got x of shape {list(x.shape)}.")
+    check_mode(compute, weight.k)
     if x.device != data.device:
         raise FormatError(f"x is on {x.device} and the packed data on {data.device}. Move them to one device.")
     if bias is not None:
-        _check_bias(bias, data.shape[0], x.device)
-    _check_branch(x, data.shape[0], *branch)
+        _check_bias(bias, weight.n, x.device)
+    _check_branch(x, weight.n, *branch)
     if row_scale is not None:
-        _check_row_scale(row_scale, data.shape[0], x.device)
-    return fmt, data.shape[0]
+        _check_row_scale(row_scale, weight.n, x.device)
+    return weight._replace(row_scale=row_scale)
 
 
 def _check_branch(x: Tensor, n: int, hidden, up, outlier_index, outlier_weight) -> None:
-    """Check the low-rank branch (hidden [..., r], up [N, r]) and the outlier channels (index [k], weight [N, k])."""
+    """Check the low-rank branch and the outlier channels of a call.
+
+    hidden [..., r] and up [N, r]; index [k] and weight [N, k].
+    """
     if (hidden is None) != (up is None) or (outlier_index is None) != (outlier_weight is None):
         raise FormatError("hidden and up, and outlier_index and outlier_weight, are given together or not at all.")
     if hidden is not None:
@@ -120,28 +126,26 @@ def _linear(
     outlier_weight: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    fmt, n = check_linear(x, data, bias, format, backend, compute, (hidden, up, outlier_index, outlier_weight), row_scale)
-    chosen = resolve(backend, compute, x.device, fmt)
-    module = chosen.load()
+    extra = (hidden, up, outlier_index, outlier_weight)
+    weight = check_linear(x, data, bias, format, backend, compute, planes, extra, row_scale).contiguous()
     branch = None if hidden is None or up is None else (hidden.reshape(-1, hidden.shape[-1]), up)
     outliers = None if outlier_index is None else (outlier_index, outlier_weight)
-    rows = x.reshape(-1, x.shape[-1])
-    row_scale = None if row_scale is None else row_scale.contiguous()
-    out = module.linear(rows, data.contiguous(), bias, fmt, compute, planes, branch, outliers, row_scale)
-    return out.view(*x.shape[:-1], n)
+    module = resolve(backend, compute, x.device, weight.fmt).load()
+    out = module.linear(x.reshape(-1, x.shape[-1]), weight, bias, compute, branch, outliers)
+    return out.view(*x.shape[:-1], weight.n)
 
 
 def _dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: str, planes: bool) -> Tensor:
-    fmt, k = _check_dequantize(data, format, dtype, backend)
-    chosen = resolve(backend, "exact", data.device, fmt)
-    module = chosen.load()
-    return module.dequantize(data.reshape(-1, data.shape[-1]).contiguous(), fmt, dtype, planes).view(*data.shape[:-1], k)
+    weight = _check_dequantize(data, format, dtype, backend, planes)
+    rows = weight._replace(data=data.reshape(-1, data.shape[-1])).contiguous()
+    decoded = resolve(backend, "exact", data.device, weight.fmt).load().dequantize(rows, dtype)
+    return decoded.view(*data.shape[:-1], weight.k)
 
 
-def _check_dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: str) -> tuple[BlockFormat, int]:
+def _check_dequantize(data: Tensor, format: str, dtype: torch.dtype, backend: str, planes: bool) -> Packed:
     check_names(backend)
     check_activation_dtype(dtype, "The dtype to decode to")
-    return check_data(data, format)
+    return check_data(data, format, planes)
 
 
 def _linear_fake(
@@ -158,13 +162,14 @@ def _linear_fake(
     outlier_weight=None,
     row_scale=None,
 ):
-    _, n = check_linear(x, data, bias, format, backend, compute, (hidden, up, outlier_index, outlier_weight), row_scale)
-    return x.new_empty(*x.shape[:-1], n)
+    extra = (hidden, up, outlier_index, outlier_weight)
+    weight = check_linear(x, data, bias, format, backend, compute, planes, extra, row_scale)
+    return x.new_empty(*x.shape[:-1], weight.n)
 
 
 def _dequantize_fake(data, format, dtype, backend, planes):
-    _, k = _check_dequantize(data, format, dtype, backend)
-    return data.new_empty(*data.shape[:-1], k, dtype=dtype)
+    weight = _check_dequantize(data, format, dtype, backend, planes)
+    return data.new_empty(*data.shape[:-1], weight.k, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
@@ -175,7 +180,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """Return the gradients of x (grad @ W, W decoded in x's dtype), bias, hidden and up; the packed bytes get none.
+    """Return the gradients of x, bias, hidden and up; the packed bytes get none.
+
+    That of x is grad @ W, W decoded in x's dtype.
 
     Outlier channels and row scales are part of W, so they need no gradient of their own.
     """
@@ -193,7 +200,10 @@ def _backward(ctx, grad):
 
 
 def _autocast(device_type: str, key: str):
-    """Return the kernel of one autocast key: cast x to the autocast dtype, as F.linear does, and redispatch."""
+    """Return the kernel of one autocast key.
+
+    It casts x to the autocast dtype, as F.linear does, and redispatches.
+    """
 
     def linear_autocast(x, data, bias, format, backend, compute, planes, hidden=None, up=None, *others):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
@@ -273,19 +283,18 @@ def dequantize(
     return torch.ops.flux_kernels.dequantize(data, get_format(format).name, dtype, backend, planes)
 
 
-def row_scale(data: Tensor, format: str, backend: str, compute: str, planes: bool) -> Tensor | None:
-    """Return what a caller may keep of packed rows and give to every call of the op: the scales of "int8", float32 [N].
+def row_scale(weight: Packed, backend: str, compute: str) -> Tensor | None:
+    """Return what a caller may keep of a weight: the scales of "int8", float32 [N].
 
     None where calls with these arguments on this device use none.
 
     Args:
-        data: uint8 [N, row bytes].
-        format, backend, compute, planes: as in `linear`.
+        weight: [N, K].
+        backend, compute: as in `linear`.
 
     Raises:
-        BackendUnavailable: where the named backend or compute mode cannot run on the device of `data`.
+        BackendUnavailable: where the named backend or compute mode cannot run on the weight's device.
     """
     if compute != "int8":
         return None
-    fmt, _ = check_data(data, format)
-    return resolve(backend, compute, data.device, fmt).load().row_scale(data.contiguous(), fmt, planes)
+    return resolve(backend, compute, weight.data.device, weight.fmt).load().row_scale(weight.contiguous())

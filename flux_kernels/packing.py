@@ -14,7 +14,8 @@ from .torch_backend import libggml
 
 Engine = Literal["auto", "torch", "libggml"]
 
-CHUNK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights searched at a time; about ten float32 buffers of that size live
+# How many weights are searched at a time; about ten float32 buffers of that size live.
+CHUNK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def quantize(
@@ -71,7 +72,9 @@ def quantize(
 
 
 def quantizer(fmt: BlockFormat, engine: Engine = "auto") -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return what quantizes `fmt`: (float32 rows [rows, K], importance or None) -> uint8 [rows, row bytes].
+    """Return what quantizes `fmt`.
+
+    (float32 rows [rows, K], importance or None) -> uint8 [rows, row bytes].
 
     Raises:
         FormatError: where `engine` is not at hand for this format.

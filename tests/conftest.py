@@ -15,7 +15,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "0":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from flux_kernels._triton import interpreting
-from flux_kernels.formats import FORMATS, get_format
+from flux_kernels.formats import FORMATS, Packed, get_format
 
 from .poisoned_memory import poisoned
 
@@ -89,7 +89,7 @@ def random_packed(format: str, n: int, k: int, seed: int = 0) -> torch.Tensor:
 
     from flux_kernels.torch_backend import reference
 
-    rms = reference.dequantize(scaled(0.01), fmt).square().mean().sqrt()
+    rms = reference.dequantize(Packed(scaled(0.01), fmt)).square().mean().sqrt()
     return scaled(0.01 * 0.05 / float(rms)).clone()
 
 

@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounter
 import flux_kernels as fk
 from flux_kernels import torch_backend
 from flux_kernels.compute import COMPUTE_MODES
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 
 from .conftest import TINY_FLUX, flux_inputs
 
@@ -203,7 +203,7 @@ def test_the_torch_backend_never_reads_a_result_back(compute):
         fmt = FORMATS[name]
         with torch.device("meta"):
             data = torch.empty(32, fmt.row_bytes(512), dtype=torch.uint8)
-            y = torch_backend.linear(torch.empty(40, 512), data, torch.empty(32), fmt, compute)
+            y = torch_backend.linear(torch.empty(40, 512), Packed(data, fmt), torch.empty(32), compute)
         assert y.shape == (40, 32) and y.is_meta
 
 

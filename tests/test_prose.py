@@ -31,9 +31,9 @@ def trailing_comments(source: str) -> Iterator[int]:
     """Yield the lines of comments that trail code: long ones, and those that hang on the end of a wrapped statement."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         code = token.line[: token.start[1]].strip()
-        if token.type == tokenize.COMMENT and code and not token.string.startswith(FOR_TOOLS):
-            if len(token.string) > TRAILING or code[0] in ")]}":
-                yield token.start[0]
+        explains = len(token.string) > TRAILING or code[:1] in tuple(")]}")
+        if token.type == tokenize.COMMENT and code and explains and not token.string.startswith(FOR_TOOLS):
+            yield token.start[0]
 
 
 def offenders(rule) -> list[tuple[str, int]]:

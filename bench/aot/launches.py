@@ -18,7 +18,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from flux_kernels.compute import DATACENTER, PROMOTE_K, WEIGHT_ONLY_M, mode_of_call
-from flux_kernels.formats import FORMATS, BlockFormat
+from flux_kernels.formats import FORMATS, BlockFormat, Packed
 from flux_kernels.kernels import MODULES, int8
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 from flux_kernels.kernels.tiles import int8_tile, row_scales_serve, split_k_tile
@@ -110,13 +110,13 @@ def launched(
     m, n, k = shape
     empty = lambda *size, dtype=DTYPES[dtype]: torch.empty(*size, dtype=dtype, device="meta")
     x, bias, y = empty(m, k), empty(n), empty(m, n)
-    data = empty(n, fmt.row_bytes(k), dtype=torch.uint8)
+    weight = Packed(empty(n, fmt.row_bytes(k), dtype=torch.uint8), fmt, fmt.planes)
     factors = (empty(m, RANK), empty(n, RANK)) if branch else None
     with _recorded(fmt.name, dtype) as written:
-        MODULES[compute].linear(x, data, bias, y, fmt, fmt.planes, factors, choice=choice)
+        MODULES[compute].linear(x, weight, bias, y, factors, choice=choice)
         if compute == "int8" and branch:  # which outlier channels join, where there is one, or are: chosen for alike
             outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
-            int8.linear(x, data, bias, y, fmt, fmt.planes, factors, outliers, choice=choice)
+            int8.linear(x, weight, bias, y, factors, outliers, choice)
     return written
 
 

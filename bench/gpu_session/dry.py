@@ -18,7 +18,7 @@ from bench.stand_in import CARDS, counting_compiler, stand_in
 from bench.stand_in_cuda import without_arithmetic
 from flux_kernels.benchmark import ceilings, linears
 from flux_kernels.benchmark.step import weights as step_weights
-from flux_kernels.formats import BlockFormat
+from flux_kernels.formats import BlockFormat, Packed
 from flux_kernels.machine import tune
 from flux_kernels.torch_backend import low_precision, reference
 
@@ -38,9 +38,9 @@ def rehearsal(card: str, kernels: list[Kernel]) -> Iterator[None]:
         yield
 
 
-def _decoded(data: Tensor, fmt: BlockFormat, planes: bool = False) -> Tensor:
+def _decoded(weight: Packed) -> Tensor:
     """Stand for decoding in torch: in bfloat16, so that casting to it costs nothing."""
-    return torch.empty(data.shape[0], fmt.row_weights(data.shape[1]), dtype=torch.bfloat16, device=data.device)
+    return torch.empty(weight.n, weight.k, dtype=torch.bfloat16, device=weight.data.device)
 
 
 def _rows(fmt: BlockFormat, n: int, k: int, planes: bool = False, seed: int = 0) -> Tensor:
@@ -65,8 +65,8 @@ def tests(session: Session, arguments: list[str]) -> None:
 
     from tests.gpu import compare
 
-    def twin(x, data, *_, **__):
-        return x.new_empty(x.shape[0], data.shape[0])
+    def twin(x, weight, *_, **__):
+        return x.new_empty(x.shape[0], weight.n)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(compare, "fail", lambda message: None))

@@ -24,7 +24,6 @@ from bench.stand_in import CARDS
 from bench.stand_in_ptx import compiled_for
 from flux_kernels import kernels
 from flux_kernels.benchmark.record import read_csv
-from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 
@@ -49,10 +48,11 @@ def run(session: Session) -> None:
 
 
 def _cases(session: Session, card: str, format: str, m: int, n: int, k: int) -> Iterator[Case]:
-    fmt, x, bias, weights = FORMATS[format], session.activations(m, k), session.bias(n), session.weights(format, n, k)
+    x, bias, weights = session.activations(m, k), session.bias(n), session.weights(format, n, k)
+    fmt = weights[0].fmt
     capability = CARDS[card].capability
     shape = dict(card=card, format=format, m=m, n=n, k=k)
-    dense, turns = two_stage.unpack(weights[0], fmt, x.dtype, fmt.planes), cycle(weights)
+    dense, turns = two_stage.unpack(weights[0], x.dtype), cycle(weights)
     torch_key = shape | dict(compute="torch", algorithm="", tile="", waiting_ms="")
     yield Case(torch_key, lambda: F.linear(x, dense, bias), product_ms(session.rates, m, n, k))
 
@@ -67,7 +67,7 @@ def _cases(session: Session, card: str, format: str, m: int, n: int, k: int) -> 
     yield case("exact", fused, exact_call(x, weights, bias, format, fused))
     for mode in ("fp16_accumulate", "int8"):
         choice = default_choice(mode, fmt, m, n, k, capability, x.dtype, False, session.rates.processors)
-        yield case(mode, choice, lambda mode=mode: kernels.linear(x, next(turns), bias, fmt, mode, fmt.planes))
+        yield case(mode, choice, lambda mode=mode: kernels.linear(x, next(turns), bias, mode))
 
 
 def predicted_ms(

@@ -13,7 +13,6 @@ from torch import nn
 import flux_kernels as fk
 from bench.gpu_session.session import Session
 from flux_kernels.benchmark.record import read_csv
-from flux_kernels.formats import FORMATS
 from flux_kernels.machine.clock import balanced_order
 
 KEY = ("case", "m", "entry")
@@ -48,15 +47,15 @@ def _key(case: str, m: int, entry: str) -> dict:
 
 
 def _calls(session: Session) -> Iterator[tuple[tuple, Callable[[], object]]]:
-    fmt, data, bias = FORMATS["Q4_K"], session.weights("Q4_K", _N, _K)[0], session.bias(_N)
+    (data, fmt, planes, _), bias = session.weights("Q4_K", _N, _K)[0], session.bias(_N)
     plain = nn.Linear(_K, _N, device=session.device, dtype=torch.bfloat16).requires_grad_(False)
     x = session.activations(640, _K)
     yield ("nn.Linear", 640, "layer"), lambda x=x: plain(x)
     for name, (compute, m) in _CASES.items():
         x = session.activations(m, _K)
-        layer = fk.GGUFLinear.from_packed(data, "Q4_K", bias, planes=fmt.planes, backend="triton", compute=compute)
+        layer = fk.GGUFLinear.from_packed(data, fmt, bias, planes=planes, backend="triton", compute=compute)
         yield (name, m, "layer"), lambda layer=layer, x=x: layer(x)
-        function = lambda x=x, compute=compute: fk.linear(x, data, "Q4_K", bias, compute=compute, planes=fmt.planes)
+        function = lambda x=x, compute=compute: fk.linear(x, data, fmt, bias, compute=compute, planes=planes)
         yield (name, m, "function"), function
 
 

@@ -57,17 +57,17 @@ def _key(what: str, m: int, n: int, k: int, scales: str = "", tile: Tile | str =
 
 
 def _pieces(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
-    rates, fmt = session.rates, FORMATS[_FORMAT]
+    rates = session.rates
     x, turns, group = session.activations(m, k), cycle(session.weights(_FORMAT, n, k)), group_width(k)
     written = read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
     yield Case(_key("quantize x", m, n, k), lambda: int8.quantize_activation(x, group), moved_ms(rates, 3 * m * k))
     problem = _problem(session, m, n, k)
     unpack_groups, unpack_rows = (int8._unpacking(problem, n, group, rowwise) for rowwise in (False, True))
-    scale = int8.row_scale(next(turns), fmt, fmt.planes)
+    scale = int8.row_scale(next(turns))
     found = read_ms(rates, _FORMAT, n, k)
-    yield Case(_key("row scale, once a layer", m, n, k), lambda: int8.row_scale(next(turns), fmt, fmt.planes), found)
-    yield Case(_key("unpack w", m, n, k, "groups"), lambda: unpack_groups(next(turns), None), written)
-    yield Case(_key("unpack w", m, n, k, "rows"), lambda: unpack_rows(next(turns), scale), written)
+    yield Case(_key("row scale, once a layer", m, n, k), lambda: int8.row_scale(next(turns)), found)
+    yield Case(_key("unpack w", m, n, k, "groups"), lambda: unpack_groups(next(turns)), written)
+    yield Case(_key("unpack w", m, n, k, "rows"), lambda: unpack_rows(next(turns)._replace(row_scale=scale)), written)
 
 
 def _problem(session: Session, m: int, n: int, k: int) -> Problem:
@@ -77,18 +77,17 @@ def _problem(session: Session, m: int, n: int, k: int) -> Problem:
 
 def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     """Time the mode as shipped beside its rivals: bf16 and int8 products of torch's own."""
-    rates, fmt = session.rates, FORMATS[_FORMAT]
+    rates = session.rates
     x, w, bias = session.activations(m, k), session.activations(n, k), session.bias(n)
     weights = session.weights(_FORMAT, n, k)
-    turns = cycle(weights)
     x8, w8 = _codes(session, m, n, k)
     around = moved_ms(rates, 3 * m * k) + read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
     shipped = modelled_ms(rates, "int8", _FORMAT, m, n, k) or product_clock_ms(session, m, n, k, "rows") + around
-    kept = {id(one): kernels.row_scale(one, fmt, fmt.planes) for one in weights}  # as a layer keeps them
+    # With their scales, as a layer keeps them.
+    turns = cycle([weight._replace(row_scale=kernels.row_scale(weight)) for weight in weights])
 
     def layer() -> torch.Tensor:
-        one = next(turns)
-        return kernels.linear(x, one, bias, fmt, "int8", fmt.planes, row_scale=kept[id(one)])
+        return kernels.linear(x, next(turns), bias, "int8")
 
     yield Case(_key("shipped", m, n, k), layer, shipped)
     yield Case(_key("bf16 torch", m, n, k), lambda: F.linear(x, w, bias), product_ms(rates, m, n, k))

@@ -47,20 +47,20 @@ def launches(session: Session) -> dict[str, Callable[[], object]]:
     for format in ("Q4_K", "Q6_K"):
         fmt, weights = FORMATS[format], session.weights(format, _N, _K)[:1]
         tile = fused_tile(fmt, 512, _N, _K, capability_of(session.device))
-        found[f"fused {format}"] = sweep.exact_call(x, weights, bias, format, Choice("fused", tile, ""))
-        found[f"unpack {format}"] = lambda fmt=fmt, w=weights[0]: two_stage.unpack(w, fmt, torch.bfloat16, fmt.planes)
+        found[f"fused {format}"] = sweep.exact_call(x, weights, bias, Choice("fused", tile, ""))
+        found[f"unpack {format}"] = lambda w=weights[0]: two_stage.unpack(w, torch.bfloat16)
         modulation, wide_bias = session.weights(format, _MODULATION, _K)[:1], session.bias(_MODULATION)
         for m in (1, 8):
             small = choose("exact", fmt, m, _MODULATION, _K, session.device)
-            found[f"small M {format}, {m}"] = sweep.exact_call(few[:m], modulation, wide_bias, format, small)
+            found[f"small M {format}, {m}"] = sweep.exact_call(few[:m], modulation, wide_bias, small)
     x8, w8 = int8._codes(session, 4608, _N, _K)
     problem = int8._problem(session, 4608, _N, _K)
     x_scale = torch.ones(_K // group_width(_K), 4608, device=session.device)
     for scales, count in (("rows", 1), ("groups", _K // group_width(_K))):
         w_scale = torch.ones(count, _N, device=session.device)
         found[f"int8 product {scales}"] = int8.product(problem, x8, x_scale, w8, w_scale, int8_tile(4608))
-    fmt, packed = FORMATS["Q4_K"], session.weights("Q4_K", _N, _K)[0]
-    found["int8 unpack rows"] = lambda: int8_mode.unpack_weight(packed, fmt, group_width(_K), fmt.planes, True)
+    packed = session.weights("Q4_K", _N, _K)[0]
+    found["int8 unpack rows"] = lambda: int8_mode.unpack_weight(packed, group_width(_K), True)
     found["quantize x"] = lambda: int8_mode.quantize_activation(large, group_width(_K))
     return found
 

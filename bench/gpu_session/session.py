@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.gpu_session.predict import Rates, rates_of
 from flux_kernels.benchmark.record import append_csv, origin, read_csv
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.machine.random_rows import random_rows
 
 _COLD_BYTES = 160 << 20  # of weights that take turns, so that each comes from memory: beyond twice the largest L2 of a Hopper
@@ -81,14 +81,14 @@ class Session:
         """Make a bias [N]."""
         return torch.zeros(n, dtype=dtype, device=self.device)
 
-    def weights(self, format: str, n: int, k: int) -> list[Tensor]:
-        """Make packed rows as Triton wants them, in as many copies as it takes to find them in memory, not in L2."""
+    def weights(self, format: str, n: int, k: int) -> list[Packed]:
+        """Make a packed weight as Triton wants them, in as many copies as it takes to find them in memory, not in L2."""
         fmt = FORMATS[format]
         if self.dry:
-            return [torch.empty(n, fmt.row_bytes(k), dtype=torch.uint8, device=self.device)]
+            return [Packed(torch.empty(n, fmt.row_bytes(k), dtype=torch.uint8, device=self.device), fmt, fmt.planes)]
         rows = random_rows(fmt, n, k, fmt.planes).to(self.device)
         copies = min(_MOST_COPIES, ceil(_COLD_BYTES / rows.nbytes))
-        return [rows, *(rows.clone() for _ in range(copies - 1))]
+        return [Packed(data, fmt, fmt.planes) for data in (rows, *(rows.clone() for _ in range(copies - 1)))]
 
 
 class Table:

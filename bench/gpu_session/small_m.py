@@ -39,9 +39,9 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Ca
     dense = session.activations(n, k)
     yield Case(shape | dict(algorithm="torch", tile=""), lambda: F.linear(x, dense, bias), moved_ms(session.rates, 2 * n * k))
     shipped = choose("exact", fmt, m, n, k, session.device)
-    yield Case(shape | dict(algorithm="shipped", tile=str(shipped)), exact_call(x, weights, bias, format, shipped), floor)
+    yield Case(shape | dict(algorithm="shipped", tile=str(shipped)), exact_call(x, weights, bias, shipped), floor)
     processors = torch.cuda.get_device_properties(session.device).multi_processor_count
     for algorithm, tile, _ in candidates("exact", Call(fmt, m, n, k, capability_of(session.device), processors)):
         if algorithm == "small_m":  # one kernel decodes each weight, another multiplies codes on the tensor cores
-            call = exact_call(x, weights, bias, format, Choice("small_m", tile, "swept"))
+            call = exact_call(x, weights, bias, Choice("small_m", tile, "swept"))
             yield Case(shape | dict(algorithm=f"small_m of {tile.block_m}", tile=str(tile)), call, floor)

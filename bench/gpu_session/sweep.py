@@ -13,7 +13,7 @@ from bench.gpu_session.predict import modelled_ms, product_ms, two_stage_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.timing import Case, time_cases
 from bench.gpu_session.two_stage import FORMAT_NAMES
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import exact, two_stage
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.launching import capability_of
@@ -41,7 +41,7 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Ca
     fmt, rates, x, bias = FORMATS[format], session.rates, session.activations(m, k), session.bias(n)
     weights = session.weights(format, n, k)
     capability = capability_of(session.device)
-    dense = two_stage.unpack(weights[0], fmt, x.dtype, fmt.planes)
+    dense = two_stage.unpack(weights[0], x.dtype)
     shape = dict(format=format, m=m, n=n, k=k)
     plain = product_ms(rates, m, n, k)
     yield Case(shape | dict(algorithm="torch", tile=""), lambda: F.linear(x, dense, bias), plain)
@@ -54,17 +54,17 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Ca
         choice = Choice(algorithm, used, "swept")
         rough = two_stage_ms(rates, format, m, n, k) if used is None else plain / _FUSED
         predicted = modelled_ms(rates, "exact", format, m, n, k, choice) or rough
-        call = exact_call(x, weights, bias, format, choice)
+        call = exact_call(x, weights, bias, choice)
         yield Case(shape | dict(algorithm=algorithm, tile=str(used or "")), call, predicted)
 
 
-def exact_call(x, weights, bias, format: str, choice: Choice) -> Callable[[], object]:
+def exact_call(x, weights: list[Packed], bias, choice: Choice) -> Callable[[], object]:
     """Return one call of exact mode by a given choice, on weights that take turns."""
-    fmt, turns = FORMATS[format], cycle(weights)
+    turns = cycle(weights)
 
     def call() -> torch.Tensor:
-        y = torch.empty(x.shape[0], weights[0].shape[0], dtype=x.dtype, device=x.device)
-        exact.linear(x, next(turns), bias, y, fmt, fmt.planes, choice=choice)
+        y = torch.empty(x.shape[0], weights[0].n, dtype=x.dtype, device=x.device)
+        exact.linear(x, next(turns), bias, y, choice=choice)
         return y
 
     return call

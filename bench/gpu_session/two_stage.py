@@ -14,7 +14,6 @@ from bench.gpu_session.predict import product_ms, two_stage_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.timing import Case, time_cases
 from flux_kernels import kernels
-from flux_kernels.formats import FORMATS, BlockFormat
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.chunks import chunks_of
 
@@ -47,10 +46,10 @@ def run(session: Session) -> None:
 
 
 def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
-    fmt, rates, x, bias = FORMATS[format], session.rates, session.activations(m, k), session.bias(n)
+    rates, x, bias = session.rates, session.activations(m, k), session.bias(n)
     weights = session.weights(format, n, k)
     turns, shape = cycle(weights), dict(format=format, m=m, n=n, k=k)
-    dense = two_stage.unpack(weights[0], fmt, x.dtype, fmt.planes)
+    dense = two_stage.unpack(weights[0], x.dtype)
     right = F.linear(x, dense, bias)
     cases = [
         Case(
@@ -60,7 +59,7 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
         ),
         Case(
             shape | dict(rows="shipped", bias="", scratch=""),
-            lambda: kernels.linear(x, next(turns), bias, fmt, "exact", fmt.planes),
+            lambda: kernels.linear(x, next(turns), bias, "exact"),
             two_stage_ms(rates, format, m, n, k),
             right,
         ),
@@ -68,9 +67,9 @@ def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
     for rows, added, scratch in _VARIANTS:
         count = _rows(rows, n, k, rates.l2_bytes)
         if scratch == _BESIDE:
-            call = _overlapped(x, turns, fmt, count)
+            call = _overlapped(x, turns, count)
         else:
-            call = _variant(x, turns, bias if added != "none" else None, fmt, count, added == "strided y", scratch == "kept")
+            call = _variant(x, turns, bias if added != "none" else None, count, added == "strided y", scratch == "kept")
         predicted = two_stage_ms(rates, format, m, n, k, count, copied_bias=added == "strided y")
         cases.append(Case(shape | dict(rows=rows, bias=added, scratch=scratch), call, predicted, right))
     return cases
@@ -84,17 +83,17 @@ def _rows(name: str, n: int, k: int, l2_bytes: int) -> int | None:
     return max(1, l2_bytes // 3 // (2 * k) // _TILE) * _TILE
 
 
-def _variant(x: Tensor, turns, bias: Tensor | None, fmt: BlockFormat, rows: int | None, strided: bool, kept: bool) -> Callable:
+def _variant(x: Tensor, turns, bias: Tensor | None, rows: int | None, strided: bool, kept: bool) -> Callable:
     """Return one way to unpack and multiply; y is a column slice of a wider one where it is `strided`."""
-    m, planes = x.shape[0], fmt.planes
+    m = x.shape[0]
 
     def call() -> Tensor:
-        data = next(turns)
-        n = data.shape[0]
+        packed = next(turns)
+        n = packed.n
         y = torch.empty(m, n + _TILE if strided else n, dtype=x.dtype, device=x.device)[:, :n]
         before = None
         for chunk in chunks_of(n, rows):
-            weight = two_stage.unpack(data[chunk], fmt, x.dtype, planes)
+            weight = two_stage.unpack(packed.rows(chunk), x.dtype)
             if bias is None:
                 torch.mm(x, weight.T, out=y[:, chunk])
             else:
@@ -107,21 +106,21 @@ def _variant(x: Tensor, turns, bias: Tensor | None, fmt: BlockFormat, rows: int 
     return call
 
 
-def _overlapped(x: Tensor, turns, fmt: BlockFormat, rows: int | None) -> Callable:
+def _overlapped(x: Tensor, turns, rows: int | None) -> Callable:
     """Return a way that unpacks every chunk but the first while the one before it is multiplied."""
-    m, planes, beside = x.shape[0], fmt.planes, torch.cuda.Stream()
+    m, beside = x.shape[0], torch.cuda.Stream()
 
     def call() -> Tensor:
-        data = next(turns)
-        y = torch.empty(m, data.shape[0], dtype=x.dtype, device=x.device)
-        chunks = list(chunks_of(data.shape[0], rows))
-        main, weights = torch.cuda.current_stream(), [two_stage.unpack(data[chunks[0]], fmt, x.dtype, planes)]
+        packed = next(turns)
+        y = torch.empty(m, packed.n, dtype=x.dtype, device=x.device)
+        chunks = list(chunks_of(packed.n, rows))
+        main, weights = torch.cuda.current_stream(), [two_stage.unpack(packed.rows(chunks[0]), x.dtype)]
         for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
             beside.wait_stream(main)
             torch.mm(x, weights[-1].T, out=y[:, chunk])
             if after is not None:
                 with torch.cuda.stream(beside):
-                    weights.append(two_stage.unpack(data[after], fmt, x.dtype, planes))
+                    weights.append(two_stage.unpack(packed.rows(after), x.dtype))
             main.wait_stream(beside)
         return y
 

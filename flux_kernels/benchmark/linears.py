@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compute import dtype_name
 from ..errors import BackendUnavailable
-from ..formats import FORMATS
+from ..formats import FORMATS, Packed
 from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
 from ..machine.random_rows import random_rows
 from ..torch_backend import reference
@@ -33,14 +33,14 @@ def make_problem(name: str, call: Call, device: torch.device, dtype: torch.dtype
     planes = fmt.planes and device.type != "cpu"
     data = random_rows(fmt, call.n, call.k, planes, seed=call.n + call.k)
     bias = torch.randn(call.n, generator=torch.Generator().manual_seed(call.n))
-    return Problem(data.to(device), planes, fmt, bias.to(device, dtype), dtype)
+    return Problem(Packed(data.to(device), fmt, planes), bias.to(device, dtype), dtype)
 
 
 def relative_errors(y: Tensor, x: Tensor, problem: Problem) -> tuple[float, float]:
     """Return the RMS and the largest absolute error of some outputs, as shares of the RMS of float64 on the float32 weights."""
     rows = torch.linspace(0, x.shape[0] - 1, min(_ORACLE_ROWS, x.shape[0])).long().to(x.device)
     columns = slice(0, _ORACLE_COLUMNS)
-    weight = reference.dequantize(problem.data[columns], problem.fmt, torch.float32, problem.planes).double()
+    weight = reference.dequantize(problem.weight.rows(columns), torch.float32).double()
     oracle = x[rows].double() @ weight.T + problem.bias[columns].double()
     error, rms = y[rows, columns].double() - oracle, oracle.square().mean().sqrt()
     return (error.square().mean().sqrt() / rms).item(), (error.abs().max() / rms).item()
@@ -133,7 +133,9 @@ def _row(name, size, call, provider, times, graph, errors, note, problem, ceilin
         return row | dict.fromkeys(_MEASURED, "") | checked
     p20, p50, p80 = percentiles(times)
     packed = provider != "torch" and not PROVIDERS[provider].own_weights  # else it reads other bytes
-    speeds = dict(tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(problem.data.numel() / p50 / 1e6) if packed else "")
+    speeds = dict(
+        tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(problem.weight.data.numel() / p50 / 1e6) if packed else ""
+    )
     shares = dict.fromkeys(("share_of_matmul", "share_of_copy"), "")
     if ceilings is not None:
         moved = least_bytes(name, provider, call, problem.dtype.itemsize)

@@ -45,7 +45,7 @@ def _plain(problem: Problem) -> nn.Linear:
 
 
 def _gpu(problem: Problem, what: str) -> None:
-    if problem.data.device.type != "cuda":
+    if problem.weight.data.device.type != "cuda":
         raise Unavailable(f"{what} needs a GPU")
 
 
@@ -59,7 +59,7 @@ def _bitsandbytes_nf4(problem: Problem):
     bnb, plain = _needs("bitsandbytes"), _plain(problem)
     layer = bnb.nn.LinearNF4(plain.in_features, plain.out_features, bias=True, compute_dtype=problem.dtype)
     layer.load_state_dict(plain.state_dict())
-    return layer.to(problem.dtype).to(problem.data.device).eval()
+    return layer.to(problem.dtype).to(problem.weight.data.device).eval()
 
 
 def _bitsandbytes_int8(threshold: float):
@@ -68,7 +68,7 @@ def _bitsandbytes_int8(threshold: float):
         options = dict(bias=True, has_fp16_weights=False, threshold=threshold)
         layer = bnb.nn.Linear8bitLt(plain.in_features, plain.out_features, **options)
         layer.load_state_dict(plain.state_dict())
-        return layer.to(problem.data.device).eval()
+        return layer.to(problem.weight.data.device).eval()
 
     return make
 
@@ -123,7 +123,7 @@ def _gemlite(name: str):
     def make(problem: Problem):
         _gpu(problem, "gemlite")
         helper = _needs("gemlite.helper")
-        return getattr(helper, name)(device=str(problem.data.device), dtype=problem.dtype).from_linear(_plain(problem))
+        return getattr(helper, name)(device=str(problem.weight.data.device), dtype=problem.dtype).from_linear(_plain(problem))
 
     return make
 
@@ -162,8 +162,8 @@ _VLLM = dict(
 
 def _packed_call(multiply, problem: Problem):
     """Call theirs on the packed bytes in file order; it has no bias, which is added."""
-    data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
-    kind, bias = int(problem.fmt.ggml_type), problem.bias.to(problem.dtype)
+    data = problem.weight.in_file_order().data
+    kind, bias = int(problem.weight.fmt.ggml_type), problem.bias.to(problem.dtype)
     return lambda x: multiply(data, x, kind, data.shape[0]) + bias
 
 

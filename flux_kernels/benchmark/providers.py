@@ -10,18 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compute import COMPUTE_MODES, DATACENTER, WEIGHT_ONLY_M, mode_of_call
-from ..formats import BlockFormat
+from ..formats import Packed
 from ..install_hints import install_command
 from ..torch_backend import reference
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Hold one weight for every provider: packed rows (as stored for Triton or in file order), bias, activation dtype."""
+    """Hold what every provider computes with: a weight (as stored for Triton or in file order), bias, activation dtype."""
 
-    data: Tensor
-    planes: bool
-    fmt: BlockFormat
+    weight: Packed
     bias: Tensor
     dtype: torch.dtype
 
@@ -87,7 +85,7 @@ def _dequantize_then_linear(problem: Problem):
     """Decode in torch in one piece, then multiply, on every call: the way of GGUF layers that are storage only."""
 
     def call(x: Tensor) -> Tensor:
-        weight = reference.decode_rows(problem.data, problem.fmt, problem.planes).to(problem.dtype)
+        weight = reference.decode_rows(problem.weight).to(problem.dtype)
         return F.linear(x, weight, problem.bias.to(problem.dtype))
 
     return call
@@ -104,11 +102,12 @@ def _diffusers(problem: Problem):
         from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
     except ImportError as error:
         raise not_installed(error.name or "diffusers") from error
-    kind = problem.fmt.ggml_type  # the gguf package may not know a type as young as this library's youngest
+    packed = problem.weight
+    kind = packed.fmt.ggml_type  # the gguf package may not know a type as young as this library's youngest
     if kind not in {int(known) for known in dequantize_functions}:
-        raise Unavailable(f"diffusers does not support {problem.fmt.name}")
-    data = problem.fmt.layout.from_planes(problem.data) if problem.planes else problem.data
-    k = problem.fmt.row_weights(data.shape[1])
+        raise Unavailable(f"diffusers does not support {packed.fmt.name}")
+    data = packed.in_file_order().data
+    k = packed.k
     layer = GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
     layer.weight = GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(kind))
     layer.bias = torch.nn.Parameter(problem.bias.to(problem.dtype), requires_grad=False)
@@ -130,8 +129,9 @@ def _ours(compute: str):
     def make(problem: Problem):
         from ..layers.linear import GGUFLinear
 
-        names = dict(backend="torch" if problem.data.device.type == "cpu" else "triton", compute=compute, planes=problem.planes)
-        return GGUFLinear.from_packed(problem.data, problem.fmt, problem.bias, **names)  # which keeps what a layer keeps
+        data, fmt, planes, _ = problem.weight
+        names = dict(backend="torch" if data.device.type == "cpu" else "triton", compute=compute, planes=planes)
+        return GGUFLinear.from_packed(data, fmt, problem.bias, **names)  # which keeps what a layer keeps
 
     return make
 
@@ -148,18 +148,18 @@ def same_call(provider: str, m: int) -> str:
 
 def _algorithm(name: str):
     def make(problem: Problem):
-        if problem.data.device.type == "cpu":
+        if problem.weight.data.device.type == "cpu":
             raise Unavailable("Triton kernels need a GPU")
         from ..kernels import exact
         from ..kernels.choice import Choice, tile_of
         from ..kernels.launching import capability_of, device_of
 
         def call(x: Tensor) -> Tensor:
-            y = torch.empty(x.shape[0], problem.data.shape[0], dtype=x.dtype, device=x.device)
-            tile = tile_of(name, problem.fmt, *y.shape, x.shape[1], capability_of(x.device))
+            y = torch.empty(x.shape[0], problem.weight.n, dtype=x.dtype, device=x.device)
+            tile = tile_of(name, problem.weight.fmt, *y.shape, x.shape[1], capability_of(x.device))
             with device_of(x):
                 choice = Choice(name, tile, "named")
-                exact.linear(x, problem.data, problem.bias, y, problem.fmt, problem.planes, choice=choice)
+                exact.linear(x, problem.weight, problem.bias, y, choice=choice)
             return y
 
         return call
@@ -201,4 +201,4 @@ def pointless(provider: str, m: int, dtype: torch.dtype, capability: tuple[int, 
 
 
 def _decoded(problem: Problem) -> Tensor:
-    return reference.dequantize(problem.data, problem.fmt, problem.dtype, problem.planes)
+    return reference.dequantize(problem.weight, problem.dtype)

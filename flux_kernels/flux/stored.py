@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GGUFError
-from ..formats import PlainType
+from ..formats import Packed, PlainType
 from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..torch_backend.reference import dequantize
@@ -78,7 +78,7 @@ class StoredFlux:
         tensor = self._tensor(source)
         if isinstance(tensor.block_format, PlainType):
             return _join(self._ranges(source)).to(dtype)
-        whole = dequantize(tensor.data, tensor.block_format).flatten()
+        whole = dequantize(Packed(tensor.data, tensor.block_format)).flatten()
         return _join([whole[start:stop] for start, stop in source.rows]).to(dtype, copy=True)
 
     def low_rank(self, parameter: str) -> tuple[Tensor, Tensor] | None:

@@ -31,6 +31,7 @@ from . import (
     tq2_0,
 )
 from ._format import SLICE, SUPERBLOCK, BlockFormat, Field, Layout
+from .packed import Packed
 from .plain import PLAIN_TYPES, PlainType
 
 # In the order of ggml's type numbers.
@@ -85,6 +86,7 @@ __all__ = [
     "BlockFormat",
     "Field",
     "Layout",
+    "Packed",
     "PlainType",
     "block_format",
     "get_format",

@@ -1,4 +1,6 @@
-"""Launch the Triton kernels: the only module `ops` imports from here, and only when the triton backend is asked for.
+"""Launch the Triton kernels.
+
+The only module that `ops` imports from here, and only when the triton backend is asked for.
 
 The decoder contract. Each format's row owns `decode_tile`, a JIT function that every kernel takes as a constexpr:
 
@@ -22,70 +24,60 @@ import torch
 from torch import Tensor
 
 from ..compute import Branch, mode_of_call
-from ..formats import BlockFormat
+from ..formats import Packed
 from . import exact, fp16_accumulate, int8, two_stage
 from .choice import choose
 from .launching import aligned, device_of
-from .problem import Problem
+from .problem import Problem, Run
 
 MODULES: dict[str, Any] = {"exact": exact, "fp16_accumulate": fp16_accumulate, "int8": int8}
 
 
-def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, planes: bool = False) -> Tensor:
-    """Decode packed rows uint8 [N, row bytes] to [N, K] of `dtype`; float32 bit-equal to the reference, 16 bit rounded once."""
-    with device_of(data):
-        return two_stage.unpack(aligned(data), fmt, dtype, planes)
+def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
+    """Decode a weight to [N, K] of `dtype`; float32 bit-equal to the reference, 16 bit rounded once."""
+    with device_of(weight.data):
+        return two_stage.unpack(aligned(weight), dtype)
 
 
 def linear(
     x: Tensor,
-    data: Tensor,
+    weight: Packed,
     bias: Tensor | None,
-    fmt: BlockFormat,
     compute: str,
-    planes: bool = False,
     branch: Branch | None = None,
     outliers: tuple[Tensor, Tensor] | None = None,
-    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute x [M, K] @ decode(data [N, row bytes]).T + bias + branch -> [M, N] in x's dtype, in a compute mode.
+    """Compute x [M, K] @ weight.T + bias + branch -> [M, N] in x's dtype, in a compute mode.
 
     The branch is added before y is rounded. `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in
-    x's dtype, `row_scale` [N] what `row_scale` returned for these rows; the other modes need neither.
+    x's dtype; the other modes compute all of them in it.
     """
-    y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
     if y.numel():
         x = x if x.stride(-1) == 1 else x.contiguous()
-        data = aligned(data)
         bias = None if bias is None else bias.contiguous()
-        compute = mode_of_call(compute, x.shape[0])
-        with device_of(data):
-            if compute == "int8":
-                int8.linear(x, data, bias, y, fmt, planes, branch, outliers, row_scale=row_scale)
-            else:
-                MODULES[compute].linear(x, data, bias, y, fmt, planes, branch)
+        with device_of(weight.data):
+            MODULES[mode_of_call(compute, x.shape[0])].linear(x, aligned(weight), bias, y, branch, outliers)
     return y
 
 
-def row_scale(data: Tensor, fmt: BlockFormat, planes: bool = False) -> Tensor | None:
-    """Return what "int8" needs to know of all packed rows [N, row bytes] and may keep: their scales, float32 [N].
+def row_scale(weight: Packed) -> Tensor | None:
+    """Return what "int8" needs to know of all rows of a weight and may keep: their scales, float32 [N].
 
     None where calls on this device never use scales of whole rows.
     """
-    n, row_bytes = data.shape
-    if not n or not int8.takes_row_scale(fmt, n, fmt.row_weights(row_bytes), data.device):
+    if not weight.n or not int8.takes_row_scale(weight.fmt, weight.n, weight.k, weight.data.device):
         return None
-    with device_of(data):
-        return int8.row_scale(aligned(data), fmt, planes)
+    with device_of(weight.data):
+        return int8.row_scale(aligned(weight))
 
 
-def prepare(problem: Problem, compute: str) -> int8.Run:
-    """Return what writes x [M, K] @ decode(data).T + bias + branch to y [M, N] in a compute mode, M and N at least 1.
+def prepare(problem: Problem, compute: str) -> Run:
+    """Return what computes a product in a compute mode, M and N at least 1.
 
-    It takes (x, data, bias, y, branch, row_scale), whatever the mode makes of the last. The tensors it is given later are what `problem` says, contiguous, data at a 16-byte address, on the current device.
+    The tensors it is given later are what `problem` says, contiguous, the rows at a 16-byte address, on the current device.
     """
     compute = mode_of_call(compute, problem.m)
     shape = problem.m, problem.n, problem.k
     choice = choose(compute, problem.fmt, *shape, problem.device, problem.dtype, problem.rank > 0)
-    run = MODULES[compute].prepare(problem, choice)
-    return run if compute == "int8" else lambda x, data, bias, y, branch, _: run(x, data, bias, y, branch)
+    return MODULES[compute].prepare(problem, choice)

@@ -1,4 +1,6 @@
-"""Prepare activations for the faster matrix units: int8 with group scales, or fp16 with a power-of-two scale per token.
+"""Prepare activations for the faster matrix units.
+
+int8 with group scales, or fp16 with a power-of-two scale per token.
 
 Torch twins of both stand in flux_kernels/torch_backend/low_precision.py. Compiled code has the twins' bits: a code is one fused multiply-add,
 which rounds the exact product once, and the only division is IEEE's. Triton's interpreter rounds the product first, so there
@@ -18,7 +20,9 @@ STEPS = tl.constexpr(1 / 127)
 
 @jit
 def largest_of_rows(magnitudes):
-    """Return the largest of each row of float32 magnitudes [R, C], NaN where one is NaN: a GPU's float maximum drops NaN.
+    """Return the largest of each row of float32 magnitudes [R, C], NaN where one is NaN.
+
+    A GPU's float maximum drops NaN.
 
     Without a sign float32 orders as its bits do, with Inf and NaN on top.
     """
@@ -27,7 +31,7 @@ def largest_of_rows(magnitudes):
 
 @jit
 def scale_of(largest):
-    """Return the scale of values with a largest magnitude: largest / 127, 0 for zeros, NaN for NaN and Inf."""
+    """Return the scale of values of a largest magnitude: largest / 127, 0 for zeros, NaN for NaN and Inf."""
     return tl.where(largest > SMALLEST, largest * STEPS, 0.0) + largest * 0.0
 
 
@@ -40,7 +44,10 @@ def inverse_of(scale):
 
 @jit
 def round_to_int8(values, inverse):
-    """Round float32 values * inverse, at most 127 in magnitude, to the nearest int8, ties to even, with one rounding."""
+    """Round float32 values * inverse to the nearest int8, ties to even, with one rounding.
+
+    The products are at most 127 in magnitude.
+    """
     return tl.fma(values, inverse, ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 
 
@@ -69,7 +76,10 @@ def quantize_activation_kernel(
 
 @jit
 def power_of_two_below(amax):
-    """Return (s, 1 / s) with s the power of two that brings amax into [1, 2), within float32's normal range."""
+    """Return (s, 1 / s), s the power of two that brings amax into [1, 2).
+
+    Within float32's normal range.
+    """
     exponent = (amax.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
@@ -77,7 +87,10 @@ def power_of_two_below(amax):
 
 @jit
 def scale_to_fp16_kernel(x_ptr, y_ptr, scale_ptr, stride_xm, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Scale one token of x to |x| < 2 by a power of two: y [M, K] float16, and the undoing scale [M] float32."""
+    """Scale one token of x to |x| < 2 by a power of two.
+
+    Writes y [M, K] float16, and the undoing scale [M] float32.
+    """
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):

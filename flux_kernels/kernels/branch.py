@@ -1,15 +1,22 @@
-"""The low-rank branch in a GEMM's epilogue: hidden [M, r] @ up [N, r].T, added to the float32 accumulators before rounding."""
+"""The low-rank branch in a GEMM's epilogue: hidden [M, r] @ up [N, r].T.
+
+It is added to the float32 accumulators before rounding.
+"""
 
 from __future__ import annotations
 
 from .._triton import jit, tl
 
-STEP = tl.constexpr(16)  # of r at a time, the shortest K of a tensor-core product; the rest of the last step is zeros
+# Columns of hidden and up in one step: the shortest K of a tensor-core product. The last step is filled up with zeros.
+STEP = tl.constexpr(16)
 
 
 @jit
 def add_branch(acc, left_ptr, right_ptr, rows_left, rows_right, R):
-    """Return acc + left[rows_left] @ right[rows_right].T: hidden [M, R] and up [N, R], both contiguous, in acc's order."""
+    """Return acc + left[rows_left] @ right[rows_right].T.
+
+    left and right are hidden [M, R] and up [N, R], both contiguous, in acc's order.
+    """
     left_row = left_ptr + rows_left.to(tl.int64)[:, None] * R
     right_row = right_ptr + rows_right.to(tl.int64)[:, None] * R
     for start in tl.range(0, R, STEP, num_stages=1):

@@ -1,4 +1,7 @@
-"""Choose what a call runs: the algorithm and tile measured for it on this card, or the default table's."""
+"""Choose what a call runs: algorithm and tile.
+
+Those measured for it on this card, or the default table's.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ from .tiles import (
 )
 
 __all__ = ["Choice", "choose", "default_choice", "forget", "on_forget", "tile_of"]
-_UNPACKS = ("two_stage", "row_scales")  # algorithms that write the unpacked weight to memory
+# Algorithms that write the unpacked weight to memory.
+_UNPACKS = ("two_stage", "row_scales")
 
 
 @lru_cache(maxsize=4096)
@@ -39,7 +43,7 @@ def choose(
     dtype: torch.dtype = torch.bfloat16,
     branch: bool = False,
 ) -> Choice:
-    """Choose for y[M, N] = x[M, K] @ w.T on `device`, x of `dtype`, with or without a low-rank branch in the epilogue.
+    """Choose for y[M, N] = x[M, K] @ w.T on `device`, x of `dtype`, with or without a low-rank branch.
 
     `forget` makes it look at the records again.
     """
@@ -78,11 +82,11 @@ def default_choice(
     """Return the default table's choice for a card of `capability` (None: not an NVIDIA card)."""
     if compute == "int8":
         algorithm, why = choose_int8_algorithm(fmt, capability)
-        tile = int8_tile(m, capability, dtype, branch)
+        tile: Tile | None = int8_tile(m, capability, dtype, branch)
     elif compute == "fp16_accumulate":
         algorithm, why = "fused", "decodes in registers"
-        tile = fp16_tile(fmt, k, capability)
-        tile = branch_tile("fp16_gemm", fmt, tile, capability) if branch else tile
+        plain = fp16_tile(fmt, k, capability)
+        tile = branch_tile("fp16_gemm", fmt, plain, capability) if branch else plain
     else:
         algorithm, why = choose_algorithm(m, capability, dtype, codes_serve(fmt, capability, dtype))
         tile = tile_of(algorithm, fmt, m, n, k, capability, branch, dtype)

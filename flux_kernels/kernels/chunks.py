@@ -1,4 +1,6 @@
-"""How many rows of a weight are unpacked at a time: the whole weight, or balanced chunks of whole waves where it is too large.
+"""How many rows of a weight are unpacked at a time.
+
+The whole weight, or balanced chunks of whole waves where it is too large.
 
 One product of a whole weight fills the card's multiprocessors best, reads x once, and leaves y contiguous, without which cuBLAS
 does not add the bias in its epilogue (torch copies it to y first and multiplies with beta = 1). Writing and reading the
@@ -8,12 +10,16 @@ docs/decisions/chunks.md). So chunks only bound the scratch's memory.
 
 from __future__ import annotations
 
-MOST_SCRATCH = 256 << 20  # bytes of one unpacked weight: twice the largest of FLUX.1 in 16 bit (fused linear1, 126 MiB)
-_TILE = 128  # rows and columns of y that a multiprocessor computes at a time, here and in cuBLAS
+# Bytes that one unpacked weight may take: twice the largest of FLUX.1 in 16 bit (fused linear1, 126 MiB).
+MOST_SCRATCH = 256 << 20
+# Rows and columns of y that a multiprocessor computes at a time, here and in cuBLAS.
+_TILE = 128
 
 
 def bounded_rows(m: int, n: int, k: int, itemsize: int, processors: int | None) -> int | None:
-    """Return the rows of w [N, K] to unpack at a time for y [M, N], None for all: the fewest waves within MOST_SCRATCH.
+    """Return the rows of w [N, K] to unpack at a time for y [M, N], None for all.
+
+    The fewest waves within MOST_SCRATCH.
 
     Args:
         itemsize: bytes of an unpacked weight.
@@ -23,23 +29,30 @@ def bounded_rows(m: int, n: int, k: int, itemsize: int, processors: int | None) 
         return None
     fewest = -(-n * k * itemsize // MOST_SCRATCH)
     sizes = {rows for parts in range(fewest, 2 * fewest + 1) if (rows := _balanced(n, parts)) * k * itemsize <= MOST_SCRATCH}
-    if not sizes:  # one tile of rows is as little as a product takes
+    # One tile of rows is as little as a product takes.
+    if not sizes:
         return min(n, max(_TILE, MOST_SCRATCH // (k * itemsize) // _TILE * _TILE))
     return min(sizes, key=lambda rows: (waves(m, n, rows, processors or 1), -rows))
 
 
 def candidate_rows(m: int, n: int, k: int, itemsize: int, processors: int | None) -> list[int | None]:
-    """List what tuning tries, the default first: the whole weight, two balanced halves, and the smallest chunk of whole waves."""
+    """List what tuning tries, the default first.
+
+    The whole weight, two balanced halves, and the smallest chunk of whole waves.
+    """
     default = bounded_rows(m, n, k, itemsize, processors)
-    found = [default]
+    sizes_tried = [default]
     for rows in (_balanced(n, 2), _wave_rows(m, processors)):
-        if rows < n and rows not in found and rows * k * itemsize <= MOST_SCRATCH:
-            found.append(rows)
-    return found
+        if rows < n and rows not in sizes_tried and rows * k * itemsize <= MOST_SCRATCH:
+            sizes_tried.append(rows)
+    return sizes_tried
 
 
 def waves(m: int, n: int, rows: int | None, processors: int) -> int:
-    """Return how many tiles of y [M, N] the busiest multiprocessor computes when w comes in chunks of `rows` (None: whole)."""
+    """Return how many tiles of y [M, N] the busiest multiprocessor computes.
+
+    `rows` of w come at a time (None: all).
+    """
     return sum(-(-tiles(m) * tiles(size) // processors) for size in chunk_sizes(n, rows))
 
 

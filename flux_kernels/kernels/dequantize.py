@@ -19,7 +19,10 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """Decode a [BLOCK_N, TILE_K] tile of w to y [N, K] (contiguous), float32 values rounded once to y's dtype."""
+    """Decode a [BLOCK_N, TILE_K] tile of w to y [N, K], contiguous.
+
+    float32 values are rounded once to y's dtype.
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.program_id(1)
     rows = tl.minimum(offs_n, N - 1).to(tl.int64)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .._triton import interpreting, triton
 from ..compute import Branch
-from ..formats import BlockFormat
+from ..formats import Packed
 from . import two_stage
 from .choice import Choice, choose
 from .fused_gemm import fused_gemm_kernel
 from .launching import Launch, all_aligned, pointers, table_of
-from .problem import Problem
+from .problem import Problem, Run
 from .small_m import small_m_kernel
 from .small_m_codes import code_constants, small_m_codes_kernel
 from .split_k import add_splits_kernel, split_k_kernel
@@ -24,22 +24,22 @@ from .tiles import Tile
 _PAIR = 4  # bytes: weights are multiplied two by two
 _ADD_BLOCK = 1024  # columns a program of the reduction adds
 
-Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, Branch | None], None]  # x, data, bias, y, branch
-
 
 def linear(
     x: Tensor,
-    data: Tensor,
+    weight: Packed,
     bias: Tensor | None,
     y: Tensor,
-    fmt: BlockFormat,
-    planes: bool,
     branch: Branch | None = None,
+    outliers: tuple[Tensor, Tensor] | None = None,
     choice: Choice | None = None,
 ) -> None:
-    """Write x [M, K] @ decode(data).T + bias + branch to y [M, N]; x has unit stride along K."""
-    choice = choice or choose("exact", fmt, *y.shape, x.shape[1], x.device, x.dtype, branch is not None)
-    prepare(Problem.of(x, data, bias, fmt, planes, branch), choice)(x, data, bias, y, branch)
+    """Write x [M, K] @ weight.T + bias + branch to y [M, N]; x has unit stride along K.
+
+    `outliers` are not needed: every channel is computed in x's dtype.
+    """
+    choice = choice or choose("exact", weight.fmt, *y.shape, x.shape[1], x.device, x.dtype, branch is not None)
+    prepare(Problem.of(x, weight, bias, branch), choice)(x, weight, bias, y, branch)
 
 
 @lru_cache(maxsize=4096)
@@ -49,13 +49,13 @@ def prepare(problem: Problem, choice: Choice) -> Run:
 
 
 def _small_m(problem: Problem, choice: Choice) -> Run:
-    tile = choice.tile
+    tile = choice.kernel_tile
     if tile.block_m > 1 and problem.dtype != torch.float32:
         return _small_m_codes(problem, tile)
     grid = (triton.cdiv(problem.n, tile.block_n), problem.m)
     constants = problem.format_constants | dict(BLOCK_N=tile.block_n, TILE_K=tile.tile_k)
     integers = (problem.n, problem.rank, problem.stride)
-    return _one_launch(Launch(small_m_kernel, grid, integers, constants, dict(num_warps=tile.num_warps)), problem.fmt)
+    return _one_launch(Launch(small_m_kernel, grid, integers, constants, dict(num_warps=tile.num_warps)))
 
 
 def _small_m_codes(problem: Problem, tile: Tile) -> Run:
@@ -67,44 +67,46 @@ def _small_m_codes(problem: Problem, tile: Tile) -> Run:
         for stride in (problem.stride, problem.k)
     )
 
-    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+    def run(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
         hidden, up = pointers(branch)
         launch = strided
         if x.data_ptr() % _PAIR or problem.stride % 2:
             x, launch = x.clone(memory_format=torch.contiguous_format), whole
-        launch(all_aligned(x, data, bias, hidden, up, y), x, data, bias, hidden, up, y)
+        launch(all_aligned(x, weight.data, bias, hidden, up, y), x, weight.data, bias, hidden, up, y)
 
     return run
 
 
 def _fused(problem: Problem, choice: Choice) -> Run:
-    tile, integers = choice.tile, (problem.m, problem.n, problem.rank, problem.stride)
+    tile, integers = choice.kernel_tile, (problem.m, problem.n, problem.rank, problem.stride)
     grid = (tile.programs(problem.m, problem.n),)
-    return _one_launch(Launch(fused_gemm_kernel, grid, integers, _constants(problem, tile), tile.options), problem.fmt)
+    return _one_launch(Launch(fused_gemm_kernel, grid, integers, _constants(problem, tile), tile.options))
 
 
-def _one_launch(launch: Launch, fmt: BlockFormat) -> Run:
+def _one_launch(launch: Launch) -> Run:
     """Return what computes a product by one launch that decodes in registers."""
 
-    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+    def run(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
         hidden, up = pointers(branch)
-        launch(all_aligned(x, data, bias, hidden, up, y), x, data, table_of(fmt, data), bias, hidden, up, y)
+        data = weight.data
+        launch(all_aligned(x, data, bias, hidden, up, y), x, data, table_of(weight), bias, hidden, up, y)
 
     return run
 
 
 def _split_k(problem: Problem, choice: Choice) -> Run:
-    m, n, fmt, tile = problem.m, problem.n, problem.fmt, choice.tile
+    m, n, tile = problem.m, problem.n, choice.kernel_tile
     constants = _constants(problem, tile) | dict(SPLITS=tile.splits)
     grid, integers = (tile.programs(m, n), tile.splits), (m, n, problem.rank, problem.stride)
     launch = Launch(split_k_kernel, grid, integers, constants, tile.options)
     add_grid = (m, triton.cdiv(n, _ADD_BLOCK))
     add = Launch(add_splits_kernel, add_grid, (m, n), dict(SPLITS=tile.splits, BLOCK=_ADD_BLOCK))
 
-    def run(x: Tensor, data: Tensor, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
+    def run(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
         hidden, up = pointers(branch)
         partial = torch.empty(tile.splits, m, n, dtype=torch.float32, device=x.device)
-        launch(all_aligned(x, data, hidden, up), x, data, table_of(fmt, data), hidden, up, partial)
+        data = weight.data
+        launch(all_aligned(x, data, hidden, up), x, data, table_of(weight), hidden, up, partial)
         add(all_aligned(bias, y), partial, bias, y)
 
     return run

@@ -1,4 +1,6 @@
-"""Fused dequant-GEMM with fp16 accumulation, promoted to float32 every 64 of K: twice the rate of float32 on GeForce.
+"""Fused dequant-GEMM with fp16 accumulation, promoted to float32 every 64 of K.
+
+Twice the rate of float32 accumulation on GeForce.
 
 Same shape as fused_gemm.py (weight as the left operand, static slices); x comes as float16 with |x| < 2 and an undoing
 power-of-two scale per token, so that no sum of 64 products overflows while |w| < 511.

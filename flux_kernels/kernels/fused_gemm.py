@@ -13,12 +13,16 @@ from .._triton import jit, tl
 from .branch import add_branch
 from .ldmatrix import hide_origin
 
-GROUP_M = tl.constexpr(8)  # programs that share a band of x rows in L2 before moving on
+# Programs that share a band of x rows in L2 before moving on.
+GROUP_M = tl.constexpr(8)
 
 
 @jit
 def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Map the program index to (pid_m, pid_n) in bands of GROUP_M row tiles, so that a wave shares x and w in L2."""
+    """Map the program index to (pid_m, pid_n) in bands of GROUP_M row tiles.
+
+    So that a wave shares x and w in L2.
+    """
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -78,7 +82,10 @@ def fused_gemm_kernel(
     TILE_K: tl.constexpr,
     LDMATRIX: tl.constexpr,
 ):
-    """Compute one [BLOCK_M, BLOCK_N] tile of y; x has unit stride along K, w is [N, ROW_BYTES], y is contiguous."""
+    """Compute one [BLOCK_M, BLOCK_N] tile of y.
+
+    x has unit stride along K, w is [N, ROW_BYTES], y is contiguous.
+    """
     pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)

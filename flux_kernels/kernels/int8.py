@@ -1,8 +1,8 @@
-"""compute="int8": quantize x, unpack the weight (or a chunk of its output features) to int8, and multiply.
+"""compute="int8": quantize x, unpack the weight to int8, and multiply.
 
 The algorithm "two_stage" gives a weight one scale per row and group of K, "row_scales" one per row (see
-tuning.choose_int8_algorithm); chunks.py says how much of the weight is unpacked at a time. Scales of rows follow from the
-packed rows alone: a layer keeps them (see layer_row_scale.py), other callers have them found at every call.
+tiles.choose_int8_algorithm); chunks.py says how much of the weight is unpacked at a time. Scales of rows follow from the
+packed rows alone: a layer keeps them (layers/row_scale.py), other callers have them computed at every call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._triton import triton
 from ..compute import Branch, group_width, join, outlier_branch
-from ..formats import BlockFormat
+from ..formats import BlockFormat, Packed
 from .activations import quantize_activation_kernel
 from .choice import Choice, choose
 from .chunks import chunks_of
@@ -25,42 +25,37 @@ from .problem import Problem
 from .tiles import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
 from .unpack_int8 import row_largest_kernel, row_scale_kernel, unpack_int8_kernel
 
-_SCALE_ROWS = 128  # rows whose scale a program puts together from the parts' largest weights
+# Rows whose scale a program puts together from the parts' largest weights.
+_SCALE_ROWS = 128
 # M of the calls that a layer is asked about before it is called: a record may choose one algorithm for some and another for others.
 _ROWS_ASKED = tuple(2**power for power in range(5, 15))
-
-Run = Callable[..., None]  # (x, data, bias, y, branch, row_scale=None, keep=None)
 
 
 def linear(
     x: Tensor,
-    data: Tensor,
+    weight: Packed,
     bias: Tensor | None,
     y: Tensor,
-    fmt: BlockFormat,
-    planes: bool,
     branch: Branch | None = None,
     outliers: tuple[Tensor, Tensor] | None = None,
     choice: Choice | None = None,
-    row_scale: Tensor | None = None,
 ) -> None:
-    """Write x [M, K] @ decode(data).T + bias + branch to y [M, N], both operands rounded to int8.
+    """Write x [M, K] @ weight.T + bias + branch to y [M, N], both operands rounded to int8.
 
     The input channels of `outliers` (index [k], weight [N, k]) are left out of the int8 product and join the branch.
-    `row_scale` is what `row_scale` returns for these rows, where a caller has kept it.
     """
     keep = None
     if outliers is not None:
         branch = join(branch, outlier_branch(x, outliers))
         keep = torch.ones(x.shape[1], dtype=torch.uint8, device=x.device).index_fill_(0, outliers[0].long(), 0)
-    problem = Problem.of(x, data, bias, fmt, planes, branch)
-    choice = choice or choose("int8", fmt, *y.shape, problem.k, x.device, x.dtype, branch is not None)
-    prepare(problem, choice, outliers is not None)(x, data, bias, y, branch, row_scale, keep)
+    problem = Problem.of(x, weight, bias, branch)
+    choice = choice or choose("int8", weight.fmt, *y.shape, problem.k, x.device, x.dtype, branch is not None)
+    prepare(problem, choice, outliers is not None)(x, weight, bias, y, branch, keep)
 
 
 @lru_cache(maxsize=4096)
-def prepare(problem: Problem, choice: Choice, outliers: bool = False) -> Run:
-    """Return what computes a product as chosen, given (x, data, bias, y, branch) and perhaps kept row scales.
+def prepare(problem: Problem, choice: Choice, outliers: bool = False) -> Callable[..., None]:
+    """Return what computes a product as chosen, a `Run`.
 
     With `outliers` it also takes keep [K] uint8, 0 for the input channels that are left out of the int8 product.
     """
@@ -68,39 +63,39 @@ def prepare(problem: Problem, choice: Choice, outliers: bool = False) -> Run:
     quantize = _quantizing(problem.m, problem.k, problem.stride, group_width(problem.k), outliers)
     find_row_scale = _scaling(problem) if rowwise else None
     chunks = chunks_of(problem.n, choice.rows)
-    steps = [_step(problem, choice.tile, rowwise, chunk if len(chunks) > 1 else None) for chunk in chunks]
+    tile = choice.kernel_tile
+    steps = [_step(problem, tile, rowwise, chunk if len(chunks) > 1 else None) for chunk in chunks]
 
     def run(
         x: Tensor,
-        data: Tensor,
+        weight: Packed,
         bias: Tensor | None,
         y: Tensor,
         branch: Branch | None,
-        row_scale: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> None:
         hidden, up = pointers(branch)
         quantized = quantize(x, keep)
-        if find_row_scale is not None:
-            row_scale = find_row_scale(data) if row_scale is None else row_scale
+        if find_row_scale is not None and weight.row_scale is None:
+            weight = weight._replace(row_scale=find_row_scale(weight))
         for step in steps:
-            step(quantized, data, row_scale, bias, hidden, up, y)
+            step(quantized, weight, bias, hidden, up, y)
 
     return run
 
 
-def _step(problem: Problem, tile: Tile, rowwise: bool, chunk: slice | None) -> Run:
+def _step(problem: Problem, tile: Tile, rowwise: bool, chunk: slice | None) -> Callable[..., None]:
     """Return what unpacks one chunk of the weight (None: all of it) and multiplies."""
     rows = problem.n if chunk is None else chunk.stop - chunk.start
     unpack = _unpacking(problem, rows, group_width(problem.k), rowwise)
     multiply = _multiplying(problem, rows, tile, rowwise)
 
-    def run(quantized, data, row_scale, bias, hidden, up, y: Tensor) -> None:
+    def run(quantized, weight: Packed, bias, hidden, up, y: Tensor) -> None:
         if chunk is not None:
-            data, row_scale, bias, up = (None if part is None else part[chunk] for part in (data, row_scale, bias, up))
-            y = y[:, chunk]
+            bias, up = (None if part is None else part[chunk] for part in (bias, up))
+            weight, y = weight.rows(chunk), y[:, chunk]
         # The unpacked chunk is let go before the next one is allocated.
-        multiply(*quantized, *unpack(data, row_scale), bias, hidden, up, y)
+        multiply(*quantized, *unpack(weight), bias, hidden, up, y)
 
     return run
 
@@ -108,7 +103,10 @@ def _step(problem: Problem, tile: Tile, rowwise: bool, chunk: slice | None) -> R
 def _quantizing(
     m: int, k: int, stride: int, group: int, outliers: bool
 ) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-    """Return what quantizes x [M, K] to int8 codes [M, K] and float32 scales [K // group, M], channels with keep = 0 to zeros."""
+    """Return what quantizes x [M, K] to int8.
+
+    It returns codes [M, K] and float32 scales [K // group, M]; channels with keep = 0 become zeros.
+    """
     grid = (triton.cdiv(m, QUANTIZE_ROWS), k // group)
     constants = dict(K=k, GROUP=group, BLOCK_M=QUANTIZE_ROWS)
     launch = Launch(quantize_activation_kernel, grid, (m, stride), constants)
@@ -122,45 +120,53 @@ def _quantizing(
     return run
 
 
-def _scaling(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """Return what finds the scale of each packed row: float32 [N], its largest magnitude / 127, NaN for NaN and Inf."""
-    n, fmt, tile_k = problem.n, problem.fmt, largest_tile_k(problem.fmt, problem.k)
+def _scaling(problem: Problem) -> Callable[[Packed], Tensor]:
+    """Return what finds the scale of each packed row.
+
+    float32 [N], its largest magnitude / 127, NaN for NaN and Inf.
+    """
+    n, tile_k = problem.n, largest_tile_k(problem.fmt, problem.k)
     parts = problem.k // tile_k
     constants = problem.format_constants | dict(BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
     find_largest = Launch(row_largest_kernel, (triton.cdiv(n, UNPACK_ROWS), parts), (n,), constants)
     put_together = Launch(row_scale_kernel, (triton.cdiv(n, _SCALE_ROWS),), (n,), dict(PARTS=parts, BLOCK_N=_SCALE_ROWS))
 
-    def run(data: Tensor) -> Tensor:
+    def run(weight: Packed) -> Tensor:
+        data = weight.data
         largest = torch.empty(parts, n, dtype=torch.float32, device=data.device)
         scale = torch.empty(n, dtype=torch.float32, device=data.device)
-        find_largest(all_aligned(data), data, table_of(fmt, data), largest)
+        find_largest(all_aligned(data), data, table_of(weight), largest)
         put_together(True, largest, scale)
         return scale
 
     return run
 
 
-def _unpacking(
-    problem: Problem, rows: int, group: int, rowwise: bool
-) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-    """Return what unpacks packed rows to int8 codes [rows, K] and their scales, float32 [K // group, rows] or the rows' own."""
-    k, fmt = problem.k, problem.fmt
-    tile_k = max(group, largest_tile_k(fmt, k))
+def _unpacking(problem: Problem, rows: int, group: int, rowwise: bool) -> Callable[[Packed], tuple]:
+    """Return what unpacks packed rows to int8 codes [rows, K] and their scales.
+
+    float32 [K // group, rows], or the rows' own.
+    """
+    k = problem.k
+    tile_k = max(group, largest_tile_k(problem.fmt, k))
     constants = problem.format_constants | dict(GROUP=group, BLOCK_N=UNPACK_ROWS, TILE_K=tile_k)
     launch = Launch(unpack_int8_kernel, (triton.cdiv(rows, UNPACK_ROWS), k // tile_k), (rows,), constants)
 
-    def run(data: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(weight: Packed) -> tuple:
+        data, given = weight.data, weight.row_scale if rowwise else None
         codes = torch.empty(rows, k, dtype=torch.int8, device=data.device)
         scale = None if rowwise else torch.empty(k // group, rows, dtype=torch.float32, device=data.device)
-        given = row_scale if rowwise else None
-        launch(all_aligned(data, given), data, table_of(fmt, data), given, codes, scale)
+        launch(all_aligned(data, given), data, table_of(weight), given, codes, scale)
         return codes, given if scale is None else scale
 
     return run
 
 
-def _multiplying(problem: Problem, rows: int, tile: Tile, rowwise: bool) -> Run:
-    """Return what writes the product of quantized x and `rows` rows of the weight, bias and branch to y [M, rows]."""
+def _multiplying(problem: Problem, rows: int, tile: Tile, rowwise: bool) -> Callable[..., None]:
+    """Return what multiplies quantized x by `rows` rows of the weight.
+
+    Bias and branch are added; it writes y [M, rows].
+    """
     constants = dict(K=problem.k, GROUP=group_width(problem.k), ROW_SCALES=rowwise, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
     integers = problem.m, rows, problem.rank, problem.n
     launch = Launch(int8_gemm_kernel, (tile.programs(problem.m, rows),), integers, constants, tile.options)
@@ -173,29 +179,32 @@ def _multiplying(problem: Problem, rows: int, tile: Tile, rowwise: bool) -> Run:
 
 
 def quantize_activation(x: Tensor, group: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize x [M, K] to int8 codes [M, K] and float32 scales [K // group, M]; channels with keep [K] = 0 become zeros."""
-    return _quantizing(*x.shape, x.stride(0), group, keep is not None)(x, keep)
+    """Quantize x [M, K] to int8 codes [M, K] and float32 scales [K // group, M].
+
+    Channels with keep [K] = 0 become zeros.
+    """
+    m, k = x.shape
+    return _quantizing(m, k, x.stride(0), group, keep is not None)(x, keep)
 
 
-def unpack_weight(data: Tensor, fmt: BlockFormat, group: int, planes: bool, row_scales: bool = False) -> tuple[Tensor, Tensor]:
-    """Unpack packed rows to int8 codes [N, K] and float32 scales [K // group, N], or [1, N] with `row_scales`."""
-    found = row_scale(data, fmt, planes) if row_scales else None
-    problem, n = _rows_problem(data, fmt, planes), data.shape[0]
-    codes, scale = _unpacking(problem, n, group, row_scales)(data, found)
-    return codes, scale.view(-1, n)
+def unpack_weight(weight: Packed, group: int, row_scales: bool = False) -> tuple[Tensor, Tensor]:
+    """Unpack a weight to int8 codes [N, K] and float32 scales [K // group, N].
+
+    The scales are [1, N] with `row_scales`.
+    """
+    weight = weight._replace(row_scale=row_scale(weight) if row_scales else None)
+    codes, scale = _unpacking(Problem.of_rows(weight, torch.float32), weight.n, group, row_scales)(weight)
+    return codes, scale.view(-1, weight.n)
 
 
-def row_scale(data: Tensor, fmt: BlockFormat, planes: bool) -> Tensor:
-    """Return the int8 scale of each packed row: float32 [N], its largest magnitude / 127, NaN where it holds NaN or Inf."""
-    return _scaling(_rows_problem(data, fmt, planes))(data)
+def row_scale(weight: Packed) -> Tensor:
+    """Return the int8 scale of each packed row: float32 [N].
+
+    Its largest magnitude / 127, NaN where it holds NaN or Inf.
+    """
+    return _scaling(Problem.of_rows(weight, torch.float32))(weight)
 
 
 def takes_row_scale(fmt: BlockFormat, n: int, k: int, device: torch.device) -> bool:
     """Tell whether calls with a weight [N, K] on `device` use the scales of its rows, at some M at least."""
     return any(choose("int8", fmt, m, n, k, device).algorithm == "row_scales" for m in _ROWS_ASKED)
-
-
-def _rows_problem(data: Tensor, fmt: BlockFormat, planes: bool) -> Problem:
-    n, row_bytes = data.shape
-    k = fmt.row_weights(row_bytes)
-    return Problem(0, n, k, k, row_bytes, fmt, planes, torch.float32, None, 0, data.device)

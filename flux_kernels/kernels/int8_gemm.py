@@ -33,7 +33,9 @@ def int8_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Compute one [BLOCK_M, BLOCK_N] tile of y from x [M, K], w [N, K] int8 and scales [K // GROUP, M or N] float32.
+    """Compute one [BLOCK_M, BLOCK_N] tile of y.
+
+    x [M, K] and w [N, K] are int8, their scales [K // GROUP, M or N] float32.
 
     With ROW_SCALES w_scale is [N], one scale for a whole row of w.
     """

@@ -1,4 +1,7 @@
-"""What every launch needs: a kernel with all that stays the same from call to call, aligned rows, and the device guard."""
+"""What every launch needs.
+
+A kernel with all that stays the same from call to call, aligned rows, and the device guard.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ from torch import Tensor
 
 from .._triton import interpreting
 from ..compute import WIDEST_LOAD, Branch
-from ..formats import BlockFormat
+from ..formats import Packed
 
 _HERE = nullcontext()
 
 
 class Launch:
-    """Launch one kernel again and again with the same grid, integers and constants, on tensors of the same dtypes.
+    """Launch one kernel again and again on tensors of the same dtypes.
+
+    Grid, integers and constants stay the same.
 
     Triton's own launch finds the compiled kernel anew from all arguments and options each time, 8 us of Python. What it found for
     16-byte aligned tensors is kept here and launched directly, 3 us; other tensors take Triton's way, which compiles for them.
@@ -41,15 +46,18 @@ class Launch:
         self._launch_compiled: Any = None
 
     def __call__(self, aligned: bool, *pointers: Tensor | None) -> None:
-        """Launch on the current stream of the current device; `aligned` tells that every tensor starts at a 16-byte address."""
+        """Launch on the current stream of the current device.
+
+        `aligned` tells that every tensor starts at a 16-byte address.
+        """
         if aligned and self._launch_compiled is not None:
             self._launch_compiled(*pointers, *self._tail)
             return
-        found = self.kernel[self.grid](*pointers, *self.integers, **self.constants, **self.options)
-        if aligned and found is not None and not interpreting():  # the compile-time report launches nothing
+        compiled = self.kernel[self.grid](*pointers, *self.integers, **self.constants, **self.options)
+        if aligned and compiled is not None and not interpreting():  # the compile-time report launches nothing
             names = self.kernel.arg_names[len(pointers) + len(self.integers) :]
             self._tail = (*self.integers, *(self.constants[name] for name in names))
-            self._launch_compiled = found[self.grid]
+            self._launch_compiled = compiled[self.grid]
 
 
 def all_aligned(*tensors: Tensor | None) -> bool:
@@ -60,17 +68,19 @@ def all_aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
-def aligned(data: Tensor) -> Tensor:
-    """Return packed rows that start at a 16-byte address: themselves, or for odd slices of a tensor a copy.
+def aligned(weight: Packed) -> Packed:
+    """Return packed rows that start at a 16-byte address.
+
+    Themselves, or for odd slices of a tensor a copy.
 
     Decoders read words where a block's own size allows it, which assumes that the first row is aligned; GPUs fault otherwise.
     """
-    return data if data.data_ptr() % WIDEST_LOAD == 0 else data.clone()
+    return weight if weight.data.data_ptr() % WIDEST_LOAD == 0 else weight._replace(data=weight.data.clone())
 
 
-def table_of(fmt: BlockFormat, data: Tensor) -> Tensor:
-    """Return the format's lookup table on data's device, or `data` itself as the pointer nobody reads."""
-    return fmt.table_on(data.device) if fmt.table is not None else data
+def table_of(weight: Packed) -> Tensor:
+    """Return the format's lookup table where the rows are, or the rows as a pointer that no kernel reads."""
+    return weight.fmt.table_on(weight.data.device) if weight.fmt.table is not None else weight.data
 
 
 def pointers(branch: Branch | None) -> tuple[Tensor | None, Tensor | None]:

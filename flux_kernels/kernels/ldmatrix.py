@@ -14,7 +14,10 @@ from .._triton import jit, tl
 
 @jit
 def hide_origin(w, LDMATRIX: tl.constexpr):
-    """Return float32 w unchanged; with LDMATRIX through a move that Triton does not look through (NVIDIA only)."""
+    """Return float32 w unchanged.
+
+    With LDMATRIX through a move that Triton does not look through (NVIDIA only).
+    """
     if LDMATRIX:
         w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=tl.float32, is_pure=False, pack=1)
     return w

@@ -1,4 +1,7 @@
-"""The compute modes as the Triton backend runs them: algorithms and sources of each, and the choice that a call runs with."""
+"""The compute modes as the Triton backend runs them.
+
+Algorithms and sources of each, and the choice that a call runs with.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,13 @@ class Choice:
     tile: Tile | None
     why: str
     rows: int | None = None
+
+    @property
+    def kernel_tile(self) -> Tile:
+        """The tile of a choice whose product is a kernel's."""
+        if self.tile is None:
+            raise ValueError(f"{self.algorithm} needs a tile and was chosen without one.")
+        return self.tile
 
     def __str__(self) -> str:
         chunks = f" in chunks of {self.rows} rows" if self.rows else ""

@@ -1,18 +1,24 @@
-"""What one product is, without its tensors: everything that decides grids, constants and compiled code."""
+"""One product without its tensors: what decides grids, constants and compiled code."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compute import Branch
-from ..formats import BlockFormat
+from ..formats import BlockFormat, Packed
+
+Run = Callable[[Tensor, Packed, "Tensor | None", Tensor, "Branch | None"], None]
+"""What computes a product: (x [M, K], weight, bias, y [M, N], branch), y written."""
 
 
 class Problem(NamedTuple):
-    """Describe y[M, N] = x[M, K] @ decode(data).T + bias + hidden[M, R] @ up[N, R].T; hashable, so that launches are prepared once.
+    """Describe y[M, N] = x[M, K] @ weight.T + bias + hidden[M, R] @ up[N, R].T.
+
+    Hashable, so that launches are prepared once.
 
     Attributes:
         m, n, k: sizes of the product.
@@ -39,13 +45,17 @@ class Problem(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat, planes: bool, branch: Branch | None) -> Problem:
+    def of(cls, x: Tensor, weight: Packed, bias: Tensor | None, branch: Branch | None = None) -> Problem:
         """Describe the product of these tensors; x [M, K] has unit stride along K."""
-        (m, k), (n, row_bytes) = x.shape, data.shape
-        rank = 0 if branch is None else branch[0].shape[1]
-        return cls(
-            *(m, n, k, x.stride(0), row_bytes, fmt, planes, x.dtype, None if bias is None else bias.dtype, rank, x.device)
-        )
+        (m, k), (n, row_bytes) = x.shape, weight.data.shape
+        bias_dtype, rank = None if bias is None else bias.dtype, 0 if branch is None else branch[0].shape[1]
+        return cls(m, n, k, x.stride(0), row_bytes, weight.fmt, weight.planes, x.dtype, bias_dtype, rank, x.device)
+
+    @classmethod
+    def of_rows(cls, weight: Packed, dtype: torch.dtype) -> Problem:
+        """Describe the decoding of a weight to a dtype, without a product."""
+        n, row_bytes = weight.data.shape
+        return cls(0, n, weight.k, weight.k, row_bytes, weight.fmt, weight.planes, dtype, None, 0, weight.data.device)
 
     @property
     def format_constants(self) -> dict:

@@ -7,6 +7,7 @@ measured with another Triton or an older kernel is still used, with one warning.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -29,9 +30,11 @@ from .modes import MODES, Choice
 from .tiles import Tile
 
 SCHEMA = "flux_kernels.tuning/2"
-_READ = ("flux_kernels.tuning/1", SCHEMA)  # rows of the first say nothing of branch and rows, and have neither
+# Schemas that can be read. Rows of the first say nothing of branch and rows, and have neither.
+_READ = ("flux_kernels.tuning/1", SCHEMA)
 FOLDER_VARIABLE = "FLUX_KERNELS_TUNING"
-NEAR = 0.5  # a row serves calls whose M is within this many powers of two of its own
+# A row serves calls whose M is within this many powers of two of its own.
+NEAR = 0.5
 _PACKAGED = Path(__file__).with_name("records")
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -128,7 +131,8 @@ def _row(data: dict) -> TuningRow:
     sizes = (tile.block_m, tile.block_n, tile.tile_k, tile.num_warps, tile.num_stages, tile.splits)
     if not _positive(*sizes):
         raise ValueError(f"tile sizes must be positive integers, got {sizes}")
-    steps_through_blocks = row.compute != "int8"  # its GEMM steps through groups of unpacked weights
+    # The GEMM of int8 steps through groups of unpacked weights, not through blocks.
+    steps_through_blocks = row.compute != "int8"
     if steps_through_blocks and (row.k % (tile.tile_k * tile.splits) or tile.tile_k % fmt.block_size):
         raise ValueError(f"a tile with K step {tile.tile_k} in {tile.splits} parts does not fit K={row.k} of {row.format}")
     return row
@@ -157,32 +161,51 @@ def _plain_name(name: str) -> str:
 
 @cache
 def kernel_hash(compute: str, fmt: BlockFormat) -> str:
-    """Return a hash of the source of the kernels of a mode and of the format's decoder."""
+    """Return a hash of the kernels of a mode and of the format's decoder.
+
+    Comments and docstrings do not count.
+    """
     folder = Path(__file__).parent
     files = [folder / f"{name}.py" for name in MODES[compute].sources]
     files += [
         Path(inspect.getfile(fmt.decode)),
         *(folder.parent / "formats" / name for name in ("_tiles.py", "_code_tiles.py")),
     ]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    return hashlib.sha256("\n".join(map(_code, files)).encode()).hexdigest()[:12]
+
+
+@cache
+def _code(path: Path) -> str:
+    """Return the source of a module without comments and docstrings.
+
+    A measurement outlives a better sentence.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 @lru_cache(maxsize=1)
 def _known() -> list[TuningRecord]:
     """Load every record, the user's first; one that cannot be read is left out with a warning."""
     paths = [path for folder in (records_folder(), _PACKAGED) if folder.is_dir() for path in sorted(folder.glob("*.json"))]
-    found = []
+    records = []
     for path in paths:
         try:
-            found.append(TuningRecord.load(path))
+            records.append(TuningRecord.load(path))
         except ValueError as error:
             warnings.warn(str(error), stacklevel=2)
-    return found
+    return records
 
 
 @lru_cache(maxsize=4096)
 def _rows_for(device: torch.device) -> tuple[tuple[TuningRecord, str], ...]:
-    """List the records for a device, the best first: of this very card, then of cards of the same capability."""
+    """List the records for a device, the best first.
+
+    Of this very card, then of cards of the same capability.
+    """
     if device.type != "cuda":
         return ()
     name, capability = torch.cuda.get_device_name(device), capability_of(device)
@@ -214,7 +237,9 @@ def find(
     dtype: torch.dtype,
     branch: bool = False,
 ) -> Choice | None:
-    """Return the measured choice for a call on `device`: the row of nearest M, at most NEAR away; None where there is none.
+    """Return the measured choice for a call on `device`, None where there is none.
+
+    The row of nearest M, at most NEAR away.
 
     bfloat16 and float16 serve each other where a card has no row of its own: their tiles take the same memory and time.
     """

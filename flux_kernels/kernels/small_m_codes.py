@@ -1,4 +1,6 @@
-"""Small-M kernel on the tensor core: y = x @ w.T for up to eight rows, the integer codes multiplied before any scale.
+"""Small-M kernel on the tensor core: y = x @ w.T for up to eight rows.
+
+The integer codes are multiplied before any scale.
 
 A code becomes a 16-bit float by one byte permutation for two weights, exactly; one MMA multiplies 16 x 16 of them with x, whose
 rows are padded to the MMA's eight columns. Scale and offset of a sub-block then act on its float32 sums, 16 or 32 weights at
@@ -18,7 +20,8 @@ from ..formats._code_tiles import widen_codes
 from .branch import add_branch
 from .tiles import Tile
 
-COLUMNS = tl.constexpr(8)  # rows of x a program multiplies: the narrowest side of a tensor-core product
+# Rows of x a program multiplies: the narrowest side of a tensor-core product.
+COLUMNS = tl.constexpr(8)
 
 
 @jit
@@ -30,7 +33,10 @@ def slice_product(codes, x_even, x_odd, acc, MASK: tl.constexpr, SIGN: tl.conste
 
 @jit
 def code_product(codes, x_even, x_odd, acc, CODE_BITS: tl.constexpr, PACKED: tl.constexpr):
-    """Return acc + (code + excess) @ x over a slice; eight bits are a signed byte, exact as two parts of opposite sign."""
+    """Return acc + (code + excess) @ x over a slice.
+
+    Eight bits are a signed byte, exact as two parts of opposite sign.
+    """
     if CODE_BITS == 8:
         acc = slice_product(codes, x_even, x_odd, acc, 0x80, 0x8000, PACKED)
         return slice_product(codes, x_even, x_odd, acc, 0x7F, 0, PACKED)
@@ -40,7 +46,10 @@ def code_product(codes, x_even, x_odd, acc, CODE_BITS: tl.constexpr, PACKED: tl.
 
 @jit
 def sum_of_x(x_even, x_odd, TIMES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
-    """Return TIMES * sum(x) over a slice for every row of w, ROWS of them multiplied and the others copied."""
+    """Return TIMES * sum(x) over a slice for every row of w.
+
+    ROWS of them are multiplied and the others copied.
+    """
     constant = tl.full((SPLITS, ROWS, 16), TIMES, tl.float32).to(x_even.dtype)
     sums = tl.dot(constant, x_odd, tl.dot(constant, x_even))
     if ROWS < BLOCK_N:
@@ -50,7 +59,10 @@ def sum_of_x(x_even, x_odd, TIMES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: 
 
 @jit
 def pairs_to_x(pairs, HALF: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the even and the odd weights' x of a slice, [SPLITS, 16, COLUMNS] each, zeros for the half with another scale."""
+    """Return x of the even and of the odd weights of a slice, [SPLITS, 16, COLUMNS] each.
+
+    Zeros for the half with another scale.
+    """
     if HALVES > 1:
         pairs = tl.where((tl.arange(0, 16) // 8 == HALF)[None, None, :], pairs, 0)
     pairs = tl.permute(pairs, (0, 2, 1))
@@ -86,7 +98,10 @@ def small_m_codes_kernel(
     STAGES: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Compute BLOCK_N columns of COLUMNS rows of y (grid axis 1); x has unit stride along K, y is contiguous."""
+    """Compute BLOCK_N columns of COLUMNS rows of y (grid axis 1).
+
+    x has unit stride along K, y is contiguous.
+    """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # EXCESS is what a widened code has too much, UNIT what one of its units is worth (see widen_codes).
     EXCESS: tl.constexpr = ((ZERO + 128) if DTYPE == tl.bfloat16 else ZERO * 2.0**-24) if CODE_BITS < 8 else 0
@@ -140,8 +155,13 @@ def small_m_codes_kernel(
 
 
 def code_constants(fmt: BlockFormat, constants: dict, tile: Tile, packed: bool) -> dict:
-    """Return the kernel's constexprs; `constants`: those of every kernel for the format's rows, `packed`: outside of Triton's interpreter."""
+    """Return the kernel's constexprs.
+
+    `constants` are those of every kernel for the format's rows; `packed` is true outside of Triton's interpreter.
+    """
     codes = fmt.code_tile
+    if codes is None:
+        raise ValueError(f"{fmt.name} has no codes for the tensor core.")
     return {name: value for name, value in constants.items() if name != "DECODE"} | dict(
         CODES=codes.codes,
         SCALES=codes.scales,

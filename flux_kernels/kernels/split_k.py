@@ -35,7 +35,10 @@ def split_k_kernel(
     LDMATRIX: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Write the partial sums of one tile over one of SPLITS equal K ranges (grid axis 1) to float32 [SPLITS, M, N]."""
+    """Write the partial sums of one tile over one of SPLITS equal K ranges (grid axis 1).
+
+    To float32 [SPLITS, M, N].
+    """
     pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N)
     split = tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,7 +60,9 @@ def split_k_kernel(
 
 @jit
 def add_splits_kernel(partial_ptr, bias_ptr, y_ptr, M, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add SPLITS partial sums [M, N] and the bias in order, round once, write BLOCK columns (grid axis 1) of one row of y.
+    """Add SPLITS partial sums [M, N] and the bias in order, and round once.
+
+    Writes BLOCK columns (grid axis 1) of one row of y.
 
     Rows are on axis 0: the others end at 65,535 programs.
     """

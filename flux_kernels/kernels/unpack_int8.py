@@ -1,4 +1,7 @@
-"""Unpack kernels to int8: packed rows -> int8 codes with one float32 scale per row and group of K, or per row."""
+"""Unpack packed rows to int8 codes.
+
+With one float32 scale per row and group of K, or per row.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,22 @@ def _decode_slices(
     PLANES: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    """Return some slices of each row as a tuple of float32 [ROWS, 32]: each is decoded once and stays in registers."""
+    """Return some slices of each row as a tuple of float32 [ROWS, 32].
+
+    Each is decoded once and stays in registers.
+    """
     slices = ()
     for i in tl.static_range(SLICES):
-        slices = slices + (DECODE(row_ptr, first_block, FIRST + i, table_ptr, NUM_BLOCKS, PLANES),)
+        slices = slices + (DECODE(row_ptr, first_block, FIRST + i, table_ptr, NUM_BLOCKS, PLANES),)  # type: ignore[assignment]
     return slices
 
 
 @jit
 def _largest(slices, SLICES: tl.constexpr):
-    """Return the largest magnitude of each row of some slices, NaN where one holds NaN: one reduction for all."""
+    """Return the largest magnitude of each row of some slices, NaN where one holds NaN.
+
+    One reduction for all.
+    """
     largest = tl.abs(slices[0])
     for i in tl.static_range(1, SLICES):
         largest = tl.maximum(largest, tl.abs(slices[i]), propagate_nan=tl.PropagateNan.ALL)
@@ -47,7 +56,10 @@ def row_largest_kernel(
     BLOCK_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """Write the largest magnitude of each row's part of TILE_K weights to largest [K // TILE_K, N] float32."""
+    """Write the largest magnitude of TILE_K weights of each row.
+
+    To largest [K // TILE_K, N] float32.
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.program_id(1)
     row_ptr = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64) * ROW_BYTES

@@ -1,4 +1,6 @@
-"""Call the Triton kernels past torch's dispatcher where nothing watches it: plain tensors, eager mode, no gradients.
+"""Call the Triton kernels past torch's dispatcher where nothing watches it.
+
+Plain tensors, eager mode, no gradients.
 
 A step of Flux has 504 linear calls. Dispatching a custom op with its autograd and autocast kernels, checking shapes and looking up
 what runs costs some 15 us a call in Python, longer than a GPU takes for many of them. Where anything could see the op (compilers, modes,
@@ -18,28 +20,38 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from .. import ops
 from ..backends import resolve
 from ..compute import WIDEST_LOAD
+from ..formats import Packed
 
 _DEVICES = frozenset({"cpu", "cuda", "xpu"})
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _MOST = 4096  # kinds of calls that are remembered
 
-Packed = tuple[Tensor, Tensor | None, str, str, str, bool]  # data, bias, format, backend, compute, planes, as the op takes them
-Call = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]  # x, data, bias, row_scale
+Call = Callable[[Tensor, Packed, "Tensor | None"], Tensor]  # x, weight, bias
 
 
-def linear(x: Tensor, packed: Packed, row_scale: Tensor | None = None) -> Tensor:
-    """Compute what `torch.ops.flux_kernels.linear` computes, with the same errors; row_scale is the layer's own."""
-    data, bias, *_ = packed
+def linear(x: Tensor, weight: Packed, bias: Tensor | None, backend: str, compute: str) -> Tensor:
+    """Compute what `torch.ops.flux_kernels.linear` computes, with the same errors."""
+    data = weight.data
     if not torch.compiler.is_compiling() and not watched(x, bias, data) and data.data_ptr() % WIDEST_LOAD == 0:
-        call = prepared(x, packed)
+        call = prepared(x, weight, bias, backend, compute)
         if call is not None:
-            return call(x, data, bias, row_scale)
-    return dispatched(x, packed, row_scale)
+            return call(x, weight, bias)
+    return dispatched(x, weight, bias, backend, compute)
 
 
-def dispatched(x: Tensor, packed: Packed, row_scale: Tensor | None) -> Tensor:
-    """Call the op."""
-    return torch.ops.flux_kernels.linear(x, *packed, None, None, None, None, row_scale)
+def dispatched(
+    x: Tensor,
+    weight: Packed,
+    bias: Tensor | None,
+    backend: str,
+    compute: str,
+    branch: tuple[Tensor | None, Tensor | None] = (None, None),
+    outliers: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """Call the op: the one place that takes a weight apart for it."""
+    data, fmt, planes, row_scale = weight
+    names = (fmt.name, backend, compute, planes)
+    return torch.ops.flux_kernels.linear(x, data, bias, *names, *branch, *outliers, row_scale)
 
 
 def watched(x: Tensor, bias: Tensor | None, data: Tensor) -> bool:
@@ -67,15 +79,16 @@ class Prepared:
         self._calls: dict[tuple, Call | None] = {}
         self.cache_clear = self._calls.clear
 
-    def __call__(self, x: Tensor, packed: Packed) -> Call | None:
+    def __call__(self, x: Tensor, weight: Packed, bias: Tensor | None, backend: str, compute: str) -> Call | None:
         """Return what computes calls like this one."""
-        data, bias, *names = packed
+        data = weight.data
         about_bias = None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device)
-        key = (x.shape, x.stride(), x.dtype, x.device, data.shape, data.stride(), data.dtype, data.device, about_bias, *names)
+        about_data = (data.shape, data.stride(), data.dtype, data.device, weight.fmt, weight.planes)
+        key = (x.shape, x.stride(), x.dtype, x.device, about_data, about_bias, backend, compute)
         try:
             return self._calls[key]
         except KeyError:
-            call = _prepare(x, packed)
+            call = _prepare(x, weight, bias, backend, compute)
             if len(self._calls) >= _MOST:
                 self.cache_clear()
             self._calls[key] = call
@@ -85,13 +98,12 @@ class Prepared:
 prepared = Prepared()
 
 
-def _prepare(x: Tensor, packed: Packed) -> Call | None:
-    data, bias, format, backend, compute, planes = packed
-    fmt, n = ops.check_linear(x, data, bias, format, backend, compute)
-    k = x.shape[-1]
+def _prepare(x: Tensor, weight: Packed, bias: Tensor | None, backend: str, compute: str) -> Call | None:
+    ops.check_linear(x, weight.data, bias, weight.fmt.name, backend, compute)
+    n, k = weight.n, weight.k
     m = x.numel() // k
-    plain = x.is_contiguous() and data.is_contiguous() and (bias is None or bias.is_contiguous())
-    if not m * n or not plain or resolve(backend, compute, x.device, fmt).name != "triton":
+    plain = x.is_contiguous() and weight.data.is_contiguous() and (bias is None or bias.is_contiguous())
+    if not m * n or not plain or resolve(backend, compute, x.device, weight.fmt).name != "triton":
         return None
     from .. import kernels
     from ..kernels.choice import on_forget
@@ -99,16 +111,14 @@ def _prepare(x: Tensor, packed: Packed) -> Call | None:
     from ..kernels.problem import Problem
 
     on_forget(prepared.cache_clear)
-    bias_dtype = None if bias is None else bias.dtype
-    problem = Problem(m, n, k, k, data.shape[1], fmt, planes, x.dtype, bias_dtype, 0, x.device)
-    with device_of(data):
-        run = kernels.prepare(problem, compute)
+    with device_of(weight.data):
+        run = kernels.prepare(Problem.of(x.view(m, k), weight, bias), compute)
     shape, dtype, device, flat = (*x.shape[:-1], n), x.dtype, x.device, x.dim() == 2
 
-    def call(x: Tensor, data: Tensor, bias: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    def call(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         y = torch.empty((m, n), dtype=dtype, device=device)
-        with device_of(data):
-            run(x if flat else x.view(m, k), data, bias, y, None, row_scale)
+        with device_of(weight.data):
+            run(x if flat else x.view(m, k), weight, bias, y, None)
         return y if flat else y.view(shape)
 
     return call

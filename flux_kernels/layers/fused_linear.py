@@ -1,4 +1,6 @@
-"""FusedLinear: the packed rows of several layers that share an input, as one layer; FusedPart: one of those layers, without bytes.
+"""FusedLinear: the packed rows of several layers that share an input, as one layer.
+
+FusedPart is one of those layers, without bytes.
 
 Rows of one type are one matrix wherever they lie one after the other, so joining them changes no value and needs no memory.
 The parts stay in the model under their own names: adapters, `save_gguf` and patterns find them there.
@@ -15,13 +17,17 @@ from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..formats import get_format
+from . import eager
 from .linear import GGUFLinear
 from .low_rank import PARAMETERS as BRANCH
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Name the rows [start, stop) of a fused layer that are the layer at `path`, seen from the module that holds both."""
+    """Name the rows [start, stop) of a fused layer that are the layer at `path`.
+
+    The path is seen from the module that holds both.
+    """
 
     path: str
     start: int
@@ -29,7 +35,9 @@ class Rows:
 
 
 class FusedLinear(GGUFLinear):
-    """Compute several packed layers on one input at once: [..., K] -> [..., sum of their N], in their order.
+    """Compute several packed layers on one input at once.
+
+    [..., K] -> [..., sum of their N], in their order.
 
     Attributes:
         parts: the rows of each layer.
@@ -41,7 +49,8 @@ class FusedLinear(GGUFLinear):
     def join(self, home: nn.Module, parts: tuple[Rows, ...]) -> FusedLinear:
         """Set the parts of a layer that `from_packed` made, and the module they are in."""
         self.parts = parts
-        self._home = [home]  # in a list, so that torch does not register the parent as a child
+        # In a list, so that torch does not register the parent as a child.
+        self._home = [home]
         return self
 
     @property
@@ -50,11 +59,16 @@ class FusedLinear(GGUFLinear):
         return self._home[0]
 
     def adapted(self) -> bool:
-        """Tell whether a part has an adapter around it or outlier channels, so that it must compute for itself."""
+        """Tell whether a part must compute for itself.
+
+        It has an adapter around it, or outlier channels.
+        """
         return not all(type(part) is FusedPart and part.outlier_index is None for part in self._modules_of_parts())
 
     def forward(self, input: Tensor, part: FusedPart | None = None) -> Tensor:
-        """Compute all rows in one product, low-rank branches of parts included, or part by part where `adapted`.
+        """Compute all rows in one product, or part by part where `adapted`.
+
+        Low-rank branches of parts are in the product.
 
         With `part`, its rows alone: parts compute through this layer, so that the hooks of offloading see every use of it.
         """
@@ -68,19 +82,19 @@ class FusedLinear(GGUFLinear):
             return super().forward(input)
         hidden = F.linear(input, torch.cat([branch[0].to(input.dtype) for branch in branches if branch]))
         up = [branch[1] if branch else input.new_empty(part.out_features, 0) for branch, part in zip(branches, parts)]
-        packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
-        extra = (hidden, torch.block_diag(*up).to(hidden.dtype), None, None, self._kept_row_scale())
-        return torch.ops.flux_kernels.linear(input, *packed, *extra)
+        weight = self.packed._replace(row_scale=self._kept_row_scale())
+        branch = hidden, torch.block_diag(*up).to(hidden.dtype)
+        return eager.dispatched(input, weight, self.bias, self.backend, self.compute, branch)
 
     def _modules_of_parts(self) -> list[Any]:
         """Look the parts up as they are now; `get_submodule` would take 27 us for four, every call."""
-        found = []
+        modules = []
         for rows in self.parts:
             module: Any = self._home[0]
             for name in rows.path.split("."):
                 module = module._modules[name]
-            found.append(module)
-        return found
+            modules.append(module)
+        return modules
 
     def set_low_rank(self, down: Tensor | None, up: Tensor | None, *, trainable: bool = False) -> None:
         """Refuse: a branch belongs to a part, which keeps it when it is separated."""
@@ -98,7 +112,7 @@ class FusedLinear(GGUFLinear):
         qweight, bias = part.qweight.clone(), part.bias
         if bias is not None:
             bias = nn.Parameter(bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        names = dict(backend=self.backend, compute=self.compute, compute_dtype=self.compute_dtype)
+        names: dict[str, Any] = dict(backend=self.backend, compute=self.compute, compute_dtype=self.compute_dtype)
         layer = GGUFLinear.from_packed(qweight, self.format, bias, planes=self.planes, **names).train(part.training)
         layer._kept_row_scale()
         return _with_branch_of(part, layer)
@@ -109,7 +123,9 @@ class FusedLinear(GGUFLinear):
 
 
 class FusedPart(GGUFLinear):
-    """Stand where a layer was whose rows a FusedLinear holds; it computes with those rows and has no parameters but a branch.
+    """Stand where a layer was whose rows a FusedLinear holds.
+
+    It computes with those rows and has no parameters but a branch.
 
     An input as wide as the fused layer's output is that output: its columns are selected (see `fuse.ProjectAfterNorm`).
     """
@@ -117,7 +133,8 @@ class FusedPart(GGUFLinear):
     def __init__(self, whole: FusedLinear, rows: Rows, layer: GGUFLinear):
         """Take the place of `layer`, whose rows are these of `whole`."""
         nn.Module.__init__(self)
-        self._whole = [whole]  # in a list, so that torch does not register it as a child
+        # In a list, so that torch does not register it as a child.
+        self._whole = [whole]
         self.rows = rows
         self.train(layer.training)
         _with_branch_of(layer, self)
@@ -146,7 +163,10 @@ class FusedPart(GGUFLinear):
         return None if self.whole.bias is None else self.whole.bias[self.rows.start : self.rows.stop]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute with the rows of this layer, or select its columns where `input` is the fused layer's output."""
+        """Compute with the rows of this layer.
+
+        Where `input` is the fused layer's output, its columns are selected.
+        """
         if input.shape[-1] == self.whole.out_features != self.in_features:
             return input[..., self.rows.start : self.rows.stop]
         return self.whole(input, part=self)
@@ -171,11 +191,6 @@ class FusedPart(GGUFLinear):
     def _apply(self, fn, recurse: bool = True):
         return nn.Module._apply(self, fn, recurse)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """Save the branch, and the descriptor because LoRA loaders look for a `weight`; the fused layer saves the rows."""
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self._descriptor()
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Load the branch; refuse the rows of an unfused model."""
         if prefix + "qweight" in state_dict:
@@ -188,7 +203,7 @@ class FusedPart(GGUFLinear):
             missing_keys.append(prefix + "weight")
         problem = self._fit_branch(state_dict, prefix)
         if problem is not None:
-            error_msgs.append(f'"{prefix}low_rank_down": {problem}')
+            error_msgs.append(problem)
             return
         nn.Module._load_from_state_dict(
             self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -217,9 +232,9 @@ def difference(layers: dict[str, nn.Module]) -> str | None:
         if layer._forward_hooks or layer._forward_pre_hooks:
             return f"{name} has hooks, which would not be called"
     for what, of in _MUST_AGREE.items():
-        found = {name: of(layer) for name, layer in layers.items()}
-        if len(set(found.values())) > 1:
-            return f"they differ in {what}: " + ", ".join(f"{name} {value}" for name, value in found.items())
+        values = {name: of(layer) for name, layer in layers.items()}
+        if len(set(values.values())) > 1:
+            return f"they differ in {what}: " + ", ".join(f"{name} {value}" for name, value in values.items())
     return None
 
 
@@ -258,7 +273,7 @@ def join_layers(layers: dict[str, GGUFLinear], home: nn.Module, qweight: Tensor 
     if first.bias is not None:
         trained = any(layer.bias.requires_grad for layer in layers.values())
         bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers.values()]), requires_grad=trained)
-    names = dict(backend=first.backend, compute=first.compute, compute_dtype=first.compute_dtype)
+    names: dict[str, Any] = dict(backend=first.backend, compute=first.compute, compute_dtype=first.compute_dtype)
     fused: Any = FusedLinear.from_packed(qweight, first.format, bias, planes=first.planes, **names).train(first.training)
     fused._kept_row_scale()
     return fused.join(home, tuple(rows))

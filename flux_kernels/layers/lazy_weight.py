@@ -1,4 +1,4 @@
-"""The `.weight` of a packed layer: a tensor in logical shape that decodes only when it is computed with.
+"""The `.weight` of a packed layer: it decodes only when it is computed with.
 
 Its shape, dtype and device are free to ask (loading a LoRA asks seven times a layer). It is made on access and never
 stored: the parameter of the layer is the plain uint8 `qweight`.
@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..compute import Branch
 from ..errors import FormatError
-from ..formats import get_format
+from ..formats import Packed
 
 _VIEWS_OF_ALL = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def decode_whole(packed: Tensor, format: str, dtype: torch.dtype, backend: str, planes: bool, branch) -> Tensor:
-    """Decode packed rows and add the branch (down [r, K], up [N, r]) where there is one, rounded to `dtype` once."""
-    if branch is None:
-        return torch.ops.flux_kernels.dequantize(packed, format, dtype, backend, planes)
-    weight = torch.ops.flux_kernels.dequantize(packed, format, torch.float32, backend, planes)
-    return torch.addmm(weight, branch[1].float(), branch[0].float()).to(dtype)
+def decode_whole(packed: Packed, dtype: torch.dtype, backend: str, branch: Branch | None) -> Tensor:
+    """Decode packed rows and add the branch (down [r, K], up [N, r]) where there is one.
+
+    Rounded to `dtype` once.
+    """
+    decoded_to = dtype if branch is None else torch.float32
+    weight = torch.ops.flux_kernels.dequantize(packed.data, packed.fmt.name, decoded_to, backend, packed.planes)
+    return weight if branch is None else torch.addmm(weight, branch[1].float(), branch[0].float()).to(dtype)
 
 
 class LazyWeight(torch.Tensor):
@@ -30,32 +33,23 @@ class LazyWeight(torch.Tensor):
     Any computation decodes first; a write raises FormatError, because it could not reach the packed bytes.
     """
 
-    packed: Tensor
-    format: str
+    packed: Packed
     backend: str
-    planes: bool
-    branch: tuple[Tensor, Tensor] | None  # down [r, K], up [N, r]: the weight includes up @ down
+    # Down [r, K], up [N, r]: the weight includes up @ down.
+    branch: Branch | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(
-        cls,
-        packed: Tensor,
-        format: str,
-        dtype: torch.dtype,
-        backend: str = "auto",
-        planes: bool = False,
-        branch: tuple[Tensor, Tensor] | None = None,
-    ):
-        shape = (packed.shape[0], get_format(format).row_weights(packed.shape[1]))
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
-        self.packed, self.format, self.backend, self.planes, self.branch = packed, format, backend, planes, branch
+    def __new__(cls, packed: Packed, dtype: torch.dtype, backend: str = "auto", branch: Branch | None = None):
+        shape = (packed.n, packed.k)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.data.device)
+        self.packed, self.backend, self.branch = packed, backend, branch
         return self
 
     def decode(self) -> Tensor:
         """Return the weight as an ordinary tensor."""
-        return decode_whole(self.packed, self.format, self.dtype, self.backend, self.planes, self.branch)
+        return decode_whole(self.packed, self.dtype, self.backend, self.branch)
 
     @property
     def data(self) -> LazyWeight:
@@ -64,24 +58,24 @@ class LazyWeight(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise FormatError(_read_only(self.format))
+        raise FormatError(_read_only(self))
 
     def __setitem__(self, index, value) -> None:
         """Refuse the write, which dispatch would see only as one into a decoded copy."""
-        raise FormatError(_read_only(self.format))
+        raise FormatError(_read_only(self))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _VIEWS_OF_ALL:
             source = args[0]
-            return cls(source.packed, source.format, source.dtype, source.backend, source.planes, source.branch)
+            return cls(source.packed, source.dtype, source.backend, source.branch)
         _refuse_writes(func, args, kwargs)
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.decode, (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"LazyWeight({self.format}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+        return f"LazyWeight({self.packed.fmt.name}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo) -> Tensor:
         return self.decode()
@@ -97,11 +91,11 @@ def _refuse_writes(func, args, kwargs) -> None:
             continue
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         if isinstance(value, LazyWeight):
-            raise FormatError(_read_only(value.format))
+            raise FormatError(_read_only(value))
 
 
-def _read_only(format: str) -> str:
+def _read_only(weight: LazyWeight) -> str:
     return (
-        f"The weight of this layer is packed {format} and cannot be written: the change would be lost. To merge a LoRA, call "
+        f"The weight of this layer is packed {weight.packed.fmt.name} and cannot be written: the change would be lost. To merge a LoRA, call "
         "flux_kernels.fuse_lora(model); to edit the weight, replace the layer by layer.dequantize() first."
     )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..backends import ACTIVATION_DTYPES, check_names, resolve, wants_planes
 from ..errors import BackendUnavailable, FormatError
-from ..formats import FORMATS, BlockFormat, get_format, types_by_number
+from ..formats import FORMATS, BlockFormat, Packed, get_format
 from ..packing import quantize
 from . import eager
-from .lazy_weight import LazyWeight, decode_whole
 from .low_rank import LowRankLayer, check_outliers
 from .row_scale import KeepsRowScale
 
 
-class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
+class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[override]
     """Compute x @ W.T + bias with W packed in a ggml block format.
 
     Attributes:
@@ -34,8 +31,6 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
         outlier_index, outlier_weight: input channels that "int8" computes in x's dtype, or None.
         row_scale: what "int8" keeps of the rows on some cards (see `KeepsRowScale`), or None; no part of the state dict.
     """
-
-    qweight: nn.Parameter
 
     def __init__(
         self,
@@ -58,15 +53,14 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
 
     def _set_up(self, qweight, format, bias, planes, backend, compute, compute_dtype) -> None:
         check_names(backend, compute)
-        fmt, in_features = ops.check_data(qweight, format)
+        weight = ops.check_data(qweight, format)
         if qweight.dim() != 2:
             raise FormatError(f"Packed weights must have shape [N, row bytes], got {list(qweight.shape)}.")
         if bias is not None and bias.shape != (qweight.shape[0],):
             raise FormatError(f"The bias must have shape [{qweight.shape[0]}], got {list(bias.shape)}.")
         nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = qweight.shape[0]
-        self.format = fmt.name
+        self.in_features, self.out_features = weight.k, weight.n
+        self.format = weight.fmt.name
         self.planes = bool(planes)
         self.backend = backend
         self.compute = compute
@@ -77,7 +71,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
         else:
             self.bias = nn.Parameter(bias, requires_grad=False)
         self.qweight = nn.Parameter(qweight, requires_grad=False)
-        _upload_table(fmt, qweight)
+        _upload_table(weight.fmt, qweight)
         self._no_branch()
 
     @classmethod
@@ -139,40 +133,23 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
             qweight, format, linear.bias, backend=backend, compute=compute, compute_dtype=compute_dtype
         ).train(linear.training)
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """Stand in for the decoded weight [N, K]: metadata is free, computing decodes, writing raises."""
-        if torch.compiler.is_compiling():  # compilers cannot trace the stand-in, and drop a decode of which nothing is used
-            return self._decode(self.compute_dtype)
-        return LazyWeight(self.qweight, self.format, self.compute_dtype, self.backend, self.planes, self._branch())
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; refuse one named `weight`, which is computed from `qweight`."""
-        if name == "weight":
-            raise FormatError(
-                f"The weight of a GGUFLinear is packed {self.format} and cannot be assigned. Replace the layer by "
-                "layer.dequantize(), or make a new one with GGUFLinear.from_linear."
-            )
-        super().register_parameter(name, param)
-        if name == "qweight":
-            self._forget_row_scale()
-
     def forward(self, input: Tensor) -> Tensor:
-        """Compute x @ W.T + bias + branch: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
-        packed = (self.qweight, self.bias, self.format, self.backend, self.compute, self.planes)
+        """Compute x @ W.T + bias + branch.
+
+        [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype.
+        """
+        weight = Packed(self.qweight, FORMATS[self.format], self.planes, self._kept_row_scale())
         if self.low_rank_down is None and self.outlier_index is None:
-            return eager.linear(input, packed, self._kept_row_scale())
+            return eager.linear(input, weight, self.bias, self.backend, self.compute)
         hidden = self._hidden(input)
         up = None if self.low_rank_up is None or hidden is None else self.low_rank_up.to(hidden.dtype)
-        extra = (hidden, up, self.outlier_index, self.outlier_weight, self._kept_row_scale())
-        return torch.ops.flux_kernels.linear(input, *packed, *extra)
-
-    def _decode(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [N, K], branch included, in `dtype`."""
-        return decode_whole(self.qweight, self.format, dtype, self.backend, self.planes, self._branch())
+        outliers = self.outlier_index, self.outlier_weight
+        return eager.dispatched(input, weight, self.bias, self.backend, self.compute, (hidden, up), outliers)
 
     def keep_outliers(self, index: Tensor | None) -> None:
-        """Let compute="int8" compute some input channels in x's dtype instead; None undoes it. Other modes ignore it.
+        """Let compute="int8" compute some input channels in x's dtype.
+
+        None undoes it; other modes ignore it.
 
         Args:
             index: the channels, integers [k] without repetition in 0..K-1; kernels pad k to a multiple of 16.
@@ -188,13 +165,10 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
         self.outlier_index = nn.Parameter(channels, requires_grad=False)
         self.outlier_weight = nn.Parameter(decoded[:, channels].contiguous(), requires_grad=False)
 
-    def file_bytes(self) -> Tensor:
-        """Return the packed rows as a GGUF file stores them: uint8 [N, row bytes] (`qweight` itself unless planes)."""
-        data = self.qweight.detach()
-        return get_format(self.format).layout.from_planes(data) if self.planes else data
-
     def arrange(self) -> GGUFLinear:
-        """Rearrange the packed rows, in place, as the backend wants them where the layer is now (file order or field planes).
+        """Rearrange the packed rows, in place, as the backend wants them where the layer is now.
+
+        In file order or as field planes.
 
         Called when a layer is swapped in, loaded or moved; offloading hooks that move parameters themselves leave rows as they are.
         """
@@ -205,7 +179,8 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
             rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
             self.qweight = nn.Parameter(rearrange(self.qweight.detach()), requires_grad=False)
             self.planes = wanted
-        self._kept_row_scale()  # now, so that a graph or a compiled model finds it there
+        # Now, so that a graph or a compiled model finds it there.
+        self._kept_row_scale()
         return self
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -222,80 +197,17 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
         return linear.train(self.training)
 
     def _apply(self, fn, recurse: bool = True):
-        """Move or cast; `qweight` keeps its dtype, and `compute_dtype` follows where it is one we compute in."""
-        if fn(torch.empty(1, dtype=torch.uint8)).dtype != torch.uint8:
-            raise FormatError("The packed bytes of a GGUFLinear stay uint8: .to(dtype) leaves them, .type(dtype) does not.")
-        followed = fn(torch.empty(1, dtype=self.compute_dtype)).dtype
-        kept = self.row_scale
-        self._set_row_scale(None)  # float32, whatever the model is cast to
+        """Move or cast, and arrange the rows for where they are now."""
         super()._apply(fn, recurse)
-        if kept is not None and kept.device == self.qweight.device:
-            self._set_row_scale(kept)
-        self.arrange()
-        if followed in ACTIVATION_DTYPES:
-            self.compute_dtype = followed
-        return self
-
-    def _descriptor(self) -> Tensor:
-        """Describe the packed rows for a state dict: int64 [ggml type, N, K, planes]."""
-        fmt = get_format(self.format)
-        return torch.tensor([fmt.ggml_type, self.out_features, self.in_features, int(self.planes)], dtype=torch.int64)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save `qweight` and `bias`, and the descriptor as `weight`, the key that LoRA loaders look for."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self._descriptor()
+        return self.arrange()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        """Check the descriptor, take over format and arrangement where this layer is still empty, and load."""
-        descriptor = state_dict.pop(prefix + "weight", None)
-        if descriptor is None:
-            missing_keys.append(prefix + "weight")
-        else:
-            problem = self._take_descriptor(descriptor, state_dict, prefix)
-            if problem is not None:
-                error_msgs.append(f'"{prefix}weight": {problem}')
-                return
-        problem = self._fit_branch(state_dict, prefix)
-        if problem is not None:
-            error_msgs.append(f'"{prefix}low_rank_down": {problem}')
-            return
+        """Load, and find the scales of the new rows.
+
+        Compiled models and captured graphs do not look whether rows changed.
+        """
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self._kept_row_scale()  # compiled models and captured graphs do not look whether rows were written to
-
-    def _take_descriptor(self, descriptor: Tensor, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """Make this layer fit a saved descriptor; return what is wrong with it as a sentence, or None."""
-        if descriptor.dtype != torch.int64 or descriptor.shape != (4,):
-            return (
-                f"expected the int64 [ggml type, N, K, planes] of a packed layer, got {descriptor.dtype} "
-                f"{list(descriptor.shape)}. Load 16-bit weights before swap_linear, not after."
-            )
-        number, n, k, planes = descriptor.tolist()
-        row = types_by_number().get(number)
-        if not isinstance(row, BlockFormat):
-            return (
-                f"unknown ggml type {number}. Known: {', '.join(f'{fmt.ggml_type} {name}' for name, fmt in FORMATS.items())}."
-            )
-        if (n, k) != (self.out_features, self.in_features):
-            return f"the saved weight is [{n}, {k}], this layer is [{self.out_features}, {self.in_features}]."
-        if self.qweight.device.type == "meta":
-            self._adopt(row.name, bool(planes))
-        elif row.name != self.format:
-            return (
-                f"the saved weight is {row.name}, this layer holds {self.format}. Load into a model swapped with the "
-                "same formats, or into one on the meta device with assign=True."
-            )
-        elif bool(planes) != self.planes and prefix + "qweight" in state_dict:
-            layout = get_format(self.format).layout
-            rearrange = layout.to_planes if self.planes else layout.from_planes
-            state_dict[prefix + "qweight"] = rearrange(state_dict[prefix + "qweight"])
-        return None
-
-    def _adopt(self, format: str, planes: bool) -> None:
-        """Become an empty layer of another format (on the meta device, before loading)."""
-        row_bytes = get_format(format).row_bytes(self.in_features)
-        self.format, self.planes = format, planes
-        self.qweight = nn.Parameter(self.qweight.new_empty(self.out_features, row_bytes), requires_grad=False)
+        self._kept_row_scale()
 
     def extra_repr(self) -> str:
         """Show shape, format, what runs it, and where."""
@@ -318,6 +230,9 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):
 
 
 def _upload_table(fmt: BlockFormat, qweight: Tensor) -> None:
-    """Put a format's lookup table where the rows are: now, not at a first call inside a CUDA graph's private pool."""
+    """Put a format's lookup table where the rows are.
+
+    Now, not at a first call inside a CUDA graph's private pool.
+    """
     if fmt.table is not None and qweight.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         fmt.table_on(qweight.device)

@@ -1,4 +1,6 @@
-"""The low-rank branch of a packed layer: y = x @ W.T + bias + (x @ down.T) @ up.T, and outlier channels in the same slot.
+"""The low-rank branch of a packed layer, and outlier channels in the same slot.
+
+y = x @ W.T + bias + (x @ down.T) @ up.T.
 
 A fused LoRA, a stored correction of the quantization error and the outlier channels of compute="int8" are one thing to the
 kernels: a product hidden [M, r] @ up [N, r].T that is added in float32 before the result is rounded.
@@ -14,12 +16,16 @@ from torch import Tensor, nn
 
 from ..compute import Branch
 from ..errors import FormatError
+from .packed_rows import PackedRows
 
 PARAMETERS = ("low_rank_down", "low_rank_up", "outlier_index", "outlier_weight")
 
 
 def check_outliers(index: Tensor, k: int) -> Tensor:
-    """Return outlier channels as int32 [count], sorted; raise FormatError where they are no distinct channels of a row of k."""
+    """Return outlier channels as int32 [count], sorted.
+
+    Raises FormatError where they are no distinct channels of a row of k.
+    """
     channels = index.detach().flatten().unique(sorted=True)
     integral = not index.dtype.is_floating_point and index.dtype != torch.bool
     if not integral or channels.numel() != index.numel() or channels[0] < 0 or channels[-1] >= k:
@@ -30,8 +36,10 @@ def check_outliers(index: Tensor, k: int) -> Tensor:
     return channels.to(torch.int32)
 
 
-class LowRankLayer(nn.Module):
-    """Give a packed layer its optional branch, held in plain parameters of the layer itself so that offloading moves them.
+class LowRankLayer(PackedRows):
+    """Give a packed layer its optional branch.
+
+    Its tensors are plain parameters of the layer itself, so that offloading moves them.
 
     Attributes:
         low_rank_down: [r, K] of a floating dtype, or None.
@@ -42,7 +50,6 @@ class LowRankLayer(nn.Module):
 
     in_features: int
     out_features: int
-    qweight: nn.Parameter
     low_rank_down: nn.Parameter | None
     low_rank_up: nn.Parameter | None
     outlier_index: nn.Parameter | None
@@ -58,7 +65,9 @@ class LowRankLayer(nn.Module):
         return 0 if self.low_rank_down is None else self.low_rank_down.shape[0]
 
     def set_low_rank(self, down: Tensor | None, up: Tensor | None, *, trainable: bool = False) -> None:
-        """Put a branch (x @ down.T) @ up.T beside the packed weight, in place of the one that was there; None removes it.
+        """Put a branch (x @ down.T) @ up.T on the packed weight; None removes it.
+
+        It takes the place of the one that was there.
 
         Args:
             down: [r, K] of a floating dtype, on the layer's device.
@@ -91,12 +100,16 @@ class LowRankLayer(nn.Module):
             return None
         return self.low_rank_down, self.low_rank_up
 
+    def _make_room(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Make this layer fit a saved one, its branch too."""
+        return super()._make_room(state_dict, prefix) or self._fit_branch(state_dict, prefix)
+
     def _fit_branch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Make room for the branch of a saved layer; return what is wrong with it as a sentence, or None."""
         saved = {name: state_dict[prefix + name] for name in PARAMETERS if prefix + name in state_dict}
         problem = _misfit(self.in_features, self.out_features, saved)
         if problem is not None:
-            return problem
+            return f'"{prefix}low_rank_down": {problem}'
         for name, value in saved.items():
             held = self._parameters.get(name)
             if held is None or held.shape != value.shape:

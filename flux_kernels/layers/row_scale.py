@@ -1,4 +1,6 @@
-"""The int8 scale of each row of a packed layer, found once and kept: it follows from the packed rows alone.
+"""The int8 scale of each row of a packed layer, computed once and kept.
+
+It follows from the packed rows alone.
 
 Finding it takes two launches and a read of the whole weight, at every call of compute="int8" on cards that give a row one scale.
 A layer is where it can be kept safely: it sees its rows replaced, loaded and moved. A cache inside the kernels, keyed by the
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import BackendUnavailable
+from .packed_rows import PackedRows
 
 
-class KeepsRowScale(nn.Module):
+class KeepsRowScale(PackedRows):
     """Give a packed layer a buffer for the scales of its rows, no part of its state dict.
 
     Attributes:
@@ -22,12 +25,9 @@ class KeepsRowScale(nn.Module):
             or the compute mode needs none, or before the first call.
     """
 
-    format: str
-    backend: str
     compute: str
-    planes: bool
-    qweight: nn.Parameter
-    _row_scale_of: tuple[int, int] | None = None  # the state of the rows that the scales belong to
+    # The state of the rows that the scales belong to.
+    _row_scale_of: tuple[int, int] | None = None
 
     @property
     def row_scale(self) -> Tensor | None:
@@ -35,7 +35,10 @@ class KeepsRowScale(nn.Module):
         return self._buffers.get("row_scale")
 
     def _set_row_scale(self, scale: Tensor | None) -> None:
-        """Register the buffer, or none at all: accelerate's hooks cannot move a buffer that is None and not persistent."""
+        """Register the buffer, or none at all.
+
+        accelerate's hooks cannot move a buffer that is None and not persistent.
+        """
         if scale is None:
             self._buffers.pop("row_scale", None)
             self._non_persistent_buffers_set.discard("row_scale")
@@ -43,12 +46,26 @@ class KeepsRowScale(nn.Module):
         self._buffers["row_scale"] = scale
         self._non_persistent_buffers_set.add("row_scale")
 
-    def _forget_row_scale(self) -> None:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; new rows have other scales."""
+        super().register_parameter(name, param)
+        if name == "qweight":
+            self._set_row_scale(None)
+            self._row_scale_of = None
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move or cast; the scales move with the rows and stay float32, whatever the model is cast to."""
+        kept = self.row_scale
         self._set_row_scale(None)
-        self._row_scale_of = None
+        super()._apply(fn, recurse)
+        if kept is not None and kept.device == self.qweight.device:
+            self._set_row_scale(kept)
+        return self
 
     def _kept_row_scale(self) -> Tensor | None:
-        """Return the scales of the rows as they are now, found anew where the rows changed; None: the kernel finds them.
+        """Return the scales of the rows as they are now; None where the kernel computes them.
+
+        They are computed anew where the rows changed.
 
         Compilers see the buffer, which loading and moving keep right. Inside a CUDA graph's capture nothing is kept that would
         lie in the graph's own pool, and an exported program, whose rows can be replaced, computes with these alone.
@@ -69,9 +86,8 @@ class KeepsRowScale(nn.Module):
 
     def _find_row_scale(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            rows = self.qweight.detach()
             try:
-                scale = ops.row_scale(rows, self.format, self.backend, self.compute, self.planes)
+                scale = ops.row_scale(self.packed._replace(data=self.qweight.detach()), self.backend, self.compute)
             except BackendUnavailable:  # the call that needs them says so
                 scale = None
             held = self.row_scale

@@ -1,4 +1,7 @@
-"""Make a GGUFLinear of another linear layer: take over packed bytes, quantize, and carry hooks and flags across."""
+"""Make a GGUFLinear of another linear layer.
+
+Take over packed bytes, quantize, and carry hooks and flags across.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..formats import PLAIN_TYPES, BlockFormat, PlainType, get_format, types_by_number
+from ..formats import PLAIN_TYPES, BlockFormat, Packed, PlainType, get_format, types_by_number
 from ..torch_backend import reference
 from .linear import GGUFLinear
 
@@ -21,7 +24,10 @@ def is_diffusers_gguf(module: nn.Module) -> bool:
 
 
 def packed_type(parameter: Tensor, name: str) -> BlockFormat | PlainType:
-    """Return the row (block format or plain type) of a diffusers GGUFParameter; raise FormatError where it is unknown."""
+    """Return the row (block format or plain type) of a diffusers GGUFParameter.
+
+    Raises FormatError where its type is unknown.
+    """
     number = int(parameter.quant_type)  # type: ignore[attr-defined]
     row = types_by_number().get(number)
     if row is None:
@@ -46,7 +52,7 @@ def decode_stored(parameter: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """Decode a diffusers GGUFParameter of any type to `dtype`."""
     row, data = packed_type(parameter, name), plain_bytes(parameter)
     if isinstance(row, BlockFormat):
-        return reference.dequantize(data, row, dtype)
+        return reference.dequantize(Packed(data, row), dtype)
     return data.view(row.dtype).to(dtype)
 
 
@@ -81,7 +87,10 @@ def quantize_layer(module: nn.Linear, format: str, backend: str, compute: str) -
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Carry hooks, the training flag and foreign attributes of `old` (such as `_tp_packed_row_blocks`) over to `new`."""
+    """Carry hooks, the training flag and foreign attributes of `old` over to `new`.
+
+    Such as `_tp_packed_row_blocks`.
+    """
     own = set(new.__dict__) - {key for key in new.__dict__ if "_hooks" in key}
     for key, value in old.__dict__.items():
         if key not in own and key not in _LEFT_BEHIND:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..formats import BlockFormat
+from ..formats import BlockFormat, Packed
 from ..torch_backend.reference import decode_rows
 
 RMS = 1 / 16  # of the decoded weights, within a factor of two; large enough that no half-precision scale is subnormal
@@ -62,7 +62,7 @@ def _half_scales(fmt: BlockFormat) -> tuple[float, ...]:
     for which in range(count):
         data = _random(fmt, 1, _PROBE_BLOCKS * fmt.type_size, 0)
         _set_scales(data, fmt, tuple(float(which == other) for other in range(count)))
-        parts.append(decode_rows(data, fmt).double())
+        parts.append(decode_rows(Packed(data, fmt)).double())
     ratio = -(parts[0].mean() / parts[1].mean()).item() if count == 2 else 0.0
     scale = RMS / (parts[0] + ratio * parts[-1] * (count == 2)).pow(2).mean().sqrt().item()
     return (scale, scale * ratio)[:count]

@@ -21,7 +21,7 @@ from torch import Tensor
 from .._triton import TRITON_VERSION
 from ..compute import dtype_name
 from ..errors import BackendUnavailable
-from ..formats import FORMATS
+from ..formats import FORMATS, Packed
 from ..kernels import MODULES, int8
 from ..kernels import choice as choices
 from ..kernels.choice import Choice, default_choice
@@ -243,7 +243,8 @@ class _Operands:
 
     def __init__(self, job: Job, device: torch.device, dtype: torch.dtype):
         self.job, self.device, self.dtype, self.fmt = job, device, dtype, FORMATS[job.format]
-        self.weight = random_rows(self.fmt, job.n, job.k, self.fmt.planes).to(device)
+        planes = self.fmt.planes
+        self.weight = Packed(random_rows(self.fmt, job.n, job.k, planes).to(device), self.fmt, planes)
         self.x, self.bias, hidden, up = (
             torch.randn(shape, device=device).to(dtype)
             for shape in ((job.m, job.k), (job.n,), (job.m, BRANCH_RANK), (job.n, BRANCH_RANK))
@@ -251,21 +252,21 @@ class _Operands:
         self.branch = hidden, up
         self._rows = torch.linspace(0, job.m - 1, min(_CHECKED_ROWS, job.m)).long().to(device)
         self._columns = slice(0, _CHECKED_COLUMNS)
-        weight = reference.dequantize(self.weight[self._columns], self.fmt, torch.float32, self.fmt.planes).double()
+        weight = reference.dequantize(self.weight.rows(self._columns), torch.float32).double()
         self._right = self.x[self._rows].double() @ weight.T + self.bias[self._columns].double()
 
     def runner(self, candidate: Candidate, branch: bool = False) -> Callable[[], Tensor]:
         """Return what computes the call in one way."""
         module, chosen = MODULES[self.job.compute], Choice(candidate.algorithm, candidate.tile, "", candidate.rows)
         added = self.branch if branch else None
-        kept = {}
+        weight = self.weight
         if candidate.algorithm == "row_scales":  # a layer finds them once and keeps them
-            kept = dict(row_scale=int8.row_scale(self.weight, self.fmt, self.fmt.planes))
+            weight = weight._replace(row_scale=int8.row_scale(weight))
 
         def run() -> Tensor:
             y = torch.empty(self.job.m, self.job.n, dtype=self.dtype, device=self.device)
             with device_of(y):
-                module.linear(self.x, self.weight, self.bias, y, self.fmt, self.fmt.planes, added, choice=chosen, **kept)
+                module.linear(self.x, weight, self.bias, y, added, choice=chosen)
             return y
 
         return run

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..flux.names import BFL, Source, sources
-from ..formats import PLAIN_TYPES, get_format
+from ..formats import PLAIN_TYPES, Packed, get_format
 from ..mixed.file_layout import parse_option
 from ..mixed.low_rank_fit import STORED, corrected
 from ..packing import quantize
@@ -112,7 +112,7 @@ def quantized(
     own = {name: model.get_parameter(name).detach() for name in tensor.parts}
 
     def round_trip(weight: Tensor) -> Tensor:
-        return dequantize(quantize(weight, kind, importance, name=tensor.name), get_format(kind))
+        return dequantize(Packed(quantize(weight, kind, importance, name=tensor.name), get_format(kind)))
 
     if rank:
         whole = torch.cat([weight.float() for weight in own.values()])  # the order of its rows does not matter to the fit

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backends import check_activation_dtype, check_names, check_runnable, usable_device
 from ..errors import GGUFError
-from ..formats import FORMATS, PlainType
+from ..formats import FORMATS, Packed, PlainType
 from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..layers.embedding import GGUFEmbedding
@@ -135,7 +135,7 @@ def _decoded(tensor: GGUFTensor, dtype: torch.dtype, device: torch.device) -> Te
     """Return a tensor in `dtype`; mapped where the file holds that type."""
     if isinstance(tensor.block_format, PlainType):
         return tensor.data.to(device, dtype)
-    return dequantize(tensor.data, tensor.block_format, torch.float32).to(device, dtype)
+    return dequantize(Packed(tensor.data, tensor.block_format)).to(device, dtype)
 
 
 def _linear(name: str, module: nn.Linear, stored: StoredT5, dtype, device, backend: str, compute: str) -> nn.Module:

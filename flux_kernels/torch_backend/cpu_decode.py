@@ -1,4 +1,4 @@
-"""Decode on the CPU: the bits of the torch reference, several times faster where there is a faster way.
+"""Decode on the CPU with the bits of the torch reference, several times faster.
 
 The torch decode is a chain of passes over every weight, with new memory for each. Faster are the format's own unpacking of
 8-byte words (`BlockFormat.unpacker`), and libggml's routine where libggml-python is installed, which reads a block once and
@@ -16,38 +16,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..formats import BlockFormat
+from ..formats import BlockFormat, Packed
 from . import libggml, reference
 from .cpu_threads import Scratch, share_rows
 
-CHUNK_WEIGHTS = 1 << 19  # a thread's at a time, 2 MiB in float32: a quarter of it takes a third longer, in calls from Python
-UNPACK_WEIGHTS = 1 << 20  # the same by unpacking, whose many short operations each wait for the interpreter's lock
+# What a thread decodes at a time, 2 MiB in float32: a quarter of it takes a third longer, in calls from Python.
+CHUNK_WEIGHTS = 1 << 19
+# What a thread unpacks at a time: its many short operations each wait for the interpreter's lock.
+UNPACK_WEIGHTS = 1 << 20
 
 Routine = Callable[[int, int, int], None]
 
 
-def serves(data: Tensor, dtype: torch.dtype, planes: bool) -> bool:
-    """Tell whether rows can be decoded here: in file order, on the CPU, to a dtype products are computed in."""
-    return data.device.type == "cpu" and not planes and dtype in (torch.float32, torch.bfloat16, torch.float16)
+def serves(weight: Packed, dtype: torch.dtype) -> bool:
+    """Tell whether rows can be decoded here.
+
+    In file order, on the CPU, to a dtype products are computed in.
+    """
+    on_cpu = weight.data.device.type == "cpu"
+    return on_cpu and not weight.planes and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def dequantize(data: Tensor, fmt: BlockFormat, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Decode packed rows uint8 [N, row bytes] (contiguous, file order) to [N, K] of `dtype`.
+def dequantize(weight: Packed, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Decode a weight, contiguous in file order, to [N, K] of `dtype`.
 
     float32 has libggml's bits, a 16-bit type is the float32 value rounded once; a NaN stays one, but of any bits.
 
     Args:
         out: contiguous [N, K] of `dtype` on the CPU to write to, or None for a new tensor.
     """
-    n, k = data.shape[0], fmt.row_weights(data.shape[1])
+    data, n, k = weight.data, weight.n, weight.k
     out = torch.empty(n, k, dtype=dtype, device="cpu") if out is None else out
-    decode = decoder(fmt)
+    decode = decoder(weight.fmt)
     if decode is not None:
         share_rows(n, k, decode.weights, lambda first, end, scratch: decode.rows(data[first:end], out[first:end], scratch))
     else:
         step = max(1, CHUNK_WEIGHTS * torch.get_num_threads() // k)
         for start in range(0, n, step):
-            out[start : start + step].copy_(reference.decode_rows(data[start : start + step], fmt))
+            out[start : start + step].copy_(reference.decode_rows(weight.rows(slice(start, start + step))))
     return out
 
 
@@ -59,7 +65,10 @@ class Decoder(NamedTuple):
 
 
 def decoder(fmt: BlockFormat) -> Decoder | None:
-    """Return the fastest decoder of a format that runs on one thread, or None where only the torch reference is there."""
+    """Return the fastest decoder of a format that runs on one thread.
+
+    None where only the torch reference is there.
+    """
     if fmt.unpacker is not None:
         return Decoder(UNPACK_WEIGHTS, lambda data, out, scratch: _by_unpacking(data, fmt, out, scratch))
     routine = _routine(fmt)

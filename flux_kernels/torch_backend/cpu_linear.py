@@ -8,33 +8,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import BlockFormat
+from ..formats import Packed
 from . import cpu_decode
 from .cpu_threads import Scratch, share_rows
 
 CHUNK_WEIGHTS = 1 << 20  # about, decoded and multiplied at a time
-LARGEST_M = 512  # tokens: x is packed again for every chunk of rows
-ROWS = 64  # chunks of a multiple of this give the bits of one product over all rows (but for M = 5 and 7 on several threads)
+# More tokens are not worth it: x is packed again for every chunk of rows.
+LARGEST_M = 512
+# Chunks of a multiple of this give the bits of one product over all rows (but for M = 5 and 7 on several threads).
+ROWS = 64
 
 
-def serves(x: Tensor, data: Tensor, fmt: BlockFormat, planes: bool) -> bool:
+def serves(x: Tensor, weight: Packed) -> bool:
     """Tell whether `linear` computes this product."""
-    fits = x.shape[0] <= LARGEST_M and data.shape[0] % ROWS == 0
-    return fits and cpu_decode.serves(data, x.dtype, planes) and cpu_decode.decoder(fmt) is not None
+    fits = x.shape[0] <= LARGEST_M and weight.n % ROWS == 0
+    return fits and cpu_decode.serves(weight, x.dtype) and cpu_decode.decoder(weight.fmt) is not None
 
 
-def linear(x: Tensor, data: Tensor, bias: Tensor | None, fmt: BlockFormat) -> Tensor:
-    """Compute x [M, K] @ decode(data uint8 [N, row bytes]).T + bias [N] -> [M, N] of x's dtype."""
-    decode, k, n = cpu_decode.decoder(fmt), x.shape[1], data.shape[0]
+def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    """Compute x [M, K] @ weight.T + bias [N] -> [M, N] of x's dtype."""
+    decode, k, n = cpu_decode.decoder(weight.fmt), x.shape[1], weight.n
+    assert decode is not None  # `serves` has said so
     x, y = x.contiguous(), torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
 
     def rows(first: int, end: int, scratch: Scratch) -> None:
-        weight = scratch.tensor("weight", x.dtype, end - first, k)
-        decode.rows(data[first:end], weight, scratch)
+        decoded = scratch.tensor("weight", x.dtype, end - first, k)
+        decode.rows(weight.data[first:end], decoded, scratch)
         if bias is None:
-            torch.mm(x, weight.t(), out=y[:, first:end])
+            torch.mm(x, decoded.t(), out=y[:, first:end])
         else:
-            torch.addmm(bias[first:end].to(x.dtype), x, weight.t(), out=y[:, first:end])
+            torch.addmm(bias[first:end].to(x.dtype), x, decoded.t(), out=y[:, first:end])
 
     share_rows(n, k, CHUNK_WEIGHTS, rows, ROWS)
     return y

@@ -24,10 +24,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..formats import BlockFormat
 
-LEAST_WEIGHTS = 1 << 16  # of a chunk: giving one to a thread costs tens of microseconds
-KEPT_UNPACKERS = 4  # chunk sizes whose memory a worker keeps: a full and a last chunk of two layer shapes
+# A chunk has at least as many: giving one to a thread costs tens of microseconds.
+LEAST_WEIGHTS = 1 << 16
+# Chunk sizes whose memory a worker keeps: a full and a last chunk of two layer shapes.
+KEPT_UNPACKERS = 4
 _local = threading.local()
-_forked = False  # whether this process is a fork of one that may have started threads
+# Whether this process is a fork of one that may have started threads.
+_forked = False
 
 Work = Callable[[int, int, "Scratch"], None]
 Worker = Callable[[], None]
@@ -62,7 +65,10 @@ class Scratch:
 
 
 def scratch(worker: int = 0) -> Scratch:
-    """Return the scratch of a worker for the calling thread; not for signal handlers, which may interrupt its use."""
+    """Return the scratch of a worker for the calling thread.
+
+    Not for signal handlers, which may interrupt its use.
+    """
     kept = _local.__dict__.setdefault("scratches", [])
     while len(kept) <= worker:
         kept.append(Scratch())
@@ -70,7 +76,9 @@ def scratch(worker: int = 0) -> Scratch:
 
 
 def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> None:
-    """Do work(first row, end, scratch) for all of n rows, chunk by chunk, on as many threads as torch uses.
+    """Do work(first row, end, scratch) for all of n rows, chunk by chunk.
+
+    On as many threads as torch uses.
 
     Args:
         k: weights of a row.
@@ -85,20 +93,23 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
     step = _up(max(1, -(-n // chunks)), multiple)
     left = iter(range(0, n, step))
     workers = iter([scratch(i) for i in range(threads)])
-    lock, raised = threading.Lock(), []
+    lock = threading.Lock()
+    raised: list[BaseException | None] = []
 
     def take_chunks() -> None:
         try:
             with lock:
                 mine = next(workers)
-            with torch.inference_mode():  # which may write to tensors made inside and outside of it
+            # Inference mode may write to tensors made inside and outside of it.
+            with torch.inference_mode():
                 while not raised:
                     with lock:
                         first = next(left, n)
                     if first >= n:
                         break
                     work(first, min(first + step, n), mine)
-        except BaseException as error:  # noqa: BLE001  raised below; even an interrupt must not unwind through the runtime's C
+        # Raised below: even an interrupt must not unwind through the runtime's C.
+        except BaseException as error:  # noqa: BLE001
             raised.append(error)
 
     if threads == 1 or step >= n:
@@ -106,7 +117,9 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
     else:
         _run(take_chunks, threads, raised)
     if raised:
-        error, raised[:] = raised[0], [None]  # still true, for workers that come late; and no cycle that keeps tensors alive
+        # Still true, for workers that come late; and no cycle that keeps tensors alive.
+        error, raised[:] = raised[0], [None]
+        assert error is not None
         try:
             raise error
         finally:
@@ -118,7 +131,10 @@ def _up(count: int, multiple: int) -> int:
 
 
 def _run(worker: Worker, threads: int, raised: list) -> None:
-    """Run a worker in each of so many threads, and wait for all; the caller's own is among them where it is torch's team."""
+    """Run a worker in each of so many threads, and wait for all.
+
+    The caller's own is among them where it is torch's team.
+    """
     team = None if _forked else _team()
     if team is None:
         _run_in_pool(worker, threads, raised)
@@ -127,7 +143,10 @@ def _run(worker: Worker, threads: int, raised: list) -> None:
 
 
 def _run_in_pool(worker: Worker, threads: int, raised: list) -> None:
-    """Add what interrupts the waiting to `raised`, which stops the workers: then none uses the caller's scratches any more."""
+    """Run a worker in a pool's threads; what interrupts the waiting is added to `raised`.
+
+    That stops the workers: then none uses the caller's scratches any more.
+    """
     futures: list[Future] = []
     try:
         pool = _pool(threads)
@@ -156,7 +175,8 @@ def _team() -> Callable[[Worker, int], None] | None:
     except (OSError, AttributeError):
         return None
     first = getattr(ctypes.CDLL(None), entry, parallel)
-    if _address(first) != _address(parallel):  # one that was preloaded, on which torch runs then
+    # A preloaded runtime: torch runs on that one.
+    if _address(first) != _address(parallel):
         return None
     callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     parallel.argtypes, parallel.restype = [callback, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
@@ -169,9 +189,8 @@ def _team() -> Callable[[Worker, int], None] | None:
             ended.add(threading.get_ident())
 
         parallel(callback(work), None, threads, 0)
-        if (
-            threading.get_ident() not in ended
-        ):  # a signal's exception came before `worker` could catch it: ctypes prints it only
+        if threading.get_ident() not in ended:
+            # A signal's exception came before `worker` could catch it: ctypes only prints it.
             raise KeyboardInterrupt
 
     return run
@@ -195,7 +214,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             pool.submit(started.wait)
         started.wait()
     except BaseException:
-        started.abort()  # or its threads would wait, and Python for them at its end
+        # Otherwise its threads would wait, and Python for them at its end.
+        started.abort()
         pool.shutdown(wait=False)
         raise
     finally:
@@ -213,7 +233,10 @@ def _compute_alone() -> None:
 
 
 def _after_fork() -> None:
-    """Leave the parent's threads behind: a child has neither its team, for which libgomp would wait forever, nor its pool."""
+    """Leave the parent's threads behind.
+
+    A child has neither its team, for which libgomp would wait forever, nor its pool.
+    """
     global _forked
     _forked = True
     _pool.cache_clear()

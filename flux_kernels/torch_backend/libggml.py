@@ -1,4 +1,6 @@
-"""Quantize with libggml itself, from the optional libggml-python package: the types without a quantizer here, or any type.
+"""Quantize with libggml itself, from the optional libggml-python package.
+
+The types without a quantizer here, or any type.
 
 libggml works on the CPU, in one thread. Source: ggml.h ggml_quantize_chunk, ggml_quantize_requires_imatrix.
 """
@@ -19,7 +21,8 @@ from ..formats import BlockFormat
 
 _INSTALL = "Install it with `pip install libggml-python`"
 _FILES = ("lib*/libggml-base.so", "lib*/libggml-base.dylib", "bin/ggml-base.dll", "lib*/ggml-base.dll")
-_NEVER = (9, 15)  # Q8_1 and Q8_K, ggml's activation types: ggml_quantize_chunk aborts the process on them
+# Q8_1 and Q8_K, ggml's activation types: ggml_quantize_chunk aborts the process on them.
+_NEVER = (9, 15)
 
 
 def available() -> bool:
@@ -61,7 +64,10 @@ def quantize(rows: Tensor, fmt: BlockFormat, importance: Tensor | None = None) -
 
 
 def requires_importance(fmt: BlockFormat) -> bool:
-    """Tell whether libggml quantizes to `fmt` only with an importance; raise FormatError where it cannot at all."""
+    """Tell whether libggml quantizes to `fmt` only with an importance.
+
+    Raises FormatError where it cannot at all.
+    """
     return bool(_library(fmt).ggml_quantize_requires_imatrix(fmt.ggml_type))
 
 
@@ -91,8 +97,8 @@ def _file() -> Path | None:
     except ModuleNotFoundError:  # an import hook refuses it
         spec = None
     folders = spec.submodule_search_locations if spec else None
-    found = [path for folder in folders or () for pattern in _FILES for path in Path(folder).glob(pattern)]
-    return found[0] if found else None
+    paths = [path for folder in folders or () for pattern in _FILES for path in Path(folder).glob(pattern)]
+    return paths[0] if paths else None
 
 
 @cache

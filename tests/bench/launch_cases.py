@@ -10,7 +10,7 @@ import torch
 
 import flux_kernels as fk
 from bench.stand_in import CARDS, counting_compiler, stand_in
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import exact, fp16_accumulate, int8, two_stage
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 from flux_kernels.kernels.tiles import split_k_tile
@@ -34,15 +34,15 @@ def test_no_grid_ends_before_the_call_does(algorithm):
         if algorithm in ("int8", "row_scales"):
             tile = default_choice("int8", fmt, TALL, 256, 256, CAPABILITY).tile
             chosen = Choice("two_stage" if algorithm == "int8" else algorithm, tile, "")
-            int8.linear(x, data, bias, y, fmt, fmt.planes, choice=chosen)
+            int8.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=chosen)
         elif algorithm == "fp16":
-            fp16_accumulate.linear(x, data, bias, y, fmt, fmt.planes)
+            fp16_accumulate.linear(x, Packed(data, fmt, fmt.planes), bias, y)
         elif algorithm == "split_k":
             tile = replace(split_k_tile(fmt, TALL, 256, 256, CAPABILITY), tile_k=128, splits=2)
-            exact.linear(x, data, bias, y, fmt, fmt.planes, choice=Choice(algorithm, tile, ""))
+            exact.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=Choice(algorithm, tile, ""))
         else:
             chosen = Choice(algorithm, tile_of(algorithm, fmt, TALL, 256, 256, CAPABILITY), "")
-            exact.linear(x, data, bias, y, fmt, fmt.planes, choice=chosen)
+            exact.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=chosen)
 
 
 def test_a_program_for_every_row_is_for_few_rows():
@@ -51,14 +51,14 @@ def test_a_program_for_every_row_is_for_few_rows():
         x, data, bias, y, fmt = tensors("IQ4_NL", TALL)
         chosen = Choice("small_m", tile_of("small_m", fmt, TALL, 256, 256, CAPABILITY), "")
         with pytest.raises(RuntimeError, match="invalid argument"):
-            exact.linear(x, data, bias, y, fmt, fmt.planes, choice=chosen)
+            exact.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=chosen)
 
 
 def test_no_grid_ends_before_the_weight_does():
     """2.2 million output features decode (a grid's second axis is along K); nothing that large is multiplied at a time."""
     with stand_in(CARDS["RTX 4090"], counting_compiler(Counter())) as card:
         fmt = FORMATS["Q8_0"]
-        two_stage.unpack(torch.empty(2_200_000, fmt.row_bytes(32), dtype=torch.uint8), fmt, torch.float16, fmt.planes)
+        two_stage.unpack(Packed(torch.empty(2_200_000, fmt.row_bytes(32), dtype=torch.uint8), fmt, fmt.planes), torch.float16)
         assert sum(card.launches.values()) == 1
 
 

@@ -18,7 +18,7 @@ from flux_kernels.benchmark.step.timing import COLUMNS, StepCase, measure_format
 from flux_kernels.benchmark.step.weights import build, build_reference, linear_shapes, make_weights
 from flux_kernels.benchmark.whole_step import main, measure_steps, row_key
 from flux_kernels.errors import FormatError
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.generation.base_pipeline import one_thread
 from flux_kernels.generation.embedded import PIPELINE_KWARGS
 from flux_kernels.layers.linear import GGUFLinear
@@ -61,7 +61,9 @@ def planes(monkeypatch):
     def rearranged(*arguments):
         weights = make_weights(*arguments)
         for name, one in weights.packed.items():
-            weights.packed[name] = replace(one, data=weights.fmt.layout.to_planes(one.data), planes=True)
+            weights.packed[name] = replace(
+                one, weight=Packed(one.weight.fmt.layout.to_planes(one.weight.data), one.weight.fmt, True)
+            )
         return weights
 
     monkeypatch.setattr(step_timing, "make_weights", rearranged)
@@ -69,9 +71,9 @@ def planes(monkeypatch):
 
 def test_random_weights_differ_between_blocks_and_have_bytes_of_their_own():
     weights = small_weights("Q4_K")
-    first, second = (weights.packed[f"transformer_blocks.{i}.ff.net.2"].data for i in (0, 1))
+    first, second = (weights.packed[f"transformer_blocks.{i}.ff.net.2"].weight.data for i in (0, 1))
     assert not torch.equal(first, second) and torch.equal(first.roll(1, 0), second)
-    assert len({one.data.data_ptr() for one in weights.packed.values()}) == len(weights.packed)
+    assert len({one.weight.data.data_ptr() for one in weights.packed.values()}) == len(weights.packed)
     outside = {name for name in linear_shapes(SMALL) if "blocks." not in name}
     assert set(weights.plain) == outside and len(outside) == 10
     held = sum(parameter.nbytes for parameter in build(weights, "ours exact").parameters())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.torch_backend import reference
 
 from .. import libggml_oracle
@@ -39,7 +39,7 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 def decoded(name: str, packed: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Decode packed rows with the library."""
-    return reference.dequantize(torch.from_numpy(packed), FORMATS[name], dtype)
+    return reference.dequantize(Packed(torch.from_numpy(packed), FORMATS[name]), dtype)
 
 
 def random_packed(name: str, rows: int, k: int, seed: int) -> np.ndarray:
@@ -116,11 +116,11 @@ def test_16_bit_is_the_float32_value_rounded_once(name, dtype):
 def test_leading_dimensions_are_batch(name):
     packed = torch.from_numpy(golden(name)["q"])
     rows, row_bytes = packed.shape
-    batched = reference.dequantize(packed.view(2, 3, rows // 6, row_bytes), FORMATS[name])
-    flat = reference.dequantize(packed, FORMATS[name])
+    batched = reference.dequantize(Packed(packed.view(2, 3, rows // 6, row_bytes), FORMATS[name]))
+    flat = reference.dequantize(Packed(packed, FORMATS[name]))
     assert torch.equal(batched, flat.view(2, 3, rows // 6, -1))
-    assert torch.equal(reference.dequantize(packed[0], FORMATS[name]), flat[0])
-    assert reference.dequantize(packed[:0], FORMATS[name]).shape == (0, flat.shape[1])
+    assert torch.equal(reference.dequantize(Packed(packed[0], FORMATS[name])), flat[0])
+    assert reference.dequantize(Packed(packed[:0], FORMATS[name])).shape == (0, flat.shape[1])
 
 
 @every_format
@@ -132,9 +132,10 @@ def test_strided_and_odd_rows(name):
     fmt, packed = FORMATS[name], torch.from_numpy(golden(name)["q"])
     wide = torch.zeros(packed.shape[0], packed.shape[1] + 34, dtype=torch.uint8)
     wide[:, 2:-32] = packed
-    assert torch.equal(reference.dequantize(wide[:, 2:-32], fmt), reference.dequantize(packed, fmt))
+    assert torch.equal(reference.dequantize(Packed(wide[:, 2:-32], fmt)), reference.dequantize(Packed(packed, fmt)))
     assert torch.equal(
-        reference.dequantize(wide[3:4, 2 : 2 + fmt.type_size], fmt), reference.dequantize(packed[3:4, : fmt.type_size], fmt)
+        reference.dequantize(Packed(wide[3:4, 2 : 2 + fmt.type_size], fmt)),
+        reference.dequantize(Packed(packed[3:4, : fmt.type_size], fmt)),
     )
 
 
@@ -144,8 +145,8 @@ def test_field_planes_decode_alike_and_are_undone(name):
     planes = fmt.layout.to_planes(packed)
     assert planes.shape == packed.shape
     assert torch.equal(fmt.layout.from_planes(planes), packed)
-    got = reference.dequantize(planes, fmt, planes=True)
-    assert_same_bits(got.numpy(), reference.dequantize(packed, fmt).numpy())
+    got = reference.dequantize(Packed(planes, fmt, True))
+    assert_same_bits(got.numpy(), reference.dequantize(Packed(packed, fmt)).numpy())
     one_block = packed[:, : fmt.type_size]
     assert torch.equal(fmt.layout.to_planes(one_block), one_block)
 
@@ -155,5 +156,7 @@ def test_decode_traces(name):
     """On fake tensors there is no data to branch on; the graph gives the same weights for other data."""
     fmt, vectors = FORMATS[name], golden(name)
     packed, other = torch.from_numpy(vectors["q"][:2]), torch.from_numpy(vectors["random_q"][:2])
-    graph = make_fx(lambda data: reference.decode_rows(data, fmt), tracing_mode="fake", _allow_non_fake_inputs=True)(packed)
-    assert_same_bits(graph(other).numpy(), reference.decode_rows(other, fmt).numpy())
+    graph = make_fx(lambda data: reference.decode_rows(Packed(data, fmt)), tracing_mode="fake", _allow_non_fake_inputs=True)(
+        packed
+    )
+    assert_same_bits(graph(other).numpy(), reference.decode_rows(Packed(other, fmt)).numpy())

@@ -13,7 +13,7 @@ import torch
 import flux_kernels as fk
 from flux_kernels import kernels
 from flux_kernels.compute import COMPUTE_MODES
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 
 from ..conftest import TINY_FLUX, flux_inputs
 from .test_on_gpu import packed
@@ -35,7 +35,7 @@ def call(name: str, m: int, compute: str):
     bias = torch.randn(256, device="cuda", dtype=torch.bfloat16)
 
     def run(x):
-        return kernels.linear(x, data, bias, fmt, compute, fmt.planes)
+        return kernels.linear(x, Packed(data, fmt, fmt.planes), bias, compute)
 
     for _ in range(3):
         run(x)

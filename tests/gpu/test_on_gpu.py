@@ -16,7 +16,7 @@ import torch
 import flux_kernels as fk
 from flux_kernels import kernels
 from flux_kernels.compute import COMPUTE_MODES, group_width
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import exact, fp16_accumulate, int8
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tiles import fused_tile
@@ -65,7 +65,7 @@ def exact_linear(name: str, x, data, bias, choice: Choice | None = None) -> torc
     """Compute in exact mode, with a choice of the caller's where there is one."""
     fmt = FORMATS[name]
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
-    exact.linear(x, data, bias, y, fmt, fmt.planes, choice=choice)
+    exact.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=choice)
     return y
 
 
@@ -73,7 +73,7 @@ def exact_linear(name: str, x, data, bias, choice: Choice | None = None) -> torc
 def test_decode_is_bit_equal_to_libggml(name):
     fmt, vectors = FORMATS[name], golden(name)
     data = fmt.layout.to_planes(vectors["random_q"]) if fmt.planes else vectors["random_q"]
-    got, expected = kernels.dequantize(data.cuda(), fmt, torch.float32, fmt.planes).cpu(), vectors["random_y"]
+    got, expected = kernels.dequantize(Packed(data.cuda(), fmt, fmt.planes), torch.float32).cpu(), vectors["random_y"]
     finite = expected.isfinite()
     compare.same_bits(got[finite].view(torch.int32), expected[finite].view(torch.int32), name)
     compare.same_bits(got.isnan(), expected.isnan(), name)
@@ -88,7 +88,7 @@ def test_linear_is_within_twice_the_error_of_cublas(name, shape):
     """
     x, data, weight, bias, oracle = operands(name, *shape)
     reference = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-    got = kernels.linear(x, data, bias, FORMATS[name], "exact", FORMATS[name].planes)
+    got = kernels.linear(x, Packed(data, FORMATS[name], FORMATS[name].planes), bias, "exact")
     compare.within(got, oracle, 2 * compare.error(reference, oracle), name)
 
 
@@ -99,14 +99,14 @@ def test_linear_is_within_twice_the_error_of_cublas(name, shape):
 def test_other_activation_dtypes(name, dtype, m):
     x, data, weight, bias, oracle = operands(name, m, 256, dtype)
     reference = torch.nn.functional.linear(x, weight.to(dtype), bias)
-    got = kernels.linear(x, data, bias, FORMATS[name], "exact", FORMATS[name].planes)
+    got = kernels.linear(x, Packed(data, FORMATS[name], FORMATS[name].planes), bias, "exact")
     compare.within(got, oracle, 2 * compare.error(reference, oracle), name)
 
 
 def int8_error(name: str, x, data, bias, oracle) -> float:
     """Return the error of the torch twin, with the scales that are coarser."""
     fmt = FORMATS[name]
-    twins = (linear_int8(x, data, fmt, bias, fmt.planes, row_scales=rows) for rows in (False, True))
+    twins = (linear_int8(x, Packed(data, fmt, fmt.planes), bias, row_scales=rows) for rows in (False, True))
     return max(compare.error(twin, oracle) for twin in twins)
 
 
@@ -118,7 +118,7 @@ def test_int8_is_as_far_from_float64_as_its_twin(name, shape):
     That is far less than 5 % of the error.
     """
     x, data, _, bias, oracle = operands(name, *shape)
-    got = kernels.linear(x, data, bias, FORMATS[name], "int8", FORMATS[name].planes)
+    got = kernels.linear(x, Packed(data, FORMATS[name], FORMATS[name].planes), bias, "int8")
     compare.within(got, oracle, 1.05 * int8_error(name, x, data, bias, oracle), name)
 
 
@@ -126,7 +126,7 @@ def fp16_linear(name: str, x, data, bias) -> torch.Tensor:
     """Compute with fp16 sums, also on cards for which the mode is refused because it is slow there."""
     fmt = FORMATS[name]
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
-    fp16_accumulate.linear(x, data, bias, y, fmt, fmt.planes)
+    fp16_accumulate.linear(x, Packed(data, fmt, fmt.planes), bias, y)
     return y
 
 
@@ -135,7 +135,7 @@ def fp16_linear(name: str, x, data, bias) -> torch.Tensor:
 def test_fp16_accumulate_is_as_far_from_float64_as_its_twin(name, shape):
     """Twice, because the order in which tensor cores sum products of 16 along K is not documented."""
     x, data, _, bias, oracle = operands(name, *shape)
-    twin = linear_fp16_accumulate(x, data, FORMATS[name], bias, FORMATS[name].planes)
+    twin = linear_fp16_accumulate(x, Packed(data, FORMATS[name], FORMATS[name].planes), bias)
     compare.within(fp16_linear(name, x, data, bias), oracle, 2 * compare.error(twin, oracle), name)
 
 
@@ -152,7 +152,7 @@ def test_activations_are_quantized_as_by_the_twin():
 def test_weights_are_unpacked_to_int8_as_by_the_twin(name):
     fmt, group = FORMATS[name], group_width(K)
     data, weight = packed(name, 256)
-    codes, _ = int8.unpack_weight(data, fmt, group, fmt.planes)
+    codes, _ = int8.unpack_weight(Packed(data, fmt, fmt.planes), group)
     compare.same_bits(codes, quantize_groups(weight, group)[0].flatten(1).to(torch.int8), name)
 
 
@@ -190,9 +190,9 @@ def test_a_product_repeats_its_bits(compute, m):
     """
     fmt = FORMATS["Q4_K"]
     x, data, _, bias, _ = operands("Q4_K", m, 3072)
-    first = kernels.linear(x, data, bias, fmt, compute, fmt.planes)
+    first = kernels.linear(x, Packed(data, fmt, fmt.planes), bias, compute)
     for turn in range(100):
-        compare.same_bits(kernels.linear(x, data, bias, fmt, compute, fmt.planes), first, f"turn {turn}")
+        compare.same_bits(kernels.linear(x, Packed(data, fmt, fmt.planes), bias, compute), first, f"turn {turn}")
 
 
 @pytest.mark.parametrize("m", [1, 512, 640])
@@ -205,7 +205,7 @@ def test_a_cuda_graph_replays_every_mode(compute, m):
     def call() -> torch.Tensor:
         if compute == "fp16_accumulate" and m > 16:
             return fp16_linear("Q6_K", x, data, bias)
-        return kernels.linear(x, data, bias, fmt, "exact" if m == 1 else compute, fmt.planes)
+        return kernels.linear(x, Packed(data, fmt, fmt.planes), bias, "exact" if m == 1 else compute)
 
     call()
     torch.cuda.synchronize()
@@ -238,9 +238,9 @@ def test_code_for_geforce_runs_here_through_its_ptx(card, name, compute):
     elif compute == "int8":
         allowed = 1.05 * int8_error(name, x, data, bias, oracle)
     else:
-        allowed = 2 * compare.error(linear_fp16_accumulate(x, data, fmt, bias, fmt.planes), oracle)
+        allowed = 2 * compare.error(linear_fp16_accumulate(x, Packed(data, fmt, fmt.planes), bias), oracle)
     with compiled_for(CARDS[card]):
-        got = kernels.linear(x, data, bias, fmt, compute, fmt.planes)
+        got = kernels.linear(x, Packed(data, fmt, fmt.planes), bias, compute)
     torch.cuda.synchronize()
     compare.within(got, oracle, allowed, f"{card} {name} {compute}")
 
@@ -249,7 +249,7 @@ def test_code_for_geforce_runs_here_through_its_ptx(card, name, compute):
 def test_identity_gives_the_weight(name):
     data, weight = packed(name, 256)
     rows = torch.eye(K, dtype=BF16, device="cuda")[:512]
-    got = kernels.linear(rows, data, None, FORMATS[name], "exact", FORMATS[name].planes)
+    got = kernels.linear(rows, Packed(data, FORMATS[name], FORMATS[name].planes), None, "exact")
     compare.same_bits(got, weight.to(BF16).T[:512], name)
 
 
@@ -259,7 +259,7 @@ def test_several_streams_do_not_disturb_each_other():
     inputs = [torch.randn(512 + 16 * i, K, device="cuda").to(BF16) for i in range(8)]
 
     def call(x):
-        return kernels.linear(x, data, None, fmt, "exact", fmt.planes)
+        return kernels.linear(x, Packed(data, fmt, fmt.planes), None, "exact")
 
     expected = [call(x) for x in inputs]
     torch.cuda.synchronize()
@@ -277,7 +277,7 @@ def test_several_streams_do_not_disturb_each_other():
 def test_tensors_on_another_than_the_current_device():
     data, weight = packed("Q8_0", 32)
     x = torch.randn(3, K, device="cuda:1")
-    got = kernels.linear(x, data.to("cuda:1"), None, FORMATS["Q8_0"], "exact", True)
+    got = kernels.linear(x, Packed(data.to("cuda:1"), FORMATS["Q8_0"], True), None, "exact")
     torch.testing.assert_close(got.cpu(), x.cpu() @ weight.cpu().T, rtol=1e-5, atol=1e-4)
 
 
@@ -289,10 +289,10 @@ def test_more_than_2_to_the_31_weights():
     data = torch.empty(n, fmt.row_bytes(K), dtype=torch.uint8, device="cuda").random_(0, 120)  # of scales, finite halves
     x = torch.randn(16, K, device="cuda").to(BF16)
     last = data[-256:].clone()
-    got = kernels.linear(x, data, None, fmt, "exact", True)
-    compare.same_bits(got[:, -256:], kernels.linear(x, last, None, fmt, "exact", True), "product")
-    weights = kernels.dequantize(data, fmt, BF16, True)
-    compare.same_bits(weights[-256:], kernels.dequantize(last, fmt, BF16, True), "weights")
+    got = kernels.linear(x, Packed(data, fmt, True), None, "exact")
+    compare.same_bits(got[:, -256:], kernels.linear(x, Packed(last, fmt, True), None, "exact"), "product")
+    weights = kernels.dequantize(Packed(data, fmt, True), BF16)
+    compare.same_bits(weights[-256:], kernels.dequantize(Packed(last, fmt, True), BF16), "weights")
 
 
 @pytest.mark.parametrize("m", [1, 16, 640])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flux_kernels import kernels, torch_backend
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import int8
 from flux_kernels.kernels.choice import default_choice
 
@@ -39,8 +39,8 @@ def test_the_branch_is_added_before_the_result_is_rounded(compute, tokens, dtype
     data, weight = finite_rows("Q4_K", N)
     x, bias, hidden, up = operands(tokens, rank, dtype)
     branch = (hidden.to(device), up.to(device))
-    got = kernels.linear(x.to(device), data.to(device), bias.to(device), fmt, compute, False, branch).cpu()
-    twin = torch_backend.linear(x, data, bias, fmt, compute, False, (hidden, up))
+    got = kernels.linear(x.to(device), Packed(data.to(device), fmt), bias.to(device), compute, branch).cpu()
+    twin = torch_backend.linear(x, Packed(data, fmt), bias, compute, (hidden, up))
     oracle = x.double() @ weight.double().T + bias.double() + hidden.double() @ up.double().T
     factor = {"int8": 1.02, "fp16_accumulate": 4.0, "exact": 1.1}[compute]
     assert got.dtype == dtype
@@ -64,10 +64,10 @@ def test_int8_outliers_equal_the_twin(dtype, with_branch, device):
     outliers = (index, weight[:, index])
     moved = tuple(part.to(device) for part in outliers)
     packed = fmt.layout.to_planes(data)
-    got = kernels.linear(x.to(device), packed.to(device), bias.to(device), fmt, "int8", True, branch, moved).cpu()
+    got = kernels.linear(x.to(device), Packed(packed.to(device), fmt, True), bias.to(device), "int8", branch, moved).cpu()
     oracle = x.double() @ weight.double().T + bias.double()
     if with_branch:
         oracle += hidden.double() @ up.double().T
-    twin = torch_backend.linear(x, data, bias, fmt, "int8", False, (hidden, up) if with_branch else None, outliers)
-    without = torch_backend.linear(x, data, bias, fmt, "int8", False, (hidden, up) if with_branch else None)
+    twin = torch_backend.linear(x, Packed(data, fmt), bias, "int8", (hidden, up) if with_branch else None, outliers)
+    without = torch_backend.linear(x, Packed(data, fmt), bias, "int8", (hidden, up) if with_branch else None)
     assert relative(got, oracle) <= 1.02 * relative(twin, oracle) < 0.4 * relative(without, oracle)

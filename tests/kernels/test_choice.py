@@ -7,7 +7,7 @@ import torch
 
 from flux_kernels import backends, kernels
 from flux_kernels.errors import BackendUnavailable
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels.choice import Choice, default_choice
 
 from .samples import finite_rows
@@ -36,7 +36,7 @@ def test_float32_activations_are_as_right_as_torch(name, device):
     data, weight = finite_rows(name, 37)
     packed = fmt.layout.to_planes(data) if fmt.planes else data
     x, bias = torch.randn(33, 512), torch.randn(37)
-    got = kernels.linear(x.to(device), packed.to(device), bias.to(device), fmt, "exact", fmt.planes).cpu()
+    got = kernels.linear(x.to(device), Packed(packed.to(device), fmt, fmt.planes), bias.to(device), "exact").cpu()
     assert torch.equal(got, torch.nn.functional.linear(x, weight, bias))
 
 

@@ -10,7 +10,7 @@ import torch
 from flux_kernels import kernels, torch_backend
 from flux_kernels._triton import interpreting
 from flux_kernels.compute import group_width
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import int8
 from flux_kernels.kernels.choice import default_choice
 from flux_kernels.torch_backend import low_precision
@@ -64,7 +64,7 @@ def test_weight_unpack_equals_its_twin(name, device):
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 9)
     packed = fmt.layout.to_planes(data) if fmt.planes else data
-    codes, scale = int8.unpack_weight(packed.to(device), fmt, 128, fmt.planes)
+    codes, scale = int8.unpack_weight(Packed(packed.to(device), fmt, fmt.planes), 128)
     twin, twin_scale = low_precision.quantize_groups(weight, 128)
     assert_codes(codes.cpu(), weight, twin_scale[..., 0], twin)
     assert torch.equal(scale.cpu().T, twin_scale[..., 0])
@@ -76,7 +76,7 @@ def test_weight_unpack_with_row_scales_equals_its_twin(name, device):
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 9)
     packed = fmt.layout.to_planes(data) if fmt.planes else data
-    codes, scale = int8.unpack_weight(packed.to(device), fmt, 128, fmt.planes, row_scales=True)
+    codes, scale = int8.unpack_weight(Packed(packed.to(device), fmt, fmt.planes), 128, True)
     twin, twin_scale = low_precision.quantize_groups(weight, weight.shape[1])
     assert_codes(codes.cpu(), weight, twin_scale[..., 0], twin)
     assert torch.equal(scale.cpu().T, twin_scale[..., 0])
@@ -96,8 +96,8 @@ def test_row_scales_are_as_accurate_as_their_twin(name, device, monkeypatch):
     y = torch.empty(37, 150, device=device)
     on_device = [part.to(device) for part in branch]
     choice = replace(default_choice("int8", fmt, 37, 150, 512, (9, 0)), rows=128)
-    int8.linear(x.to(device), packed.to(device), bias.to(device), y, fmt, fmt.planes, on_device, choice=choice)
-    twin = low_precision.linear_int8(x, data, fmt, bias, False, branch, row_scales=True)
+    int8.linear(x.to(device), Packed(packed.to(device), fmt, fmt.planes), bias.to(device), y, on_device, choice=choice)
+    twin = low_precision.linear_int8(x, Packed(data, fmt), bias, branch, True)
     oracle = x.double() @ weight.double().T + bias.double() + branch[0].double() @ branch[1].double().T
     assert choice.algorithm == "row_scales"
     assert relative(y.cpu(), oracle) <= 1.02 * relative(twin, oracle)
@@ -127,7 +127,7 @@ def test_a_nan_or_inf_scale_reaches_the_output_through_row_scales(bits, device):
     data[1, 36:38] = torch.tensor([bits & 0xFF, bits >> 8], dtype=torch.uint8)
     y = torch.empty(20, 4, device=device)
     choice = default_choice("int8", fmt, 20, 4, 512, (9, 0))
-    int8.linear(torch.randn(20, 512).to(device), data.to(device), None, y, fmt, False, choice=choice)
+    int8.linear(torch.randn(20, 512).to(device), Packed(data.to(device), fmt), None, y, choice=choice)
     assert y[:, 1].isnan().all()
     assert y[:, [0, 2, 3]].isfinite().all()
 
@@ -148,8 +148,8 @@ def test_kernel_is_as_accurate_as_its_twin(name, compute, dtype, device, monkeyp
     data, weight = finite_rows(name, 150)
     x, bias = torch.randn(37, 512).to(dtype), torch.randn(150).to(dtype)
     packed = fmt.layout.to_planes(data) if fmt.planes else data
-    got = kernels.linear(x.to(device), packed.to(device), bias.to(device), fmt, compute, fmt.planes).cpu()
-    twin = torch_backend.linear(x, data, bias, fmt, compute)
+    got = kernels.linear(x.to(device), Packed(packed.to(device), fmt, fmt.planes), bias.to(device), compute).cpu()
+    twin = torch_backend.linear(x, Packed(data, fmt), bias, compute)
     oracle = x.double() @ weight.double().T + bias.double()
     factor = {"int8": 1.02, "fp16_accumulate": 4.0}[compute]
     assert relative(got, oracle) <= factor * relative(twin, oracle)
@@ -166,7 +166,7 @@ def test_a_nan_or_inf_scale_reaches_the_int8_output(block, bits, device):
     data, _ = finite_rows("Q8_0", 4)
     data = data.clone()
     data[1, 34 * block : 34 * block + 2] = torch.tensor([bits & 0xFF, bits >> 8], dtype=torch.uint8)
-    got = kernels.linear(torch.randn(20, 512).to(device), data.to(device), None, fmt, "int8").cpu()
+    got = kernels.linear(torch.randn(20, 512).to(device), Packed(data.to(device), fmt), None, "int8").cpu()
     assert got[:, 1].isnan().all()
     assert got[:, [0, 2, 3]].isfinite().all()
 
@@ -177,8 +177,8 @@ def test_few_rows_stay_weight_only(compute, device):
     fmt = FORMATS["Q8_0"]
     data, _ = finite_rows("Q8_0", 40)
     x = torch.randn(16, 512)
-    exact = kernels.linear(x.to(device), data.to(device), None, fmt, "exact")
-    assert torch.equal(kernels.linear(x.to(device), data.to(device), None, fmt, compute), exact)
+    exact = kernels.linear(x.to(device), Packed(data.to(device), fmt), None, "exact")
+    assert torch.equal(kernels.linear(x.to(device), Packed(data.to(device), fmt), None, compute), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -191,7 +191,7 @@ def test_fp16_accumulate_survives_the_largest_activations(dtype, device):
     x *= (6e4 if dtype == torch.float16 else 1e30) / x.abs().amax()
     x = x.to(dtype)
     bf16 = x.bfloat16() if dtype == torch.bfloat16 else x.float()
-    got = kernels.linear(bf16.to(device), data.to(device), None, fmt, "fp16_accumulate").cpu()
+    got = kernels.linear(bf16.to(device), Packed(data.to(device), fmt), None, "fp16_accumulate").cpu()
     oracle = bf16.double() @ weight.double().T
     assert got.isfinite().all()
     assert relative(got, oracle) < 5e-3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux_kernels import kernels
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 
 from .samples import golden
 
@@ -25,7 +25,7 @@ def test_float32_is_bit_equal_to_libggml_on_random_bytes(name, planes, device):
     fmt, vectors = FORMATS[name], golden(name)
     data = vectors["random_q"]
     packed = fmt.layout.to_planes(data) if planes else data
-    got = kernels.dequantize(packed.to(device), fmt, torch.float32, planes).cpu()
+    got = kernels.dequantize(Packed(packed.to(device), fmt, planes), torch.float32).cpu()
     assert same_bits(got, vectors["random_y"])
 
 
@@ -33,7 +33,7 @@ def test_float32_is_bit_equal_to_libggml_on_random_bytes(name, planes, device):
 @pytest.mark.parametrize("name", FORMATS)
 def test_16_bit_is_the_float32_value_rounded_once(name, dtype, device):
     vectors = golden(name)
-    got = kernels.dequantize(vectors["q"].to(device), FORMATS[name], dtype).cpu()
+    got = kernels.dequantize(Packed(vectors["q"].to(device), FORMATS[name]), dtype).cpu()
     assert torch.equal(got, vectors["y"].to(dtype))
 
 
@@ -48,11 +48,11 @@ def test_a_row_whose_last_tile_is_short(name, device):
         data = vectors["q"][:, : blocks * fmt.type_size].contiguous()
         for planes in (False, True):
             packed = fmt.layout.to_planes(data) if planes else data
-            got = kernels.dequantize(packed.to(device), fmt, torch.float32, planes).cpu()
+            got = kernels.dequantize(Packed(packed.to(device), fmt, planes), torch.float32).cpu()
             assert same_bits(got, vectors["y"][:, :k].contiguous())
 
 
 def test_no_rows_give_an_empty_result(device):
     fmt = FORMATS["Q8_0"]
     empty = torch.empty(0, 34, dtype=torch.uint8, device=device)
-    assert kernels.dequantize(empty, fmt, torch.float32).shape == (0, 32)
+    assert kernels.dequantize(Packed(empty, fmt), torch.float32).shape == (0, 32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flux_kernels import kernels
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import exact
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tiles import Tile, choose_algorithm
@@ -26,7 +26,7 @@ def launch(x, data, fmt, bias=None, planes=False, device="cpu"):
     """Run the kernel on `device` from tensors on the CPU; the result comes back on the CPU."""
     packed = fmt.layout.to_planes(data) if planes else data
     bias = None if bias is None else bias.to(device)
-    return kernels.linear(x.to(device), packed.to(device), bias, fmt, "exact", planes).cpu()
+    return kernels.linear(x.to(device), Packed(packed.to(device), fmt, planes), bias, "exact").cpu()
 
 
 def relative(error: torch.Tensor, reference: torch.Tensor) -> float:
@@ -80,7 +80,7 @@ def test_strided_activations(name, device):
     wide = torch.randn(6, 1536)
     for x in (wide[:, 512:1024], wide[::2, :512], wide[:, 1024:].T.contiguous().T):
         packed = data.to(device)
-        got = kernels.linear(x.to(device), packed, None, fmt, "exact").cpu()
+        got = kernels.linear(x.to(device), Packed(packed, fmt), None, "exact").cpu()
         assert relative(got - x.double() @ weight.double().T, got) < 1e-6
 
 
@@ -93,8 +93,8 @@ def test_strided_bias(m, compute, device):
     x = torch.randn(m, 512, device=device)
     wide = torch.randn(40, device=device)
     for bias in (wide[::2], wide[:1].expand(20)):
-        got = kernels.linear(x, data.to(device), bias, fmt, compute)
-        assert torch.equal(got, kernels.linear(x, data.to(device), bias.clone(), fmt, compute))
+        got = kernels.linear(x, Packed(data.to(device), fmt), bias, compute)
+        assert torch.equal(got, kernels.linear(x, Packed(data.to(device), fmt), bias.clone(), compute))
 
 
 def test_no_rows_of_x(device):
@@ -112,7 +112,7 @@ def test_every_element_of_y_is_written(device):
     data, _ = finite_rows("Q8_0", 19)
     assert torch.empty(1).isnan().all()
     x = torch.ones(3, 512, dtype=torch.float16, device=device)
-    assert kernels.linear(x, data.to(device), None, fmt, "exact").isfinite().all()
+    assert kernels.linear(x, Packed(data.to(device), fmt), None, "exact").isfinite().all()
 
 
 @pytest.mark.parametrize("at", [-1, 6])
@@ -219,5 +219,5 @@ def test_rows_that_start_at_an_odd_address_are_copied_to_an_aligned_one(device):
     assert data[1:].data_ptr() % 16
     assert aligned(data[1:]).data_ptr() % 16 == 0
     assert aligned(data) is data
-    got = kernels.linear(torch.eye(32, device=device), data[1:], None, FORMATS["MXFP4"], "exact").cpu()
+    got = kernels.linear(torch.eye(32, device=device), Packed(data[1:], FORMATS["MXFP4"]), None, "exact").cpu()
     assert torch.equal(got, vectors["y"][1:5, :32].T)

@@ -182,6 +182,18 @@ def test_a_broken_record_is_left_out_with_a_sentence(card, break_it):
         assert chosen().algorithm == "fused"
 
 
+def test_comments_and_docstrings_make_no_record_old(tmp_path):
+    path = tmp_path / "kernel.py"
+    path.write_text('"""Before."""\n\ndef f(x):\n    """Add."""\n    return x + 1  # one\n')
+    before = record._code(path)
+    record._code.cache_clear()
+    path.write_text('"""After."""\ndef f(x):\n    # More.\n    return x + 1\n')
+    assert record._code(path) == before
+    record._code.cache_clear()
+    path.write_text("def f(x):\n    return x + 2\n")
+    assert record._code(path) != before
+
+
 def test_the_kernel_hash_follows_mode_and_format():
     hashes = {kernel_hash(mode, FORMATS[name]) for mode in MODES for name in ("Q4_K", "Q8_0")}
     assert len(hashes) == 6

@@ -16,7 +16,7 @@ from torch import nn
 import flux_kernels as fk
 from flux_kernels import kernels, ops
 from flux_kernels._triton import interpreting
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import int8
 from flux_kernels.kernels.choice import default_choice
 from flux_kernels.kernels.launching import Launch
@@ -63,7 +63,7 @@ def layer(seed: int = 0, compute: str = "int8") -> fk.GGUFLinear:
 
 
 def found_anew(made: fk.GGUFLinear) -> torch.Tensor:
-    return int8.row_scale(made.qweight.detach(), Q4_K, False)
+    return int8.row_scale(Packed(made.qweight.detach(), Q4_K))
 
 
 X = torch.randn(17, K, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ X = torch.randn(17, K, generator=torch.Generator().manual_seed(0))
 def test_row_scales_are_those_of_the_twin_nan_where_a_row_holds_nan_or_inf():
     data = packed()
     data[3, 0:2], data[5, 144:146] = torch.tensor([0, 0x7C], dtype=torch.uint8), torch.tensor([1, 0x7E], dtype=torch.uint8)
-    scale = kernels.row_scale(data, Q4_K)
+    scale = kernels.row_scale(Packed(data, Q4_K))
     weight = fk.dequantize(data, "Q4_K")
     assert torch.equal(scale.isnan().nonzero().flatten(), torch.tensor([3, 5]))
     twin = low_precision.quantize_groups(weight, K)[1].flatten()
@@ -100,7 +100,7 @@ def test_chunks_of_a_weight_share_one_search(launched, monkeypatch):
     chunked = replace(int8.choose(), rows=10)
     del launched[:]
     y = torch.empty(17, N)
-    int8.linear(X, whole.qweight, whole.bias.detach(), y, Q4_K, False, choice=chunked)
+    int8.linear(X, Packed(whole.qweight, Q4_K), whole.bias.detach(), y, choice=chunked)
     assert launched.count(row_largest_kernel) == 1 and launched.count(unpack_int8_kernel) == 3
     assert torch.equal(y, expected)
 

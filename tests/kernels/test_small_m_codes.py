@@ -10,7 +10,7 @@ import torch
 
 from flux_kernels import kernels
 from flux_kernels._triton import triton
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import exact
 from flux_kernels.kernels.choice import default_choice
 from flux_kernels.kernels.problem import Problem
@@ -31,7 +31,7 @@ def product(x, data, fmt, bias=None, planes=None):
     assert (choice.algorithm, choice.tile.block_m) == ("small_m", CODES_M)
     packed = fmt.layout.to_planes(data) if planes else data
     y = torch.full((x.shape[0], data.shape[0]), float("nan"), dtype=x.dtype, device=x.device)
-    exact.linear(x, packed.to(x.device), bias, y, fmt, planes, choice=choice)
+    exact.linear(x, Packed(packed.to(x.device), fmt, planes), bias, y, choice=choice)
     return y.cpu()
 
 
@@ -74,7 +74,7 @@ def test_sums_are_those_of_float32(name, dtype, mean, device):
     torch.manual_seed(0)
     x = (torch.randn(3, 1024) + mean).to(dtype)
     tile = small_m_tile(fmt, 1024, codes=True)
-    problem = Problem.of(x, data, None, fmt, False, None)
+    problem = Problem.of(x, Packed(data, fmt), None)
     constants = code_constants(fmt, problem.format_constants, tile, packed=device.type != "cpu")
     y = torch.empty(3, 37, device=device)
     grid = (triton.cdiv(37, tile.block_n), 1)
@@ -167,6 +167,6 @@ def test_float32_activations_with_a_tile_of_codes_take_the_other_kernel(device):
     data, weight = finite_rows("Q8_0", 16)
     choice = default_choice("exact", fmt, 2, 16, 512, (8, 6))
     x, y = torch.randn(2, 512, device=device), torch.empty(2, 16, device=device)
-    exact.linear(x, data.to(device), None, y, fmt, False, choice=choice)
+    exact.linear(x, Packed(data.to(device), fmt), None, y, choice=choice)
     torch.testing.assert_close(y.cpu(), x.cpu() @ weight.T, rtol=1e-5, atol=1e-4)
-    assert torch.equal(kernels.linear(x, data.to(device), None, fmt, "exact"), y)
+    assert torch.equal(kernels.linear(x, Packed(data.to(device), fmt), None, "exact"), y)

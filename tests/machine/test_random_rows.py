@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.machine.random_rows import RMS, random_rows
 from flux_kernels.torch_backend import reference
 
@@ -13,7 +13,7 @@ from flux_kernels.torch_backend import reference
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_finite_and_of_a_plausible_size(name):
     fmt = FORMATS[name]
-    weight = reference.dequantize(random_rows(fmt, 64, 1024, seed=3), fmt).double()
+    weight = reference.dequantize(Packed(random_rows(fmt, 64, 1024, seed=3), fmt)).double()
     rms = weight.pow(2).mean().sqrt().item()
     assert weight.isfinite().all()
     assert RMS / 2 < rms < 2 * RMS
@@ -26,7 +26,7 @@ def test_weights_are_finite_and_of_a_plausible_size(name):
 def test_planes_hold_the_same_weights(name):
     fmt = FORMATS[name]
     rows, planes = (random_rows(fmt, 4, 512, planes, seed=1) for planes in (False, True))
-    assert torch.equal(reference.dequantize(rows, fmt), reference.dequantize(planes, fmt, planes=True))
+    assert torch.equal(reference.dequantize(Packed(rows, fmt)), reference.dequantize(Packed(planes, fmt, True)))
 
 
 def test_rows_repeat_for_a_seed_and_differ_between_seeds():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flux_kernels import torch_backend
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.torch_backend import cpu_decode, cpu_threads, libggml, reference
 
 from .. import libggml_oracle as oracle
@@ -46,8 +46,10 @@ def test_bits_are_those_of_the_reference(name, dtype, threads, monkeypatch):
     monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 4 * fmt.row_weights(data.shape[1]))
     monkeypatch.setattr(cpu_decode, "UNPACK_WEIGHTS", 4 * fmt.row_weights(data.shape[1]))
     monkeypatch.setattr(cpu_threads, "LEAST_WEIGHTS", 1)
-    assert cpu_decode.serves(data, dtype, False)
-    assert torch.equal(bits(cpu_decode.dequantize(data, fmt, dtype)), bits(reference.dequantize(data, fmt, dtype)))
+    assert cpu_decode.serves(Packed(data, fmt), dtype)
+    assert torch.equal(
+        bits(cpu_decode.dequantize(Packed(data, fmt), dtype)), bits(reference.dequantize(Packed(data, fmt), dtype))
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,8 +60,8 @@ def test_overflow_infinity_and_subnormals_round_alike(dtype):
     blocks = torch.zeros(8, fmt.type_size, dtype=torch.uint8)
     blocks[:, :2] = scales.view(torch.uint8).view(8, 2)
     blocks[:, 2:] = torch.arange(1, 33, dtype=torch.uint8) * 4 + 1
-    expected = reference.dequantize(blocks, fmt, dtype)
-    assert torch.equal(bits(cpu_decode.dequantize(blocks, fmt, dtype)), bits(expected))
+    expected = reference.dequantize(Packed(blocks, fmt), dtype)
+    assert torch.equal(bits(cpu_decode.dequantize(Packed(blocks, fmt), dtype)), bits(expected))
 
 
 @with_libggml
@@ -81,7 +83,7 @@ def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
     monkeypatch.setattr(cpu_decode, "_routine", lambda fmt: pytest.fail("libggml decoded instead"))
     # A NaN stays one; which one depends in torch on the place in a vector register
     for dtype in DTYPES:
-        got, rounded = cpu_decode.dequantize(data, fmt, dtype), want.to(dtype)
+        got, rounded = cpu_decode.dequantize(Packed(data, fmt), dtype), want.to(dtype)
         assert torch.equal(got.isnan(), rounded.isnan())
         assert torch.equal(bits(got.masked_fill(got.isnan(), 0)), bits(rounded.masked_fill(rounded.isnan(), 0)))
 
@@ -101,19 +103,19 @@ def test_a_users_defaults_and_inference_mode_change_nothing(name, threads, monke
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.inference_mode(), torch.device("meta"):
-            inside = cpu_decode.dequantize(data, fmt, torch.bfloat16)
+            inside = cpu_decode.dequantize(Packed(data, fmt), torch.bfloat16)
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(inside, weight.bfloat16())
-    assert torch.equal(cpu_decode.dequantize(data, fmt, torch.bfloat16), inside)
+    assert torch.equal(cpu_decode.dequantize(Packed(data, fmt), torch.bfloat16), inside)
     out = torch.zeros(weight.shape)
-    assert torch.equal(cpu_decode.dequantize(data, fmt, torch.float32, out), weight) and not out.is_inference()
+    assert torch.equal(cpu_decode.dequantize(Packed(data, fmt), torch.float32, out), weight) and not out.is_inference()
 
 
 @pytest.mark.parametrize("name", ["Q6_K", "Q8_0"])
 def test_no_rows_decode_to_none(name, threads):
     data, _ = finite_rows(name, 1)
-    assert cpu_decode.dequantize(data[:0], FORMATS[name], torch.bfloat16).shape == (0, 512)
+    assert cpu_decode.dequantize(Packed(data[:0], FORMATS[name]), torch.bfloat16).shape == (0, 512)
 
 
 def test_a_result_does_not_change_with_the_next_call():
@@ -123,17 +125,17 @@ def test_a_result_does_not_change_with_the_next_call():
     """
     (first, weight), (second, _) = finite_rows("Q4_K", 8), finite_rows("Q4_K", 16)
     x = torch.randn(3, 512)
-    y = torch_backend.linear(x, first, None, FORMATS["Q4_K"], "exact")
-    kept, decoded = y.clone(), torch_backend.dequantize(first, FORMATS["Q4_K"], torch.float32)
-    torch_backend.linear(x, second.flip(0).contiguous(), None, FORMATS["Q4_K"], "exact")
+    y = torch_backend.linear(x, Packed(first, FORMATS["Q4_K"]), None, "exact")
+    kept, decoded = y.clone(), torch_backend.dequantize(Packed(first, FORMATS["Q4_K"]), torch.float32)
+    torch_backend.linear(x, Packed(second.flip(0).contiguous(), FORMATS["Q4_K"]), None, "exact")
     assert torch.equal(y, kept) and torch.equal(decoded, weight)
 
 
 def test_planes_and_other_devices_take_the_torch_decode():
     data, _ = finite_rows("Q8_0", 2)
-    assert not cpu_decode.serves(data, torch.float32, True)
-    assert not cpu_decode.serves(data.to("meta"), torch.float32, False)
-    assert not cpu_decode.serves(data, torch.float64, False)
+    assert not cpu_decode.serves(Packed(data, FORMATS["Q8_0"], True), torch.float32)
+    assert not cpu_decode.serves(Packed(data.to("meta"), FORMATS["Q8_0"]), torch.float32)
+    assert not cpu_decode.serves(Packed(data, FORMATS["Q8_0"]), torch.float64)
 
 
 @pytest.mark.parametrize("name", ["Q6_K", "Q4_K", "IQ4_XS"])
@@ -143,5 +145,5 @@ def test_without_libggml_torch_decodes(name, threads, monkeypatch):
     monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 1024)
     data, weight = finite_rows(name, 5)
     for dtype in DTYPES:
-        assert torch.equal(torch_backend.dequantize(data, FORMATS[name], dtype), weight.to(dtype))
+        assert torch.equal(torch_backend.dequantize(Packed(data, FORMATS[name]), dtype), weight.to(dtype))
     cpu_decode._routine.cache_clear()

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.torch_backend import cpu_decode, cpu_threads
 
 from ..kernels.samples import finite_rows
@@ -178,7 +178,7 @@ def test_callers_do_not_share_scratches(way):
     def caller():
         torch.set_num_threads(3)
         for _ in range(10):
-            if not torch.equal(cpu_decode.dequantize(data, fmt, torch.float32), weight):
+            if not torch.equal(cpu_decode.dequantize(Packed(data, fmt), torch.float32), weight):
                 wrong.append(1)
 
     callers = [threading.Thread(target=caller) for _ in range(4)]
@@ -205,9 +205,9 @@ def test_unpackers_keep_little_and_follow_the_shape():
 def test_a_forked_child_decodes(way):
     """Threads do not survive a fork; the child makes a pool of its own (data loaders fork)."""
     data, weight = finite_rows("Q6_K", 64)
-    assert torch.equal(cpu_decode.dequantize(data, FORMATS["Q6_K"], torch.float32), weight)
+    assert torch.equal(cpu_decode.dequantize(Packed(data, FORMATS["Q6_K"]), torch.float32), weight)
     child = os.fork()
     if child == 0:
-        same = torch.equal(cpu_decode.dequantize(data, FORMATS["Q6_K"], torch.float32), weight)
+        same = torch.equal(cpu_decode.dequantize(Packed(data, FORMATS["Q6_K"]), torch.float32), weight)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0

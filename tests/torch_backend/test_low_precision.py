@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.torch_backend.low_precision import linear_fp16_accumulate, linear_int8, quantize_groups
 
 from ..kernels.samples import finite_rows
@@ -68,7 +68,7 @@ def test_whole_int8_linear():
     data, weight = gaussian_rows(192, 3072, 7)
     x = activations(64, 3072, 0.0, 107)
     oracle = x.double() @ weight.T
-    error = (linear_int8(x, data, Q8_0, None, False).double() - oracle).norm() / oracle.norm()
+    error = (linear_int8(x, Packed(data, Q8_0), None).double() - oracle).norm() / oracle.norm()
     assert error <= (0.007**2 + 0.009**2) ** 0.5
 
 
@@ -113,7 +113,7 @@ def test_fp16_accumulate_error(seed):
     data, weight = gaussian_rows(128, 3072, seed)
     x = activations(48, 3072, 0.0, seed + 100).half().float()
     oracle = x.double() @ weight.T
-    error = (linear_fp16_accumulate(x, data, Q8_0, None, False).double() - oracle).norm() / oracle.norm()
+    error = (linear_fp16_accumulate(x, Packed(data, Q8_0), None).double() - oracle).norm() / oracle.norm()
     assert error <= 6e-4
 
 
@@ -124,7 +124,7 @@ def test_bad_and_empty_tokens_show(twin):
     x = torch.randn(20, 512)
     x[0], x[1, 5], x[2, 6] = 0, float("nan"), float("inf")
     bias = torch.randn(8)
-    y = twin(x, data, Q8_0, bias, False)
+    y = twin(x, Packed(data, Q8_0), bias)
     assert torch.equal(y[0], bias)
     assert not y[1].isfinite().any() and not y[2].isfinite().any()
     assert y[3:].isfinite().all()
@@ -162,4 +162,4 @@ def test_int8_errors_are_those_of_ggml_but_for_the_group_width(name, k):
     assert group == (256 if name.endswith("_K") else 32)
     ratio = largest_of(128) / largest_of(group)
     assert error((codes * scale).flatten(1).double() @ weight.T) == pytest.approx(ratio * theirs, rel=0.05)
-    assert error(linear_int8(x, data, FORMATS[name], None, False)) <= 1.05 * 2**0.5 * ratio * theirs
+    assert error(linear_int8(x, Packed(data, FORMATS[name]), None)) <= 1.05 * 2**0.5 * ratio * theirs

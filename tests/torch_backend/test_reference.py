@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flux_kernels import FORMATS, FormatError
+from flux_kernels.formats import Packed
 from flux_kernels.torch_backend import reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -26,7 +27,7 @@ def golden(format: str) -> tuple[torch.Tensor, torch.Tensor]:
 def test_float32_is_libggmls_and_16_bit_is_rounded_once(format):
     data, want = golden(format)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        got = reference.dequantize(data, FORMATS[format], dtype)
+        got = reference.dequantize(Packed(data, FORMATS[format]), dtype)
         assert got.dtype == dtype and torch.equal(got, want.to(dtype))
 
 
@@ -35,8 +36,8 @@ def test_float32_is_libggmls_and_16_bit_is_rounded_once(format):
 def test_chunks_do_not_change_the_result(monkeypatch, format, chunk):
     monkeypatch.setattr(reference, "CHUNK_WEIGHTS", chunk)
     data, want = golden(format)
-    assert torch.equal(reference.dequantize(data, FORMATS[format]), want)
-    assert torch.equal(reference.dequantize(data.view(3, 4, -1), FORMATS[format]), want.view(3, 4, -1))
+    assert torch.equal(reference.dequantize(Packed(data, FORMATS[format])), want)
+    assert torch.equal(reference.dequantize(Packed(data.view(3, 4, -1), FORMATS[format])), want.view(3, 4, -1))
 
 
 @pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.planes])
@@ -45,22 +46,23 @@ def test_planes_decode_to_the_same_weights(format):
     fmt = FORMATS[format]
     planes = fmt.layout.to_planes(data)
     assert not torch.equal(planes, data)
-    assert torch.equal(reference.dequantize(planes, fmt, planes=True), want)
+    assert torch.equal(reference.dequantize(Packed(planes, fmt, True)), want)
 
 
 def test_no_rows_and_a_single_row():
     data, want = golden("Q4_K")
-    assert reference.dequantize(data[:0], FORMATS["Q4_K"]).shape == (0, 512)
-    assert torch.equal(reference.dequantize(data[3], FORMATS["Q4_K"]), want[3])
+    assert reference.dequantize(Packed(data[:0], FORMATS["Q4_K"])).shape == (0, 512)
+    assert torch.equal(reference.dequantize(Packed(data[3], FORMATS["Q4_K"])), want[3])
 
 
 def test_identity_activations_give_the_decoded_weight():
     data, want = golden("Q4_K")
     for dtype in (torch.float32, torch.bfloat16):
-        got = reference.linear(torch.eye(512, dtype=dtype), data, FORMATS["Q4_K"])
+        weight = reference.dequantize(Packed(data, FORMATS["Q4_K"]), dtype)
+        got = reference.multiply(torch.eye(512, dtype=dtype), weight, None, None)
         assert torch.equal(got, want.to(dtype).T)
 
 
 def test_part_of_a_block_is_refused():
     with pytest.raises(FormatError, match="whole blocks of 144 bytes, got 143"):
-        reference.dequantize(torch.zeros(2, 143, dtype=torch.uint8), FORMATS["Q4_K"])
+        reference.dequantize(Packed(torch.zeros(2, 143, dtype=torch.uint8), FORMATS["Q4_K"]))

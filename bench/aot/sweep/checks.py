@@ -66,14 +66,14 @@ def _rounded_once(y: Tensor, dtype: torch.dtype, error: Tensor) -> Tensor:
 
 
 def _dequantize(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
-    y = kernels.dequantize(inputs.data, inputs.fmt, inputs.dtype, inputs.fmt.planes)
+    y = kernels.dequantize(inputs.packed, inputs.dtype)
     return [_same("weights rounded once", card.allocations.check(y), inputs.weight.to(inputs.dtype))]
 
 
 def _exact(roundings: Callable[[Inputs], int], choice: Callable[[Case, Inputs], Choice | None]):
     def run(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
         y = torch.empty(inputs.x.shape[0], inputs.data.shape[0], dtype=inputs.dtype)
-        operands = (inputs.x, inputs.data, inputs.bias, y, inputs.fmt, inputs.fmt.planes, inputs.branch)
+        operands = (inputs.x, inputs.packed, inputs.bias, y, inputs.branch)
         exact.linear(*operands, choice=choice(case, inputs))
         expected, magnitude = inputs.exact(inputs.dtype)
         bound = _rounded_once(expected, inputs.dtype, roundings(inputs) * 2.0**-24 * magnitude)
@@ -95,7 +95,7 @@ def _small_m(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
     """Codes are multiplied before any rounding: the error is at most that of rounding weights and result, as torch does."""
     if not codes_serve(inputs.fmt, divmod(case.capability, 10), inputs.dtype):
         return _exact(_small_m_roundings, _shipped)(case, inputs, card)
-    y = kernels.linear(inputs.x, inputs.data, inputs.bias, inputs.fmt, "exact", inputs.fmt.planes, inputs.branch)
+    y = kernels.linear(inputs.x, inputs.packed, inputs.bias, "exact", inputs.branch)
     expected, _ = inputs.exact(torch.float32)
     rounded, _ = inputs.exact(inputs.dtype)
     return [_no_worse("against rounded weights", card.allocations.check(y), rounded.to(inputs.dtype), expected, 1.0)]
@@ -118,14 +118,13 @@ def _split(case: Case, inputs: Inputs) -> Choice:
 
 def _fp16(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
     """Sums of 64 products are rounded to fp16 four times; x is rounded to fp16 after scaling (|x| < 2)."""
-    arguments = (inputs.x, inputs.data)
-    y = kernels.linear(*arguments, inputs.bias, inputs.fmt, "fp16_accumulate", inputs.fmt.planes, inputs.branch)
+    y = kernels.linear(inputs.x, inputs.packed, inputs.bias, "fp16_accumulate", inputs.branch)
     expected, magnitude = inputs.exact(torch.float16)
     half = _UNIT[torch.float16]
     largest = inputs.x.double().abs().amax(1, keepdim=True)
     scaled_away = largest * _SMALLEST[torch.float16] * inputs.weight.double().abs().sum(1)
     error = (half * (PROMOTE_K // _MMA_K + 1) + _mma_roundings(inputs) * 2.0**-24) * magnitude * (1 + half) + scaled_away
-    twin = low_precision.linear_fp16_accumulate(*arguments, inputs.fmt, inputs.bias, inputs.fmt.planes, inputs.branch)
+    twin = low_precision.linear_fp16_accumulate(inputs.x, inputs.packed, inputs.bias, inputs.branch)
     bound = _rounded_once(expected, inputs.dtype, error)
     return [_within("y", card.allocations.check(y), expected, bound), _no_worse("against the twin", y, twin, expected, 2.0)]
 
@@ -139,11 +138,9 @@ def _int8(row_scales: bool):
     def run(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
         y = torch.empty(inputs.x.shape[0], inputs.data.shape[0], dtype=inputs.dtype)
         choice = Choice("row_scales" if row_scales else "two_stage", int8_tile(y.shape[0]), "named by the sweep")
-        operands = (inputs.x, inputs.data, inputs.bias, y, inputs.fmt, inputs.fmt.planes, inputs.branch)
+        operands = (inputs.x, inputs.packed, inputs.bias, y, inputs.branch)
         int8.linear(*operands, choice=choice)
-        twin = low_precision.linear_int8(
-            inputs.x, inputs.data, inputs.fmt, inputs.bias, inputs.fmt.planes, inputs.branch, row_scales
-        )
+        twin = low_precision.linear_int8(inputs.x, inputs.packed, inputs.bias, inputs.branch, row_scales)
         expected, _ = inputs.exact(torch.float32)
         apart = (card.allocations.check(y).double() - twin.double()).square().mean().sqrt()
         quantized = (twin.double() - expected).square().mean().sqrt()
@@ -167,7 +164,7 @@ def compare_codes(what: str, codes: Tensor, scale: Tensor, values: Tensor, group
 def _unpack(row_scales: bool):
     def run(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
         group = group_width(K)
-        codes, scale = int8.unpack_weight(inputs.data, inputs.fmt, group, inputs.fmt.planes, row_scales)
+        codes, scale = int8.unpack_weight(inputs.packed, group, row_scales)
         codes, scale = card.allocations.check(codes), card.allocations.check(scale)
         return compare_codes("weight", codes, scale, inputs.weight, K if row_scales else group)
 

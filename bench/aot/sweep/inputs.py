@@ -8,7 +8,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from flux_kernels.formats import FORMATS, BlockFormat
+from flux_kernels.formats import FORMATS, BlockFormat, Packed
 from flux_kernels.machine.random_rows import random_rows
 from flux_kernels.torch_backend import reference
 
@@ -42,6 +42,11 @@ class Inputs:
     branch: tuple[Tensor, Tensor] | None
 
     @property
+    def packed(self) -> Packed:
+        """Return the rows as kernels take them."""
+        return Packed(self.data, self.fmt, self.fmt.planes)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return x's dtype."""
         return self.x.dtype
@@ -71,7 +76,7 @@ def make(case: Case, k: int = K) -> Inputs:
         hidden, up = torch.randn(m, RANK, generator=generator), torch.randn(n, RANK, generator=generator) / 4
         branch = hidden.to(dtype), up.to(dtype)
     bias = torch.randn(n, generator=generator).to(dtype)
-    return Inputs(fmt, x, data, reference.dequantize(data, fmt, torch.float32, fmt.planes), bias, branch)
+    return Inputs(fmt, x, data, reference.dequantize(Packed(data, fmt, fmt.planes), torch.float32), bias, branch)
 
 
 def _strided(x: Tensor, offset: int, padding: int) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ...compute import dtype_name
-from ...formats import get_format
 from ...generation.base_pipeline import go_offline_quietly, load_pipeline
 from ...generation.embedded import BLOCKS, EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, embedded_transformer
 from ...layers.linear import GGUFLinear
@@ -99,7 +98,7 @@ def _transformer(name: str, provider: str, device: torch.device, dtype: torch.dt
     transformer: Any = embedded_transformer().to(device, dtype)
     swap_linear(transformer, format=name, include=BLOCKS)
     for path, layer in list(_packed(transformer)):
-        problem = Problem(layer.qweight.detach(), layer.planes, get_format(layer.format), layer.bias.detach(), dtype)
+        problem = Problem(layer.packed._replace(data=layer.qweight.detach()), layer.bias.detach(), dtype)
         transformer.set_submodule(path, make_layer(provider, problem, path))
     return transformer
 

@@ -123,13 +123,13 @@ def measure_format(
 
 def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device: torch.device) -> tuple[bool, list[list[str]]]:
     """Tell whether the unquantized model must reuse one block of each kind, and which providers go in which round."""
-    largest = max(one.data.shape[0] * weights.fmt.row_weights(one.data.shape[1]) for one in weights.packed.values())
+    largest = max(one.weight.n * one.weight.k for one in weights.packed.values())
     tokens = inputs.positions.shape[0] * inputs.image.shape[0]
     working = 32 * largest + 160 * tokens * weights.config.width  # decoding's intermediates; activations of about 10 widths
     free, whole = free_bytes(device), weights.nbytes(unquantized=True)
     reuse = free is not None and whole + working > free
     second = [name for name in providers if not name.startswith("ours ") and name not in ("torch", "dequantize")]
-    if not any(_is_there(name, weights) for name in second) or not any(one.planes for one in weights.packed.values()):
+    if not any(_is_there(name, weights) for name in second) or not any(one.weight.planes for one in weights.packed.values()):
         return reuse, [providers]
     if free is None or weights.nbytes() + working + (0 if reuse else whole) <= free:
         return reuse, [providers]
@@ -139,7 +139,7 @@ def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device
 def _is_there(provider: str, weights: StepWeights) -> bool:
     """Tell whether a provider makes a layer of the smallest weight: a round for one that is not installed would be wasted."""
     try:
-        make_layer(provider, min(weights.packed.values(), key=lambda one: one.data.nbytes), "")
+        make_layer(provider, min(weights.packed.values(), key=lambda one: one.weight.data.nbytes), "")
     except Unavailable:
         return False
     return True

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...compute import compute_of_layer
-from ...formats import BlockFormat
+from ...formats import BlockFormat, Packed
 from ...layers.linear import GGUFLinear
 from ...machine.random_rows import random_rows
 from ...packing import quantizer
@@ -58,13 +58,12 @@ class StepWeights:
     def to_file_order(self) -> None:
         """Undo field planes, one weight at a time; models made before must be gone, or both arrangements stay in memory."""
         for name, one in self.packed.items():
-            if one.planes:
-                self.packed[name] = replace(one, data=self.fmt.layout.from_planes(one.data), planes=False)
+            self.packed[name] = replace(one, weight=one.weight.in_file_order())
 
 
 def _packed_bytes(one: Problem, unquantized: torch.dtype | None) -> int:
-    n, row_bytes = one.data.shape
-    weights = one.data.nbytes if unquantized is None else n * one.fmt.row_weights(row_bytes) * unquantized.itemsize
+    weight = one.weight
+    weights = weight.data.nbytes if unquantized is None else weight.n * weight.k * unquantized.itemsize
     return weights + one.bias.nbytes
 
 
@@ -89,7 +88,7 @@ def make_weights(
         bias = 0.1 * torch.randn(n, generator=generator) if stored is None else stored[f"{name}.bias"]
         bias = bias.to(device, dtype)
         if "blocks." in name:
-            weights.packed[name] = Problem(_rows(weights, name, n, k, planes, device, stored), planes, fmt, bias, dtype)
+            weights.packed[name] = Problem(Packed(_rows(weights, name, n, k, planes, device, stored), fmt, planes), bias, dtype)
         else:
             spread = 1 / math.sqrt(k)
             plain = spread * torch.randn(n, k, generator=generator) if stored is None else stored[f"{name}.weight"]
@@ -109,7 +108,7 @@ def _rows(weights: StepWeights, name: str, n: int, k: int, planes: bool, device:
         rows = quantizer(fmt)(weight, even)
         return (fmt.layout.to_planes(rows) if planes else rows).to(device)
     if first in weights.packed and index is not None:
-        return weights.packed[first].data.roll(int(index[0]), 0)
+        return weights.packed[first].weight.data.roll(int(index[0]), 0)
     return random_rows(fmt, n, k, planes, seed=len(weights.packed)).to(device)
 
 
@@ -194,16 +193,15 @@ def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
         Unavailable: where the provider cannot run here.
     """
     if provider == "torch":
-        return _linear(reference.dequantize(problem.data, problem.fmt, problem.dtype, problem.planes), problem.bias)
+        return _linear(reference.dequantize(problem.weight, problem.dtype), problem.bias)
     if not provider.startswith(_OURS):
         layer = PROVIDERS[provider].make(problem)
         return layer if isinstance(layer, nn.Module) else _Calling(layer)
+    data, fmt, planes, _ = problem.weight
     return GGUFLinear.from_packed(
-        problem.data,
-        problem.fmt,
-        problem.bias,
-        planes=problem.planes,
-        backend="torch" if problem.data.device.type == "cpu" else "triton",
+        *(data, fmt, problem.bias),
+        planes=planes,
+        backend="torch" if data.device.type == "cpu" else "triton",
         compute=compute_of_layer(provider.removeprefix(_OURS), [name]),
         compute_dtype=problem.dtype,
     )
@@ -219,13 +217,13 @@ def build_reference(
         noise: relative RMS of noise added to what each packed layer returns: how far such errors carry through a step.
         first_blocks_only: as in `build`.
     """
-    generator = torch.Generator(next(iter(weights.packed.values())).data.device).manual_seed(0)
+    generator = torch.Generator(next(iter(weights.packed.values())).weight.data.device).manual_seed(0)
 
     def make(name: str, problem: Problem) -> nn.Module:
         problem = weights.packed[first_block(name) if first_blocks_only else name]
 
         def call(x: Tensor) -> Tensor:
-            weight = reference.dequantize(problem.data, problem.fmt, dtype, problem.planes)
+            weight = reference.dequantize(problem.weight, dtype)
             y = F.linear(x, weight, problem.bias.to(dtype))
             if not noise:
                 return y

@@ -12,7 +12,7 @@ import triton.language as tl
 from bench.aot.ptx import Fault
 from bench.aot.ptx.driver import absent_card
 from flux_kernels import kernels
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import choice, int8
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tiles import INT8_TILE
@@ -68,7 +68,7 @@ def test_shared_memory_that_the_card_does_not_have():
     x, data = torch.randn(17, 256).half(), random_rows(fmt, 32, 256, fmt.planes)
     named = Choice("two_stage", replace(INT8_TILE, num_stages=5), "too large")
     with absent_card(89), pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"):
-        int8.linear(x, data, None, torch.empty(17, 32, dtype=x.dtype), fmt, fmt.planes, choice=named)
+        int8.linear(x, Packed(data, fmt, fmt.planes), None, torch.empty(17, 32, dtype=x.dtype), choice=named)
 
 
 def test_tiles_are_those_of_the_card():
@@ -77,7 +77,7 @@ def test_tiles_are_those_of_the_card():
     names = {}
     for capability in (90, 89):
         with absent_card(capability) as card:
-            kernels.linear(torch.randn(17, 256).half(), random_rows(fmt, 32, 256), None, fmt, "int8", False)
+            kernels.linear(torch.randn(17, 256).half(), Packed(random_rows(fmt, 32, 256), fmt), None, "int8")
             names[capability] = [name for name, _ in card.launches]
     assert "row_largest_kernel" in names[90] and "row_largest_kernel" not in names[89]
 

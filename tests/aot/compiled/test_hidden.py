@@ -12,7 +12,7 @@ from bench.aot.sweep.cases import Case
 from bench.aot.sweep.checks import compare_codes
 from bench.aot.sweep.inputs import make
 from flux_kernels import kernels
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import int8
 from flux_kernels.kernels.tiles import CODES_M
 from flux_kernels.machine.random_rows import random_rows
@@ -39,7 +39,7 @@ def test_nan_and_inf_weights_spoil_their_own_scale_alone(capability, value, row_
     """A maximum in PTX drops NaN unless it says .NaN; sm_120 takes three operands at once."""
     data = spoiled(value)
     with absent_card(capability) as card:
-        codes, scale = int8.unpack_weight(data, Q4_K, 128, Q4_K.planes, row_scales)
+        codes, scale = int8.unpack_weight(Packed(data, Q4_K, Q4_K.planes), 128, row_scales)
         card.allocations.check(codes), card.allocations.check(scale)
     expected = torch.zeros_like(scale, dtype=torch.bool)
     expected[: 1 if row_scales else 2, 3] = True  # a superblock is two groups of 128
@@ -55,7 +55,7 @@ def test_a_plain_maximum_would_drop_nan():
     for instead in ("max.NaN.f32", "max.f32"):
         with absent_card(89) as card:
             edit_launches(card, "unpack_int8_kernel", lambda text, instead=instead: text.replace("max.NaN.f32", instead))
-            _, scale = int8.unpack_weight(data, fmt, 128, fmt.planes)
+            _, scale = int8.unpack_weight(Packed(data, fmt, fmt.planes), 128)
         found.append(int(scale.isnan().sum()))
     assert found == [1, 0]
 
@@ -67,8 +67,8 @@ def test_nan_and_inf_activations_spoil_their_own_row_alone(capability):
     data = random_rows(Q4_K, 20, K)
     with absent_card(capability) as card:
         codes, scale = int8.quantize_activation(x, 128)
-        y = kernels.linear(x, data, None, Q4_K, "int8", Q4_K.planes)
-        half = kernels.linear(x, data, None, Q4_K, "fp16_accumulate", Q4_K.planes)
+        y = kernels.linear(x, Packed(data, Q4_K, Q4_K.planes), None, "int8")
+        half = kernels.linear(x, Packed(data, Q4_K, Q4_K.planes), None, "fp16_accumulate")
         card.allocations.check(codes)
     assert scale[:, [2, 7]].isnan().sum() == 2
     assert (scale[:, 9] == 0).all() and (codes[9] == 0).all() and (y[9] == 0).all()
@@ -99,8 +99,8 @@ def test_weight_codes_against_the_twin_with_divisions_off():
     data = random_rows(Q4_K, 40, K)
     for units in (-2, 2):
         with absent_card(86, division_error=units):
-            codes, _ = int8.unpack_weight(data, Q4_K, 128, Q4_K.planes)
-        found = compare_codes("weight", codes, torch.ones(K // 128, 40), dequantize(data, Q4_K), 128)
+            codes, _ = int8.unpack_weight(Packed(data, Q4_K, Q4_K.planes), 128)
+        found = compare_codes("weight", codes, torch.ones(K // 128, 40), dequantize(Packed(data, Q4_K)), 128)
         assert found[1].ratio <= 1
 
 
@@ -112,8 +112,8 @@ def test_rows_that_start_at_8_byte_addresses(name, row_bytes, m):
     data = random_rows(fmt, 133, k, fmt.planes)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
     with absent_card(86) as card:
-        y = card.allocations.check(kernels.linear(x, data, None, fmt, "exact", fmt.planes))
-    weight = dequantize(data, fmt, torch.float32 if m <= CODES_M else torch.bfloat16, fmt.planes).double()
+        y = card.allocations.check(kernels.linear(x, Packed(data, fmt, fmt.planes), None, "exact"))
+    weight = dequantize(Packed(data, fmt, fmt.planes), torch.float32 if m <= CODES_M else torch.bfloat16).double()
     expected, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     assert ((y.double() - expected).abs() <= 2.0**-8 * expected.abs() + 2.0**-24 * (k / 16 + 8) * 1.01 * magnitude).all()
 
@@ -127,7 +127,7 @@ def test_branches_of_any_rank(rank, m):
     n, x = inputs.data.shape[0], inputs.x[:m]
     branch = torch.randn(m, rank, generator=generator).half(), torch.randn(n, rank, generator=generator).half()
     with absent_card(89) as card:
-        y = kernels.linear(x, inputs.data, inputs.bias, inputs.fmt, "exact", inputs.fmt.planes, branch)
+        y = kernels.linear(x, Packed(inputs.data, inputs.fmt, inputs.fmt.planes), inputs.bias, "exact", branch)
         card.allocations.check(y)
     weight = (inputs.weight if m <= CODES_M else inputs.weight.half()).double()  # codes are multiplied before any rounding
     expected = x.double() @ weight.T + inputs.bias.double() + branch[0].double() @ branch[1].double().T
