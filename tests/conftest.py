@@ -50,7 +50,7 @@ def poisoned_memory(request):
 def device() -> torch.device:
     """Name the device kernels run on: the GPU where there is one, otherwise the CPU.
 
-    There they run in Triton's interpreter.
+    On a CPU they run in Triton's interpreter.
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

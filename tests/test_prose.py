@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("flux_kernels", "bench", "tools", "tests")
 FIRST_LINE = 100  # characters
-TRAILING = 80  # characters of a comment behind code; what is longer explains rather than labels
+TRAILING = 80  # characters of a comment behind code; a longer one explains
 FOR_TOOLS = ("# noqa", "# type:", "# pragma")
+SUSPECT = re.compile(rf"(?m)\S.*#.{{{TRAILING}}}|^\s*[)\]}}].*#")  # lines worth the slow tokenizer
 
 
 def long_first_lines(source: str) -> Iterator[int]:
@@ -29,6 +31,8 @@ def long_first_lines(source: str) -> Iterator[int]:
 
 def trailing_comments(source: str) -> Iterator[int]:
     """Yield the lines of comments that trail code: long ones, and those that hang on the end of a wrapped statement."""
+    if not SUSPECT.search(source):
+        return
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         code = token.line[: token.start[1]].strip()
         explains = len(token.string) > TRAILING or code[:1] in tuple(")]}")
