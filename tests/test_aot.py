@@ -97,8 +97,8 @@ def test_recorded_rows_keep_the_invariants():
 
     rows = [parsed(row) for row in read_record().values()]
     assert {row.dtype for row in rows} == {"bf16", "fp16", "fp32", "any"}
-    found = [problem for row in rows for problem in problems(row, None)]
-    assert not found, "\n".join(found)
+    broken = [problem for row in rows for problem in problems(row, None)]
+    assert not broken, "\n".join(broken)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_a_broken_invariant_is_found():
     ]
     good = next(row for row in good if row["k"] > 64)
     bad = good | dict(spills=3, mma="", decodes_per_weight=2.0, loop_global=4, shared_bytes=10**6)
-    found = problems(Row(**bad), good | dict(loop_instructions=good["loop_instructions"] / 1.06))
-    assert len(found) == 6
+    broken = problems(Row(**bad), good | dict(loop_instructions=good["loop_instructions"] / 1.06))
+    assert len(broken) == 6
     assert problems(Row(**good), good) == []
     slow = good | dict(kernel="small_m", format="Q8_0", tile="64x256 warps 4", instructions_per_weight=99.0)
     assert "99.0 instructions per weight" in problems(Row(**slow), None)[0]

@@ -47,17 +47,17 @@ def module_of(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     """Return the absolute names a file imports, wherever in the file."""
     package = ["flux_kernels", *path.relative_to(PACKAGE).parent.parts]
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             stem = ".".join(part for part in (base, node.module) if part)
             for alias in node.names:
                 whole = f"{stem}.{alias.name}"
-                found.add(whole if not node.module or stem == "flux_kernels" or whole in MODULES else stem)
-    return found
+                names.add(whole if not node.module or stem == "flux_kernels" or whole in MODULES else stem)
+    return names
 
 
 def own(path: Path) -> set[str]:

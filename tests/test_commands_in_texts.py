@@ -24,12 +24,12 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 def commands(start: str) -> list[str]:
     """Return the commands beginning with `start` in all texts: lines of their own, or between backticks."""
-    found = []
+    lines = []
     for path in TEXTS:
         text = path.read_text(encoding="utf-8")
-        found += re.findall(rf"(?m)^ {{4,}}({start} [^\n]*?)(?:\s{{2,}}#.*)?$", text)
-        found += re.findall(rf"`({start} [^`\n]*)`", text)
-    return found
+        lines += re.findall(rf"(?m)^ {{4,}}({start} [^\n]*?)(?:\s{{2,}}#.*)?$", text)
+        lines += re.findall(rf"`({start} [^`\n]*)`", text)
+    return lines
 
 
 def downloaded(command: str, monkeypatch) -> dict:
@@ -61,9 +61,9 @@ def test_the_download_leaves_the_transformer_out_whatever_its_file_is_called(mon
 
 def test_every_download_in_a_text_is_that_one(monkeypatch, tmp_path):
     """README's line, and the one in the message of a base folder that is not there."""
-    found = commands("hf download")
-    assert found
-    assert set(found) == {PIPELINE_DOWNLOAD}
+    downloads = commands("hf download")
+    assert downloads
+    assert set(downloads) == {PIPELINE_DOWNLOAD}
     with pytest.raises(FileNotFoundError) as error:
         check_base(tmp_path / "missing")
     assert f"`{PIPELINE_DOWNLOAD}`" in str(error.value)
@@ -74,9 +74,9 @@ def test_every_pip_line_can_be_run_in_a_clone():
 
     Each extra is one that pyproject.toml has.
     """
-    found = [line for line in commands("pip install") if "libggml" not in line and "triton" not in line]
-    assert len(found) >= 3
-    for line in found:
+    lines = [line for line in commands("pip install") if "libggml" not in line and "triton" not in line]
+    assert len(lines) >= 3
+    for line in lines:
         words = shlex.split(line)
         assert "-e" in words, line
         target = re.fullmatch(r"\.(?:\[(.*)\])?", words[words.index("-e") + 1])

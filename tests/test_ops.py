@@ -188,7 +188,7 @@ def test_a_card_without_the_unit_is_told_of_when_layers_are_swapped(monkeypatch)
     fk.swap_linear(model, "torch", "int8", format="Q4_K")
     monkeypatch.setattr(torch.version, "hip", "6.0")
     for architecture, runs in (("gfx942:sramecc+:xnack-", True), ("gfx1100", True), ("gfx1030", False), ("gfx906", False)):
-        monkeypatch.setattr(backends, "_architecture", lambda device, found=architecture: found)
+        monkeypatch.setattr(backends, "_architecture", lambda device, name=architecture: name)
         backends.resolve.cache_clear()
         if runs:
             assert backends.resolve("auto", "int8", card, fmt).name == "triton"

@@ -27,6 +27,8 @@ from flux_kernels.gguf.file import read_gguf
 
 from .. import gguf_bytes as raw
 
+# Fixtures are shared by examples on purpose, and drawing them is slow where the machine is busy.
+HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 ALL_TYPES = {**PLAIN_TYPES, **FORMATS}
 # gguf-py's own table: (weights, bytes) of a block; Q2_0 is newer than the pinned gguf-py
 ORACLE_TYPES = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items() if kind.name in ALL_TYPES}
@@ -60,7 +62,7 @@ METADATA = st.dictionaries(KEYS, st.tuples(element_types(), st.booleans()), max_
 TENSORS = st.lists(st.tuples(st.sampled_from(sorted(ORACLE_TYPES)), st.integers(1, 3), st.integers(1, 3)), max_size=5)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=HEALTH)
 @given(metadata=METADATA, tensors=TENSORS, alignment=st.sampled_from([None, 8, 32, 64, 4096]), seed=st.integers(0, 99))
 def test_reads_what_gguf_py_writes(tmp_path, metadata, tensors, alignment, seed):
     path = tmp_path / "oracle.gguf"

@@ -17,6 +17,8 @@ from flux_kernels.gguf.file import GGUFFile, read_gguf
 
 from .. import gguf_bytes as raw
 
+# Fixtures are shared by examples on purpose, and drawing them is slow where the machine is busy.
+HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 SMALL = raw.small()
 LAST_BYTE = len(SMALL) - 30
 # The three tensors: 96, 32 and 34 bytes, padding but the last included
@@ -82,7 +84,7 @@ def test_hostile_numbers_everywhere_are_refused_or_sound(tmp_path, size):
             outcome(tmp_path, SMALL[:position] + patch + SMALL[position + size :])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=HEALTH)
 @given(st.binary(max_size=2048), st.integers(0, 3), st.integers(0, 3))
 @example(b"\0" * 2048, 3, 3)
 def test_random_bytes_after_a_good_start_are_refused_or_sound(tmp_path, tail, tensor_count, key_count):
@@ -108,7 +110,7 @@ def edits(draw):
     return bytes(content)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=HEALTH)
 @given(edits())
 def test_edited_files_are_refused_or_sound(tmp_path, content):
     outcome(tmp_path, content)
@@ -123,7 +125,7 @@ INFOS = st.tuples(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=HEALTH)
 @given(st.lists(INFOS, max_size=4), st.integers(0, 1024), st.sampled_from([8, 32, 64]))
 def test_arbitrary_tensor_tables_are_refused_or_sound(tmp_path, infos, size, alignment):
     key = raw.key_value("general.alignment", raw.UINT32, raw.u32(alignment))

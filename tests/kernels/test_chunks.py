@@ -79,10 +79,10 @@ def test_chunks_are_balanced_within_memory_and_cover_every_row_once(m, n, k, ite
 
 @given(**SIZES)
 def test_candidates_differ_begin_with_the_default_and_fit(m, n, k, itemsize, processors):
-    found = candidate_rows(m, n, k, itemsize, processors)
-    assert found[0] == bounded_rows(m, n, k, itemsize, processors)
-    assert len(set(found)) == len(found)
-    assert all(rows is None or 0 < rows <= max(n, 128) for rows in found)
+    candidates = candidate_rows(m, n, k, itemsize, processors)
+    assert candidates[0] == bounded_rows(m, n, k, itemsize, processors)
+    assert len(set(candidates)) == len(candidates)
+    assert all(rows is None or 0 < rows <= max(n, 128) for rows in candidates)
 
 
 def test_a_weight_that_must_be_cut_is_cut_where_waves_are_whole():

@@ -49,9 +49,9 @@ def rows_have_one_scale(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch) -> list:
     """Collect the kernels that are launched."""
-    found, original = [], Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *given: found.append(self.kernel) or original(self, *given))
-    return found
+    launched, original = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *given: launched.append(self.kernel) or original(self, *given))
+    return launched
 
 
 def packed(seed: int = 0) -> torch.Tensor:

@@ -25,12 +25,12 @@ OP = torch.ops.flux_kernels.linear
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """Collect which way each call of a layer takes."""
-    found: list[str] = []
+    ways: list[str] = []
 
     dispatched = eager.dispatched
 
     def op(*arguments):
-        found.append("op")
+        ways.append("op")
         return dispatched(*arguments)
 
     monkeypatch.setattr(eager, "dispatched", op)
@@ -40,14 +40,14 @@ def calls(monkeypatch) -> list[str]:
         run = prepare(problem, compute)
 
         def count(*tensors):
-            found.append("direct")
+            ways.append("direct")
             run(*tensors)
 
         return count
 
     monkeypatch.setattr(kernels, "prepare", spying)
     eager.prepared.cache_clear()
-    yield found
+    yield ways
     eager.prepared.cache_clear()
 
 

@@ -234,7 +234,7 @@ class Watch(threading.Thread):
 
 model = fk.load_flux(small)  # imports, and what is allocated once
 fk.save_gguf(model, again)
-found = {}
+peaks = {}
 for name, work in {
     "load": lambda: fk.load_flux(wide),
     "load fused": lambda: fk.load_flux(wide, fuse="linear1"),
@@ -243,10 +243,10 @@ for name, work in {
 }.items():
     with Watch() as watch:
         model = work() or model
-    found[name] = (watch.peak, watch.final)
+    peaks[name] = (watch.peak, watch.final)
     if name != "load in float32":
         model = None
-print(json.dumps(found))
+print(json.dumps(peaks))
 """
 SLACK = 12 << 20  # bytes: 500 modules, Python objects, arenas of the allocator
 
