@@ -28,9 +28,11 @@ lint: $(VENV)/.installed-test ## ruff, the type checker, generated tables up to 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/write_readme_tables.py --check
+	$(BIN)/python tools/write_formats_page.py --check
 
-tables: $(VENV)/.installed-test ## write the generated tables of README.md anew
+tables: $(VENV)/.installed-test ## write the generated tables of README.md and docs/formats.md anew
 	$(BIN)/python tools/write_readme_tables.py
+	$(BIN)/python tools/write_formats_page.py
 
 new-format: $(VENV)/.installed-test ## start a block format: make new-format NAME=Q7_X TYPE=99
 	$(BIN)/python tools/new_format.py $(NAME) --ggml-type $(TYPE)

@@ -1,4 +1,4 @@
-"""Put the compile-time model's predictions beside measured kernels of the same card, with the error of each.
+"""Compare the compile-time model's predictions with measured kernels of the same card.
 
     python -m bench.calibrate results/linear.csv --write results/calibration.csv     # on the card itself
     python -m bench.calibrate bench/results/nvidia-h200 --write calibration.csv      # without a GPU
@@ -25,16 +25,14 @@ import torch
 from bench.aot import model as compile_time
 from bench.aot.cards import CARDS
 from bench.aot.model import MODELS, MODES, Case, Model, Record, both_cases, call_ms, choice_of, clocks, tile_from, torch_ms
-from bench.record import write_csv
+from bench.record import AOT, read_csv, write_csv
 from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import least_bytes
-from flux_kernels.benchmark.record import read_csv
 from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import modes
 from flux_kernels.kernels.choice import Choice, tile_of
 
-RECORD = Path(__file__).parent / "results" / "aot.csv"
 TABLES = ("linear", "sweep", "two_stage", "int8", "small_m")  # of a session, those whose rows the model predicts
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _LONG_NS = 50_000  # kernels of the profiler that tell the clock under load
@@ -44,7 +42,7 @@ Predicted = tuple[str, Callable[[Case], float]]  # what ran, as text, and its mi
 
 
 def this_card() -> Model:
-    """Describe the GPU of this machine: multiprocessors and clock as its driver says, bf16 rate and memory as measured now."""
+    """Describe this machine's GPU: multiprocessors and clock by its driver, rates as measured now."""
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     ceilings = measure_ceilings(device, torch.bfloat16)
@@ -64,7 +62,7 @@ def this_card() -> Model:
 
 
 def measured_card(linear: list[dict], counters: list[dict]) -> Model:
-    """Describe the card of a session by what it measured: ceilings behind its linear calls, the clock of its longer kernels.
+    """Describe a session's card by what it measured: ceilings of its calls, clock of its long kernels.
 
     Args:
         linear: rows of linear.csv, whose shares are of a copy's GB/s and of a large product's TFLOP/s.
@@ -87,8 +85,8 @@ def measured_card(linear: list[dict], counters: list[dict]) -> Model:
 
 
 def calibrate(rows: list[dict], model: Model, record: list[dict], table: str = "linear") -> list[dict]:
-    """Return a row for each measured time that the model predicts: what ran, measured, bound, waiting, and their origin."""
-    recorded, found = Record(record), []
+    """Return a row for each time the model predicts: what ran, measured, bound, waiting, origin."""
+    recorded, predicted = Record(record), []
     for row in rows:
         dtype = _DTYPES.get(row.get("dtype") or "bfloat16")
         if dtype is None or not row["p50_ms"]:
@@ -99,46 +97,46 @@ def calibrate(rows: list[dict], model: Model, record: list[dict], table: str = "
             bound, waiting = (milliseconds(case) for case in cases)
         except LookupError:
             continue
-        found.append(
+        predicted.append(
             dict(table=table, ran=ran, format=row["format"], m=call.m, n=call.n, k=call.k, dtype=dtype)
             | dict(provider=row.get("provider", ""), measured_ms=f"{measured:.5f}")
             | dict(bound_ms=f"{bound:.5f}", over_bound=f"{measured / bound:.3f}")
             | dict(waiting_ms=f"{waiting:.5f}", over_waiting=f"{measured / waiting:.3f}", model=model.name)
             | {name: row.get(name, "") for name in _ORIGIN}
         )
-    return found
+    return predicted
 
 
-def summarize(found: list[dict]) -> list[dict]:
-    """Return a row for each kernel or algorithm, format and table: how many times, median and range of measured / predicted."""
+def summarize(times: list[dict]) -> list[dict]:
+    """Return a row for each kernel, format and table: median and range of measured / predicted."""
     groups: dict[tuple, list[dict]] = {}
-    for row in found:
+    for row in times:
         groups.setdefault((row["table"], row["ran"].split(" ")[0], row["format"], row["dtype"]), []).append(row)
     return [
         dict(zip(("table", "ran", "format", "dtype"), key, strict=True))
-        | dict(rows=len(mine), **_spread(mine, "over_bound"), **_spread(mine, "over_waiting"), model=mine[0]["model"])
-        | {name: mine[0][name] for name in _ORIGIN}
-        for key, mine in groups.items()
+        | dict(rows=len(group), **_spread(group, "over_bound"), **_spread(group, "over_waiting"), model=group[0]["model"])
+        | {name: group[0][name] for name in _ORIGIN}
+        for key, group in groups.items()
     ]
 
 
 def fitted_wait(
     rows: list[dict], model: Model, record: list[dict], format: str = "Q4_K", n: int = 3072, k: int = 3072
 ) -> float:
-    """Return the clocks that one program waits for a shared-memory instruction: SHARED_WAIT of bench/aot/cards.py.
+    """Return the clocks a program waits for a shared-memory instruction: SHARED_WAIT of cards.py.
 
     The median over the fused rows of one format and shape in sweep.csv, of its wide tile: one program a multiprocessor, so that
     all that is measured beyond the bound is wait.
     """
-    case, found = Case(model, Record(record), format), []
+    case, waits = Case(model, Record(record), format), []
     for row in rows:
         if (row["algorithm"], row["format"], int(row["n"]), int(row["k"])) != ("fused", format, n, k) or int(row["m"]) < 128:
             continue
         tile, code = tile_from(row["tile"]), case.row("fused_gemm", row["tile"])
         turns = ceil(tile.programs(int(row["m"]), n) / model.processors) * ceil(k / tile.tile_k)
         measured = float(row["p50_ms"]) * model.ghz * 1e6 / turns
-        found.append((measured - clocks(code, case.converts)) / case.record.waits(code))
-    return median(found)
+        waits.append((measured - clocks(code, case.converts)) / case.record.waits(code))
+    return median(waits)
 
 
 def _spread(rows: list[dict], column: str) -> dict[str, str]:
@@ -161,7 +159,8 @@ def _ran(row: dict, case: Case, call: Call) -> Predicted:
         return _provider(row["provider"], case, call)
     if "scales" in row:
         return _int8_piece(row, call)
-    if "scratch" in row:  # two_stage.csv: chunks, biases and kinds of scratch; the library's own is "shipped"
+    # two_stage.csv: chunks, biases and kinds of scratch; the library's own is "shipped".
+    if "scratch" in row:
         named = {"torch": "torch", "shipped": "two_stage"}
         return _algorithm(named.get(row["rows"], ""), "", call)
     return _algorithm(row["algorithm"], row["tile"], call)
@@ -184,7 +183,8 @@ def _provider(provider: str, case: Case, call: Call) -> Predicted:
 def _algorithm(algorithm: str, tile: str, call: Call) -> Predicted:
     if algorithm == "torch":
         return "torch", lambda case: torch_ms(case, call)
-    if algorithm == "shipped":  # small_m.csv, whose tile starts with the algorithm
+    # small_m.csv, whose tile starts with the algorithm.
+    if algorithm == "shipped":
         algorithm, _, tile = tile.partition(" ")
     if algorithm not in modes.MODES["exact"].algorithms:
         raise LookupError(f"the model does not know {algorithm!r}")
@@ -212,7 +212,7 @@ def _int8_piece(row: dict, call: Call) -> Predicted:
 
 
 def _inputs(path: Path, named: str | None) -> tuple[Model, dict[str, list[dict]]]:
-    """Return the card, and the measured rows by table: of a session's folder, or of one CSV file of `bench.run`."""
+    """Return the card and measured rows by table, of a session's folder or one CSV of `bench.run`."""
     names = {model.name: model for model in MODELS}
     if path.is_dir():
         tables = {name: read_csv(path / f"{name}.csv") for name in TABLES if (path / f"{name}.csv").exists()}
@@ -231,13 +231,13 @@ def main() -> None:
         "--model", choices=[model.name for model in MODELS], help="rates by a card's data sheet, instead of measured ones"
     )
     arguments = parser.parse_args()
-    (model, tables), record = _inputs(arguments.measured, arguments.model), read_csv(RECORD)
-    found = [row for name, rows in tables.items() for row in calibrate(rows, model, record, name)]
-    if not found:
+    (model, tables), record = _inputs(arguments.measured, arguments.model), read_csv(AOT)
+    times = [row for name, rows in tables.items() for row in calibrate(rows, model, record, name)]
+    if not times:
         raise SystemExit(f"no measured call that the record predicts for capability {model.capability}")
     if arguments.rows:
-        write_csv(found, arguments.rows)
-    summary = summarize(found)
+        write_csv(times, arguments.rows)
+    summary = summarize(times)
     write_csv(summary, arguments.write)
     print(f"{model.name}: {model.bf16_tflops} TFLOP/s, {model.memory_gb_s} GB/s, {model.ghz} GHz; measured / predicted")
     for row in summary:

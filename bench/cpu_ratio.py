@@ -1,4 +1,4 @@
-"""Time the torch backend on a CPU side by side with diffusers' GGUF layer and a plain linear, in one run.
+"""Time the torch backend on a CPU in turn with diffusers' GGUF layer and a plain linear.
 
     python -m bench.cpu_ratio                                              # the table of docs/decisions/torch-backend-on-cpu.md
     python -m bench.cpu_ratio --formats Q6_K --m 64 --dtypes bfloat16 --threads 1
@@ -6,7 +6,7 @@
 
 The three take turns (and the order turns round every time); a ratio is the median over the turns, so that a machine that is slow
 for a while is slow for all of them. A cell is repeated until the middle half of its ratios lies within --spread of the median, or
---most times. Processor time (of all threads) is given beside the wall clock: other work on the machine disturbs it less.
+--most times. Processor time (of all threads) is given with the wall clock: other work on the machine disturbs it less.
 A time counts only where the result passed the correctness gate of `flux-kernels bench`.
 """
 
@@ -25,8 +25,8 @@ import torch
 from bench.record import append_csv, origin
 from flux_kernels.benchmark.linears import make_problem, relative_errors
 from flux_kernels.benchmark.providers import PROVIDERS
-from flux_kernels.benchmark.shapes import Call
 from flux_kernels.compute import dtype_name
+from flux_kernels.flux.calls import Call
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 SIDES = {"diffusers": "diffusers", "ours": "ours exact", "plain": "torch"}
@@ -34,7 +34,7 @@ Times = dict[str, list[float]]
 
 
 def main() -> int:
-    """Parse the command line, measure every cell, print the table; return 1 where a cell is below 1 (slower than diffusers)."""
+    """Parse the command line, measure every cell, print the table; return 1 where diffusers is faster."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(TYPES), help="comma-separated ggml types")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="of x, weight and y on every side")
@@ -105,7 +105,7 @@ def _sides(name: str, call: Call, dtype: torch.dtype) -> dict[str, Callable[[], 
 
 @torch.inference_mode()
 def measure(functions: dict[str, Callable[[], object]], least: int, most: int, spread: float) -> tuple[Times, Times]:
-    """Time functions in turns, until the ratios settle; return wall and processor times in ms, warm-up left out."""
+    """Time functions in turns until the ratios settle; return wall and processor times in ms."""
     for function in functions.values():
         function()
     wall: Times = {name: [] for name in functions}
@@ -132,8 +132,8 @@ def table(rows: list[dict], column: str, bracketed: str = "") -> str:
     cells = list(dict.fromkeys((row["dtype"], row["m"]) for row in rows))
     lines = [f"| {column} | " + " | ".join(f"{dtype} M={m}" for dtype, m in cells) + " |", "|---" * (len(cells) + 1) + "|"]
     for name in dict.fromkeys(row["format"] for row in rows):
-        found = {(row["dtype"], row["m"]): row for row in rows if row["format"] == name}
-        texts = [f"{found[key][column]:.1f}" + (f" [{found[key][bracketed]:.1f}]" if bracketed else "") for key in cells]
+        by_cell = {(row["dtype"], row["m"]): row for row in rows if row["format"] == name}
+        texts = [f"{by_cell[key][column]:.1f}" + (f" [{by_cell[key][bracketed]:.1f}]" if bracketed else "") for key in cells]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What a type and a compute mode cost in pictures: the embedded model against its 16-bit self, over many seeds.
+"""Measure what a type and a mode cost in pictures of the embedded model, over many seeds.
 
     python -m bench.embedded_fidelity --seeds 64 --write bench/results/embedded_fidelity.csv
 
@@ -37,7 +37,7 @@ def main(
     formats: Annotated[str, typer.Option(help="Comma-separated types of the block matrices.")] = ",".join(FORMATS),
     write: Annotated[Path | None, typer.Option(help="CSV to write.")] = None,
 ) -> None:
-    """Draw the same prompts and seeds in 16 bit and in every type and compute mode, and compare the pictures."""
+    """Draw the same prompts and seeds in 16 bit and in every type and mode, and compare the pictures."""
     go_offline_quietly()
     pipeline = load_pipeline(embedded_model_path(), embedded_transformer().float(), torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -54,16 +54,8 @@ def main(
             pipeline.register_modules(transformer=transformer)
             images = draw(pipeline, prompts)
             same = sum(a == b for a, b in zip(read_digits(images), read, strict=True)) / seeds
-            rows.append(
-                dict(
-                    format=name,
-                    compute=mode,
-                    **compare(images, reference),
-                    same_digit=round(same, 4),
-                    seeds=seeds,
-                    **origin(CPU),
-                )
-            )
+            scores = compare(images, reference) | dict(same_digit=round(same, 4), seeds=seeds)
+            rows.append(dict(format=name, compute=mode) | scores | origin(CPU))
             progress.advance(task)
     for row in rows:
         print(" ".join(f"{row[key]!s:>16}" for key in ("format", "compute", "psnr_db", "ssim", "squared_error", "same_digit")))
@@ -78,7 +70,7 @@ def draw(pipeline, prompts: list[str]) -> list:
 
 
 def compare(images: list, reference: list) -> dict[str, float]:
-    """Return PSNR in dB (of the mean squared error over all pictures), mean SSIM, and that squared error (pixels 0 to 1)."""
+    """Return PSNR in dB (of the mean squared error over all), mean SSIM, and that error (pixels 0 to 1)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     got, expected = (torch.stack([_pixels(image) for image in side]) for side in (images, reference))

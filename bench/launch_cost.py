@@ -1,4 +1,4 @@
-"""Time what a call costs in Python before the GPU gets it, above what nn.Linear costs in the same run; no GPU is needed.
+"""Time what a call costs in Python above nn.Linear in the same run; no GPU is needed.
 
     python -m bench.launch_cost                                         # an H100's choices
     python -m bench.launch_cost --card "RTX 3090" --write bench/results/launch_cost.csv
@@ -19,12 +19,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import flux_kernels as fk
 from bench.record import origin, write_csv
 from bench.stand_in import CARDS, StandIn, stand_in
-from flux_kernels.formats import FORMATS
+from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.machine.clock import balanced_order
 from flux_kernels.machine.random_rows import random_rows
 
@@ -40,7 +40,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_memory() -> None:
-    """Make malloc keep what is freed, as torch's allocator for a GPU does; else large results cost system calls."""
+    """Make malloc keep what is freed, as torch's GPU allocator does: large results cost no system calls."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
@@ -48,19 +48,19 @@ def keep_memory() -> None:
 
 
 def cases(card: StandIn, format: str, dtype: torch.dtype, entry: str) -> dict[str, Callable[[], object]]:
-    """Return name -> one call, for nn.Linear and every mode the card has, each called once so that its kernels are compiled.
+    """Return name -> one call, for nn.Linear and every mode the card has, each called once to compile.
 
     Args:
         entry: "layer" calls a `GGUFLinear`, "function" calls `flux_kernels.linear`.
     """
     plain = nn.Linear(8, 8).requires_grad_(False)
     x = torch.zeros(8, 8)
-    found: dict[str, Callable[[], object]] = {"nn.Linear": lambda: plain(x)}
+    calls: dict[str, Callable[[], object]] = {"nn.Linear": lambda: plain(x)}
     fmt = FORMATS[format]
-    data, bias = random_rows(fmt, _N, _K, fmt.planes), torch.zeros(_N, dtype=dtype)
+    weight, bias = Packed(random_rows(fmt, _N, _K, fmt.planes), fmt, fmt.planes), torch.zeros(_N, dtype=dtype)
     for name, (compute, m) in _CASES.items():
-        found[name] = _call(torch.empty(m, _K, dtype=dtype), data, bias, format, compute, fmt.planes, entry)
-    return {name: call for name, call in found.items() if _runs(name, call)}
+        calls[name] = entered(torch.empty(m, _K, dtype=dtype), weight, bias, compute, entry)
+    return {name: call for name, call in calls.items() if _runs(name, call)}
 
 
 def _runs(name: str, call: Callable[[], object]) -> bool:
@@ -73,10 +73,12 @@ def _runs(name: str, call: Callable[[], object]) -> bool:
     return True
 
 
-def _call(x, data, bias, format: str, compute: str, planes: bool, entry: str) -> Callable[[], object]:
+def entered(x: Tensor, weight: Packed, bias: Tensor, compute: str, entry: str) -> Callable[[], object]:
+    """Return one call of packed rows, entered as a "layer" or a "function"."""
+    data, fmt, planes, _ = weight
     if entry == "function":
-        return lambda: fk.linear(x, data, format, bias, compute=compute, planes=planes)
-    layer = fk.GGUFLinear.from_packed(data, format, bias, planes=planes, compute=compute)
+        return lambda: fk.linear(x, data, fmt, bias, compute=compute, planes=planes)
+    layer = fk.GGUFLinear.from_packed(data, fmt, bias, planes=planes, compute=compute)
     return lambda: layer(x)
 
 
@@ -129,16 +131,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         times = time_calls(calls, options.rounds, options.repeats)
     plain = median(times["nn.Linear"])
     rows = []
-    for name, found in times.items():
-        us, compute, m = median(found), *_CASES.get(name, ("", ""))
+    for name, means in times.items():
+        us, compute, m = median(means), *_CASES.get(name, ("", ""))
         rows.append(
             dict(case=name, card=options.card, format=options.format, dtype=options.dtype, entry=options.entry)
-            | dict(compute=compute, m=m, us=f"{us:.1f}", us_above_linear=f"{us - plain:.1f}", least_us=f"{min(found):.1f}")
+            | dict(compute=compute, m=m, us=f"{us:.1f}", us_above_linear=f"{us - plain:.1f}", least_us=f"{min(means):.1f}")
             | dict(rounds=options.rounds, repeats=options.repeats, kernels=kernels[name])
             | made_at
         )
         print(
-            f"{name:16} {us:7.1f} us {us - plain:7.1f} above nn.Linear, least {min(found):7.1f}   {kernels[name]}", flush=True
+            f"{name:16} {us:7.1f} us {us - plain:7.1f} above nn.Linear, least {min(means):7.1f}   {kernels[name]}", flush=True
         )
     if options.write:
         write_csv(rows, options.write)

@@ -1,4 +1,4 @@
-"""Say what bounds each call, and how far it is from there: shares of the copy bandwidth and matmul rate measured in the same run.
+"""Say what bounds each call, and how far it is from there, by rates measured in the same run.
 
     python -m bench.roofline --csv bench/results/linear.csv
     python -m bench.roofline --formats Q4_K --scale 32                # measures first
@@ -18,25 +18,26 @@ from pathlib import Path
 
 import torch
 
-from flux_kernels.benchmark.record import read_csv, write_csv
+from bench.record import ROOT, read_csv, write_csv
 
 COLUMNS = ("format", "provider", "m", "n", "k", "ms", "bound", "share", "of_matmul", "of_copy")
 
 
 def roofline(rows: list[dict]) -> list[dict]:
-    """Return a row for each measured call whose ceilings are known: what bounds it, and the shares it reached."""
-    found = []
+    """Return what bounds each measured call whose ceilings are known, and the shares it reached."""
+    bounded = []
     for row in rows:
         if not row["p50_ms"] or not row.get("share_of_matmul"):
             continue
         matmul, copy = float(row["share_of_matmul"]), float(row["share_of_copy"] or 0)
         names = {name: row[name] for name in ("format", "provider", "m", "n", "k")}
         bound = "compute" if matmul >= copy else "memory"
-        if not row["share_of_copy"]:  # a library with weights of its own, whose bytes are not known
+        # A library with weights of its own, whose bytes are not known.
+        if not row["share_of_copy"]:
             bound = "?"
         shares = dict(share=max(matmul, copy), of_matmul=matmul, of_copy=copy if row["share_of_copy"] else "")
-        found.append(names | dict(ms=row["p50_ms"], bound=bound) | shares)
-    return found
+        bounded.append(names | dict(ms=row["p50_ms"], bound=bound) | shares)
+    return bounded
 
 
 def table(rows: list[dict]) -> str:
@@ -56,8 +57,7 @@ def _measured(options: argparse.Namespace) -> list[dict]:
         path = Path(folder) / "rows.csv"
         command = [sys.executable, "-m", "bench.run", "--formats", options.formats, "--scale", str(options.scale)]
         command += ["--write", str(path), "--device", options.device]
-        root = Path(__file__).resolve().parents[1]
-        if subprocess.run(command, cwd=root, stdout=sys.stderr, check=False).returncode:
+        if subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode:
             raise SystemExit("bench.run failed, see above: no table of wrong or missing results")
         return read_csv(path)
 
@@ -74,14 +74,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.csv and not options.csv.exists():
         raise SystemExit(f"{options.csv} is not there. Name a CSV of bench.run, or leave --csv out to measure now.")
     rows = read_csv(options.csv) if options.csv else _measured(options)
-    found = roofline(rows)
-    if not found:
+    bounded = roofline(rows)
+    if not bounded:
         raise SystemExit("no row has a time and measured ceilings (share_of_matmul): record them anew with bench.run")
     origin = {" ".join(row.get(name, "") for name in ("device", "dtype", "commit", "date")) for row in rows}
     print("\n".join(sorted(origin)))
-    print(table(found))
+    print(table(bounded))
     if options.write:
-        write_csv(found, options.write)
+        write_csv(bounded, options.write)
 
 
 if __name__ == "__main__":

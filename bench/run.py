@@ -1,4 +1,4 @@
-"""Time every linear call of a FLUX.1-dev step: the plain model, decode-then-multiply, and this library in every mode.
+"""Time every linear call of a FLUX.1-dev step: plain, decode-then-multiply, and ours in every mode.
 
     python -m bench.run --formats Q4_K,Q6_K,Q8_0 --write bench/results/linear.csv        # on a GPU
     python -m bench.run --scale 8 --repeats 3                                          # a small version for a CPU
@@ -14,17 +14,18 @@ from pathlib import Path
 
 import torch
 
+from bench.record import append_csv, origin, read_csv
 from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import is_broken, measure, summary
 from flux_kernels.benchmark.providers import default_providers
-from flux_kernels.benchmark.record import append_csv, origin, read_csv
-from flux_kernels.benchmark.shapes import STEPS, Call, reduced, size_name, step_calls
+from flux_kernels.benchmark.shapes import reduced, size_name
+from flux_kernels.flux.calls import STEPS, Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.launching import capability_of
 
 
 def main() -> int:
-    """Parse the command line, measure, and write every row as it comes; return 1 where one of ours was wrong or failed."""
+    """Parse the command line, measure, write every row as it comes; return 1 where one of ours failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="Q4_K,Q6_K,Q8_0", help='comma-separated, or "all"')
     parser.add_argument("--providers", help="comma-separated; default: those that tell something about a call, without peers")
@@ -74,7 +75,7 @@ def one_of_each_height_first(calls: list[Call]) -> list[Call]:
 
 
 def _there(path: Path | None) -> list[dict]:
-    """Read the rows that an earlier call wrote; only the last call of a file may be incomplete, which is as good as its rows."""
+    """Read the rows that an earlier call wrote; a file's last call may be incomplete, and counts."""
     if path is None or not path.exists():
         return []
     return [row | {name: int(row[name]) for name in ("m", "n", "k", "calls")} for row in read_csv(path)]

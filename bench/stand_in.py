@@ -1,4 +1,4 @@
-"""Let the library launch its kernels where no GPU is: a stand-in driver for Triton that compiles for real and launches nothing.
+"""Let the library launch kernels without a GPU: a driver that compiles for real and launches nothing.
 
     with stand_in(CARDS["H100"]) as card:
         y = layer(x.to("cuda"))             # the library's own path: choice, grid, compilation, launch
@@ -16,23 +16,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from bench.aot.cards import CARDS as LIMITS
+from bench.aot.cards import LANES
 from bench.stand_in_cuda import Cuda, patched
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, technical specifications per compute capability
-_WARP = 32
 _MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Card:
-    """Hold what a driver tells of a card: name, compute capability, multiprocessors, bytes of L2, shared memory and memory."""
+    """Hold what a driver tells of a card: name, capability, multiprocessors, and bytes of its memories."""
 
     name: str
     capability: tuple[int, int]
@@ -43,7 +43,32 @@ class Card:
     @property
     def shared_bytes(self) -> int:
         """Return the shared memory that one program may have."""
-        return LIMITS[10 * self.capability[0] + self.capability[1]].shared_per_block
+        return LIMITS[self.target.arch].shared_per_block
+
+    @property
+    def target(self) -> GPUTarget:
+        """Return what Triton compiles for."""
+        major, minor = self.capability
+        return GPUTarget("cuda", 10 * major + minor, LANES)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Return what Triton asks a driver for before it loads a kernel."""
+        return dict(max_shared_mem=self.shared_bytes, multiprocessor_count=self.processors, warpSize=LANES)
+
+    def properties(self, device=None) -> SimpleNamespace:
+        """Return what `torch.cuda.get_device_properties` tells of the card."""
+        major, minor = self.capability
+        return SimpleNamespace(
+            name=self.name,
+            major=major,
+            minor=minor,
+            total_memory=self.memory_bytes,
+            multi_processor_count=self.processors,
+            L2_cache_size=self.l2_bytes,
+            shared_memory_per_block_optin=self.shared_bytes,
+            warp_size=LANES,
+        )
 
 
 # Vendors' data sheets; the H100's and H200's as their drivers said.
@@ -60,7 +85,7 @@ CARDS = {
 
 @dataclass
 class StandIn:
-    """Hold what happened: launches by kernel name, the name of every kernel loaded, in order, and the code of each name's last."""
+    """Hold what happened: launches by kernel, the kernels loaded in order, and the code of each name."""
 
     card: Card
     cuda: Cuda
@@ -78,15 +103,15 @@ def stand_in(card: Card, compiler: Callable | None = None) -> Iterator[StandIn]:
         compiler: called instead of `triton.compile` with the same arguments, such as `counting_compiler` returns.
     """
     cuda = Cuda(card)
-    found = StandIn(card, cuda)
+    state = StandIn(card, cuda)
     before, compile_before = triton.runtime.driver._active, triton.compiler.compile
     forget()
-    triton.runtime.driver.set_active(_Driver(found))
+    triton.runtime.driver.set_active(_Driver(state))
     if compiler is not None:
         triton.compiler.compile = compiler
     try:
         with patched(cuda):
-            yield found
+            yield state
     finally:
         triton.runtime.driver._active, triton.compiler.compile = before, compile_before
         forget()
@@ -111,22 +136,14 @@ def forget_choices() -> None:
                     value.cache_clear()
 
 
-class _Driver(DriverBase):
+class _Driver:
     """Be the driver that Triton asks for the target, the card's limits, and a way to launch."""
 
-    def __init__(self, found: StandIn):
-        self.found = found
-        self.utils = _Utils(found)
-        self.launcher_cls = lambda source, metadata: _Launcher(found, metadata.name)
-        major, minor = found.card.capability
-        self._target = GPUTarget("cuda", 10 * major + minor, _WARP)
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
+    def __init__(self, state: StandIn):
+        self.state = state
+        self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=lambda device: state.card.limits)
+        self.launcher_cls = lambda source, metadata: _Launcher(state, metadata.name)
+        self._target = state.card.target
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -138,38 +155,28 @@ class _Driver(DriverBase):
         return 0
 
     def get_active_torch_device(self):
-        return self.found.cuda.device
+        return self.state.cuda.device
 
     def get_benchmarker(self):
         raise NotImplementedError("there is nothing to time on a stand-in")
 
-
-class _Utils:
-    """Be the driver's C functions that a compiled kernel needs before its first launch."""
-
-    def __init__(self, found: StandIn):
-        self.found = found
-
-    def get_device_properties(self, device: int) -> dict:
-        card = self.found.card
-        return dict(max_shared_mem=card.shared_bytes, multiprocessor_count=card.processors, warpSize=_WARP)
-
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
-        """Return module, function, registers, spills and threads, as the driver does; the registers are not known here."""
-        self.found.cuda.refuse_while_capturing(f"loading {name}")
-        self.found.loaded.append(name)
-        self.found.code[name] = kernel
+    def _load(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
+        """Return module, function, registers (unknown here), spills and threads, as the driver does."""
+        self.state.cuda.refuse_while_capturing(f"loading {name}")
+        self.state.loaded.append(name)
+        self.state.code[name] = kernel
         return object(), object(), 0, 0, _MOST_THREADS
 
 
 class _Launcher:
     """Count launches of one kernel, after the checks that the driver makes."""
 
-    def __init__(self, found: StandIn, name: str):
-        self.launches, self.name = found.launches, name
+    def __init__(self, state: StandIn, name: str):
+        self.launches, self.name = state.launches, name
 
     def __call__(self, x: int, y: int, z: int, *arguments) -> None:
-        if x * y * z == 0:  # Triton's own launcher skips such a grid
+        # Triton's own launcher skips such a grid.
+        if x * y * z == 0:
             return
         if x > _GRID_LIMITS[0] or y > _GRID_LIMITS[1] or z > _GRID_LIMITS[2]:
             raise RuntimeError(f"Triton Error [CUDA]: invalid argument (grid {x, y, z} of {self.name})")

@@ -1,4 +1,4 @@
-"""Let torch's CPU stand for a CUDA device: the functions of `torch.cuda` that code asks before and around its launches.
+"""Let torch's CPU stand for a CUDA device: what code asks of `torch.cuda` around its launches.
 
 Tensors stay on the CPU and say that they are on "cuda:0"; a tensor made for or moved to that device is made on the CPU. What the
 library leaves to torch, products and a maximum, costs one dispatch on a tiny tensor and leaves the result as it was.
@@ -24,6 +24,9 @@ _device_of_base = torch._C.TensorBase.device.__get__
 _is_meta = torch._C.TensorBase.is_meta.__get__
 _READS = ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 _MAKERS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+_SILENT = ("_lazy_init", "_lazy_call", "set_device", "graph_pool_handle", "reset_peak_memory_stats", "empty_cache")
+_SILENT += ("set_sync_debug_mode", "manual_seed", "manual_seed_all", "_sleep")
+_ZERO = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
 
 
@@ -35,7 +38,7 @@ class _Generator(torch.Generator):
 
 
 class Cuda:
-    """Hold the state of the stand-in device: whether a graph is being captured, and how often one was replayed."""
+    """Hold the stand-in device's state: whether a graph is captured, and how often one was replayed."""
 
     def __init__(self, card):
         self.card = card
@@ -48,21 +51,6 @@ class Cuda:
         if self.capturing:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
 
-    def properties(self, device=None) -> SimpleNamespace:
-        """Return what `torch.cuda.get_device_properties` tells of the card."""
-        card = self.card
-        major, minor = card.capability
-        return SimpleNamespace(
-            name=card.name,
-            major=major,
-            minor=minor,
-            total_memory=card.memory_bytes,
-            multi_processor_count=card.processors,
-            L2_cache_size=card.l2_bytes,
-            shared_memory_per_block_optin=card.shared_bytes,
-            warp_size=32,
-        )
-
     def synchronize(self, device=None) -> None:
         """Wait for nothing; raise inside a capture."""
         self.refuse_while_capturing("synchronize")
@@ -71,7 +59,8 @@ class Cuda:
 @contextmanager
 def patched(cuda: Cuda) -> Iterator[None]:
     """Put the stand-in's functions into torch until the context ends."""
-    constructors = _device_constructors()  # asked before anything is replaced: it remembers the functions themselves
+    # Asked before anything is replaced: it remembers the functions themselves.
+    constructors = _device_constructors()
     with ExitStack() as stack:
         for owner, name, value in _replacements(cuda, constructors):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -98,7 +87,8 @@ def _replacements(cuda: Cuda, constructors) -> Iterator[tuple[object, str, objec
 def _here(device):
     """Return where a tensor for `device` is made: the CPU for "cuda", in any of the forms torch takes."""
     if not isinstance(device, torch.device):
-        device = torch.device(device)  # "cuda", "cuda:0" or a number
+        # "cuda", "cuda:0" or a number.
+        device = torch.device(device)
     return _CPU if device.type == "cuda" else device
 
 
@@ -125,7 +115,7 @@ def _moved_here(function: Callable) -> Callable:
 
 
 def _products() -> Iterator[tuple[object, str, object]]:
-    """Yield stand-ins of the work that kernels leave to torch; products check the inner sizes, as real ones do."""
+    """Yield stand-ins of what kernels leave to torch; products check the inner sizes, as real ones do."""
     tiny, row = torch.zeros(8, 8), torch.zeros(8)
     mm, addmm, amax = torch.mm, torch.addmm, torch.Tensor.amax
 
@@ -163,7 +153,7 @@ _FRESH = 1 << 16  # bytes from which memory then comes from the system, which ha
 
 @contextmanager
 def without_arithmetic() -> Iterator[None]:
-    """Make torch's larger work cost nothing inside a stand-in: fresh memory is zeros, products are zeros of the right shape.
+    """Make torch's larger work cost nothing in a stand-in: fresh memory and products are zeros.
 
     For dry runs at true sizes, in a process of their own: malloc keeps the setting. Errors computed there are zero and mean nothing.
     """
@@ -174,8 +164,8 @@ def without_arithmetic() -> Iterator[None]:
     def fresh(make: Callable) -> Callable:
         @wraps(make)
         def zeros(*args, **kwargs):
-            made = make(*args, **kwargs)
-            return made.zero_() if not made.is_meta and made.nbytes < _FRESH else made
+            tensor = make(*args, **kwargs)
+            return tensor.zero_() if not tensor.is_meta and tensor.nbytes < _FRESH else tensor
 
         return zeros
 
@@ -237,16 +227,13 @@ def _functions(cuda: Cuda) -> dict[str, object]:
     return dict(
         is_available=lambda: True,
         is_initialized=lambda: True,
-        _lazy_init=_answering(None),
-        _lazy_call=_answering(None),
         _exchange_device=lambda device: 0,
         _maybe_exchange_device=lambda device: 0,
         device_count=lambda: 1,
         current_device=lambda: 0,
-        set_device=_answering(None),
         get_device_name=lambda device=None: cuda.card.name,
         get_device_capability=lambda device=None: cuda.card.capability,
-        get_device_properties=cuda.properties,
+        get_device_properties=cuda.card.properties,
         is_bf16_supported=lambda *_, **__: True,
         synchronize=cuda.synchronize,
         current_stream=lambda device=None: stream,
@@ -256,19 +243,10 @@ def _functions(cuda: Cuda) -> dict[str, object]:
         Event=_Maker(lambda *_, **__: _Event(cuda)),
         CUDAGraph=_Maker(lambda *_, **__: _Graph(cuda)),
         graph=lambda graph, *_, **__: graph.captured(),
-        graph_pool_handle=_answering(None),
         is_current_stream_capturing=lambda: cuda.capturing,
         mem_get_info=lambda device=None: (cuda.card.memory_bytes, cuda.card.memory_bytes),
-        memory_allocated=_answering(0),
-        max_memory_allocated=_answering(0),
-        memory_reserved=_answering(0),
-        max_memory_reserved=_answering(0),
-        reset_peak_memory_stats=_answering(None),
-        empty_cache=_answering(None),
-        set_sync_debug_mode=_answering(None),
-        manual_seed=_answering(None),
-        manual_seed_all=_answering(None),
-        _sleep=_answering(None),
+        **{name: _answering(None) for name in _SILENT},
+        **{name: _answering(0) for name in _ZERO},
         profiler=SimpleNamespace(start=_answering(None), stop=_answering(None)),
     )
 

@@ -1,4 +1,4 @@
-"""Run what the library compiles for another card on the GPU that is here: the driver translates the other card's PTX.
+"""Run what the library compiles for another card on this GPU: the driver translates the PTX.
 
     with compiled_for(CARDS["RTX 3090"]):
         y = fk.linear(x, data, "Q4_K", compute="int8")      # sm_86's choices, tiles and code, on a Hopper
@@ -10,31 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from bench.stand_in import Card, forget
 
 
 @contextmanager
 def compiled_for(card: Card) -> Iterator[None]:
-    """Let the library choose and compile for `card`, of an older or the same capability as the GPU, until the context ends."""
+    """Let the library choose and compile for `card`, of at most the GPU's capability, in the context."""
     real, compile_for_real = triton.runtime.driver.active, triton.compiler.compile
     forget()
     triton.runtime.driver.set_active(_Translating(real, card))
-    facts = dict(name=card.name, multi_processor_count=card.processors, L2_cache_size=card.l2_bytes)
-    properties = SimpleNamespace(**facts, total_memory=card.memory_bytes, major=card.capability[0], minor=card.capability[1])
     try:
         with (
             mock.patch.object(triton.compiler, "compile", _keeping_ptx(compile_for_real)),
             mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: card.capability),
             mock.patch.object(torch.cuda, "get_device_name", lambda device=None: card.name),
-            mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+            mock.patch.object(torch.cuda, "get_device_properties", card.properties),
         ):
             yield
     finally:
@@ -54,44 +50,29 @@ def _keeping_ptx(compile: Callable) -> Callable:
     return compile_to_ptx
 
 
-class _Translating(DriverBase):
+class _Passing:
+    """Pass on to something real what is not answered here."""
+
+    def __init__(self, real, card: Card):
+        self._real, self._card = real, card
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+
+class _Translating(_Passing):
     """Be the real driver, but for the target and the limits."""
 
-    def __init__(self, real: DriverBase, card: Card):
-        self._real, self._card = real, card
-        self.launcher_cls = real.launcher_cls
-        limits = dict(max_shared_mem=card.shared_bytes, multiprocessor_count=card.processors, warpSize=32)
-        self.utils = _Utils(real.utils, limits)
+    def __init__(self, real, card: Card):
+        super().__init__(real, card)
+        self.utils = _Utils(real.utils, card)
 
     def get_current_target(self) -> GPUTarget:
-        major, minor = self._card.capability
-        return GPUTarget("cuda", 10 * major + minor, 32)
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def __getattr__(self, name: str):
-        return getattr(self._real, name)
-
-    def get_active_torch_device(self):
-        return self._real.get_active_torch_device()
-
-    def get_benchmarker(self):
-        return self._real.get_benchmarker()
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return self._real.map_python_to_cpp_type(ty)
+        return self._card.target
 
 
-class _Utils:
+class _Utils(_Passing):
     """Be the real driver's functions, but for the limits."""
 
-    def __init__(self, real, limits: dict):
-        self._real, self._limits = real, limits
-
     def get_device_properties(self, device: int) -> dict:
-        return dict(self._real.get_device_properties(device)) | self._limits
-
-    def __getattr__(self, name: str):
-        return getattr(self._real, name)
+        return dict(self._real.get_device_properties(device)) | self._card.limits

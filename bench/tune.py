@@ -1,4 +1,4 @@
-"""Tune this card without the command line's packages: torch and triton are enough (`flux-kernels tune` is the same, nicer).
+"""Tune this card with torch and triton alone (`flux-kernels tune` is the same, nicer).
 
     python -m bench.tune --formats Q4_K,Q8_0 --minutes 8 --out results/tuning.json
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from flux_kernels.backends import resolve
-from flux_kernels.compute import mode_of_call
 from flux_kernels.flux.calls import STEPS, step_calls
 from flux_kernels.formats import FORMATS
-from flux_kernels.machine.tune import Job, tune
+from flux_kernels.machine.tune import tune
+from flux_kernels.machine.tune_jobs import step_jobs
 
 
 def main() -> None:
@@ -32,24 +32,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--list", action="store_true", help="only list what would be tuned, which needs no GPU")
     arguments = parser.parse_args()
-    calls = sorted(step_calls(**STEPS[arguments.step]), key=lambda call: -call.flops * call.calls)
-    jobs = [
-        Job(mode, name, call.m, call.n, call.k)
-        for mode in arguments.compute.split(",")
-        for name in arguments.formats.split(",")
-        for call in calls
-        if mode == mode_of_call(mode, call.m)
-    ]
+    jobs = step_jobs(step_calls(**STEPS[arguments.step]), arguments.compute.split(","), arguments.formats.split(","))
     if arguments.list:
-        print(*dict.fromkeys(jobs), sep="\n")
+        print(*jobs, sep="\n")
         return
     device = torch.device("cuda", 0)
     for mode in dict.fromkeys(job.compute for job in jobs):
-        resolve("triton", mode, device, FORMATS[jobs[0].format])  # raises where the card refuses the mode
+        # Raises where the card refuses the mode.
+        resolve("triton", mode, device, FORMATS[jobs[0].format])
     options = dict(
         dtype=getattr(torch, arguments.dtype), path=arguments.out, minutes=arguments.minutes, processes=arguments.processes
     )
-    path = tune(list(dict.fromkeys(jobs)), device, on_row=_show, **options)
+    path = tune(jobs, device, on_row=_show, **options)
     print(f"written to {path}")
 
 

@@ -1,4 +1,4 @@
-"""Compare the working tree's speed with a git ref's: same calls, same weights, runs in turn (A B A B ...), checked results.
+"""Compare the working tree's speed with a git ref's: same calls and weights, runs in turn, checked.
 
     python -m bench.verify --ref HEAD~3 --formats Q4_K,Q8_0                 # on a GPU
     python -m bench.verify --ref main --scale 32 --rounds 9                  # a small version for a CPU
@@ -21,20 +21,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from bench.record import ROOT, append_csv, origin
 from flux_kernels.benchmark.providers import GATE_EXACT, GATE_INT8
-from flux_kernels.benchmark.record import append_csv, origin
-from flux_kernels.benchmark.shapes import STEPS, reduced, step_calls
-from flux_kernels.flux.calls import Call
+from flux_kernels.benchmark.shapes import reduced
+from flux_kernels.flux.calls import STEPS, Call, step_calls
 from flux_kernels.formats import Packed, get_format
 from flux_kernels.machine.random_rows import random_rows
 from flux_kernels.torch_backend import reference
 
-ROOT = Path(__file__).resolve().parents[1]
 _CHECKED = 32  # rows of the output that are compared with float64
 _RESAMPLINGS = 2000
 
@@ -47,9 +47,8 @@ def worktree(ref: str, root: Path = ROOT) -> Iterator[Path]:
         SystemExit: where git does not know the ref.
     """
     with tempfile.TemporaryDirectory(prefix="flux_kernels_verify_") as folder:
-        path = (
-            Path(folder) / Path(folder).name
-        )  # git calls the worktree by its last name, which two runs at once must not share
+        # Git calls the worktree by its last name, which two runs at once must not share.
+        path = Path(folder) / Path(folder).name
         try:
             added = _git(root, "add", "--quiet", "--detach", str(path), ref)
             if added.returncode:
@@ -64,7 +63,7 @@ def worktree(ref: str, root: Path = ROOT) -> Iterator[Path]:
 
 
 def _git(root: Path, *words: str) -> subprocess.CompletedProcess:
-    """Run git to its end, whatever signal comes: killed in the middle, its own children would go on writing into the worktree."""
+    """Run git to its end, whatever signal comes: killed, its children would go on writing the worktree."""
     with _signals_later():
         return subprocess.run(["git", "-C", str(root), "worktree", *words], capture_output=True, text=True, check=False)
 
@@ -73,12 +72,13 @@ def _git(root: Path, *words: str) -> subprocess.CompletedProcess:
 def _signals_later() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back until the end."""
     came: list[int] = []
-    handlers = {one: signal.signal(one, lambda number, _: came.append(number)) for one in (signal.SIGINT, signal.SIGTERM)}
+    note = lambda number, _: came.append(number)
+    handlers = {caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
         for number in came[:1]:
             signal.raise_signal(number)
 
@@ -111,8 +111,8 @@ def ask(process: subprocess.Popen, **order) -> dict:
 def compare(
     sides: dict[str, subprocess.Popen], name: str, call: Call, compute: str, device: str, dtype: torch.dtype, rounds: int
 ) -> dict:
-    """Compare one call on both sides: errors, the median time of each, their ratio and its interval, or why there is none."""
-    row = dict(format=name, compute=compute, m=call.m, n=call.n, k=call.k, calls=call.calls, where=call.where)
+    """Compare one call on both sides: errors, median times, their ratio and interval, or why not."""
+    row = dict(format=name, compute=compute) | asdict(call)
     row |= dict.fromkeys(("ref_error", "error", "ref_ms", "ms", "ratio", "low", "high", "note"), "")
     with tempfile.TemporaryDirectory(prefix="flux_kernels_verify_") as folder:
         path, rows, oracle = _write_problem(Path(folder), name, call, dtype)
@@ -153,7 +153,7 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 
 
 def _write_problem(folder: Path, name: str, call: Call, dtype: torch.dtype) -> tuple[Path, list[int], torch.Tensor]:
-    """Write the weight, activation and bias for both sides; return some rows of the output and their values in float64."""
+    """Write weight, activation and bias for both sides; return some output rows and float64 values."""
     generator, fmt = torch.Generator().manual_seed(call.n + call.k), get_format(name)
     data = random_rows(fmt, call.n, call.k, seed=call.n + call.k)
     x, bias = torch.randn(call.m, call.k, generator=generator).to(dtype), torch.randn(call.n, generator=generator).to(dtype)

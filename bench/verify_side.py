@@ -1,4 +1,4 @@
-"""One side of `bench.verify`: time calls with the flux_kernels on the path, told what to do by JSON lines on standard input.
+"""Be one side of `bench.verify`: time calls of the flux_kernels on the path, as JSON lines say.
 
 The file of the working tree runs on both sides, so it uses only what older commits have: `ops.linear` and the formats.
 """
@@ -66,7 +66,8 @@ def _flusher(device: torch.device):
 def main() -> None:
     """Answer each line with a line, until the input ends; a failure is an answer too."""
     side, answers = Side(), sys.stdout
-    sys.stdout = sys.stderr  # what a library prints must not become an answer
+    # What a library prints must not become an answer.
+    sys.stdout = sys.stderr
     for line in sys.stdin:
         order = json.loads(line)
         try:

@@ -214,7 +214,9 @@ def wants_planes(backend: str, device: torch.device, fmt: BlockFormat) -> bool:
     if backend == "triton":
         return True
     return any(
-        BACKENDS["triton"].refusal(candidate, fmt, "exact") is None for candidate in execution_devices(device) if candidate.type != "cpu"
+        BACKENDS["triton"].refusal(candidate, fmt, "exact") is None
+        for candidate in execution_devices(device)
+        if candidate.type != "cpu"
     )
 
 

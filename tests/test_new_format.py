@@ -23,9 +23,9 @@ def test_scaffolded_format_works_in_a_copy_of_the_package(tmp_path):
     command = [sys.executable, "tools/new_format.py", "Q7_X", "--ggml-type", "99"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     check = (
-        "import torch; from flux_kernels.formats import FORMATS; from flux_kernels import dequantize;"
+        "import torch; from flux_kernels.formats import FORMATS, describe; from flux_kernels import dequantize;"
         "data = torch.randint(0, 120, (3, 68), dtype=torch.uint8);"
-        "assert torch.equal(dequantize(data, 'Q7_X'), dequantize(data, 'Q8_0')); assert len(FORMATS) == 26"
+        "assert torch.equal(dequantize(data, 'Q7_X'), dequantize(data, 'Q8_0')); assert len(FORMATS) == 26; assert describe(FORMATS['Q7_X']).formula == 'x = d * q'"
     )
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
     registry = (tmp_path / "flux_kernels" / "formats" / "__init__.py").read_text()

@@ -1,4 +1,4 @@
-"""Write what was measured on GPUs as markdown: a table for each folder of bench/results with a GPU's rows, and size of step."""
+"""Write what was measured on GPUs as markdown: a table for each card and size of step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FILES = ("linear", "step", "sweep", "int8")
 
 
 class Changed(NamedTuple):
-    """Name what exact mode ran at some rows of x when a commit was measured, and what it runs by default since."""
+    """Name what exact mode ran at some rows of x when a commit was measured, and what it runs since."""
 
     capability: str
     rows: range
@@ -44,13 +44,13 @@ CHANGED = {"e096d77": Changed("9.0", range(17, 513), "fused", "two_stage", "deco
 
 
 def gpu_section(results: Path) -> str:
-    """Return the tables of every folder of `results` with a GPU's linear.csv or step.csv, one after another."""
+    """Return the tables of every folder of `results` with a GPU's linear.csv or step.csv."""
     folders = sorted(path for path in results.iterdir() if path.is_dir())
     return "\n\n".join(part for folder in folders for part in card_parts(folder))
 
 
 def card_parts(folder: Path) -> list[str]:
-    """Return one card's tables, each with the lines below it; none where there are no rows of linear calls or steps."""
+    """Return one card's tables with the lines below them; none without rows of calls or steps."""
     files = {name: _gpu_rows(folder / f"{name}.csv") for name in _FILES}
     sizes = {row["size"] for row in files["linear"] + files["step"]}
     return [_part(size, *(_of_size(rows, size) for rows in files.values())) for size in STEPS if size in sizes]
@@ -69,34 +69,34 @@ def _part(size: str, linears: Rows, steps: Rows, sweep: Rows, int8: Rows) -> str
     sides = [side for side in SIDES if side == "torch" or any(row["provider"] == side for row in rows)]
     lines = [f"| type | | {' | '.join(SIDES[side] for side in sides)} |", "|---" * (len(sides) + 2) + "|"]
     for name in sorted({row["format"] for row in rows}, key=lambda name: -get_format(name).bits_per_weight):
-        mine, ran = ([row for row in some if row["format"] == name] for some in (linears, steps))
-        kinds = {"linear calls": linear_cells(mine, size), "whole step": step_cells(ran), "peak": peak_cells(ran, size, name)}
+        calls, ran = ([row for row in table if row["format"] == name] for table in (linears, steps))
+        kinds = {"linear calls": linear_cells(calls, size), "whole step": step_cells(ran), "peak": peak_cells(ran, size, name)}
         lines += [f"| {name} | {kind} | {' | '.join(map(cell, sides))} |" for kind, cell in kinds.items()]
     marks = [f"{mark} {said}." for mark, said in MARKS.items() if any(f", {mark}" in line for line in lines)]
     legend = LEGEND.format(graph=", as a CUDA graph" if any(row["what"] == "graph" for row in steps) else "")
     derived = filter(None, [decoding_line(steps), int8_line(int8), changed_line(linears, sweep, size)])
-    made = dict.fromkeys(origin_text(row) for row in [*rows, *sweep, *int8])
-    below = [*derived, f"Measured on: {'; '.join(made)}."]
+    origins = dict.fromkeys(origin_text(row) for row in [*rows, *sweep, *int8])
+    below = [*derived, f"Measured on: {'; '.join(origins)}."]
     title = f"**{rows[0]['device']}, one step of FLUX.1-dev, {size}**"
     return "\n".join([title, "", *lines, "", " ".join([legend, *marks]), "", *(f"- {line}" for line in below)])
 
 
 def linear_cells(rows: Rows, size: str) -> Cell:
     """Return side -> milliseconds and speed of the linear calls of one type."""
-    found = _linear_totals(rows, size)
-    times = {side: total.p50 for side, total in found.items()}
-    return _time_cell(rows, times, lambda side: marked(found[side], found["torch"]))
+    sums = _linear_totals(rows, size)
+    times = {side: total.p50 for side, total in sums.items()}
+    return _time_cell(rows, times, lambda side: marked(sums[side], sums["torch"]))
 
 
 def _linear_totals(rows: Rows, size: str) -> dict[str, Total]:
-    """Return the sums of the sides that were right in every call; none where calls of the step are missing."""
+    """Return the sums of the sides that were right in every call; none where calls are missing."""
     if not {call.where for call in step_calls(**STEPS[size])} <= {row["where"] for row in rows}:
         return {}
     return totals([row | {"p50_ms": "" if _is_wrong(row) else row["p50_ms"]} for row in rows])
 
 
 def step_cells(rows: Rows) -> Cell:
-    """Return side -> milliseconds and speed of a whole step: a session's as a CUDA graph, `whole_step`'s as it issues it."""
+    """Return side -> milliseconds and speed of a whole step: a session's graph, or `whole_step`'s."""
     times = _step_times(rows)
     return _time_cell(rows, times, lambda side: f"{times['torch'] / times[side]:.2f}")
 
@@ -105,8 +105,8 @@ def _time_cell(rows: Rows, times: dict[str, float], beside_torch: Cell) -> Cell:
     def cell(side: str) -> str:
         if side not in times:
             return _missing(rows, side)
-        beside = f", {beside_torch(side)}" if side != "torch" and "torch" in times else ""
-        return f"{times[side]:.1f} ms{beside}"
+        speed = f", {beside_torch(side)}" if side != "torch" and "torch" in times else ""
+        return f"{times[side]:.1f} ms{speed}"
 
     return cell
 
@@ -118,12 +118,13 @@ def _step_times(rows: Rows) -> dict[str, float]:
 
 
 def peak_cells(rows: Rows, size: str, name: str) -> Cell:
-    """Return side -> peak memory of a step, torch's without the packed weights that its own were decoded from."""
+    """Return side -> peak memory of a step, torch's less the packed weights it was decoded from."""
     calls, fmt = step_calls(**STEPS[size]), get_format(name)
     packed = sum(call.calls * call.n * fmt.row_bytes(call.k) for call in calls) / 1e9
     plain = sum(call.calls * call.n * call.k for call in calls) * 2 / 1e9
     peaks = {row["provider"]: _peak_gb(row) for row in rows if _peak_gb(row) and not _is_wrong(row)}
-    if peaks.get("torch", 0.0) > plain + packed:  # a session holds both, a user would not
+    # A session holds both, a user would not.
+    if peaks.get("torch", 0.0) > plain + packed:
         peaks["torch"] -= packed
     return lambda side: f"{peaks[side]:.1f} GB" if side in peaks else _missing(rows, side)
 
@@ -145,13 +146,13 @@ def _missing(rows: Rows, side: str) -> str:
 def decoding_line(steps: Rows) -> str:
     """Compare exact mode with decoding in torch at every call, in the whole step."""
     times = {name: _step_times(rows) for (_, name), rows in by_step(steps).items()}
-    both = {name: one for name, one in times.items() if {"ours exact", "dequantize"} <= one.keys()}
-    said = ", ".join(f"{name} {one['dequantize'] / one['ours exact']:.2f}" for name, one in both.items())
-    return f"Speed of the whole step in exact mode, with decoding in torch at every call as 1: {said}." if said else ""
+    both = {name: sides for name, sides in times.items() if {"ours exact", "dequantize"} <= sides.keys()}
+    speeds = ", ".join(f"{name} {sides['dequantize'] / sides['ours exact']:.2f}" for name, sides in both.items())
+    return f"Speed of the whole step in exact mode, with decoding in torch at every call as 1: {speeds}." if speeds else ""
 
 
 def int8_line(rows: Rows) -> str:
-    """Say what the scales cost int8's product at the widest weight that was taken apart: the best tile with and without."""
+    """Say what the scales cost int8's product at the widest weight: the best tile with and without."""
     shape = lambda row: (int(row["n"]), int(row["k"]), int(row["m"]))
     timed = [row for row in rows if row["p50_ms"] and not _is_wrong(row)]
     widest = [row for row in timed if shape(row) == max(map(shape, timed))]
@@ -171,24 +172,24 @@ def int8_line(rows: Rows) -> str:
 
 
 def changed_line(linears: Rows, sweep: Rows, size: str) -> str:
-    """Add up the linear calls of exact mode with a default that changed after they were timed, where `sweep` has both ways."""
-    said, change = [], CHANGED.get(linears[0]["commit"]) if linears else None
+    """Add up exact mode's linear calls with a default that changed later, where `sweep` has both."""
+    lines, change = [], CHANGED.get(linears[0]["commit"]) if linears else None
     for (_, name), rows in by_step(linears).items():
-        found = _linear_totals(rows, size)
-        saved = saved_ms(rows, sweep, change) if change and {"torch", "ours exact"} <= found.keys() else None
+        sums = _linear_totals(rows, size)
+        saved = saved_ms(rows, sweep, change) if change and {"torch", "ours exact"} <= sums.keys() else None
         if saved:
-            left = found["ours exact"].p50 - saved
-            said.append(f"{name} {left:.1f} ms, {found['torch'].p50 / left:.2f}")
-    if not change or not said:
+            left = sums["ours exact"].p50 - saved
+            lines.append(f"{name} {left:.1f} ms, {sums['torch'].p50 / left:.2f}")
+    if not change or not lines:
         return ""
     return (
         f"**Arithmetic, not a measurement**: exact mode has another default since ({change.said}). The same linear calls, "
-        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(said)}. The whole step above has the old one."
+        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(lines)}. The whole step above has the old one."
     )
 
 
 def saved_ms(rows: Rows, sweep: Rows, change: Changed) -> float | None:
-    """Return what the step's changed calls save, both ways timed alike; None where the sweep lacks one of them.
+    """Return what the step's changed calls save, both ways timed alike; None where one is missing.
 
     tuning.csv of 2026-11-28 timed some of them call by call, as linear.csv does: its totals are within 0.1 ms of these.
     """

@@ -1,4 +1,4 @@
-"""Show whether a low-rank correction pays for its bytes: plans that may choose one against plans that may not.
+"""Show whether a low-rank correction pays for its bytes: plans with it against plans without.
 
     python -m tools.low_rank_proof --write bench/results/low_rank.csv
 
@@ -52,17 +52,17 @@ def main(
 
 
 def compare(proof: Proof, plain: CostTable, judges: dict[str, tuple[CostTable, Remembering]], kind: str) -> list[dict]:
-    """Judge, at the bytes of a uniform file: that file, the plan without corrections, and the plans with either fit."""
+    """Judge, at a uniform file's bytes: that file, the plan without corrections, and with either fit."""
     budget = proof.bytes(proof.uniform(kind))
-    found = {
+    plans = {
         "uniform": (proof.uniform(kind), proof.held_weighted),
         "mixed": (proof.planned(plain, budget), proof.held_weighted),
     }
     for name, (table, held) in judges.items():
-        found[f"mixed, ranks by {name}"] = proof.planned(CostTable(plain.rows + table.rows), budget), held
-    errors = {name: held.joint_errors(types).velocity for name, (types, held) in found.items()}
+        plans[f"mixed, ranks by {name}"] = proof.planned(CostTable(plain.rows + table.rows), budget), held
+    errors = {name: held.joint_errors(types).velocity for name, (types, held) in plans.items()}
     held, rows = proof.held_weighted, []
-    for name, (types, _) in found.items():
+    for name, (types, _) in plans.items():
         low, high = bootstrap(errors[name], errors["mixed"], held.weights)
         rows.append(
             dict(

@@ -1,4 +1,4 @@
-"""Make the golden vectors of a block type with ggml's own library (libggml-python), never with this one.
+"""Make the golden vectors of a block type with ggml's own library, never with this one.
 
     python tools/make_golden.py Q8_0            # writes tests/golden/Q8_0.npz and its line in manifest.json
 
@@ -9,7 +9,6 @@ A type that the installed libggml does not know needs a newer one, or vectors ma
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import zlib
@@ -21,13 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
+from flux_kernels.files import file_sha256, write_whole
 from tests import libggml_oracle as ggml
 
 _ROWS, _K, _RANDOM_ROWS = 12, 512, 8
 
 
 def sample_rows(seed: int) -> np.ndarray:
-    """Return float32 [12, 512]: gaussian, Student-t, zero, half zero, positive, outliers, tiny, huge, and more gaussian rows."""
+    """Return float32 [12, 512]: rows of gaussian, Student-t, zero, sparse, positive, outlier weights.
+
+    Some are tiny and huge; the others are gaussian.
+    """
     random = np.random.default_rng(seed)
     x = random.standard_normal((_ROWS, _K)).astype(np.float32)
     x[1] = random.standard_t(3, _K)
@@ -72,7 +75,7 @@ def describe(name: str, arrays: dict[str, np.ndarray], path: Path) -> dict:
         block_size=block_size,
         type_size=type_size,
         file=path.name,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=file_sha256(path),
         finite_fraction_random=round(float(np.isfinite(arrays["random_y"]).mean()), 4),
         rel_rms=round(float(np.linalg.norm(y - x) / np.linalg.norm(x)), 5),
     )
@@ -91,9 +94,7 @@ def main() -> None:
     manifest_path = arguments.out / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
     manifest[arguments.name] = describe(arguments.name, arrays, path)
-    beside = manifest_path.with_suffix(".tmp")
-    beside.write_text(json.dumps(manifest, indent=1) + "\n")
-    beside.replace(manifest_path)
+    write_whole(manifest_path, (json.dumps(manifest, indent=1) + "\n").encode())
     print(f"Wrote {path} ({path.stat().st_size} bytes).")
 
 

@@ -1,4 +1,4 @@
-"""Prove or refute that measured per-tensor plans beat uniform files and block-level mixes of the same bytes.
+"""Prove or refute that measured plans beat uniform files and block-level mixes of the same bytes.
 
     python -m tools.mixed_proof --write bench/results/mixed_proof.csv --picture docs/mixed.png
 
@@ -102,7 +102,7 @@ class Proof:
         return CostTable(rows)
 
     def block_costs(self, measurer: Measurer, metric: str, kinds: Sequence[str]) -> tuple[list[list[str]], list[Group]]:
-        """Measure every block in every type, all of its tensors at once: MixedQuantFlux's costs, or the velocity's."""
+        """Measure every block in every type as a whole: MixedQuantFlux's costs, or the velocity's."""
         blocks: dict[object, list[str]] = {}
         for name in self.tensors:
             blocks.setdefault(block_of(name), []).append(name)
@@ -218,7 +218,7 @@ def tell(what: str) -> None:
 
 
 def run(calibration: int, held_out: int, rounds: int, seed: int) -> tuple[Proof, list[dict], dict[str, tuple[Types, bool]]]:
-    """Run the experiment for one pair of state sets; return the rows and the candidates at the first budget."""
+    """Run the experiment for one pair of state sets; return rows, and candidates of the first budget."""
     kinds = (*OWN, *(BY_LIBGGML if libggml.available() else ()))
     kinds = tuple(sorted(kinds, key=lambda name: -FORMATS[name].bits_per_weight))
     proof = Proof(calibration, held_out, kinds, seed)

@@ -14,7 +14,10 @@ from pathlib import Path
 
 FORMATS = Path(__file__).parents[1] / "flux_kernels" / "formats"
 
-TEMPLATE = '''"""{name}: x = d * q, 8-bit signed codes, one fp16 scale per 32 weights; 34 bytes per 32 weights, 8.5 bits/weight."""
+TEMPLATE = '''"""{name}: x = d * q, 8-bit signed codes, one fp16 scale per 32 weights.
+
+34 bytes per 32 weights, 8.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +56,16 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.006,
     source="ggml-common.h block_{lower}",
+    about=__doc__,
 )
 '''
 
 
 def scaffold(name: str, ggml_type: int, folder: Path = FORMATS) -> Path:
-    """Write the format's file and register it; raise FileExistsError where the name is taken, ValueError where it cannot be."""
+    """Write the format's file and register it.
+
+    Raises FileExistsError where the name is taken, ValueError where it cannot be one.
+    """
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
         raise ValueError(f"A type name is ggml's, in capitals, such as Q4_K; got {name!r}.")
     lower = name.lower()

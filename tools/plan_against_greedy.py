@@ -1,4 +1,4 @@
-"""Compare exact plans with MixedQuantFlux's greedy on its published costs, at the sizes of its fifteen published files.
+"""Compare exact plans with MixedQuantFlux's greedy on its costs, at its fifteen files' sizes.
 
     python -m tools.plan_against_greedy [TABLE] [--out bench/results/plan_against_greedy.csv]
 

@@ -1,4 +1,4 @@
-"""Compare the quantizers with libggml's: error, worst row and single-thread speed by type and kind of weights.
+"""Compare the quantizers with libggml's: error, worst row and single-thread speed.
 
     python -m tools.quantizer_report                      # prints the table and writes bench/results/quantizers.csv
     python -m tools.quantizer_report --types Q4_K,Q5_K --rows 64 --out -
@@ -15,7 +15,6 @@ import csv
 import datetime
 import importlib.metadata
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,11 +22,12 @@ from pathlib import Path
 
 import torch
 
+from bench.record import RESULTS
 from flux_kernels import dequantize, quantize
+from flux_kernels.benchmark.record import commit
 from flux_kernels.formats import FORMATS
 from flux_kernels.generation.embedded import embedded_model_path
 
-ROOT = Path(__file__).resolve().parent.parent
 ALLOWANCE = 1e-6
 K = 3072
 
@@ -59,7 +59,7 @@ def made_weights(rows: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def real_weights(rows: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the block matrices of the embedded model, each kind (what its name ends in) concatenated, at most `rows` rows."""
+    """Yield the embedded model's block matrices, of each K together, at most `rows` rows."""
     from safetensors.torch import load_file
 
     tensors = {}
@@ -108,14 +108,13 @@ def speeds(name: str, x: torch.Tensor, importance: torch.Tensor | None, repeats:
 
 def origin() -> dict[str, str]:
     """Say where the numbers come from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     cpu = platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, 1 thread",
         "torch": torch.__version__,
         "libggml": importlib.metadata.version("libggml-python"),
@@ -141,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", default=",".join(name for name, fmt in FORMATS.items() if fmt.quantize is not None))
     parser.add_argument("--rows", type=int, default=170, help="rows of each kind of weights; 170 fill two chunks of a search")
-    parser.add_argument("--out", default=str(ROOT / "bench/results/quantizers.csv"), help="CSV to write, - for none")
+    parser.add_argument("--out", default=str(RESULTS / "quantizers.csv"), help="CSV to write, - for none")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines = []

@@ -1,4 +1,4 @@
-"""Look for rows that libggml quantizes better: every type, kind of weights, row length and kind of importance.
+"""Look for rows that libggml quantizes better: by type, weights, row length and importance.
 
     python -m tools.quantizer_tails                      # prints the cells that break the promise, and the worst of each type
     python -m tools.quantizer_tails --types Q5_K --weights 100000
@@ -70,7 +70,7 @@ def importance_of(kind: str, k: int, generator: torch.Generator) -> torch.Tensor
 
 @dataclass
 class Cell:
-    """Hold one comparison: (type, weights, K, importance), and the root errors of the rows, ours and libggml's."""
+    """Hold one comparison of (type, weights, K, importance): the rows' root errors, ours and libggml's."""
 
     name: str
     kind: str
@@ -96,7 +96,10 @@ class Cell:
 
 
 def cells(types: list[str], weights: int, lengths: tuple[int, ...] = LENGTHS, cache: Path | None = None) -> Iterator[Cell]:
-    """Compare both quantizers in every cell, on about so many weights each; `cache` keeps libggml's errors between runs."""
+    """Compare both quantizers in every cell, on about so many weights each.
+
+    `cache` keeps libggml's errors between runs.
+    """
     for k in lengths:
         generator = torch.Generator().manual_seed(k)
         rows = max(4, weights // k)
@@ -115,7 +118,8 @@ def compare(
     scale = x.double().square() if importance is None else x.double().square() * importance
     allowance = ALLOWANCE * scale.sum(-1).sqrt()
     ours = root_error(x, quantize(x, name, importance, engine="torch"), name, importance)
-    theirs = _libggml(name, x, importance, cache).nan_to_num(nan=torch.inf)  # its fp16 scales may overflow
+    # Its fp16 scales may overflow.
+    theirs = _libggml(name, x, importance, cache).nan_to_num(nan=torch.inf)
     return ours + allowance, theirs + allowance
 
 

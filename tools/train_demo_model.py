@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo_model import autoencoder, export, flow, pictures, reader, text
 
+from flux_kernels.compute import dtype_name
+from flux_kernels.files import written_whole
 from flux_kernels.generation.embedded import PIPELINE_KWARGS
 
 _HOME = Path(__file__).resolve().parent.parent / "flux_kernels" / "demo_model"
@@ -31,11 +33,11 @@ console = Console()
 
 
 def _keep(path: Path, make: Callable[[], Any]) -> Any:
-    """Return what `path` holds, or make it, write it beside and rename, so that a stage is done once."""
+    """Return what `path` holds, or make it and write it whole, so that a stage is done once."""
     if not path.exists():
-        made = make()
-        torch.save(made, path.with_suffix(".new"))
-        path.with_suffix(".new").rename(path)
+        stage = make()
+        with written_whole(path) as part:
+            torch.save(stage, part)
     return torch.load(path, weights_only=False)
 
 
@@ -99,7 +101,7 @@ class _Stages:
         return side
 
     def digit_reader(self, steps: int) -> tuple[dict, float]:
-        """Train the reader on 80 % of all digits, hard ones included; returns weights and share read right of the rest."""
+        """Train the reader on 80 % of all digits; return weights and the share read right of the rest."""
 
         def make() -> tuple[dict, float]:
             every = pictures.load_digits()
@@ -115,7 +117,7 @@ class _Stages:
 
 
 def _write(stages: _Stages, pipeline: export.FluxPipeline, weights: dict, out: Path) -> dict[str, Any]:
-    """Save the pipeline in the 16-bit type that loses less, load it back and measure it; returns the facts."""
+    """Save the pipeline in the 16-bit type that loses less, load it and measure it; return the facts."""
     losses = {dtype: export.rounding_loss(pipeline.transformer, dtype) for dtype in (torch.float16, torch.bfloat16)}
     stored = min(losses, key=losses.__getitem__)
     settings = dict(PIPELINE_KWARGS)
@@ -126,7 +128,7 @@ def _write(stages: _Stages, pipeline: export.FluxPipeline, weights: dict, out: P
         loaded = export.FluxPipeline.from_pretrained(out, torch_dtype=dtype, local_files_only=True)
         loaded.set_progress_bar_config(disable=True)
         facts[f"computed in {dtype}"] = export.score(loaded, weights, rounds=2, seed=1, settings=settings)._asdict()
-        export.contact_sheet(loaded, seed=7, settings=settings).save(stages.work / f"sheet_{str(dtype)[6:]}.png")
+        export.contact_sheet(loaded, seed=7, settings=settings).save(stages.work / f"sheet_{dtype_name(dtype)}.png")
     facts["bytes"] = export.size(out)
     return facts
 

@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md and docs/decisions between their markers, or check that they are up to date.
+"""Write the generated tables of README.md and docs/decisions, or check that they are up to date.
 
 python tools/write_readme_tables.py            # write
 python tools/write_readme_tables.py --check    # exit code 1 and a diff where a page is behind
@@ -47,38 +47,38 @@ def _cells(fmt: BlockFormat) -> list[str]:
 
 
 def mode_table() -> str:
-    """Return the markdown table of bench/results/embedded_fidelity.csv: PSNR and SSIM by type and compute mode."""
+    """Return the table of embedded_fidelity.csv: PSNR and SSIM by type and compute mode."""
     rows = read_csv(FIDELITY)
     modes = list(dict.fromkeys(row["compute"] for row in rows))
-    found = {(row["format"], row["compute"]): f"{float(row['psnr_db']):.1f} dB, {float(row['ssim']):.4f}" for row in rows}
+    cells = {(row["format"], row["compute"]): f"{float(row['psnr_db']):.1f} dB, {float(row['ssim']):.4f}" for row in rows}
     lines = [f"| type | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
     for name in dict.fromkeys(row["format"] for row in rows):
-        lines.append(f"| {name} | {' | '.join(found[name, mode] for mode in modes)} |")
-    one = rows[0]
-    made = f"{one['seeds']} pictures a cell, {one['device']}, torch {one['torch']}, commit {one['commit']}, {one['date']}"
-    return "\n".join([*lines, "", f"PSNR and SSIM against the same pictures in 16 bit; {made}."])
+        lines.append(f"| {name} | {' | '.join(cells[name, mode] for mode in modes)} |")
+    first = rows[0]
+    origin = f"{first['seeds']} pictures a cell, {first['device']}, torch {first['torch']}, commit {first['commit']}, {first['date']}"
+    return "\n".join([*lines, "", f"PSNR and SSIM against the same pictures in 16 bit; {origin}."])
 
 
 def linear_table() -> str:
-    """Return the markdown table of bench/results/linear_cpu.csv: speed of one step's linear calls beside torch's, by type."""
+    """Return the table of linear_cpu.csv: speed of a step's linear calls, torch's as 1, by type."""
     rows = read_csv(LINEAR)
     sides = {"diffusers": "diffusers' GGUF layers", **{f"ours {mode}": mode for mode in COMPUTE_MODES}}
     lines = [f"| type | {' | '.join(sides.values())} |", "|---" * (len(sides) + 1) + "|"]
-    for (_, name), mine in by_step(rows).items():
-        found = totals(mine)
-        lines.append(f"| {name} | {' | '.join(_beside_torch(found, side) for side in sides)} |")
-    one = rows[0]
+    for (_, name), step_rows in by_step(rows).items():
+        sums = totals(step_rows)
+        lines.append(f"| {name} | {' | '.join(_beside_torch(sums, side) for side in sides)} |")
+    first = rows[0]
     text = (
         f"Linear calls of one step, CPU: speed with unquantized torch as 1; more is faster, ~ means that no difference was seen. "
-        f"{one['size']}, {one['dtype']}, {origin_text(one)}. {TWINS} **This says nothing about GPUs.**"
+        f"{first['size']}, {first['dtype']}, {origin_text(first)}. {TWINS} **This says nothing about GPUs.**"
     )
     return "\n".join([*lines, "", text])
 
 
-def _beside_torch(found: dict[str, Total], side: str) -> str:
-    if not {side, "torch"} <= found.keys():
+def _beside_torch(sums: dict[str, Total], side: str) -> str:
+    if not {side, "torch"} <= sums.keys():
         return "not measured"
-    return marked(found[side], found["torch"])
+    return marked(sums[side], sums["torch"])
 
 
 def gpu_table() -> str:
@@ -87,19 +87,19 @@ def gpu_table() -> str:
 
 
 def prediction_table() -> str:
-    """Return the markdown table of bench/results/predictions.csv: milliseconds of a step's linears by card, type and mode."""
+    """Return the table of predictions.csv: milliseconds of a step's linears by card, type and mode."""
     rows = read_csv(RESULTS / "predictions.csv")
     modes = list(dict.fromkeys(row["compute"] for row in rows))
-    found = {(row["card"], row["format"], row["compute"]): _predicted(row) for row in rows}
+    cells = {(row["card"], row["format"], row["compute"]): _predicted(row) for row in rows}
     lines = [f"| card | type | {' | '.join(modes)} | torch, bf16 |", "|---" * (len(modes) + 3) + "|"]
     for row in {(row["card"], row["format"]): row for row in rows}.values():
-        cells = [found.get((row["card"], row["format"], mode), "refused") for mode in modes]
-        lines.append(f"| {row['card']} | {row['format']} | {' | '.join(cells)} | {float(row['bf16_ms']):.0f} ms |")
+        predicted = [cells.get((row["card"], row["format"], mode), "refused") for mode in modes]
+        lines.append(f"| {row['card']} | {row['format']} | {' | '.join(predicted)} | {float(row['bf16_ms']):.0f} ms |")
     return "\n".join([*lines, "", f"Triton {rows[0]['triton']}, {rows[0]['date']}."])
 
 
 def _predicted(row: dict[str, str]) -> str:
-    """Write a prediction as bound and, where it differs by a hundredth, the one in which programs wait: milliseconds and ratios."""
+    """Write a prediction as bound and, where it differs by a hundredth, as the time with waits."""
     best, worst = float(row["ratio"]), float(row["ratio_waiting"])
     milliseconds, most = (f"{float(row[name]):.0f}" for name in ("predicted_ms", "predicted_ms_waiting"))
     if abs(best - worst) < 0.01:
@@ -114,12 +114,12 @@ PAGES = {
 
 
 def with_tables(page: Path, text: str) -> str:
-    """Return a page's text with every table between its markers; raise ValueError where a marker is missing."""
+    """Return a page with every table between its markers; raise ValueError where one is missing."""
     for name, table in PAGES[page].items():
         start, end = f"<!-- {name}: written by tools/write_readme_tables.py -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(start)
+        before, opened, rest = text.partition(start)
         _, closed, after = rest.partition(end)
-        if not found or not closed:
+        if not opened or not closed:
             raise ValueError(f"{page.name} needs the lines {start!r} and {end!r}, the table goes between them.")
         text = f"{before}{start}\n{table()}\n{end}{after}"
     return text

@@ -15,6 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bench.record import AOT
+
+from .cards import CARDS
+from .invariants import problems
+from .launches import ANY, DTYPES, FORMATS, ROWS
+from .recorder import Recorder, compiled, items, lacking, read_record
+from .report import Row, key
+
 
 def main(
     formats: Annotated[str, typer.Option(help="Comma-separated ggml types; empty means all.")] = "",
@@ -41,21 +49,19 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and problems as JSON.")] = False,
     jobs: Annotated[int, typer.Option(help="Compiling processes.")] = 2,
 ) -> None:
-    """Compile what the library launches for cards that are not here; report registers, spills, main loop and clocks."""
-    from .recorder import RECORD, lacking, read_record
-
-    record = read_record(write or RECORD)
+    """Compile the library's launches for absent cards; report registers, spills, main loop and clocks."""
+    record = read_record(write or AOT)
     wanted = _wanted(_words(formats), _words(capabilities), _words(kernels), _words(dtypes), _words(rows), k)
     if list_only:
         unrecorded = _list(wanted, record, _words(tritons))
         raise typer.Exit(1 if check and unrecorded else 0)
-    found, broken = _compile(lacking(wanted, record) if missing else wanted, record, write, jobs, quiet=as_json)
+    rows_made, broken = _compile(lacking(wanted, record) if missing else wanted, record, write, jobs, quiet=as_json)
     if write and not any((formats, capabilities, kernels, dtypes, rows, k)):
         _drop_unlaunched(write)
     if as_json:
-        print(json.dumps({"rows": found, "problems": broken}))
+        print(json.dumps({"rows": rows_made, "problems": broken}))
     else:
-        _print(found)
+        _print(rows_made)
         print("\n".join(broken))
     raise typer.Exit(1 if check and broken else 0)
 
@@ -65,20 +71,16 @@ def _words(text: str) -> list[str]:
 
 
 def _wanted(formats: list[str], capabilities: list[str], kernels: list[str], dtypes: list[str], rows: list[str], k: int):
-    """Return the launches that the options name; kernels that are the same for all formats or dtypes are among them."""
-    from .cards import CARDS
-    from .launches import ANY, DTYPES, FORMATS, ROWS
-    from .recorder import items
-
+    """Return the launches that the options name, with those that are the same for all formats or dtypes."""
     cards = [int(capability) for capability in capabilities] or list(CARDS)
-    found = items(cards, tuple(map(int, rows)) or ROWS)
+    every = items(cards, tuple(map(int, rows)) or ROWS)
     _known("capabilities", cards, CARDS)
     _known("formats", formats, FORMATS)
     _known("dtypes", dtypes, DTYPES)
-    _known("kernels", kernels, sorted({item.launch.name for item in found}))
+    _known("kernels", kernels, sorted({item.launch.name for item in every}))
     return [
         item
-        for item in found
+        for item in every
         if item.launch.format in (*(formats or FORMATS), ANY)
         and item.launch.dtype in (*(dtypes or DTYPES), ANY)
         and item.launch.name in (kernels or [item.launch.name])
@@ -93,10 +95,6 @@ def _known(what: str, given: list, known) -> None:
 
 def _compile(wanted: list, record: dict, write: Path | None, jobs: int, quiet: bool) -> tuple[list[dict], list[str]]:
     """Compile launches; return their rows, and what is wrong with them."""
-    from .invariants import problems
-    from .recorder import Recorder, compiled
-    from .report import Row, key
-
     rows, broken, recorder = [], [], Recorder(write) if write else None
     with _progress(quiet) as progress:
         task = progress.add_task("compiling", total=len(wanted))
@@ -122,8 +120,6 @@ def _progress(quiet: bool) -> Progress:
 
 
 def _drop_unlaunched(write: Path) -> None:
-    from .recorder import Recorder
-
     recorder = Recorder(write)
     if gone := recorder.drop_unlaunched():
         Console(stderr=True).print(f"dropped {gone} rows that nothing launches any more")
@@ -134,13 +130,13 @@ def _list(wanted: list, record: dict, tritons: list[str]) -> int:
     """Print how many launches there are, and how many the record has; return how many it lacks."""
     table, lacking = Table("kernel", "launches", *(f"in {version}, out of date, lacking" for version in tritons)), 0
     for name in sorted({item.launch.name for item in wanted}):
-        mine, cells = [item for item in wanted if item.launch.name == name], []
+        named, cells = [item for item in wanted if item.launch.name == name], []
         for version in tritons:
-            there = [(item, record[item.key(version)]) for item in mine if item.key(version) in record]
+            there = [(item, record[item.key(version)]) for item in named if item.key(version) in record]
             stale = sum(row["code"] != item.launch.code for item, row in there)
-            cells.append(f"{len(there)}, {stale}, {len(mine) - len(there)}")
-            lacking += len(mine) - len(there)
-        table.add_row(name, str(len(mine)), *cells)
+            cells.append(f"{len(there)}, {stale}, {len(named) - len(there)}")
+            lacking += len(named) - len(there)
+        table.add_row(name, str(len(named)), *cells)
     Console(width=max(Console().width, _WIDTH)).print(table)
     print(f"{len(wanted)} launches; the record lacks {lacking}")
     return lacking

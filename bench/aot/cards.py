@@ -62,9 +62,9 @@ def occupancy(card: Card, registers: int, shared: int, threads: int) -> int:
 
 
 def tensor_clocks(opcode: str, card: Card) -> float:
-    """Return the clocks that one tensor-core instruction of a warp (HMMA, IMMA) or warpgroup (HGMMA, IGMMA) keeps its cores busy.
+    """Return the clocks that one tensor-core instruction keeps its cores busy.
 
-    A warp's instruction runs on one quadrant's core, a warpgroup's on all four.
+    A warp's instruction (HMMA, IMMA) runs on one quadrant's core, a warpgroup's (HGMMA, IGMMA) on all four.
 
     Raises:
         ValueError: for an opcode whose shape or rate is not known here.

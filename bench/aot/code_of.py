@@ -1,4 +1,4 @@
-"""Hash the source of a kernel and of all it calls, so that a recorded row tells whether its kernel has changed since.
+"""Hash the source of a kernel and of all it calls: it tells whether a recorded row is of today's code.
 
 Comments, docstrings and positions in a file do not count: Triton's own cache key has them in.
 """
@@ -30,9 +30,9 @@ def _source(kernel: JITFunction) -> str:
     function = kernel.fn
     tree = ast.parse(textwrap.dedent(kernel.src))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    found = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+    used = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
     words = [ast.unparse(_without_docstring(tree))]
-    for name, value in found.items():
+    for name, value in used.items():
         if isinstance(value, JITFunction) and value is not kernel:
             words.append(_source(value))
         elif isinstance(value, (constexpr, int, float, str)):

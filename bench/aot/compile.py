@@ -1,4 +1,4 @@
-"""Compile a kernel for a card that is not here, with the constants and alignment a real launch would have."""
+"""Compile a kernel for an absent card, with the constants and alignment of a real launch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compile one kernel of `launches` for a card: pointers 16-byte aligned, integers multiples of 16, as Flux's shapes give."""
+    """Compile a launch for a card: pointers 16-byte aligned, integers multiples of 16, as Flux's shapes."""
     kernel, names = launch.kernel, launch.kernel.arg_names
     types = dict.fromkeys(names, "constexpr") | dict(launch.signature)
     constexprs = {(names.index(name),): value for name, value in launch.constants}

@@ -1,11 +1,11 @@
-"""Decide what CI refuses: properties that compiled code must have, and a ratchet against the recorded report.
+"""Decide what CI refuses: properties that compiled code must have, and growth past the record.
 
 Predicted clocks are no criterion: a kernel that decodes every weight four times still looks perfect in them.
 """
 
 from __future__ import annotations
 
-from flux_kernels.kernels.tiles import GRID_FORMATS
+from flux_kernels.formats import FORMATS
 
 from .cards import CARDS
 from .report import FUSED_KERNELS, Row, is_looped
@@ -29,38 +29,39 @@ MOST_INSTRUCTIONS_PER_WEIGHT = {
 
 def problems(row: Row, recorded: dict | None) -> list[str]:
     """Return what is wrong with a row, each as one sentence; empty when it may ship."""
-    found = [*_limits(row), *_products(row), *_ratchet(row, recorded)]
+    faults = [*_limits(row), *_products(row), *_ratchet(row, recorded)]
     where = f"{row.kernel} {row.format} sm_{row.capability} {row.dtype} {row.tile} K={row.k} (Triton {row.triton})"
-    return [f"{where}: {problem}" for problem in found]
+    return [f"{where}: {problem}" for problem in faults]
 
 
 def _limits(row: Row) -> list[str]:
-    card, found = CARDS[row.capability], []
+    card, faults = CARDS[row.capability], []
     if row.spills:
-        found.append(f"{row.spills} register spills")
+        faults.append(f"{row.spills} register spills")
     if row.shared_bytes > card.shared_per_block:
-        found.append(f"{row.shared_bytes} bytes of shared memory, the card has {card.shared_per_block}")
+        faults.append(f"{row.shared_bytes} bytes of shared memory, the card has {card.shared_per_block}")
     most = MOST_INSTRUCTIONS_PER_WEIGHT.get(row.kernel, {}).get(row.format)
     if most is not None and row.dtype != "fp32" and is_looped(row) and row.instructions_per_weight > most:
-        found.append(f"{row.instructions_per_weight} instructions per weight, at most {most}")
-    return found
+        faults.append(f"{row.instructions_per_weight} instructions per weight, at most {most}")
+    return faults
 
 
 def _products(row: Row) -> list[str]:
-    """Return what is wrong with the way from packed bytes to tensor cores; float32 x has products that they cannot do."""
-    found, plain = [], row.dtype == "fp32" and not row.kernel.startswith(("fp16", "int8"))
+    """Return what is wrong on the way to tensor cores, which cannot do products of float32 x."""
+    faults, plain = [], row.dtype == "fp32" and not row.kernel.startswith(("fp16", "int8"))
     if not row.mma and row.kernel in TENSOR_CORE_KERNELS and not plain:
-        found.append("no tensor-core instruction")
+        faults.append("no tensor-core instruction")
     if row.mma and plain:
-        found.append(f"{row.mma} rounds float32 products")
-    if row.kernel not in FUSED_KERNELS or not is_looped(row):  # without a loop the epilogue would be counted, too
-        return found
+        faults.append(f"{row.mma} rounds float32 products")
+    # Without a loop the epilogue would be counted, too.
+    if row.kernel not in FUSED_KERNELS or not is_looped(row):
+        return faults
     operands = "fp16" if row.kernel.startswith("fp16") else row.dtype
     if row.decodes_per_weight != 1.0 and not plain and (row.format, operands) not in UNCOUNTED:
-        found.append(f"every weight is decoded {row.decodes_per_weight} times")
-    if row.loop_global and row.format not in GRID_FORMATS:
-        found.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")
-    return found
+        faults.append(f"every weight is decoded {row.decodes_per_weight} times")
+    if row.loop_global and not FORMATS[row.format].gathers:
+        faults.append(f"{row.loop_global} loads in the main loop are not asynchronous copies")
+    return faults
 
 
 def _ratchet(row: Row, recorded: dict | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""List what the library launches: it runs on tensors without data, and each kernel is written down instead of launched.
+"""List what the library launches: it runs on tensors without data, kernels are written down.
 
 So the report follows the library by itself: a kernel, a tile or a constant that a call would launch with is what gets compiled,
 in every dtype of x. Calls stand for classes of calls: all M up to 16 and the sizes of the default table's steps above, K of
@@ -67,7 +67,7 @@ class Launch:
 
     @property
     def weights(self) -> int:
-        """Return how many weights (or values of x) one program decodes in an iteration, 0 where the kernel decodes none."""
+        """Return how many weights or values of x a program decodes in an iteration, 0 for none."""
         sizes = dict(self.constants)
         if "DECODE" in sizes:
             return sizes["BLOCK_N"] * sizes["TILE_K"]
@@ -89,13 +89,13 @@ class Launch:
 
 @cache
 def launches(capability: int, rows: tuple[int, ...] = ROWS) -> tuple[Launch, ...]:
-    """Return every distinct kernel that calls of `rows` rows launch on a card, over all formats and dtypes of x."""
-    found: dict[tuple, Launch] = {}
+    """Return every distinct kernel that calls of `rows` rows launch, over all formats and dtypes of x."""
+    distinct: dict[tuple, Launch] = {}
     for call in _calls(divmod(capability, 10), rows):
         for launch in launched(*call):
             same = (launch.name, launch.signature, launch.constants, launch.options)
-            found[same] = _either(found.get(same, launch), launch)
-    return tuple(found.values())
+            distinct[same] = _either(distinct.get(same, launch), launch)
+    return tuple(distinct.values())
 
 
 def launched(
@@ -114,7 +114,8 @@ def launched(
     factors = (empty(m, RANK), empty(n, RANK)) if branch else None
     with _recorded(fmt.name, dtype) as written:
         MODULES[compute].linear(x, weight, bias, y, factors, choice=choice)
-        if compute == "int8" and branch:  # which outlier channels join, where there is one, or are: chosen for alike
+        # With outlier channels a call is chosen for as without.
+        if compute == "int8" and branch:
             outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
             int8.linear(x, weight, bias, y, factors, outliers, choice)
     return written
@@ -123,9 +124,7 @@ def launched(
 def _either(one: Launch, other: Launch) -> Launch:
     """Return the launch that two calls share, with ANY where they differ."""
     return replace(
-        one,
-        format=one.format if one.format == other.format else ANY,
-        dtype=one.dtype if one.dtype == other.dtype else ANY,
+        one, format=one.format if one.format == other.format else ANY, dtype=one.dtype if one.dtype == other.dtype else ANY
     )
 
 
@@ -163,7 +162,7 @@ def _calls(capability: tuple[int, int], rows: tuple[int, ...]) -> Iterator[tuple
 def _tuned(
     fmt: BlockFormat, n: int, k: int, capability: tuple[int, int], dtype: str, branch: bool
 ) -> Iterator[tuple[str, Choice]]:
-    """Yield what the default table does not choose and tuning may: fused at any M, split-K, int8 with the other kind of scales."""
+    """Yield what tuning alone may choose: fused at any M, split-K, int8 with the other kind of scales."""
     if dtype != "fp32":
         for m in (64, 512):
             yield "exact", Choice("fused", tile_of("fused", fmt, m, n, k, capability, branch), "")
@@ -180,15 +179,16 @@ def _modes(capability: tuple[int, int], k: int) -> list[str]:
 
 def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, branch: bool) -> list[tuple[int, Choice]]:
     """Return one M for each choice that differs in what it launches, and two-stage in exact mode."""
-    found = {}
+    chosen = {}
     rows, n, k = shapes
     for m in rows:
         if compute == mode_of_call(compute, m):
             choice = default_choice(compute, fmt, m, n, k, capability, DTYPES[dtype], branch)
-            found.setdefault((choice.algorithm, choice.tile), (m, choice))
-    if compute == "exact":  # its unpacking is what `dequantize` does on any card, to any dtype
-        found.setdefault(("two_stage", None), (rows[-1], Choice("two_stage", None, "")))
-    return list(found.values())
+            chosen.setdefault((choice.algorithm, choice.tile), (m, choice))
+    # Its unpacking is what `dequantize` does on any card, to any dtype.
+    if compute == "exact":
+        chosen.setdefault(("two_stage", None), (rows[-1], Choice("two_stage", None, "")))
+    return list(chosen.values())
 
 
 def _launch(kernel: JITFunction, arguments: tuple, named: dict, format: str, dtype: str) -> Launch:

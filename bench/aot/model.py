@@ -1,10 +1,10 @@
-"""The model behind `bench.aot.predict`: what the busiest pipe and the memory would need, were nothing else in the way.
+"""Model what the busiest pipe and the memory would need, were nothing else in the way.
 
 A call is what the library runs for it: the default choice's algorithm with its tile and chunks, the kernels around the product
 (unpacking the weight, quantizing activations) and their traffic. Where a loop waits for all its products, products and
 instructions add up; elsewhere they overlap. That is a bound. A case that `waits` adds what a program that is alone on its
 multiprocessor waits for shared memory, as an H200 was measured to. It needs neither typer nor rich, so that `bench.calibrate`
-can put its predictions beside measurements on a bare GPU machine.
+can compare its predictions with measurements on a bare GPU machine.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
-
-import torch
 
 from flux_kernels.compute import DATACENTER, WEIGHT_ONLY_M, group_width, mode_of_call
 from flux_kernels.flux.calls import Call, step_calls
@@ -23,10 +21,9 @@ from flux_kernels.kernels.chunks import chunk_sizes, wave_efficiency
 from flux_kernels.kernels.tiles import Tile
 
 from .cards import CARDS, CONVERT_RATES, MEASURED_CONVERT_RATES, SHARED_WAIT
+from .launches import ANY, DTYPES
 
 MODES = ("exact", "fp16_accumulate", "int8")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_ANY = "any"
 _LEAST_K = 128  # rows of no more weights leave no loop to predict from
 _KERNELS = {"fused": "fused_gemm", "split_k": "split_k"}
 # Kernels whose operands both pass shared memory, and what decodes alike on the capability that was measured.
@@ -82,19 +79,19 @@ class Record:
         Raises:
             LookupError: where the record has none.
         """
-        found = [
+        candidates = [
             row
             for key in (
                 (kernel, format, capability, dtype),
-                (kernel, format, capability, _ANY),
-                (kernel, _ANY, capability, dtype),
+                (kernel, format, capability, ANY),
+                (kernel, ANY, capability, dtype),
             )
             for row in self._rows.get(key, [])
             if tile in ("", row["tile"]) and (int(row["k"]) == 0 or int(row["k"]) > _LEAST_K)
         ]
-        if not found:
+        if not candidates:
             raise LookupError(f"the record has no {kernel} {tile} of {format} with {dtype} x for capability {capability}")
-        return max(found, key=lambda row: (int(row["k"]), _sizes(row)[-1]))
+        return max(candidates, key=lambda row: (int(row["k"]), _sizes(row)[-1]))
 
     def waits(self, row: dict) -> int:
         """Count the shared-memory instructions of a warp's loop, without those that load operands of mma.sync.
@@ -111,7 +108,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Case:
-    """Hold what a prediction is for: a product, the record, a format, x's dtype, and what is assumed of the card.
+    """Hold what a prediction is for: a product, the record, a format, x's dtype, and assumptions.
 
     convert_rate: results of conversions a clock and SM, where nobody measured them. waits: whether programs wait for shared
     memory, and products of a warp's own instruction (mma.sync) do not overlap with decoding either.
@@ -127,7 +124,7 @@ class Case:
     @property
     def itemsize(self) -> int:
         """Return the bytes of a value of x."""
-        return _DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype].itemsize
 
     def row(self, kernel: str, tile: str = "") -> dict:
         """Return a kernel's row on this card."""
@@ -165,7 +162,7 @@ class Case:
 
 
 def clocks(row: dict, convert_rate: int) -> int:
-    """Return the clocks of one iteration of a kernel's loop: of its busiest pipe, or of products and then the rest."""
+    """Return the clocks of one iteration of a kernel: of its busiest pipe, or products and then the rest."""
     products, rest = int(row["tensor_clocks"]), _rest(row, convert_rate)
     return products + rest if int(row["mma_waits"]) else max(products, rest)
 
@@ -199,10 +196,10 @@ def tile_from(text: str) -> Tile:
 
 
 def choice_of(case: Case, mode: str, call: Call) -> tuple[str, Choice]:
-    """Return the compute mode that a call really runs in (few rows run as exact), and the default table's choice."""
+    """Return the compute mode a call runs in (few rows run as exact), and the default table's choice."""
     compute = mode_of_call(mode, call.m)
     fmt, capability = FORMATS[case.format], divmod(case.model.capability, 10)
-    processors, dtype = case.model.processors, _DTYPES[case.dtype]
+    processors, dtype = case.model.processors, DTYPES[case.dtype]
     return compute, default_choice(compute, fmt, call.m, call.n, call.k, capability, dtype, False, processors)
 
 
@@ -237,7 +234,7 @@ def product_row(case: Case, compute: str, choice: Choice) -> dict | None:
 
 
 def torch_ms(case: Case, call: Call) -> float:
-    """Predict torch's own product with an unpacked weight: waves of 128 x 128 tiles at the peak rate, or the memory traffic."""
+    """Predict torch's own product: waves of 128 x 128 tiles at the peak rate, or the memory traffic."""
     return _torch_product_ms(case, call.m, call.n, call.k)
 
 
@@ -252,10 +249,12 @@ def _weights_of_a_warp(row: dict) -> float:
 
 def _product_ms(case: Case, call: Call, row: dict, tile: Tile, x_bytes: int) -> float:
     """Return the time of a kernel that reads packed rows: its programs, or its traffic."""
-    shared_k = tile.splits if row["kernel"] == "split_k" else 1  # programs; small M's splits are warps of one program
+    # Programs; small M's splits are warps of one program.
+    shared_k = tile.splits if row["kernel"] == "split_k" else 1
     programs = ceil(call.m / tile.block_m) * ceil(call.n / tile.block_n) * shared_k
     traffic = case.packed(call) + x_bytes * call.m * call.k + case.itemsize * call.m * call.n
-    sums = 2 * 4 * shared_k * call.m * call.n if shared_k > 1 else 0  # float32, written by one kernel and read by another
+    # Float32, written by one kernel and read by another.
+    sums = 2 * 4 * shared_k * call.m * call.n if shared_k > 1 else 0
     return max(case.running(row, programs, ceil(call.k / tile.tile_k / tile.splits)), case.moving(traffic)) + case.moving(sums)
 
 
@@ -285,7 +284,7 @@ def _torch_product_ms(case: Case, m: int, n: int, k: int) -> float:
 
 
 def _int8_ms(case: Case, call: Call, choice: Choice, row: dict) -> float:
-    """Return the time of quantizing x, and chunk by chunk of unpacking the weight to int8 and of the product.
+    """Return the time of quantizing x, and by chunks of unpacking the weight to int8 and multiplying.
 
     The scales of weight rows are found once per layer, not in each call.
     """
@@ -296,7 +295,7 @@ def _int8_ms(case: Case, call: Call, choice: Choice, row: dict) -> float:
 
 
 def unpack_int8_ms(case: Case, call: Call, rows: int, row_scales: bool) -> float:
-    """Return the time of decoding `rows` rows of a weight to int8, with a scale for each group or each row."""
+    """Return the time of decoding `rows` weight rows to int8, with a scale for each group or row."""
     kernel, written = ("unpack_int8_rows", 1) if row_scales else ("unpack_int8", 1 + 4 / group_width(call.k))
     return unpack_ms(case, kernel, call, rows, written)
 
@@ -324,7 +323,7 @@ def both_cases(model: Model, record: Record, format: str, dtype: str = "bf16") -
 
 
 def predict(model: Model, mode: str, format: str, record: Record, fused: bool = False) -> dict:
-    """Predict the linears of one 1024 x 1024 step of FLUX.1-dev in a mode: the bound, and with slow conversions and waits.
+    """Predict the linears of one 1024 x 1024 step in a mode: the bound, and the time with waits.
 
     fused: whether exact mode decodes inside the product in every call of many rows, whatever the default.
 

@@ -1,8 +1,7 @@
-"""Compile many launches in several processes, and keep the record of their rows: resumable, and free of rows out of date."""
+"""Compile many launches in several processes, and keep the record of their rows up to date."""
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,19 +10,19 @@ from pathlib import Path
 
 import triton
 
-from bench.record import write_csv
+from bench.record import AOT, read_csv, write_csv
+from flux_kernels.machine.tune_compile import said
 
 from .cards import CARDS
 from .launches import ROWS, Launch, launches
-from .report import key, launch_key, row_of
+from .report import KEY, key, launch_key, row_of
 
-RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
 _SAVED_EVERY = 30  # seconds
 
 
 @dataclass(frozen=True)
 class Item:
-    """Name one launch on one card so that another process finds it: its place among those of `rows` on the card."""
+    """Name one launch on one card for another process: its place among those of `rows` there."""
 
     capability: int
     rows: tuple[int, ...]
@@ -44,12 +43,9 @@ def items(capabilities: Iterable[int] = CARDS, rows: tuple[int, ...] = ROWS) -> 
     return [Item(capability, rows, place) for capability in capabilities for place in range(len(launches(capability, rows)))]
 
 
-def read_record(path: Path = RECORD) -> dict[tuple, dict]:
+def read_record(path: Path = AOT) -> dict[tuple, dict]:
     """Return the recorded rows by key; none where there is no file, or one from before a column was added."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path) if path.exists() else []
     return {key(row): row for row in rows} if rows and "code" in rows[0] else {}
 
 
@@ -72,7 +68,11 @@ def _one(item: Item) -> dict | str:
     try:
         return row_of(item.launch, item.capability)
     except Exception as error:  # noqa: BLE001  (whatever a compiler raises is a result: it is reported, the others go on)
-        return f"{' '.join(item.key())}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{' '.join(item.key())}: {said(error)}"
+
+
+def _numbers_by_value(row_key: tuple[str, ...]) -> tuple:
+    return tuple(int(part) if name in ("capability", "k") else part for name, part in zip(KEY, row_key, strict=True))
 
 
 class Recorder:
@@ -90,14 +90,13 @@ class Recorder:
     def drop_unlaunched(self, version: str = triton.__version__) -> int:
         """Drop the rows of one Triton that the library no longer launches; return how many."""
         launched = {item.key(version) for item in items()}
-        gone = [one for one, row in self.rows.items() if row["triton"] == version and one not in launched]
-        for one in gone:
-            del self.rows[one]
+        gone = [row_key for row_key, row in self.rows.items() if row["triton"] == version and row_key not in launched]
+        for row_key in gone:
+            del self.rows[row_key]
         return len(gone)
 
     def save(self) -> None:
         """Write the file, in an order that does not depend on when rows came."""
-        order = sorted(self.rows, key=lambda one: (*one[:2], int(one[2]), *one[3:5], int(one[5]), one[6]))
-        if order:
-            write_csv([self.rows[one] for one in order], self.path)
+        if self.rows:
+            write_csv([self.rows[row_key] for row_key in sorted(self.rows, key=_numbers_by_value)], self.path)
         self.saved = time.monotonic()

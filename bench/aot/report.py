@@ -1,8 +1,8 @@
-"""Turn compiled kernels into rows: what was measured in the machine code, and a predicted time by pipe."""
+"""Turn compiled kernels into rows: what is in the machine code, and a predicted time by pipe."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import triton
 
@@ -61,14 +61,8 @@ def key(row: dict) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in KEY)
 
 
-def parsed(recorded: dict[str, str]) -> Row:
-    """Return a row of the record, which a CSV file holds as text."""
-    kinds = {"int": int, "float": float, "str": str}
-    return Row(**{field.name: kinds[field.type](recorded[field.name]) for field in fields(Row)})
-
-
 def is_looped(row: Row) -> bool:
-    """Tell whether a kernel goes through K in steps: rows of one step (the image embedder's 64) leave no loop."""
+    """Tell whether a kernel goes through K in steps: rows of one step (K of 64) leave no loop."""
     return int(row.tile.split()[0].split("x")[-1]) < row.k
 
 
@@ -110,7 +104,7 @@ def _row(launch: Launch, capability: int, built: Compiled) -> Row:
 
 
 def _decodes_per_weight(launch: Launch, built: Compiled) -> float:
-    """Count how often a weight is decoded, whatever way: every one passes one packing to 16 bits, two weights an instruction.
+    """Count how often a weight is decoded: every one passes one packing to 16 bits, two an instruction.
 
     Where a format is one product of two numbers that fit fp16 (Q8_0), newer LLVMs multiply in fp16 at once, with the same bits.
     """

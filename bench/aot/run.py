@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from typing import Annotated
 
 os.environ["TRITON_INTERPRET"] = "0"  # a kernel decorated for Triton's interpreter cannot be compiled
@@ -14,6 +15,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from .sweep import cases
+from .sweep.outcome import run_case
 
 _EPILOG = """Examples:
 
@@ -52,14 +56,12 @@ def main(
         bool, typer.Option("--json", help="Print one JSON object with every outcome instead of a table.")
     ] = False,
 ) -> None:
-    """Compile the kernels for cards that are not here, execute the PTX in numpy, and hold the results to derived bounds.
+    """Compile kernels for absent cards, execute the PTX in numpy, and hold results to derived bounds.
 
     A case faults where a GPU would read what nobody wrote, leave a buffer, misalign an access, race in shared memory or read an
     asynchronous copy too early, and where the code has an instruction that the interpreter does not know. Exit code 1 where
     any case faults or is wrong. A whole run takes about an hour on two cores, most of it compiling.
     """
-    from .sweep import cases
-
     named = {"kernels": kernels, "formats": formats, "dtypes": dtypes, "capabilities": capabilities}
     chosen = {option: tuple(filter(None, text.split(","))) for option, text in named.items()}
     _refuse_unknown(chosen)
@@ -70,20 +72,18 @@ def main(
         work = [case for case in cases.small(chosen["kernels"], cards) if case in wanted]
     outcomes = _run(work, (warps, seed, unfenced_copies), jobs, quiet=as_json)
     if as_json:
-        print(json.dumps({"outcomes": [one.as_dict() for one in outcomes]}))
+        print(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes]}))
     else:
         _print(outcomes)
-    raise typer.Exit(1 if not outcomes or any(one.problem for one in outcomes) else 0)
+    raise typer.Exit(1 if not outcomes or any(outcome.problem for outcome in outcomes) else 0)
 
 
 def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
-    from .sweep import cases
-
     known = {
         "kernels": list(cases.KERNELS),
         "formats": list(cases.FORMATS),
         "dtypes": list(cases.FLOATS),
-        "capabilities": [str(one) for one in cases.CAPABILITIES],
+        "capabilities": [str(capability) for capability in cases.CAPABILITIES],
     }
     for option, values in chosen.items():
         if unknown := set(values) - set(known[option]):
@@ -92,8 +92,6 @@ def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
 
 def _run(work: list, options: tuple, jobs: int, quiet: bool) -> list:
     """Run all cases, with a progress bar on stderr, and print each problem when it is found."""
-    from .sweep.outcome import run_case
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     outcomes = []
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress, ProcessPoolExecutor(jobs) as pool:
@@ -110,11 +108,11 @@ def _print(outcomes: list) -> None:
     """Print one line per kernel and card: cases, worst error over its bound, problems, time."""
     table = Table("kernel", "sm", "cases", "wrong", "worst error / bound", "of", "instructions", "seconds")
     groups: dict[tuple, list] = {}
-    for one in outcomes:
-        groups.setdefault((one.kernel, one.capability), []).append(one)
+    for outcome in outcomes:
+        groups.setdefault((outcome.kernel, outcome.capability), []).append(outcome)
     for (kernel, capability), group in groups.items():
-        right = [one for one in group if not one.problem]
-        worst = max(right, key=lambda one: one.ratio, default=None)
+        right = [outcome for outcome in group if not outcome.problem]
+        worst = max(right, key=lambda outcome: outcome.ratio, default=None)
         table.add_row(
             kernel,
             str(capability),
@@ -122,16 +120,18 @@ def _print(outcomes: list) -> None:
             str(len(group) - len(right)),
             f"{worst.ratio:.3f}" if worst else "",
             f"{worst.format} {worst.dtype} {worst.what}" if worst else "",
-            f"{sum(one.instructions for one in group):,}",
-            f"{sum(one.seconds for one in group):.1f}",
+            f"{sum(outcome.instructions for outcome in group):,}",
+            f"{sum(outcome.seconds for outcome in group):.1f}",
         )
     console = Console(width=max(Console().width, _WIDTH))
     console.print(table)
-    wrong = [one for one in outcomes if one.problem]
-    opcodes = set().union(*(one.opcodes for one in outcomes)) if outcomes else set()
+    wrong = [outcome for outcome in outcomes if outcome.problem]
+    opcodes = set().union(*(outcome.opcodes for outcome in outcomes)) if outcomes else set()
     console.print(f"{len(outcomes)} cases, {len(wrong)} wrong, {len(opcodes)} different opcodes executed")
-    for one in wrong:
-        console.print(f"{one.kernel} {one.format} {one.dtype} sm_{one.capability}: {one.problem}", markup=False)
+    for outcome in wrong:
+        console.print(
+            f"{outcome.kernel} {outcome.format} {outcome.dtype} sm_{outcome.capability}: {outcome.problem}", markup=False
+        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ PIPES = {
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Hold what one kernel compiled to: registers per thread, all opcodes, and those of the main loop with repeats.
+    """Hold what one kernel compiled to: registers per thread, all opcodes, and its main loop's.
 
     The main loop of a kernel without loops is the whole of it. `mma_waits` counts the places in the main loop where a warpgroup waits until all its products are done, so that nothing
     else it does overlaps with them.

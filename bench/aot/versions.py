@@ -1,4 +1,4 @@
-"""Run the compile-time report under several Triton versions, each downloaded beside the installed one.
+"""Run the compile-time report under several Triton versions, each in a folder of its own.
 
     python -m bench.aot.versions 3.6.0 3.9.0 -- --kernels fused_gemm --formats Q4_K,Q8_0 --check
     python -m bench.aot.versions 3.6.0 3.7.1 -- --missing --check --write bench/results/aot.csv     # the whole record, resumable
@@ -14,11 +14,11 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.record import ROOT
 
 
 def fetch(version: str) -> Path | None:
-    """Download one Triton wheel into a folder of its own, once; return the folder, or None for the installed version."""
+    """Download one Triton wheel into its own folder, once; return it, or None for the installed version."""
     if version == metadata.version("triton"):
         return None
     folder = ROOT / "out" / f"triton-{version}"

@@ -1,4 +1,4 @@
-"""Use a quarter of an hour on a GPU well: sections in order of what they decide, each with a limit, rows written at once.
+"""Use a quarter of an hour on a GPU well: sections by what they decide, rows written at once.
 
     python -m bench.gpu_session.cache --wheel triton-3.6.0-cp312-....whl     # before: compile what it will launch (no GPU)
     python -m bench.gpu_session --minutes 9                                  # there; a second call goes on where it stopped

@@ -24,8 +24,8 @@ from bench.gpu_session import cache, summary
 from bench.gpu_session.kernels import Kernel, save
 from bench.gpu_session.sections import SECTIONS, Section
 from bench.gpu_session.session import Session
+from bench.record import ROOT
 from bench.stand_in import CARDS
-from flux_kernels.benchmark.record import CHECKOUT
 
 _MARGIN, _LEAST_SECONDS, _LATE = 2.0, 12.0, 3
 _STACK_SECONDS = 1.0  # before its limit, a section that did not stop by itself writes where it is
@@ -52,21 +52,22 @@ class State:
         self.path.write_text(json.dumps(self.ended, indent=1))
 
     def order(self, sections: tuple[Section, ...]) -> list[Section]:
-        """Return what is left to do: what was not reached or ran out of time, what may have hung, then what failed."""
+        """Return what is left to do: not reached or out of time, then what may have hung, then what failed."""
         ended = {section: self.ended.get(section.name, "") for section in sections}
         left = [section for section in sections if ended[section] != "done"]
         return sorted(left, key=lambda section: 2 if ended[section].startswith("failed") else ended[section] == _HUNG)
 
 
 def run_section(section: Section, out: Path, seconds: float, card: str | None = None, reduced: bool = False) -> str:
-    """Run a section in a process of its own, its output in a log; return "done", "out of time" (and no rows) or what failed."""
+    """Run a section in its own process with a log; return "done", "out of time", or what failed."""
     before = _results(out, section)
     process = get_context("fork").Process(target=_inside, args=(section, out, seconds, card, reduced))
     process.start()
     process.join(seconds)
     late = process.is_alive()
     try:
-        os.killpg(process.pid, signal.SIGKILL)  # the whole group: a section has processes of its own
+        # The whole group: a section has processes of its own.
+        os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     process.join()
@@ -132,14 +133,14 @@ def _note(section: Section, session: Session, seconds: float) -> None:
 
 def archive(out: Path, path: Path) -> None:
     """Pack the rows, logs and reports, the smallest first, as long as they fit."""
-    beside, left = path.with_suffix(".part"), _ARCHIVE_BYTES
+    part, left = path.with_suffix(".part"), _ARCHIVE_BYTES
     files = sorted((file for file in out.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    with tarfile.open(beside, "w:gz") as tar:
+    with tarfile.open(part, "w:gz") as tar:
         for file in files:
             left -= file.stat().st_size if file.suffix == ".gz" else file.stat().st_size // 8
             if left > 0:
                 tar.add(file, file.relative_to(out))
-    beside.replace(path)
+    part.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,17 +162,18 @@ def main(arguments: list[str] | None = None) -> int:
     for folder in (options.out, options.results):
         folder.mkdir(parents=True, exist_ok=True)
     records = options.out.resolve() / "records"
-    os.environ.setdefault("FLUX_KERNELS_TUNING", str(records))  # so that what is tuned here is used here
+    # So that what is tuned here is used here.
+    os.environ.setdefault("FLUX_KERNELS_TUNING", str(records))
     if options.dry_run:
         return dry_run(options)
     if not gpu_is_here():
         print("No GPU is seen here: `--dry-run` runs every section on a stand-in. Nothing was run or marked as done.")
         return 2
     manifest = cache.take_over(options.archive, cache.FOLDER, seconds=60)
-    has_git = shutil.which("git") is not None and (CHECKOUT / ".git").exists()
-    told = options.commit or (None if has_git else manifest.get("commit"))
-    if told:
-        os.environ["FLUX_KERNELS_COMMIT"] = told
+    has_git = shutil.which("git") is not None and (ROOT / ".git").exists()
+    commit = options.commit or (None if has_git else manifest.get("commit"))
+    if commit:
+        os.environ["FLUX_KERNELS_COMMIT"] = commit
     state = State.load(options.out / "state.json")
     for section in state.order(_chosen(options.sections)):
         left = end - time.monotonic()
@@ -194,9 +196,10 @@ def gpu_is_here() -> bool:
 
 
 def dry_run(options: argparse.Namespace) -> int:
-    """Run every section on the stand-in; print the seconds each is expected to take; return 1 where one did not run to its end."""
+    """Run every section on the stand-in, print its expected seconds; return 1 where one did not end."""
     failed = False
-    for path in [*options.out.glob("*.csv"), *options.out.glob("*.json")]:  # of an earlier dry run: each measures all anew
+    # Of an earlier dry run: each measures all anew.
+    for path in [*options.out.glob("*.csv"), *options.out.glob("*.json")]:
         path.unlink()
     rows = []
     for section in _chosen(options.sections):

@@ -1,4 +1,4 @@
-"""Compile ahead what the session will launch, into an archive that travels with the repository; no GPU is needed.
+"""Compile ahead, without a GPU, what the session launches, into an archive for the GPU machine.
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d out triton==3.6.0
     PYTHONPATH=out/triton-3.6.0 python -m bench.gpu_session.cache --wheel out/triton-3.6.0-cp312-....whl
@@ -30,9 +30,9 @@ from triton.runtime import cache as triton_cache
 
 from bench.gpu_session.kernels import Kernel, compile_all, distinct, load, save
 from bench.gpu_session.key import short, triton_key_of
+from bench.record import ROOT
 from flux_kernels.benchmark.record import commit
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "out" / "gpu_session"
 ARCHIVE = FOLDER / "cache.tar.xz"
 _ENTRIES, _KERNELS, _MANIFEST = "triton", "kernels.pickle", "manifest.json"
@@ -52,15 +52,15 @@ def keyed(key: str, folder: Path) -> Iterator[None]:
 
 def collect(cards: list[str], folder: Path, sections: str | None = None) -> list[Kernel]:
     """Return what the session, or some sections of it, launches on each card, by dry runs."""
-    found = []
+    kernels = []
     for card in cards:
         out = folder / f"dry_{card}"
         command = [sys.executable, "-m", "bench.gpu_session", "--dry-run", "--card", card, "--out", str(out)]
         shutil.rmtree(out / "kernels", ignore_errors=True)
         command += ["--sections", sections] if sections else []
         subprocess.run(command, cwd=ROOT, check=True)
-        found += [kernel for path in sorted(out.glob("kernels/*.pickle")) for kernel in load(path)]
-    return found
+        kernels += [kernel for path in sorted(out.glob("kernels/*.pickle")) for kernel in load(path)]
+    return kernels
 
 
 def pack(kernels: list[Kernel], folder: Path, manifest: dict, archive: Path) -> None:
@@ -99,12 +99,13 @@ def _libraries(**target: object) -> tuple[tuple[str, str], ...]:
 
 
 def take_over(archive: Path, folder: Path, seconds: float, processes: int = os.cpu_count() or 1) -> dict:
-    """Make the archive's kernels this machine's cache, and compile what is missing in parallel; return the manifest.
+    """Make the archive's kernels this machine's cache, compile what is missing; return the manifest.
 
     Call it before anything asks for a GPU: it forks. The environment it sets is for this process and those it starts.
     """
     own = triton_cache.triton_key()
-    os.environ.pop("TRITON_PTXAS_PATH", None)  # another ptxas would be another key
+    # Another ptxas would be another key.
+    os.environ.pop("TRITON_PTXAS_PATH", None)
     os.environ["TRITON_CACHE_DIR"] = str(folder / _ENTRIES)
     print(f"Triton {triton.__version__}, own key {short(own)}", flush=True)
     if not archive.exists():
@@ -168,15 +169,15 @@ def main() -> int:
         parser.error(f"the wheel is not of Triton {triton.__version__}, which runs here; put that version first on PYTHONPATH")
     print(f"own key {short(triton_cache.triton_key())}, the wheel's {short(key)}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    found = collect(options.cards.split(","), folder, options.sections)
+    launched = collect(options.cards.split(","), folder, options.sections)
     with keyed(key, folder / _ENTRIES):
-        kernels = distinct(found)
+        kernels = distinct(launched)
         missing = [kernel for kernel in kernels if not kernel.cached(folder / _ENTRIES)]
         print(f"{len(kernels)} distinct kernels, {len(missing)} to compile", flush=True)
         started = time.monotonic()
         done, failed = compile_all(missing, options.processes)
-        made = dict(key=key, triton=triton.__version__, commit=commit(), kernels=len(kernels), failed=failed)
-        pack(kernels, folder, made, options.archive)
+        manifest = dict(key=key, triton=triton.__version__, commit=commit(), kernels=len(kernels), failed=failed)
+        pack(kernels, folder, manifest, options.archive)
     size = options.archive.stat().st_size
     print(
         f"{done} compiled in {time.monotonic() - started:.0f} s, {len(failed)} failed; {options.archive}: {size / 1e6:.1f} MB"

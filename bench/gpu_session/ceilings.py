@@ -1,4 +1,4 @@
-"""Measure what the card can do: copies, reads, and torch's own products at the eight true shapes in bf16, int8 and fp8."""
+"""Measure what the card can do: copies, reads, and torch's products at true shapes in three dtypes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from bench.gpu_session.predict import moved_ms, product_ms
 from bench.gpu_session.session import Session
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
 from flux_kernels.flux.calls import step_calls
 
 _BYTES = 1 << 30
@@ -24,14 +24,14 @@ def run(session: Session) -> None:
     table, rates = session.table("ceilings", KEY), session.rates
     source = torch.empty(_BYTES >> 3 if session.dry else _BYTES, dtype=torch.uint8, device=session.device)
     target = torch.empty_like(source)
-    words, copied = source.view(torch.int32), target.view(torch.int32)  # a kernel: captured, copy_ is a slower memcpy node
+    # A kernel: captured, copy_ is a slower memcpy node.
+    words, copied = source.view(torch.int32), target.view(torch.int32)
     memory = [
         Case(dict(what="copy", m="", n="", k=""), lambda: torch.bitwise_not(words, out=copied), moved_ms(rates, 2 * _BYTES)),
         Case(dict(what="read", m="", n="", k=""), lambda: torch.amax(words, 0), moved_ms(rates, _BYTES)),
     ]
-    time_cases(session, table, memory)
-    for m, n, k in shapes():
-        time_cases(session, table, _products(session, m, n, k))
+    time_groups(session, table, [memory])
+    time_groups(session, table, (_products(session, m, n, k) for m, n, k in shapes()))
 
 
 def _products(session: Session, m: int, n: int, k: int) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Run a section where no GPU is: the stand-in driver, torch's larger work left out, and each kernel noted for compiling ahead."""
+"""Run a section without a GPU: on the stand-in driver, noting each kernel to compile ahead."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rehearsal(card: str, kernels: list[Kernel]) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(ceilings._COPY_BYTES, cuda=1 << 20))
         stack.enter_context(mock.patch.dict(ceilings._SIDES, cuda=(64,)))
         stack.enter_context(mock.patch.object(reference, "decode_rows", _decoded))
-        stack.enter_context(mock.patch.object(tune._Operands, "error", lambda *_, **__: 0.0))
+        stack.enter_context(mock.patch.object(tune.Operands, "error", lambda *_, **__: 0.0))
         for user in (step_weights, linears, tune):
             stack.enter_context(mock.patch.object(user, "random_rows", _rows))
         yield

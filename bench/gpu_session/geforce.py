@@ -1,4 +1,4 @@
-"""Time GeForce code here, through the driver's translation of its PTX: does decoding hide behind products of mma.sync?
+"""Time GeForce code here, from its PTX: does decoding hide behind products of mma.sync?
 
 The times say nothing of a GeForce. They say whether the compile-time model is right about such code, at this card's clock, with this
 card's rate of mma.sync: between its bound and "programs wait" lies whether fused decoding or unpacking is the better default there.
@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from bench.aot import model as compile_time
 from bench.aot.cards import CARDS as LIMITS
 from bench.aot.cards import CONVERT_RATES, occupancy
-from bench.gpu_session.predict import RECORD, case_ms, product_ms
+from bench.gpu_session.predict import case_ms, product_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.sweep import exact_call
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
+from bench.record import AOT, read_csv
 from bench.stand_in import CARDS
 from bench.stand_in_ptx import compiled_for
 from flux_kernels import kernels
-from flux_kernels.benchmark.record import read_csv
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 
@@ -36,15 +36,13 @@ _FP32_SUMS, _OTHERS = 4, 2
 
 
 def run(session: Session) -> None:
-    """Write geforce.csv: times beside the model's bound (predicted_ms) and its prediction of programs that wait (waiting_ms)."""
+    """Write geforce.csv: times, the model's bound (predicted_ms) and its time with waits."""
     table = session.table("geforce", KEY)
     for m, n, k in _SHAPES:
         for format in _FORMATS[:1] if session.reduced else _FORMATS:
             for card in _CARDS:
-                if session.late():
-                    return
                 with compiled_for(CARDS[card]):
-                    time_cases(session, table, list(_cases(session, card, format, m, n, k)))
+                    time_groups(session, table, [_cases(session, card, format, m, n, k)])
 
 
 def _cases(session: Session, card: str, format: str, m: int, n: int, k: int) -> Iterator[Case]:
@@ -64,7 +62,7 @@ def _cases(session: Session, card: str, format: str, m: int, n: int, k: int) -> 
         return Case(shape | key, call, bound)
 
     fused = Choice("fused", tile_of("fused", fmt, m, n, k, capability), "named")
-    yield case("exact", fused, exact_call(x, weights, bias, format, fused))
+    yield case("exact", fused, exact_call(x, weights, bias, fused))
     for mode in ("fp16_accumulate", "int8"):
         choice = default_choice(mode, fmt, m, n, k, capability, x.dtype, False, session.rates.processors)
         yield case(mode, choice, lambda mode=mode: kernels.linear(x, next(turns), bias, mode))
@@ -73,7 +71,7 @@ def _cases(session: Session, card: str, format: str, m: int, n: int, k: int) -> 
 def predicted_ms(
     mode: str, format: str, m: int, n: int, k: int, capability: tuple[int, int], choice: Choice, waits: bool = False
 ) -> float | None:
-    """Predict a call of another card's code at an H200's measured clock and memory; None where the record lacks a kernel of it."""
+    """Predict a call of another card's code at an H200's clock and memory; None without a record."""
     major, minor = capability
     card = replace(compile_time.H200_MEASURED, capability=10 * major + minor)
     case = compile_time.Case(card, _record(), format, convert_rate=min(CONVERT_RATES), waits=waits)
@@ -82,11 +80,11 @@ def predicted_ms(
 
 @cache
 def _record() -> compile_time.Record:
-    return compile_time.Record([_translated(row) for row in read_csv(RECORD)])
+    return compile_time.Record([_translated(row) for row in read_csv(AOT)])
 
 
 def _translated(row: dict) -> dict:
-    """Return the row of a product in GeForce code as it would run here: at the rate of mma.sync, with this card's room for programs."""
+    """Return a row of GeForce code as it would run here: at mma.sync's rate, with this card's room."""
     if row["capability"] not in ("86", "89") or int(row["tensor_clocks"]) == 0:
         return row
     speed = _OTHERS if row["kernel"].startswith(("fp16_gemm", "int8_gemm")) else _FP32_SUMS

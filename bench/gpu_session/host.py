@@ -1,18 +1,16 @@
-"""Measure what a call costs the host before the GPU has it, driver included: calls are issued into an idle queue and only then waited for."""
+"""Measure a call's cost to the host, driver included: calls are issued into an idle queue."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from statistics import median
 
 import torch
 from torch import nn
 
-import flux_kernels as fk
-from bench.gpu_session.session import Session
-from flux_kernels.benchmark.record import read_csv
+from bench.gpu_session.session import Session, timed
+from bench.launch_cost import entered
+from bench.record import RESULTS, read_csv
 from flux_kernels.machine.clock import balanced_order
 
 KEY = ("case", "m", "entry")
@@ -20,7 +18,6 @@ _N = _K = 3072
 _CALLS = 60  # whose launches, up to five each, fit the driver's queue of about a thousand
 _ROUNDS = 15
 _CASES = {"small m": ("exact", 1), "fused": ("exact", 16), "two-stage": ("exact", 640), "int8": ("int8", 640)}
-_RECORDED = Path(__file__).parents[1] / "results" / "launch_cost.csv"
 
 
 def run(session: Session) -> None:
@@ -35,11 +32,8 @@ def run(session: Session) -> None:
             for index in balanced_order(len(calls), turn):
                 key = list(calls)[index]
                 times[key].append(_issue(calls[key]))
-    for key, found in times.items():
-        predicted = _predicted(key[0])
-        p50 = median(found)
-        more = dict(p50_ms=f"{p50:.5f}", least_ms=f"{min(found):.5f}", predicted_ms=f"{predicted:.5f}")
-        table.add(_key(*key) | more | dict(measured_over_predicted=f"{p50 / predicted:.2f}", note=""))
+    for key, milliseconds in times.items():
+        table.add(_key(*key) | timed(milliseconds, _predicted(key[0])) | dict(note=""))
 
 
 def _key(case: str, m: int, entry: str) -> dict:
@@ -47,16 +41,14 @@ def _key(case: str, m: int, entry: str) -> dict:
 
 
 def _calls(session: Session) -> Iterator[tuple[tuple, Callable[[], object]]]:
-    (data, fmt, planes, _), bias = session.weights("Q4_K", _N, _K)[0], session.bias(_N)
+    packed, bias = session.weights("Q4_K", _N, _K)[0], session.bias(_N)
     plain = nn.Linear(_K, _N, device=session.device, dtype=torch.bfloat16).requires_grad_(False)
     x = session.activations(640, _K)
     yield ("nn.Linear", 640, "layer"), lambda x=x: plain(x)
     for name, (compute, m) in _CASES.items():
         x = session.activations(m, _K)
-        layer = fk.GGUFLinear.from_packed(data, fmt, bias, planes=planes, backend="triton", compute=compute)
-        yield (name, m, "layer"), lambda layer=layer, x=x: layer(x)
-        function = lambda x=x, compute=compute: fk.linear(x, data, fmt, bias, compute=compute, planes=planes)
-        yield (name, m, "function"), function
+        for entry in ("layer", "function"):
+            yield (name, m, entry), entered(x, packed, bias, compute, entry)
 
 
 def _issue(call: Callable[[], object]) -> float:
@@ -71,6 +63,6 @@ def _issue(call: Callable[[], object]) -> float:
 
 
 def _predicted(case: str) -> float:
-    """Return the milliseconds that the stand-in driver's record has for an H100's choices; the driver's own part is not in them."""
-    rows = [row for row in read_csv(_RECORDED) if row["card"] == "H100" and row["case"] == case]
+    """Return the stand-in driver's recorded milliseconds for an H100; the driver's part is not in them."""
+    rows = [row for row in read_csv(RESULTS / "launch_cost.csv") if row["card"] == "H100" and row["case"] == case]
     return float(rows[-1]["us"]) / 1e3

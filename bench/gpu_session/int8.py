@@ -1,4 +1,4 @@
-"""Ablate int8: each kernel alone, the product with groups, rows and no scales over tiles, and the rivals of the same shape."""
+"""Ablate int8: each kernel alone, the product by kind of scales and tile, and its rivals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.gpu_session.plain_int8 import plain_int8
 from bench.gpu_session.predict import modelled_ms, moved_ms, product_ms, read_ms
 from bench.gpu_session.session import Session
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
 from flux_kernels import kernels
 from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS
@@ -39,12 +39,8 @@ _FORMAT = "Q4_K"
 
 def run(session: Session) -> None:
     """Write int8.csv."""
-    table = session.table("int8", KEY)
-    for m, n, k in _SHAPES:
-        for cases in (_pieces, _whole, _products):
-            if session.late():
-                return
-            time_cases(session, table, list(cases(session, m, n, k)))
+    groups = (cases(session, *shape) for shape in _SHAPES for cases in (_pieces, _whole, _products))
+    time_groups(session, session.table("int8", KEY), groups)
 
 
 def product_clock_ms(session: Session, m: int, n: int, k: int, scales: str) -> float:
@@ -64,8 +60,8 @@ def _pieces(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     problem = _problem(session, m, n, k)
     unpack_groups, unpack_rows = (int8._unpacking(problem, n, group, rowwise) for rowwise in (False, True))
     scale = int8.row_scale(next(turns))
-    found = read_ms(rates, _FORMAT, n, k)
-    yield Case(_key("row scale, once a layer", m, n, k), lambda: int8.row_scale(next(turns)), found)
+    read = read_ms(rates, _FORMAT, n, k)
+    yield Case(_key("row scale, once a layer", m, n, k), lambda: int8.row_scale(next(turns)), read)
     yield Case(_key("unpack w", m, n, k, "groups"), lambda: unpack_groups(next(turns)), written)
     yield Case(_key("unpack w", m, n, k, "rows"), lambda: unpack_rows(next(turns)._replace(row_scale=scale)), written)
 
@@ -76,7 +72,7 @@ def _problem(session: Session, m: int, n: int, k: int) -> Problem:
 
 
 def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
-    """Time the mode as shipped beside its rivals: bf16 and int8 products of torch's own."""
+    """Time the mode as shipped, and its rivals: bf16 and int8 products of torch's own."""
     rates = session.rates
     x, w, bias = session.activations(m, k), session.activations(n, k), session.bias(n)
     weights = session.weights(_FORMAT, n, k)
@@ -107,7 +103,7 @@ def _products(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
 
 
 def product(problem: Problem, x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, tile: Tile) -> Callable[[], object]:
-    """Return the int8 product alone: w_scale [K // group, N], [1, N] for rows, [0, N] for the kernel without scales."""
+    """Return the int8 product alone: w_scale [K // group, N], [1, N] for rows, [0, N] for no scales."""
     if not w_scale.shape[0]:
         return lambda: plain_int8(x8, w8, tile)
     multiply = int8._multiplying(problem, problem.n, tile, w_scale.shape[0] == 1)
@@ -122,4 +118,4 @@ def product(problem: Problem, x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: 
 
 def _codes(session: Session, m: int, n: int, k: int) -> tuple[Tensor, Tensor]:
     codes = tuple(torch.empty(rows, k, dtype=torch.int8, device=session.device) for rows in (m, n))
-    return codes if session.dry else tuple(torch.randint_like(one, -127, 128) for one in codes)
+    return codes if session.dry else tuple(torch.randint_like(operand, -127, 128) for operand in codes)

@@ -1,4 +1,4 @@
-"""Kernels as jobs that other processes can compile: collected where nothing is compiled, written to a file, compiled in parallel."""
+"""Handle kernels as jobs that are collected, written to a file, and compiled in parallel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +19,12 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import cache as triton_cache
 from triton.runtime.jit import JITFunction
 
+from flux_kernels.machine.tune_compile import said
+
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """Hold what `triton.compile` is called with; `options` are those that differ from the backend's defaults."""
+    """Hold what `triton.compile` is called with; `options` are those that differ from defaults."""
 
     fn: JITFunction
     signature: dict
@@ -33,7 +35,7 @@ class Kernel:
 
     @classmethod
     def of(cls, source: ASTSource, target: GPUTarget, options: dict) -> Kernel:
-        """Take a source apart. What the backend sets by itself is left out: it is of this machine, such as libdevice's path."""
+        """Take a source apart, without what the backend sets by itself, such as this machine's libdevice."""
         own = vars(make_backend(target).parse_options({}))
         asked = {name: value for name, value in options.items() if name not in own or value != own[name]}
         return cls(source.fn, source.signature, source.constants, source.attrs, target, asked)
@@ -60,18 +62,17 @@ class Kernel:
         return any(folder.joinpath(self.folder).glob("__grp__*.json"))
 
     def compile(self) -> None:
-        """Compile it into Triton's cache; code for another card than the session's keeps its PTX beside the machine code."""
-        binary_only = self.target.arch == 90
-        triton.knobs.compilation.store_binary_only = binary_only
+        """Compile it into Triton's cache; another card's code keeps its PTX with the machine code."""
+        triton.knobs.compilation.store_binary_only = self.target.arch == 90
         triton.compile(self.source, target=self.target, options=self.options)
 
 
-def collecting_compiler(found: list[Kernel], compiler: Callable) -> Callable:
+def collecting_compiler(kernels: list[Kernel], compiler: Callable) -> Callable:
     """Return a compiler that notes each kernel and passes it on."""
 
     def compile(source, target=None, options=None, **more):
         target = target or triton.runtime.driver.active.get_current_target()
-        found.append(Kernel.of(source, target, dict(options or {})))
+        kernels.append(Kernel.of(source, target, dict(options or {})))
         return compiler(source, target=target, options=options, **more)
 
     return compile
@@ -96,14 +97,9 @@ def _named(module: str, name: str) -> JITFunction:
 def save(kernels: list[Kernel], path: Path) -> None:
     """Write kernels to a file; functions by their names."""
     buffer = io.BytesIO()
-    _Pickler(buffer).dump([(k.fn, k.signature, k.constants, k.attributes, tuple_of(k.target), k.options) for k in kernels])
+    _Pickler(buffer).dump([(k.fn, k.signature, k.constants, k.attributes, astuple(k.target), k.options) for k in kernels])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
-
-
-def tuple_of(target: GPUTarget) -> tuple:
-    """Return a target's fields."""
-    return target.backend, target.arch, target.warp_size
 
 
 def load(path: Path) -> list[Kernel]:
@@ -123,9 +119,8 @@ def compile_all(kernels: list[Kernel], processes: int = os.cpu_count() or 1, sec
         return 0, []
     _WORK[:] = kernels
     failed, done, end = [], 0, time.monotonic() + seconds
-    with multiprocessing.get_context("fork").Pool(
-        processes, torch.set_num_threads, (1,)
-    ) as pool:  # for want of the parent's threads
+    # On one thread each: a fork has none of its parent's.
+    with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
         for problem in pool.imap_unordered(_compile, range(len(kernels))):
             done += not problem
             failed += [problem] if problem else []
@@ -140,5 +135,5 @@ def _compile(index: int) -> str:
     try:
         kernel.compile()
     except Exception as problem:  # noqa: BLE001 - such as a tile that the compiler cannot do: the session's row will say so
-        return f"{kernel.fn.fn.__name__}: {type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
+        return f"{kernel.fn.fn.__name__}: {said(problem)}"
     return ""

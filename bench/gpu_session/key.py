@@ -1,4 +1,4 @@
-"""Compute Triton's cache key of a wheel that cannot be imported here, such as one built for another Python.
+"""Compute Triton's cache key of a wheel that cannot be imported here, built for another Python.
 
 Every entry of Triton's cache on disk is named after a hash of the kernel, the options and `triton_key`, which covers Triton's own
 sources and its compiled library, built once per Python. With the key of the GPU machine's wheel, kernels compiled here are
@@ -33,14 +33,14 @@ def short(key: str) -> str:
 
 
 def _version(package: Tree) -> str:
-    found = re.search(r"^__version__ = ['\"](.+)['\"]", (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
+    match = re.search(r"^__version__ = ['\"](.+)['\"]", (package / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
         raise ValueError(f"{package} has no version")
-    return found[1]
+    return match[1]
 
 
 def _modules(folder: Tree) -> Iterator[Tree]:
-    """Yield a package's modules in the order of `pkgutil.walk_packages`: by name, a package before what is in it."""
+    """Yield a package's modules in pkgutil.walk_packages' order: by name, a package before its parts."""
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.is_dir() and (entry / "__init__.py").is_file():
             yield entry / "__init__.py"

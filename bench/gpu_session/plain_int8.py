@@ -1,4 +1,4 @@
-"""An int8 product without any scale: the upper bound of what scales inside the loop can leave. It is no part of the library."""
+"""Multiply int8 without any scale: the bound of what scales can leave, no part of the library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flux_kernels.kernels.tiles import Tile
 def plain_int8_kernel(
     x_ptr, w_ptr, y_ptr, M, N, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_K: tl.constexpr
 ):
-    """Write x [M, K] @ w [N, K].T, int8 summed in int32, to y [M, N] in its dtype; every size is whole tiles."""
+    """Write x [M, K] @ w [N, K].T, int8 summed in int32, to y [M, N]; every size is whole tiles."""
     tiles_m = M // BLOCK_M
     pid = tl.program_id(0)
     offs_m = (pid % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,82 +1,65 @@
-"""Predictions that stand beside the measurements: the compile-time model's where it has one, else arithmetic from these rates.
+"""Predict what is measured: by the compile-time model where it can, else by arithmetic from rates.
 
 A prediction is written before the number it is for is known, so that a miss teaches something. See docs/decisions/gpu-session.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 from bench.aot import model as compile_time
-from flux_kernels.benchmark.record import read_csv
+from bench.aot.model import Model
+from bench.record import AOT, read_csv
 from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.chunks import wave_efficiency
 
-RECORD = Path(__file__).parents[1] / "results" / "aot.csv"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Hold what a card reaches: TFLOP/s of cuBLAS in bf16, GB/s of a copy, GHz under load, multiprocessors, bytes of L2."""
-
-    name: str
-    bf16_tflops: float
-    memory_gb_s: float
-    ghz: float
-    processors: int
-    l2_bytes: int
-
-
-_MEASURED = compile_time.H200_MEASURED
-_H200 = Rates("H200", _MEASURED.bf16_tflops, _MEASURED.memory_gb_s, _MEASURED.ghz, _MEASURED.processors, 60 << 20)
-_H100 = Rates("H100", 790, 2900, 1.755, 132, 50 << 20)  # assumed: none was measured
+# What a card reaches, not what its vendor states. An H100's is assumed: none was measured.
+_H200 = replace(compile_time.H200_MEASURED, name="H200")
+_H100 = replace(_H200, name="H100", bf16_tflops=790, memory_gb_s=2900, ghz=1.755)
 _LAUNCH_MS = 0.0012  # a launch in a full queue or a graph
 
 
-def rates_of(name: str) -> Rates:
-    """Return the rates assumed for a card of the driver's name; a card that is not known counts as an H100."""
+def rates_of(name: str) -> Model:
+    """Return the rates assumed for a card by its driver's name; an unknown one counts as an H100."""
     return _H200 if "H200" in name else _H100
 
 
-def moved_ms(rates: Rates, nbytes: float) -> float:
+def moved_ms(rates: Model, nbytes: float) -> float:
     """Predict the time of reading and writing so many bytes."""
     return nbytes / rates.memory_gb_s / 1e6 + _LAUNCH_MS
 
 
-def product_ms(rates: Rates, m: int, n: int, k: int, rows: int | None = None, speed: float = 1.0) -> float:
-    """Predict cuBLAS's time for y[M, N], `rows` columns at a time: full waves of 128 x 128 tiles, or its operands' bytes."""
+def product_ms(rates: Model, m: int, n: int, k: int, rows: int | None = None, speed: float = 1.0) -> float:
+    """Predict cuBLAS's y[M, N], `rows` columns at a time: waves of 128 x 128 tiles, or operands' bytes."""
     compute = 2 * m * n * k / rates.bf16_tflops / 1e9 / speed / wave_efficiency(m, n, rows, rates.processors)
     return max(compute, moved_ms(rates, 2 * (m * k + n * k + m * n)))
 
 
 def two_stage_ms(
-    rates: Rates, format: str, m: int, n: int, k: int, rows: int | None = None, copied_bias: bool = False
+    rates: Model, format: str, m: int, n: int, k: int, rows: int | None = None, copied_bias: bool = False
 ) -> float:
-    """Predict the two-stage call: packed bytes read, the weight written, the product, and a bias copied to y and read back."""
+    """Predict the two-stage call: packed bytes read, the weight written, the product, a copied bias."""
     unpack = moved_ms(rates, n * (FORMATS[format].row_bytes(k) + 2 * k))
     chunks = 1 if rows is None else -(-n // rows)
     bias = moved_ms(rates, 4 * m * n) if copied_bias else 0.0
     return unpack + product_ms(rates, m, n, k, rows) + bias + (chunks - 1) * 2 * _LAUNCH_MS
 
 
-def read_ms(rates: Rates, format: str, n: int, k: int) -> float:
+def read_ms(rates: Model, format: str, n: int, k: int) -> float:
     """Predict reading a packed weight once."""
     return moved_ms(rates, n * FORMATS[format].row_bytes(k))
 
 
-def modelled_ms(rates: Rates, compute: str, format: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
-    """Return the compile-time model's prediction of a call at these rates, with waits, None where its record lacks a kernel."""
-    card = next(card for card in compile_time.MODELS if card.name == rates.name)
-    card = replace(card, bf16_tflops=rates.bf16_tflops, memory_gb_s=rates.memory_gb_s, ghz=rates.ghz)
-    return case_ms(compile_time.Case(card, _record(), format, waits=True), compute, m, n, k, choice)
+def modelled_ms(rates: Model, compute: str, format: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
+    """Return the compile-time model's prediction at these rates, with waits; None without a record."""
+    return case_ms(compile_time.Case(rates, _record(), format, waits=True), compute, m, n, k, choice)
 
 
 def case_ms(case: compile_time.Case, compute: str, m: int, n: int, k: int, choice: Choice | None = None) -> float | None:
-    """Return the compile-time model's prediction of a call in a case, None where its record lacks a kernel."""
+    """Return the compile-time model's prediction of a call in a case; None without a record."""
     try:
         return compile_time.call_ms(case, compute, Call(m, n, k, 1, ""), choice)
     except LookupError:
@@ -85,4 +68,4 @@ def case_ms(case: compile_time.Case, compute: str, m: int, n: int, k: int, choic
 
 @cache
 def _record() -> compile_time.Record:
-    return compile_time.Record(read_csv(RECORD))
+    return compile_time.Record(read_csv(AOT))

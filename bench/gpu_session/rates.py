@@ -1,4 +1,4 @@
-"""Measure results per clock and multiprocessor of the instructions that decoders are made of, and the bandwidth of L2.
+"""Measure the rates of the instructions that decoders are made of, and the bandwidth of L2.
 
 The compile-time model counts instructions against such rates (bench/aot/cards.py has them from the vendor's tables). A kernel of CUDA C++
 runs one PTX instruction in eight independent chains on all of a multiprocessor's schedulers; torch compiles it with NVRTC.
@@ -6,6 +6,7 @@ runs one PTX instruction in eight independent chains on all of a multiprocessor'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from bench.aot.cards import CARDS
 from bench.gpu_session.session import Session
+from flux_kernels.machine.gpu_clock import GpuClock
+from flux_kernels.machine.tune_compile import said
 
 KEY = ("what",)
 _THREADS, _CHAINS, _TURNS = 1024, 8, 512
@@ -55,7 +58,7 @@ extern "C" __global__ void l2(const int4* in, int* out, int count, int turns) {
 
 @dataclass(frozen=True)
 class Instruction:
-    """Name a PTX instruction on the 32-bit register %0 (%1 is another), and the rate that is expected on a Hopper."""
+    """Name a PTX instruction on the 32-bit registers %0 and %1, and its expected rate on a Hopper."""
 
     asm: str
     expected: int
@@ -98,7 +101,7 @@ def run(session: Session) -> None:
     table = session.table("rates", KEY)
     for name, instruction in instructions().items():
         if not table.has(dict(what=name)):
-            table.add(_row(name, lambda one=instruction: _rate(session.device, one.asm), instruction.expected))
+            table.add(_row(name, lambda asm=instruction.asm: _rate(session.device, asm), instruction.expected))
     if not table.has(dict(what="L2 GB/s")):
         table.add(_row("L2 GB/s", lambda: _l2(session.device), 5500))
 
@@ -107,7 +110,7 @@ def _row(name: str, measure, expected: float) -> dict:
     try:
         rate, milliseconds, note = *measure(), ""
     except RuntimeError as problem:
-        rate, milliseconds, note = None, "", str(problem)[:150]
+        rate, milliseconds, note = None, "", said(problem)
     return dict(
         what=name,
         rate="" if rate is None else f"{rate:.1f}",
@@ -125,7 +128,7 @@ def _rate(device: torch.device, asm: str) -> tuple[float, str]:
     words = torch.randint(1, 1 << 30, (_THREADS + _CHAINS,), dtype=torch.int32, device=device)
     out = torch.empty(processors * _THREADS, dtype=torch.int32, device=device)
     clocks = torch.empty(processors, dtype=torch.int64, device=device)
-    milliseconds = _timed(lambda: kernel((processors, 1, 1), (_THREADS, 1, 1), (words, out, clocks, _TURNS)))
+    milliseconds = _timed(device, lambda: kernel((processors, 1, 1), (_THREADS, 1, 1), (words, out, clocks, _TURNS)))
     return _THREADS * _CHAINS * _TURNS / clocks.double().median().item(), milliseconds
 
 
@@ -136,17 +139,10 @@ def _l2(device: torch.device) -> tuple[float, str]:
     buffer = torch.zeros(_L2_BYTES, dtype=torch.uint8, device=device).view(torch.int32)
     out: Tensor = torch.empty(2 * processors * threads, dtype=torch.int32, device=device)
     arguments = (buffer, out, _L2_BYTES // 16, _L2_TURNS)
-    milliseconds = _timed(lambda: kernel((2 * processors, 1, 1), (threads, 1, 1), arguments))
+    milliseconds = _timed(device, lambda: kernel((2 * processors, 1, 1), (threads, 1, 1), arguments))
     return _L2_BYTES * _L2_TURNS / float(milliseconds) / 1e6, milliseconds
 
 
-def _timed(launch) -> str:
-    times = []
-    for _ in range(_ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        launch()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return f"{median(times):.5f}"
+def _timed(device: torch.device, launch: Callable[[], object]) -> str:
+    clock = GpuClock(device)
+    return f"{median(clock.milliseconds(launch) for _ in range(_ROUNDS)):.5f}"

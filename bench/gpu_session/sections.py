@@ -8,13 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from bench.gpu_session import ceilings, geforce, host, int8, profiled, rates, small_m, step, sweep, tuning, two_stage
+from bench.gpu_session import ceilings, geforce, host, int8, profiled, rates, step, sweep, tuning, two_stage
 from bench.gpu_session.session import Session
+from bench.record import ROOT
 from flux_kernels.formats import FORMATS
 
-ROOT = Path(__file__).resolve().parents[2]
 _TESTS = "tests/gpu/test_on_gpu.py"  # the others need diffusers
 _WORKERS = 12  # pytest processes: cores are 16, and each takes a CUDA context
 _TABLE = ("Q4_K", "Q8_0", "Q6_K")
@@ -31,7 +30,7 @@ _PEERS = {  # file of rows -> providers
 
 @dataclass(frozen=True)
 class Section:
-    """Name one part of the session: its most seconds, what runs it, what it decides, and the seconds it took on an H200."""
+    """Name one part of the session: its limit in seconds, what runs it, decides, and took on an H200."""
 
     name: str
     seconds: float
@@ -41,7 +40,7 @@ class Section:
 
 
 def correctness(session: Session) -> None:
-    """Run the tests that a bare machine can in parallel, to the end. Outcomes are lines of the log as they come; the report is a JUnit file."""
+    """Run the tests that a bare machine can, in parallel, into the log and a JUnit file."""
     report = f"--junitxml={session.out / 'junit.xml'}"
     wanted = ["-m", "gpu and not slow", _TESTS, "--no-header", "-p", "no:cacheprovider", report]
     if session.dry:
@@ -74,7 +73,7 @@ def _linears(session: Session, formats: str, providers: str, file: str, **more: 
 
 
 def peers(session: Session) -> None:
-    """Time other libraries beside ours, those that compile nothing first; FLUX_KERNELS_PEERS names the folder they are in."""
+    """Time other libraries, those that compile nothing first, from the folder FLUX_KERNELS_PEERS."""
     if session.dry:
         print("peers run on a GPU alone")
         return
@@ -118,7 +117,7 @@ SECTIONS = (
     Section("two_stage", 25, two_stage.run, "rows at a time, bias, scratch", 14),
     Section("int8", 15, int8.run, "what scales in the loop cost, and the bound without them", 6),
     Section("sweep", 40, sweep.run, "up to how many rows fused decoding wins", 24),
-    Section("small_m", 20, small_m.run, "the tile for one to eight rows", 8),
+    Section("small_m", 20, sweep.run_small_m, "the tile for one to eight rows", 8),
     Section("geforce", 30, geforce.run, "whether GeForce's default may decode in the product"),
     Section("tuning", 25, tuning.run, "the card's record", 10),
     Section("step", 120, step.run, "gaps between kernels, host time, the whole step", 86),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from bench.gpu_session.predict import Rates, rates_of
-from flux_kernels.benchmark.record import append_csv, origin, read_csv
+from bench.aot.model import Model
+from bench.gpu_session.predict import rates_of
+from bench.record import append_csv, origin, read_csv
 from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.machine.random_rows import random_rows
 
@@ -45,7 +47,7 @@ class Session:
     tables: dict[str, Table] = field(default_factory=dict)
 
     @property
-    def rates(self) -> Rates:
+    def rates(self) -> Model:
         """Return what predictions assume of this card."""
         return rates_of(torch.cuda.get_device_name())
 
@@ -82,7 +84,7 @@ class Session:
         return torch.zeros(n, dtype=dtype, device=self.device)
 
     def weights(self, format: str, n: int, k: int) -> list[Packed]:
-        """Make a packed weight as Triton wants them, in as many copies as it takes to find them in memory, not in L2."""
+        """Make packed rows for Triton, in as many copies as it takes to find them in memory, not in L2."""
         fmt = FORMATS[format]
         if self.dry:
             return [Packed(torch.empty(n, fmt.row_bytes(k), dtype=torch.uint8, device=self.device), fmt, fmt.planes)]
@@ -110,3 +112,11 @@ class Table:
         append_csv(row | self.made_at, self.path)
         self.done.add(self._key(row))
         print(" ".join(f"{value}" for value in row.values() if value != ""), flush=True)
+
+
+def timed(times: Sequence[float], predicted: float | None, digits: int = 5) -> dict[str, str]:
+    """Return the columns of some runs' milliseconds and their prediction, "" for what is not known."""
+    p50 = median(times) if times else None
+    columns = dict(p50_ms=p50, least_ms=min(times, default=None), predicted_ms=predicted)
+    texts = {name: "" if value is None else f"{value:.{digits}f}" for name, value in columns.items()}
+    return texts | dict(measured_over_predicted=f"{p50 / predicted:.2f}" if p50 is not None and predicted else "")

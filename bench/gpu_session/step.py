@@ -1,4 +1,4 @@
-"""Time the whole step: eager and as a CUDA graph for each provider, with a profiler's table of each; memory and host time beside.
+"""Time the whole step for each provider: eager and as a CUDA graph, with profile and memory.
 
 What is checked is the first double and the first single block, against float32 on the same packed weights.
 """
@@ -11,22 +11,23 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 import torch
 
-from bench.gpu_session.predict import Rates, modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
-from bench.gpu_session.session import Session
-from flux_kernels.benchmark.providers import PROVIDERS, Unavailable
+from bench.aot.model import Model
+from bench.gpu_session.predict import modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
+from bench.gpu_session.session import Session, timed
+from flux_kernels.benchmark.names import WRONG, mode_of
+from flux_kernels.benchmark.providers import CANNOT_RUN, PROVIDERS
 from flux_kernels.benchmark.step.inputs import step_inputs
 from flux_kernels.benchmark.step.jobs import true_size
 from flux_kernels.benchmark.step.timing import Oracle
 from flux_kernels.benchmark.step.timing import run as run_step
 from flux_kernels.benchmark.step.weights import StepWeights, build, make_weights
-from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.gpu_clock import GpuClock, Replay
+from flux_kernels.machine.tune_compile import said
 
 KEY = ("format", "provider", "size", "what")
 _PROVIDERS = ("torch", "ours exact", "ours int8", "dequantize")
@@ -42,7 +43,7 @@ def run(session: Session, formats: tuple[str, ...] = _FORMATS, size: str = "1024
     for format in formats[:1] if session.reduced else formats:
         # A short dry run goes through all providers once: in the section that has the default types.
         wanted = _PROVIDERS[:2] if session.reduced and formats != _FORMATS else _PROVIDERS
-        missing = [one for one in wanted if not table.has(_key(format, one, size, "graph"))]
+        missing = [provider for provider in wanted if not table.has(_key(format, provider, size, "graph"))]
         if missing and not session.late():
             _format(session, table, format, size, missing)
             gc.collect()
@@ -54,7 +55,8 @@ def _key(format: str, provider: str, size: str, what: str) -> dict:
 
 
 def _format(session: Session, table, format: str, size: str, providers: list[str]) -> None:
-    case = true_size("128x128" if session.dry else size)  # with the text enough rows for the same choices
+    # With the text tokens there are enough rows for the same choices.
+    case = true_size("128x128" if session.dry else size)
     config = replace(case.config, num_layers=1, num_single_layers=1) if session.dry else case.config
     weights = make_weights(config, FORMATS[format], session.device, torch.bfloat16)
     inputs = step_inputs(config, case.height, case.width, case.batch, session.device, torch.bfloat16, case.text)
@@ -64,8 +66,8 @@ def _format(session: Session, table, format: str, size: str, providers: list[str
             return
         try:
             _provider(session, table, weights, oracle, provider, size)
-        except (Unavailable, BackendUnavailable, torch.OutOfMemoryError, RuntimeError, ValueError) as problem:
-            table.add(_row(_key(format, provider, size, "graph"), [], None, f"{type(problem).__name__}: {str(problem)[:150]}"))
+        except (*CANNOT_RUN, RuntimeError, ValueError) as problem:
+            table.add(_row(_key(format, provider, size, "graph"), [], None, said(problem)))
         gc.collect()
 
 
@@ -78,19 +80,19 @@ def _provider(session: Session, table, weights: StepWeights, oracle: Oracle, pro
     torch.cuda.reset_peak_memory_stats()
     predicted = predicted_ms(session.rates, format, provider, size)
     session.expected += (4 * _ROUNDS * predicted + 3000) / 1e3
-    found = dict(error=f"{error:.3g}", gate=f"{gate:.3g}")
+    columns = dict(error=f"{error:.3g}", gate=f"{gate:.3g}")
     if not error <= gate and not session.dry:
-        table.add(_row(_key(format, provider, size, "graph"), [], predicted, "wrong result", **found))
+        table.add(_row(_key(format, provider, size, "graph"), [], predicted, WRONG.strip(": "), **columns))
         return
     rounds = 1 if session.dry else _ROUNDS
     clock = GpuClock(session.device)
     eager = [clock.milliseconds(call) for _ in range(rounds)]
-    found["peak_gb"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
-    table.add(_row(_key(format, provider, size, "eager"), eager, predicted, "", **found))
+    columns["peak_gb"] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
+    table.add(_row(_key(format, provider, size, "eager"), eager, predicted, "", **columns))
     _profile(session, call, f"{format}_{provider.replace(' ', '_')}_{size}")
     with Replay(call, session.device) as replay:
         times = [clock.milliseconds(replay) for _ in range(rounds)]
-    table.add(_row(_key(format, provider, size, "graph"), times, predicted, "", **found))
+    table.add(_row(_key(format, provider, size, "graph"), times, predicted, "", **columns))
 
 
 def _checked(session: Session, oracle: Oracle, provider: str) -> tuple[float, float]:
@@ -117,7 +119,7 @@ def _profile(session: Session, call: Callable[[], object], name: str) -> None:
     trace.unlink()
 
 
-def predicted_ms(rates: Rates, format: str, provider: str, size: str) -> float:
+def predicted_ms(rates: Model, format: str, provider: str, size: str) -> float:
     """Predict a step: the sum of its calls and attention at the products' rate."""
     case = true_size(size)
     calls = step_calls(case.height, case.width, case.batch)
@@ -127,13 +129,13 @@ def predicted_ms(rates: Rates, format: str, provider: str, size: str) -> float:
     return linears + attention
 
 
-def _call_ms(rates: Rates, format: str, provider: str, call: Call) -> float:
+def _call_ms(rates: Model, format: str, provider: str, call: Call) -> float:
     shape = call.m, call.n, call.k
     if provider == "torch":
         return product_ms(rates, *shape)
     if call.m <= 16:
         return read_ms(rates, format, call.n, call.k)
-    modelled = None if provider == "dequantize" else modelled_ms(rates, provider.removeprefix("ours "), format, *shape)
+    modelled = None if provider == "dequantize" else modelled_ms(rates, mode_of(provider), format, *shape)
     if modelled is not None:
         return modelled
     if provider == "ours int8":
@@ -144,14 +146,5 @@ def _call_ms(rates: Rates, format: str, provider: str, call: Call) -> float:
 
 
 def _row(key: dict, times: list[float], predicted: float | None, note: str, **more: str) -> dict:
-    p50 = median(times) if times else None
-    return key | dict(
-        p50_ms="" if p50 is None else f"{p50:.3f}",
-        least_ms=f"{min(times):.3f}" if times else "",
-        predicted_ms="" if predicted is None else f"{predicted:.3f}",
-        measured_over_predicted=f"{p50 / predicted:.2f}" if p50 is not None and predicted else "",
-        error=more.get("error", ""),
-        gate=more.get("gate", ""),
-        peak_gb=more.get("peak_gb", ""),
-        note=note,
-    )
+    checked = {name: more.get(name, "") for name in ("error", "gate", "peak_gb")}
+    return key | timed(times, predicted, 3) | checked | dict(note=note)

@@ -1,4 +1,4 @@
-"""The last lines of a session: every table in few characters, measured beside predicted, the largest misses first."""
+"""Sum up a session in few characters: measured and predicted, the largest misses first."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from pathlib import Path
 
 from bench.gpu_session.kernels import load
 from bench.gpu_session.sections import SECTIONS, Section
-from flux_kernels.benchmark.record import read_csv
+from bench.record import read_csv
+from flux_kernels.benchmark.record import ORIGIN
 
 MOST_CHARACTERS = 11_500
-_HIDDEN = {
-    "least_ms",
-    "note",
-    "device",
-    "capability",
-    "driver",
-    "torch",
-    "triton",
-    "libggml",
-    "commit",
-    "date",
-    "error",
-    "gate",
-}
+_HIDDEN = {"least_ms", "note", "error", "gate", *ORIGIN}
 _ROWS = {  # table -> most rows, in the order in which they are cut
     "step": 16,
     "tuning": 12,
@@ -58,7 +46,7 @@ def write(out: Path, path: Path, ended: dict[str, str]) -> str:
 
 
 def _failed_tests(out: Path) -> list[str]:
-    """Return the names of the tests that failed, as the log of the correctness section has them while it runs."""
+    """Return the names of the tests that failed, as the correctness section's log has them."""
     logs = sorted(out.glob("correctness*.log"))
     lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
     failed = dict.fromkeys(words[-1] for line in lines if "FAILED" in line and (words := line.split()))
@@ -74,7 +62,7 @@ def _totals(out: Path) -> list[str]:
 
 
 def table(name: str, rows: list[dict], most: int) -> str:
-    """Return a table's rows in lines of words, those farthest from their prediction first; rows without a time are counted."""
+    """Return a table's rows in lines, the farthest from prediction first; rows without a time are counted."""
     timed = [row for row in rows if row.get("p50_ms")]
     failed = [row for row in rows if not row.get("p50_ms")]
     timed.sort(key=lambda row: -_miss(row))
@@ -92,7 +80,7 @@ def _miss(row: dict) -> float:
 
 @dataclass(frozen=True)
 class Expected:
-    """Hold what a dry run tells of a section: distinct kernels, seconds of the GPU, of this machine's Python, its limit, and an H200's."""
+    """Hold what a dry run tells of a section: kernels, GPU and host seconds, limit, and an H200's."""
 
     name: str
     kernels: int
@@ -105,9 +93,9 @@ class Expected:
     def read(cls, out: Path, section: Section) -> Expected:
         """Read what the section's process left; nothing where it failed."""
         facts, kernels = out / "facts" / f"{section.name}.json", out / "kernels" / f"{section.name}.pickle"
-        found = json.loads(facts.read_text()) if facts.exists() else dict(expected=0.0, seconds=0.0)
+        measured = json.loads(facts.read_text()) if facts.exists() else dict(expected=0.0, seconds=0.0)
         count = len({kernel.folder for kernel in load(kernels)}) if kernels.exists() else 0
-        return cls(section.name, count, found["expected"], found["seconds"], section.seconds, section.took)
+        return cls(section.name, count, measured["expected"], measured["seconds"], section.seconds, section.took)
 
     @property
     def seconds(self) -> float:

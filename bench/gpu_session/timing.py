@@ -1,20 +1,21 @@
-"""Time cases against each other: graph replays in turn, so that Python's part of a launch is not in the numbers, and eager beside.
+"""Time cases against each other: graph replays in turn, without Python's part, and eager calls.
 
 A case that fails becomes a row that says why; the others go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 
 from torch import Tensor
 
-from bench.gpu_session.session import Session, Table
+from bench.gpu_session.session import Session, Table, timed
 from flux_kernels.machine.clock import balanced_order
 from flux_kernels.machine.gpu_clock import GpuClock, Replay
+from flux_kernels.machine.tune_compile import said
 
 _ROUNDS = 7
 _GRAPH_MS = 2.0  # of work in a graph where it takes several calls to fill it
@@ -24,7 +25,7 @@ _CAPTURE_SECONDS = 0.02  # a case's warm-ups, capture and first replay
 
 @dataclass(frozen=True)
 class Case:
-    """Name one thing to time: key columns, what runs it, and the predicted milliseconds of a call (None: no prediction).
+    """Name one case to time: key columns, what runs it, and the predicted milliseconds (None: unknown).
 
     `reference` is the result it has to equal within `tolerance` (relative error), where there is one.
     """
@@ -36,13 +37,17 @@ class Case:
     tolerance: float = 0.03
 
 
-def time_cases(session: Session, table: Table, cases: Sequence[Case], rounds: int = _ROUNDS) -> None:
+def time_groups(session: Session, table: Table, groups: Iterable[Iterable[Case]]) -> None:
+    """Time groups of cases until the section's time is up; a group is made when its turn comes."""
+    for group in groups:
+        if session.late():
+            return
+        with ExitStack() as graphs:
+            _time_cases(session, table, group, graphs)
+
+
+def _time_cases(session: Session, table: Table, cases: Iterable[Case], graphs: ExitStack) -> None:
     """Time the cases that the table has not, in turn, and write a row for each."""
-    with ExitStack() as graphs:
-        _time_cases(session, table, cases, rounds, graphs)
-
-
-def _time_cases(session: Session, table: Table, cases: Sequence[Case], rounds: int, graphs: ExitStack) -> None:
     clock = GpuClock(session.device)
     ready: list[tuple[Case, Replay, int, float]] = []
     for case in cases:
@@ -56,15 +61,15 @@ def _time_cases(session: Session, table: Table, cases: Sequence[Case], rounds: i
             replay, calls, eager = _captured(session, case, clock)
             ready.append((case, graphs.enter_context(replay), calls, eager))
         except Exception as problem:  # noqa: BLE001 - a failure is a result: it becomes the row's note
-            table.add(_row(case, [], None, f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"))
+            table.add(_row(case, [], None, said(problem)))
     times: list[list[float]] = [[] for _ in ready]
-    for turn in range(rounds):
+    for turn in range(_ROUNDS):
         for index in balanced_order(len(ready), turn):
             _, replay, calls, _ = ready[index]
             times[index].append(clock.milliseconds(replay) / calls)
-    for (case, _, calls, eager), found in zip(ready, times, strict=True):
-        table.add(_row(case, found, eager, ""))
-        session.expected += _CAPTURE_SECONDS + (rounds * calls + 5) * (case.predicted_ms or 0.1) / 1e3
+    for (case, _, calls, eager), milliseconds in zip(ready, times, strict=True):
+        table.add(_row(case, milliseconds, eager, ""))
+        session.expected += _CAPTURE_SECONDS + (_ROUNDS * calls + 5) * (case.predicted_ms or 0.1) / 1e3
 
 
 def _captured(session: Session, case: Case, clock: GpuClock) -> tuple[Replay, int, float]:
@@ -74,7 +79,8 @@ def _captured(session: Session, case: Case, clock: GpuClock) -> tuple[Replay, in
     estimate = case.predicted_ms or 0.1 if session.dry else max(eager, 1e-3)
     calls = 1 if session.dry else max(1, min(_MOST_CALLS, round(_GRAPH_MS / estimate)))
 
-    def several() -> None:  # results go as they come: a graph that kept them all would fill the card
+    # Results go as they come: a graph that kept them all would fill the card.
+    def several() -> None:
         for _ in range(calls):
             case.call()
 
@@ -90,13 +96,4 @@ def _wrong(session: Session, case: Case) -> str:
 
 
 def _row(case: Case, times: list[float], eager: float | None, note: str) -> dict:
-    predicted = case.predicted_ms
-    p50 = median(times) if times else None
-    return case.key | dict(
-        p50_ms="" if p50 is None else f"{p50:.5f}",
-        least_ms=f"{min(times):.5f}" if times else "",
-        predicted_ms="" if predicted is None else f"{predicted:.5f}",
-        measured_over_predicted=f"{p50 / predicted:.2f}" if p50 is not None and predicted else "",
-        eager_ms="" if eager is None else f"{eager:.5f}",
-        note=note,
-    )
+    return case.key | timed(times, case.predicted_ms) | dict(eager_ms="" if eager is None else f"{eager:.5f}", note=note)

@@ -1,8 +1,8 @@
-"""Ablate the two-stage path: rows at a time, where the bias is added, and whether the chunk before is freed first."""
+"""Ablate the two-stage path: rows at a time, where the bias is added, when scratch is freed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.gpu_session.ceilings import shapes
 from bench.gpu_session.predict import product_ms, two_stage_ms
 from bench.gpu_session.session import Session
-from bench.gpu_session.timing import Case, time_cases
+from bench.gpu_session.timing import Case, time_groups
 from flux_kernels import kernels
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.chunks import chunks_of
@@ -20,7 +20,7 @@ from flux_kernels.kernels.chunks import chunks_of
 FORMAT_NAMES = ("Q4_K", "Q6_K", "Q8_0")
 KEY = ("format", "m", "n", "k", "rows", "bias", "scratch")
 _TILE = 128
-_BESIDE = "beside"  # each chunk is unpacked on a stream beside, while the one before is multiplied
+_BESIDE = "beside"  # each chunk is unpacked on another stream while the one before is multiplied
 _VARIANTS = (  # rows, bias, scratch
     ("whole", "none", "freed"),
     ("whole", "epilogue", "freed"),
@@ -37,42 +37,27 @@ _VARIANTS = (  # rows, bias, scratch
 
 def run(session: Session) -> None:
     """Write two_stage.csv: M of 512 is left to the sweep."""
-    table = session.table("two_stage", KEY)
-    for format in FORMAT_NAMES:
-        for m, n, k in (shape for shape in shapes() if shape[0] > 512):
-            if session.late():
-                return
-            time_cases(session, table, _cases(session, format, m, n, k))
+    calls = ((format, *shape) for format in FORMAT_NAMES for shape in shapes() if shape[0] > 512)
+    time_groups(session, session.table("two_stage", KEY), (_cases(session, *call) for call in calls))
 
 
-def _cases(session: Session, format: str, m: int, n: int, k: int) -> list[Case]:
+def _cases(session: Session, format: str, m: int, n: int, k: int) -> Iterator[Case]:
     rates, x, bias = session.rates, session.activations(m, k), session.bias(n)
     weights = session.weights(format, n, k)
     turns, shape = cycle(weights), dict(format=format, m=m, n=n, k=k)
     dense = two_stage.unpack(weights[0], x.dtype)
     right = F.linear(x, dense, bias)
-    cases = [
-        Case(
-            shape | dict(rows="torch", bias="epilogue", scratch=""),
-            lambda: F.linear(x, dense, bias),
-            product_ms(rates, m, n, k),
-        ),
-        Case(
-            shape | dict(rows="shipped", bias="", scratch=""),
-            lambda: kernels.linear(x, next(turns), bias, "exact"),
-            two_stage_ms(rates, format, m, n, k),
-            right,
-        ),
-    ]
+    plain, shipped = (shape | dict(rows=rows, bias=bias, scratch="") for rows, bias in (("torch", "epilogue"), ("shipped", "")))
+    yield Case(plain, lambda: F.linear(x, dense, bias), product_ms(rates, m, n, k))
+    yield Case(shipped, lambda: kernels.linear(x, next(turns), bias, "exact"), two_stage_ms(rates, format, m, n, k), right)
     for rows, added, scratch in _VARIANTS:
-        count = _rows(rows, n, k, rates.l2_bytes)
+        count = _rows(rows, n, k, torch.cuda.get_device_properties(session.device).L2_cache_size)
         if scratch == _BESIDE:
             call = _overlapped(x, turns, count)
         else:
             call = _variant(x, turns, bias if added != "none" else None, count, added == "strided y", scratch == "kept")
         predicted = two_stage_ms(rates, format, m, n, k, count, copied_bias=added == "strided y")
-        cases.append(Case(shape | dict(rows=rows, bias=added, scratch=scratch), call, predicted, right))
-    return cases
+        yield Case(shape | dict(rows=rows, bias=added, scratch=scratch), call, predicted, right)
 
 
 def _rows(name: str, n: int, k: int, l2_bytes: int) -> int | None:
@@ -108,7 +93,7 @@ def _variant(x: Tensor, turns, bias: Tensor | None, rows: int | None, strided: b
 
 def _overlapped(x: Tensor, turns, rows: int | None) -> Callable:
     """Return a way that unpacks every chunk but the first while the one before it is multiplied."""
-    m, beside = x.shape[0], torch.cuda.Stream()
+    m, stream = x.shape[0], torch.cuda.Stream()
 
     def call() -> Tensor:
         packed = next(turns)
@@ -116,12 +101,12 @@ def _overlapped(x: Tensor, turns, rows: int | None) -> Callable:
         chunks = list(chunks_of(packed.n, rows))
         main, weights = torch.cuda.current_stream(), [two_stage.unpack(packed.rows(chunks[0]), x.dtype)]
         for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
-            beside.wait_stream(main)
+            stream.wait_stream(main)
             torch.mm(x, weights[-1].T, out=y[:, chunk])
             if after is not None:
-                with torch.cuda.stream(beside):
+                with torch.cuda.stream(stream):
                     weights.append(two_stage.unpack(packed.rows(after), x.dtype))
-            main.wait_stream(beside)
+            main.wait_stream(stream)
         return y
 
     return call

@@ -7,28 +7,28 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from .record import ORIGIN
 from .session import Found
-from .step.verdict import step_verdict
+from .verdict import step_verdict
 
 _WORDS = ("format", "provider", "size", "where", "what", "dtype", "note", "compute")
-_ORIGIN = ("device", "capability", "driver", "torch", "triton", "libggml", "commit", "date")
 
 
-def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[str, object]] = ()) -> str:
-    """Return JSON with the rows of linear calls and whole steps, the measured ceilings, the verdict, and what was not begun in time.
+def document(run: Found, verdict: Sequence[str], pictures: Sequence[Mapping[str, object]] = ()) -> str:
+    """Return JSON of a run: rows of calls and steps, ceilings, verdict, and what was not begun in time.
 
     Numbers are numbers; what was not measured, or is no finite number, is null.
     """
     return json.dumps(
         dict(
             verdict=list(verdict),
-            origin=dict(found.origin),
-            ceilings=asdict(found.ceilings),
-            linears=[_plain(row) for row in found.linears],
-            steps=[_plain(row) for row in found.steps],
-            steps_in_words=step_verdict(found.steps),
+            origin=dict(run.origin),
+            ceilings=asdict(run.ceilings),
+            linears=[_plain(row) for row in run.linears],
+            steps=[_plain(row) for row in run.steps],
+            steps_in_words=step_verdict(run.steps),
             embedded_fidelity=[_plain(row) for row in pictures],
-            not_run=dict(linear_calls=found.calls_late, whole_runs=found.not_run),
+            not_run=dict(linear_calls=run.calls_late, whole_runs=run.not_run),
             interrupted=False,
         ),
         indent=1,
@@ -37,13 +37,13 @@ def document(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping[st
 
 
 def unfinished(linears: Sequence[Mapping[str, object]], steps: Sequence[Mapping[str, object]]) -> str:
-    """Return JSON with the rows of a run that was stopped: each has its origin, and nothing is concluded from them."""
+    """Return JSON of a run that was stopped: rows with their origin, and no conclusion."""
     rows = dict(linears=[_plain(row) for row in linears], steps=[_plain(row) for row in steps])
     return json.dumps(dict(interrupted=True) | rows, indent=1, allow_nan=False)
 
 
 def _plain(row: Mapping[str, object]) -> dict[str, object]:
-    return {name: value if name in (*_WORDS, *_ORIGIN) else _number(value) for name, value in row.items()}
+    return {name: value if name in (*_WORDS, *ORIGIN) else _number(value) for name, value in row.items()}
 
 
 def _number(value: object) -> float | int | None:

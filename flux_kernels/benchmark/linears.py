@@ -1,8 +1,9 @@
-"""Time linear calls against each other, each provider only where its result passes the correctness gate in the same run."""
+"""Time linear calls against each other, each provider only where it passes the gate in the same run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
@@ -10,20 +11,19 @@ import torch
 from torch import Tensor
 
 from ..compute import dtype_name
-from ..errors import BackendUnavailable
+from ..flux.calls import Call
 from ..formats import FORMATS, Packed
 from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
 from ..machine.random_rows import random_rows
 from ..torch_backend import reference
 from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings
-from .providers import PROVIDERS, Problem, Unavailable, same_call
-from .shapes import Call
+from .names import FAILED, OURS, TORCH, WRONG, wrong
+from .providers import CANNOT_RUN, PROVIDERS, Problem, same_call, why
 from .totals import MARKS, by_step, marked, totals
 
 _TIMES = ("repeats", "p20_ms", "p50_ms", "p80_ms", "graph_ms")
 _MEASURED = (*_TIMES, "tflops", "packed_gb_s", "share_of_matmul", "share_of_copy")
-WRONG, FAILED = "wrong result: ", "failed: "  # how the notes of such rows begin
 _ORACLE_ROWS, _ORACLE_COLUMNS = 64, 256
 
 
@@ -37,7 +37,7 @@ def make_problem(name: str, call: Call, device: torch.device, dtype: torch.dtype
 
 
 def relative_errors(y: Tensor, x: Tensor, problem: Problem) -> tuple[float, float]:
-    """Return the RMS and the largest absolute error of some outputs, as shares of the RMS of float64 on the float32 weights."""
+    """Return the RMS and the largest absolute error of some outputs, divided by the RMS of float64's."""
     rows = torch.linspace(0, x.shape[0] - 1, min(_ORACLE_ROWS, x.shape[0])).long().to(x.device)
     columns = slice(0, _ORACLE_COLUMNS)
     weight = reference.dequantize(problem.weight.rows(columns), torch.float32).double()
@@ -56,7 +56,7 @@ def measure(
     ceilings: Ceilings | None = None,
     size: str = "",
 ):
-    """Yield a row for each provider of one format and call; on a GPU the L2 cache is emptied before each timed run.
+    """Yield a row for each provider of one format and call; a GPU's L2 cache is emptied before each run.
 
     Columns: times in ms, `graph_ms` the median of replays as a CUDA graph ("" where there is none, with a log line why); `tflops`
     and `packed_gb_s` (GB/s of packed weight) of the median; the shares of the ceilings; `error` and `max_error`, RMS and largest
@@ -74,15 +74,11 @@ def measure(
                 functions[provider] = lambda function=function: function(x)
                 notes[provider] = _version(PROVIDERS[provider].package)
             else:
-                notes[provider] = f"{WRONG}relative error {errors[provider][0]:.2g}, at most {gate}"
-        except (Unavailable, BackendUnavailable) as error:
-            notes[provider] = str(error)
-        except torch.OutOfMemoryError:
-            notes[provider] = "out of memory"
+                notes[provider] = wrong(errors[provider][0], gate)
         except Exception as error:  # noqa: BLE001  (a failure is a result: it becomes the row's note, and the other rows stay)
-            notes[provider] = f"{FAILED}{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    alike = {one: same_call(one, call.m) for one in functions}
-    timed = {one: function for one, function in functions.items() if alike[one] == one or alike[one] not in functions}
+            notes[provider] = f"{'' if isinstance(error, CANNOT_RUN) else FAILED}{why(error)}"
+    alike = {side: same_call(side, call.m) for side in functions}
+    timed = {side: function for side, function in functions.items() if alike[side] == side or alike[side] not in functions}
     flush = cache_flusher(device)
     times = interleaved(timed, repeats, device, flush)
     graphs = graph_replayed(timed, repeats // 2, device, flush)
@@ -90,8 +86,8 @@ def measure(
         times[provider], graphs[provider] = times[alike[provider]], graphs[alike[provider]]
         notes[provider] = f"the same call as {alike[provider]}, timed once"
     for provider in providers:
-        mine = times.get(provider), graphs.get(provider), errors.get(provider), notes.get(provider, "")
-        yield _row(name, size, call, provider, *mine, problem, ceilings)
+        measured = times.get(provider), graphs.get(provider), errors.get(provider), notes.get(provider, "")
+        yield _row(name, size, call, provider, *measured, problem, ceilings)
 
 
 def _version(package: str) -> str:
@@ -104,38 +100,28 @@ def _version(package: str) -> str:
 
 def is_broken(row: Mapping[str, object]) -> bool:
     """Tell whether a row says that one of our own sides gave a wrong result or failed."""
-    return str(row["provider"]).startswith("ours") and str(row["note"]).startswith((WRONG, FAILED))
+    return str(row["provider"]).startswith(OURS) and str(row["note"]).startswith((WRONG, FAILED))
 
 
 def least_bytes(name: str, provider: str, call: Call, itemsize: int) -> int | None:
-    """Return the bytes a call must move at least: weight, activation and output; None where the weight's are not known here."""
+    """Return the least bytes a call moves: weight, x and y; None where the weight's are not known."""
     if PROVIDERS[provider].own_weights:
         return None
-    weight = itemsize * call.n * call.k if provider == "torch" else call.n * FORMATS[name].row_bytes(call.k)
+    weight = itemsize * call.n * call.k if provider == TORCH else call.n * FORMATS[name].row_bytes(call.k)
     return weight + itemsize * call.m * (call.k + call.n)
 
 
 def _row(name, size, call, provider, times, graph, errors, note, problem, ceilings) -> dict:
-    row = dict(
-        format=name,
-        size=size,
-        provider=provider,
-        m=call.m,
-        n=call.n,
-        k=call.k,
-        calls=call.calls,
-        where=call.where,
-        dtype=dtype_name(problem.dtype),
-    )
+    row = dict(format=name, size=size, provider=provider) | asdict(call) | dict(dtype=dtype_name(problem.dtype))
     error, largest = (f"{value:.3g}" for value in errors) if errors else ("", "")
     checked = dict(error=error, max_error=largest, note=note)
     if times is None:
         return row | dict.fromkeys(_MEASURED, "") | checked
     p20, p50, p80 = percentiles(times)
-    packed = provider != "torch" and not PROVIDERS[provider].own_weights  # else it reads other bytes
-    speeds = dict(
-        tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(problem.weight.data.numel() / p50 / 1e6) if packed else ""
-    )
+    # Other sides read other bytes than the packed ones.
+    packed = provider != TORCH and not PROVIDERS[provider].own_weights
+    packed_bytes = problem.weight.data.numel()
+    speeds = dict(tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(packed_bytes / p50 / 1e6) if packed else "")
     shares = dict.fromkeys(("share_of_matmul", "share_of_copy"), "")
     if ceilings is not None:
         moved = least_bytes(name, provider, call, problem.dtype.itemsize)
@@ -143,8 +129,8 @@ def _row(name, size, call, provider, times, graph, errors, note, problem, ceilin
         if moved is None:
             shares["share_of_copy"] = ""
     speeds |= shares
-    said = (len(times), *(f"{time:.4f}" for time in (p20, p50, p80)), f"{median(graph):.4f}" if graph else "")
-    return row | dict(zip(_TIMES, said, strict=True)) | speeds | checked
+    timed = (len(times), *(f"{time:.4f}" for time in (p20, p50, p80)), f"{median(graph):.4f}" if graph else "")
+    return row | dict(zip(_TIMES, timed, strict=True)) | speeds | checked
 
 
 def _four(value: float) -> float:
@@ -153,12 +139,12 @@ def _four(value: float) -> float:
 
 
 def summary(rows: list[dict]) -> str:
-    """Return the time of a whole step's linears by size, format and provider, and its speed beside plain torch's in the same run."""
+    """Return the time of a step's linears by size, format and provider, and its speed, torch's as 1."""
     lines: list[str] = []
-    for (size, name), mine in by_step(rows).items():
-        found = totals(mine)
-        for provider, total in found.items():
-            beside = f", {marked(total, found['torch']):>5} x torch" if "torch" in found else ""
-            lines.append(f"{name:8} {provider:30} {total.p50:10.1f} ms a step{beside}  {size}".rstrip())
-    said = "\n".join(lines)
-    return "\n".join([said, *(f"{sign} {words}" for sign, words in MARKS.items() if f" {sign}" in said)])
+    for (size, name), step_rows in by_step(rows).items():
+        sums = totals(step_rows)
+        for provider, total in sums.items():
+            speed = f", {marked(total, sums[TORCH]):>5} x torch" if TORCH in sums else ""
+            lines.append(f"{name:8} {provider:30} {total.p50:10.1f} ms a step{speed}  {size}".rstrip())
+    text = "\n".join(lines)
+    return "\n".join([text, *(f"{sign} {words}" for sign, words in MARKS.items() if f" {sign}" in text)])

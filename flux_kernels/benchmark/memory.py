@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
 
+from ..machine.silence import STDERR, silenced
+
 
 def extra_peak(function: Callable[[], object], device: torch.device) -> int | None:
-    """Run a function; return the most bytes that torch held at one time beyond what it held before, None where none can tell.
+    """Run a function; return the most bytes torch held beyond what it held before, None where unknown.
 
     On a CPU torch's profiler counts what is allocated and freed, in a thread that begins without scratch of earlier calls.
     The resident memory of the process would not do: freed memory that is used again does not show in it.
@@ -39,7 +37,8 @@ def _counted(function: Callable[[], object]) -> int:
         changes = (e.nbytes() for e in profiler.kineto_results.events() if e.name() == "[memory]")
         return max(accumulate(changes, initial=0))
 
-    with _silence():
+    # The profiler's C++ library writes to standard error at every start and stop.
+    with silenced(STDERR):
         with _profiler():  # the first one must start in the main thread
             pass
         with ThreadPoolExecutor(1) as thread:
@@ -49,17 +48,3 @@ def _counted(function: Callable[[], object]) -> int:
 def _profiler() -> torch.autograd.profiler.profile:
     # torch.profiler.profile would do the same and import torch's compiler first, which takes seconds.
     return torch.autograd.profiler.profile(profile_memory=True)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Hide what the profiler's C++ library writes to standard error at every start and stop."""
-    sys.stderr.flush()
-    shown = os.dup(2)
-    try:
-        with tempfile.TemporaryFile() as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(shown, 2)
-        os.close(shown)

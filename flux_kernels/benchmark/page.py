@@ -1,4 +1,4 @@
-"""The report on one run of `flux-kernels bench`: an HTML page that needs no network, with figures, every row, and its price."""
+"""Write the report of `flux-kernels bench`: one HTML page with figures, every row, and its price."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import html
 from collections.abc import Mapping, Sequence
 
 from ..report.html_page import document, image, table
+from .names import TORCH
 from .plots import memory_against_time, roofline, speed_beside_rows, throughput
 from .prices import prices
 from .providers import PROVIDERS
 from .record import CHECKOUT, origin_text, read_csv
 from .session import Found
-from .step.verdict import step_verdict
+from .verdict import step_verdict
 
 _FIDELITY = CHECKOUT / "bench" / "results" / "embedded_fidelity.csv"
 _CAPTIONS = {
@@ -45,9 +46,10 @@ _CAPTIONS = {
         ),
     ),
 }
-_LINEAR = {
+_TITLES = {  # of the columns that tables of rows show
     "format": "type",
-    "size": "step",
+    "what": "what",
+    "size": "size",
     "provider": "side",
     "where": "call",
     "m": "M",
@@ -64,50 +66,37 @@ _LINEAR = {
     "packed_gb_s": "GB/s of weight",
     "share_of_matmul": "of arithmetic limit",
     "share_of_copy": "of memory limit",
+    "peak_bytes": "most bytes in use",
+    "weight_bytes": "bytes of weights",
     "error": "RMS error",
     "max_error": "largest error",
     "note": "note",
 }
-_STEP = {
-    "format": "type",
-    "what": "what",
-    "size": "size",
-    "provider": "side",
-    "dtype": "dtype",
-    "repeats": "repeats",
-    "p20_ms": "p20 ms",
-    "p50_ms": "median ms",
-    "p80_ms": "p80 ms",
-    "peak_bytes": "most bytes in use",
-    "weight_bytes": "bytes of weights",
-    "error": "RMS error",
-    "note": "note",
-}
-_WORDS = ("type", "step", "side", "call", "dtype", "what", "size", "note")
+_WORDS = ("format", "what", "size", "provider", "where", "dtype", "note")
 
 
-def figures(found: Found) -> dict[str, bytes]:
+def figures(run: Found) -> dict[str, bytes]:
     """Draw what the rows allow, as PNG bytes by name.
 
     Raises:
         ImportError: where matplotlib is missing.
     """
     drawn = {}
-    if any(row["provider"] == "torch" and row["p50_ms"] for row in found.linears):
-        drawn["speed"] = speed_beside_rows(found.linears)
-        drawn["throughput"] = throughput(found.linears)
-        drawn["roofline"] = roofline(found.linears, found.ceilings)
-    if any(row["p50_ms"] and (row["peak_bytes"] or row["weight_bytes"]) for row in found.steps):
-        drawn["memory"] = memory_against_time(found.steps)
+    if any(row["provider"] == TORCH and row["p50_ms"] for row in run.linears):
+        drawn["speed"] = speed_beside_rows(run.linears)
+        drawn["throughput"] = throughput(run.linears)
+        drawn["roofline"] = roofline(run.linears, run.ceilings)
+    if any(row["p50_ms"] and (row["peak_bytes"] or row["weight_bytes"]) for row in run.steps):
+        drawn["memory"] = memory_against_time(run.steps)
     return drawn
 
 
 def fidelity_rows() -> list[dict[str, str]]:
-    """Read what types and modes cost in pictures of the embedded model, where this is a checkout that has it."""
+    """Read what types and modes cost in pictures of the embedded model; nothing outside a checkout."""
     return read_csv(_FIDELITY) if _FIDELITY.exists() else []
 
 
-def page(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ()) -> str:
+def page(run: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ()) -> str:
     """Return the HTML page; figures are inside it.
 
     Args:
@@ -116,29 +105,30 @@ def page(found: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ())
         pictures: rows of `fidelity_rows`.
     """
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in verdict)
-    parts = [f"<h1>flux_kernels on {html.escape(found.origin['device'])}</h1>", f'<ul class="key">{lines}</ul>']
-    missing = "".join(f"<li>{html.escape(line)}</li>" for line in found.left_out())
+    parts = [f"<h1>flux_kernels on {html.escape(run.origin['device'])}</h1>", f'<ul class="key">{lines}</ul>']
+    missing = "".join(f"<li>{html.escape(line)}</li>" for line in run.left_out())
     parts.append(f"<h2>Not measured</h2><ul>{missing}</ul>" if missing else "")
-    parts.append(prices(found, pictures))
-    said = "".join(f"<li>{html.escape(line)}</li>" for line in step_verdict(found.steps))
-    parts.append(f"<h2>Whole runs</h2><ul>{said}</ul>" if said else "")
-    for name, png in figures(found).items():
+    parts.append(prices(run, pictures))
+    sentences = "".join(f"<li>{html.escape(line)}</li>" for line in step_verdict(run.steps))
+    parts.append(f"<h2>Whole runs</h2><ul>{sentences}</ul>" if sentences else "")
+    for name, png in figures(run).items():
         title, caption = _CAPTIONS[name]
         parts.append(f"<h2>{title}</h2><p>{html.escape(caption)}</p>{image(png, title)}")
-    origins = list(dict.fromkeys(origin_text(row) for row in (*found.linears, *found.steps) or (found.origin,)))
-    parts.append(_every("Every linear call", _LINEAR, found.linears, origins))
-    parts.append(_every("Every whole run", _STEP, found.steps, origins))
-    parts.append(_sources(found, origins))
-    return document(f"flux_kernels on {found.origin['device']}", parts)
+    origins = list(dict.fromkeys(origin_text(row) for row in (*run.linears, *run.steps) or (run.origin,)))
+    parts.append(_every("Every linear call", run.linears, origins))
+    parts.append(_every("Every whole run", run.steps, origins))
+    parts.append(_sources(run, origins))
+    return document(f"flux_kernels on {run.origin['device']}", parts)
 
 
-def _every(title: str, columns: Mapping[str, str], rows: Sequence[Mapping], origins: Sequence[str]) -> str:
+def _every(title: str, rows: Sequence[Mapping], origins: Sequence[str]) -> str:
     if not rows:
         return ""
-    heads = [*columns.values(), "origin"]
+    columns = [name for name in _TITLES if any(name in row for row in rows)]
     lines = [[*(_cell(name, row.get(name)) for name in columns), origins.index(origin_text(row)) + 1] for row in rows]
-    numbers = [head for head in heads if head not in _WORDS]
-    return f"<details><summary>{title} ({len(rows)} rows)</summary>{table(heads, lines, numbers)}</details>"
+    numbers = [_TITLES[name] for name in columns if name not in _WORDS]
+    shown = table([*map(_TITLES.__getitem__, columns), "origin"], lines, [*numbers, "origin"])
+    return f"<details><summary>{title} ({len(rows)} rows)</summary>{shown}</details>"
 
 
 def _cell(column: str, value: object) -> object:
@@ -149,15 +139,15 @@ def _cell(column: str, value: object) -> object:
     return f"{int(str(value)):,}" if column.endswith("_bytes") else value
 
 
-def _sources(found: Found, origins: Sequence[str]) -> str:
+def _sources(run: Found, origins: Sequence[str]) -> str:
     """Name the origins that rows refer to, the limits, and whose documentation each call follows."""
-    ceilings = found.ceilings
-    said = [f"Origin {number}: {text}." for number, text in enumerate(origins, 1)]
-    said.append(
+    ceilings = run.ceilings
+    lines = [f"Origin {number}: {text}." for number, text in enumerate(origins, 1)]
+    lines.append(
         f"Limits, the best of several runs and sizes: a copy moves {ceilings.copy_gb_s:.4g} GB/s (read plus written), torch's product does "
         f"{ceilings.matmul_tflops:.4g} TFLOP/s in {ceilings.dtype}."
     )
-    for side in dict.fromkeys(row["provider"] for row in found.linears):
+    for side in dict.fromkeys(row["provider"] for row in run.linears):
         if PROVIDERS[side].source:
-            said.append(f"{side} is called as in {PROVIDERS[side].source.removeprefix('https://')}.")
-    return "".join(f'<p class="faint">{html.escape(line)}</p>' for line in said)
+            lines.append(f"{side} is called as in {PROVIDERS[side].source.removeprefix('https://')}.")
+    return "".join(f'<p class="faint">{html.escape(line)}</p>' for line in lines)

@@ -1,4 +1,4 @@
-"""Other libraries as providers: each called as its own documentation recommends, on a plain linear with the decoded weight.
+"""Provide other libraries, each called as its own documentation recommends, on the decoded weight.
 
 They quantize the weight anew, to their own format. Their gate is wide: 4-bit peers lose up to 10 % on it, by design; the error
 of every row tells what a speed costs. A library that is not installed is a row that says so.
@@ -18,7 +18,6 @@ from .providers import GATE_INT8, Problem, Unavailable, _decoded, not_installed,
 
 # Relative RMS error on gaussian weights: 8 bits a weight about 1 % (fp8 4 %, squared with its activations 5 %), 4 bits 10 %.
 GATE_8, GATE_4 = 0.08, 0.2
-
 
 _DISTRIBUTIONS = {
     "vllm_gguf_plugin": "vllm-gguf-plugin",
@@ -49,11 +48,18 @@ def _gpu(problem: Problem, what: str) -> None:
         raise Unavailable(f"{what} needs a GPU")
 
 
-# Each `source` is the page, and the place on it, whose call is made here. Which versions ran where: docs/decisions/peers.md.
+def _peer(name: str, package: str, source: str, gate: float = GATE_8):
+    """Register a library that packs the decoded weight anew.
+
+    `source` is the page, and the place on it, whose call is made here. Which versions ran where: docs/decisions/peers.md.
+    """
+    return provider(name, "peer", gate, source=source, own_weights=True, package=package)
+
+
 _BNB = "https://huggingface.co/docs/bitsandbytes/reference/nn/"
 
 
-@provider("bitsandbytes nf4", "peer", GATE_4, source=_BNB + "linear4bit", own_weights=True, package="bitsandbytes")
+@_peer("bitsandbytes nf4", "bitsandbytes", _BNB + "linear4bit", GATE_4)
 def _bitsandbytes_nf4(problem: Problem):
     """NF4 with the compute dtype of the activations."""
     bnb, plain = _needs("bitsandbytes"), _plain(problem)
@@ -74,10 +80,8 @@ def _bitsandbytes_int8(threshold: float):
 
 
 # With the outlier threshold that diffusers' BitsAndBytesConfig sets, and with the class's own default, which has none and is faster.
-_INT8 = dict(source=_BNB + "linear8bit", own_weights=True, package="bitsandbytes")
-provider("bitsandbytes int8", "peer", GATE_8, **_INT8)(_bitsandbytes_int8(6.0))
-provider("bitsandbytes int8 no outliers", "peer", GATE_8, **_INT8)(_bitsandbytes_int8(0.0))
-
+for _name, _threshold in (("bitsandbytes int8", 6.0), ("bitsandbytes int8 no outliers", 0.0)):
+    _peer(_name, "bitsandbytes", _BNB + "linear8bit")(_bitsandbytes_int8(_threshold))
 
 _TORCHAO = "https://docs.pytorch.org/ao/stable/quick_start.html: quantize_ and torch.compile"
 
@@ -96,20 +100,14 @@ def _torchao(config: str, needs_gpu: bool = False):
     return make
 
 
-_AO = dict(source=_TORCHAO, own_weights=True, package="torchao")
-provider("torchao int8 weight-only", "peer", GATE_8, **_AO)(_torchao("Int8WeightOnlyConfig"))
-provider("torchao int8 dynamic", "peer", GATE_8, **_AO)(_torchao("Int8DynamicActivationInt8WeightConfig"))
-provider("torchao fp8 dynamic", "peer", GATE_8, **_AO)(_torchao("Float8DynamicActivationFloat8WeightConfig", True))
+_peer("torchao int8 weight-only", "torchao", _TORCHAO)(_torchao("Int8WeightOnlyConfig"))
+_peer("torchao int8 dynamic", "torchao", _TORCHAO)(_torchao("Int8DynamicActivationInt8WeightConfig"))
+_peer("torchao fp8 dynamic", "torchao", _TORCHAO)(_torchao("Float8DynamicActivationFloat8WeightConfig", True))
+
+_SDNQ = "https://github.com/Disty0/sdnq, README: quantization config, post load quantization on any model"
 
 
-@provider(
-    "sdnq int8",
-    "peer",
-    GATE_8,
-    source="https://github.com/Disty0/sdnq, README: quantization config, post load quantization on any model",
-    own_weights=True,
-    package="sdnq",
-)
+@_peer("sdnq int8", "sdnq", _SDNQ)
 def _sdnq(problem: Problem):
     """int8 with quantized matmul, the combination its documentation gives for speed."""
     sdnq, common = _needs("sdnq"), _needs("sdnq.common")
@@ -128,23 +126,14 @@ def _gemlite(name: str):
     return make
 
 
-_GEM = dict(
-    source="https://github.com/mobiusml/gemlite, gemlite/helper.py: what patch_model does to a linear layer",
-    own_weights=True,
-    package="gemlite",
-)
-provider("gemlite int8 weight-only", "peer", GATE_8, **_GEM)(_gemlite("A16W8_INT8"))
-provider("gemlite int8 dynamic", "peer", GATE_8, **_GEM)(_gemlite("A8W8_INT8_dynamic"))
+_GEMLITE = "https://github.com/mobiusml/gemlite, gemlite/helper.py: what patch_model does to a linear layer"
+_peer("gemlite int8 weight-only", "gemlite", _GEMLITE)(_gemlite("A16W8_INT8"))
+_peer("gemlite int8 dynamic", "gemlite", _GEMLITE)(_gemlite("A8W8_INT8_dynamic"))
+
+_QUANTO = "https://github.com/huggingface/optimum-quanto, README: quantization workflow for vanilla pytorch models"
 
 
-@provider(
-    "quanto int8",
-    "peer",
-    GATE_8,
-    source="https://github.com/huggingface/optimum-quanto, README: quantization workflow for vanilla pytorch models",
-    own_weights=True,
-    package="optimum-quanto",
-)
+@_peer("quanto int8", "optimum-quanto", _QUANTO)
 def _quanto(problem: Problem):
     """Weights of 8 bits, frozen; activations stay as they are."""
     quanto = _needs("optimum.quanto")
@@ -154,40 +143,37 @@ def _quanto(problem: Problem):
     return model
 
 
-_VLLM = dict(
-    source="https://github.com/vllm-project/vllm-gguf-plugin, quantization/linear.py: what its linear layer calls",
-    package="vllm-gguf-plugin",
-)
+_VLLM = "https://github.com/vllm-project/vllm-gguf-plugin, quantization/linear.py: what its linear layer calls"
 
 
 def _packed_call(multiply, problem: Problem):
     """Call theirs on the packed bytes in file order; it has no bias, which is added."""
     data = problem.weight.in_file_order().data
-    kind, bias = int(problem.weight.fmt.ggml_type), problem.bias.to(problem.dtype)
-    return lambda x: multiply(data, x, kind, data.shape[0]) + bias
+    ggml_type, bias = int(problem.weight.fmt.ggml_type), problem.bias.to(problem.dtype)
+    return lambda x: multiply(data, x, ggml_type, data.shape[0]) + bias
 
 
-@provider("vllm-gguf-plugin", "peer", GATE_INT8, **_VLLM)
+@provider("vllm-gguf-plugin", "peer", GATE_INT8, source=_VLLM, package="vllm-gguf-plugin")
 def _vllm_gguf(problem: Problem):
-    """Its own dispatch over M and type: CUDA kernels with 8-bit activations where its extension is built, Triton otherwise."""
+    """Its own dispatch over M and type: CUDA kernels with 8-bit activations where built, else Triton."""
     _gpu(problem, "vllm-gguf-plugin")
     linear = _needs("vllm_gguf_plugin.quantization.linear")
-    return _packed_call(lambda data, x, kind, _: linear._fused_mul_mat_gguf(x, data, kind), problem)
+    return _packed_call(lambda data, x, ggml_type, _: linear._fused_mul_mat_gguf(x, data, ggml_type), problem)
 
 
-@provider("vllm-gguf-plugin triton", "peer", **_VLLM)
+@provider("vllm-gguf-plugin triton", "peer", source=_VLLM, package="vllm-gguf-plugin")
 def _vllm_gguf_triton(problem: Problem):
     """Its Triton product, what its dispatch takes with VLLM_GGUF_USE_CUDA=0.
 
     The package imports vLLM, its Triton files only torch and triton: they are imported under a name of their own.
     """
     _gpu(problem, "vllm-gguf-plugin")
-    alias, found = "_vllm_gguf_plugin_kernels", importlib.util.find_spec("vllm_gguf_plugin")
-    if found is None:
+    alias, spec = "_vllm_gguf_plugin_kernels", importlib.util.find_spec("vllm_gguf_plugin")
+    if spec is None:
         raise not_installed("vllm_gguf_plugin", _DISTRIBUTIONS["vllm_gguf_plugin"])
     if alias not in sys.modules:
         package = ModuleType(alias)
-        package.__path__ = list(found.submodule_search_locations or ())
+        package.__path__ = list(spec.submodule_search_locations or ())
         sys.modules[alias] = package
     multiply = _needs(f"{alias}.triton.gemm.interface").ggml_mul_mat_a8_triton
     return _packed_call(multiply, problem)

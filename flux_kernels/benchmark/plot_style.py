@@ -1,33 +1,22 @@
-"""What the plots of benchmark rows share: colours and names of the sides, panels, legend, and the line that says where rows come from."""
+"""Share what plots of benchmark rows have in common: looks of the sides, panels, legend, origin."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING
 
+from ..report.plot_style import DPI, png
+from .names import SIDES
 from .record import origin_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT = "#222222", "#8a8a8a"
-_SIDES = {  # name for people, colour, mark
-    "torch": ("not quantized (torch)", INK, "s"),
-    "diffusers": ("diffusers' GGUF layers", "#e8890c", "^"),
-    "diffusers compiled": ("diffusers' layers, compiled", "#a85f00", "v"),
-    "dequantize": ("decode, then multiply", "#9a8f00", "D"),
-    "ours exact": ("flux_kernels exact", "#2f6db3", "o"),
-    "ours fp16_accumulate": ("flux_kernels fp16_accumulate", "#2b8a3e", "d"),
-    "ours int8": ("flux_kernels int8", "#c2255c", "X"),
-}
-_PEER_COLORS, _PEER_MARKS = (
-    ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29"),
-    ("P", "*", "<", ">", "p", "8", "H"),
-)
-_COLUMNS, _DPI = 3, 150  # panels beside each other; dots an inch
+_PEER_COLORS = ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29")
+_PEER_MARKS = "P*<>p8H"
+_COLUMNS = 3  # panels in a line
 _WIDTH = 9.6  # inches of a figure: at the width of a page its words are as large as the page's
 _HEIGHT = 3.1  # inches of a line of panels
 _WORDS = 9.5  # points
@@ -35,26 +24,21 @@ _TITLE, _GAP = 0.36, 0.08  # inches that the title takes, and between it, legend
 
 
 def providers(rows: Sequence[Mapping]) -> list[str]:
-    """List the sides of these rows: known ones in the order of `_SIDES`, then other libraries as they come."""
-    found = list(dict.fromkeys(row["provider"] for row in rows))
-    return [name for name in _SIDES if name in found] + [name for name in found if name not in _SIDES]
-
-
-def label(provider: str) -> str:
-    """Return a side's name for people."""
-    return _SIDES[provider][0] if provider in _SIDES else provider
+    """List the sides of these rows: known ones in the order of `SIDES`, then other libraries as they come."""
+    sides = dict.fromkeys(row["provider"] for row in rows)
+    return [name for name in SIDES if name in sides] + [name for name in sides if name not in SIDES]
 
 
 def look(provider: str, rows: Sequence[Mapping]) -> dict:
     """Return colour and mark of a side: its own in every plot of these rows."""
-    if provider in _SIDES:
-        return dict(color=_SIDES[provider][1], marker=_SIDES[provider][2])
-    index = [name for name in providers(rows) if name not in _SIDES].index(provider)
+    if provider in SIDES:
+        return dict(color=SIDES[provider].color, marker=SIDES[provider].mark)
+    index = [name for name in providers(rows) if name not in SIDES].index(provider)
     return dict(color=_PEER_COLORS[index % len(_PEER_COLORS)], marker=_PEER_MARKS[index % len(_PEER_MARKS)])
 
 
 def panels(names: Sequence[str], one_x: bool = True) -> tuple[Figure, list[tuple[Axes, str]]]:
-    """Return a figure, and a panel of it for each name, at most three beside each other; `one_x`: the same x axis for all.
+    """Return a figure with a panel for each name, at most three in a line; `one_x`: one x axis for all.
 
     Raises:
         ImportError: where matplotlib is missing.
@@ -63,7 +47,7 @@ def panels(names: Sequence[str], one_x: bool = True) -> tuple[Figure, list[tuple
 
     columns = min(_COLUMNS, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(_WIDTH, 0.9 + _HEIGHT * lines), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.9 + _HEIGHT * lines), dpi=DPI, layout="constrained")
     grid = figure.subplots(lines, columns, sharex=one_x, sharey=True, squeeze=False).flatten()
     for axes in grid[len(names) :]:
         axes.set_visible(False)
@@ -91,30 +75,29 @@ def log_scale(axes: Axes, *which: str) -> None:
 def finished(figure: Figure, rows: Sequence[Mapping], title: str, x: str, y: str, handles: Sequence | None = None) -> bytes:
     """Write title, axis labels, legend and origin, and return the PNG."""
     drawn = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels())}
-    handles, names = (list(drawn.values()), list(drawn)) if handles is None else (handles, [one.get_label() for one in handles])
+    if handles is not None:
+        drawn = {handle.get_label(): handle for handle in handles}
     origins = dict.fromkeys(f"{origin_text(row)}; {row['size']}" for row in rows)
     lines = [x, "", *(f"Measured on {origin}" for origin in origins)]
     figure.supxlabel("\n".join(textwrap.fill(line, int(13 * _WIDTH)) for line in lines), fontsize=_WORDS)
     figure.supylabel(y, fontsize=_WORDS)
-    _head(figure, title, handles, names)
-    held = BytesIO()
-    figure.savefig(held, format="png", facecolor="white", metadata={"Software": None})
-    return held.getvalue()
+    _head(figure, title, list(drawn.values()), list(drawn))
+    return png(figure)
 
 
 def _head(figure: Figure, title: str, handles: Sequence, names: Sequence[str]) -> None:
-    """Put title and legend above the panels, the legend in as many columns as fit, and make the figure as much higher."""
+    """Put title and legend above the panels, in as many columns as fit, and make the figure higher."""
     for columns in (4, 3, 2, 1):
         legend = figure.legend(
             handles, names, loc="upper left", ncols=columns, fontsize=_WORDS, frameon=False, borderaxespad=0, borderpad=0
         )
         box = legend.get_window_extent()
-        if box.width < 0.98 * _DPI * _WIDTH or columns == 1:
+        if box.width < 0.98 * DPI * _WIDTH or columns == 1:
             break
         legend.remove()
-    above = _TITLE + box.height / _DPI + 2 * _GAP
+    above = _TITLE + box.height / DPI + 2 * _GAP
     height = figure.get_figheight() + above
     figure.set_figheight(height)
     figure.suptitle(title, x=0.01, y=1 - _GAP / height, ha="left", va="top", fontweight="bold", fontsize=12)
     legend.set_bbox_to_anchor((0.01, 1 - (_TITLE + _GAP) / height), transform=figure.transFigure)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - above / height))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - above / height))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from ..flux.calls import Call
+from ..report.plot_style import FAINT, INK
+from ..report.sizes import unit_of
 from .ceilings import Ceilings
 from .linears import least_bytes
-from .plot_style import FAINT, INK, finished, label, log_scale, look, panels, providers
+from .names import KINDS, TORCH, label
+from .plot_style import finished, log_scale, look, panels, providers
+from .totals import Total
 
 _SPREAD = 1.6  # how far apart the sides of one M are drawn, as a factor
-_DOT = dict(linestyle="", markersize=5, alpha=0.75)
+_DOT: dict[str, Any] = dict(linestyle="", markersize=5, alpha=0.75)
 _FORMAT_MARKS = "osD^vP*X<>hpd8"
-_KINDS = {
-    "step": "one step of FLUX.1-dev",
-    "embedded step": "one step of the tiny embedded model",
-    "denoising": "pictures of the tiny embedded model",
-    "denoising, model offload": "the same, with model offload",
-}
-_BYTES = dict(peak_bytes="full", weight_bytes="none")
+_BYTES: dict[str, Literal["full", "none"]] = dict(peak_bytes="full", weight_bytes="none")  # how a mark is filled
+_FILLS = dict(peak_bytes="filled marks: most in use at once", weight_bytes="hollow marks: the weights alone")
 _TFLOPS = "TFLOP/s: million million operations a second"
 _ROWS = "rows M of the layer's input: image and text tokens (M = 1: one vector for the whole picture)"
 
@@ -32,9 +32,9 @@ def throughput(rows: Sequence[Mapping]) -> bytes:
     figure, drawn = panels(_formats(measured))
     for axes, name in drawn:
         for provider in providers(measured):
-            found = _by_rows(_of(measured, name, provider))
-            if found:
-                m, low, middle, high = zip(*found)
+            points = _by_rows(_of(measured, name, provider))
+            if points:
+                m, low, middle, high = zip(*points)
                 bars = [[b - a for a, b in zip(low, middle)], [b - a for a, b in zip(middle, high)]]
                 axes.errorbar(m, middle, bars, **look(provider, measured), markersize=5, linewidth=1.2, label=label(provider))
         log_scale(axes, "x", "y")
@@ -42,7 +42,7 @@ def throughput(rows: Sequence[Mapping]) -> bytes:
 
 
 def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
-    """Return a PNG: what bounds each call, memory or arithmetic, with both limits as measured in the same run.
+    """Return a PNG: what bounds each call, memory or arithmetic, with both limits as measured.
 
     Libraries with weights of their own are left out: how many bytes they move is not known here.
     """
@@ -51,7 +51,8 @@ def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
     measured = [row for row, _ in points]
     figure, drawn = panels(_formats(measured))
     left, right = min(x for _, x in points) / 2, max(x for _, x in points) * 2
-    knee = 1e3 * ceilings.matmul_tflops / ceilings.copy_gb_s  # where both limits meet, in FLOP/byte
+    # Where both limits meet, in FLOP/byte.
+    knee = 1e3 * ceilings.matmul_tflops / ceilings.copy_gb_s
     slope = [x for x in (left, min(max(knee, left), right))]
     for axes, name in drawn:
         memory = f"limit of memory: a copy, {ceilings.copy_gb_s:.3g} GB/s"
@@ -69,17 +70,18 @@ def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
 
 
 def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
-    """Return a PNG: speed of every call beside torch's in the same run, over the rows M of its input."""
+    """Return a PNG: speed of every call with torch's in the same run as 1, over the rows M of its input."""
     measured = [row for row in rows if row["p50_ms"]]
-    base = {_call(row): float(row["p50_ms"]) for row in measured if row["provider"] == "torch"}
-    measured = [row for row in measured if _call(row) in base]
+    base = {_key(row): float(row["p50_ms"]) for row in measured if row["provider"] == TORCH}
+    measured = [row for row in measured if _key(row) in base]
     figure, drawn = panels(_formats(measured))
-    sides = [name for name in providers(measured) if name != "torch"]
+    sides = [name for name in providers(measured) if name != TORCH]
     for axes, name in drawn:
-        axes.axhline(1, color=INK, linewidth=1.2, label=label("torch"))
+        axes.axhline(1, color=INK, linewidth=1.2, label=label(TORCH))
         for index, provider in enumerate(sides):
-            shift = _SPREAD ** (index / max(1, len(sides) - 1) - 0.5)  # at one M the sides would hide each other
-            mine = [(int(row["m"]) * shift, base[_call(row)] / float(row["p50_ms"])) for row in _of(measured, name, provider)]
+            # At one M the sides would hide each other.
+            shift = _SPREAD ** (index / max(1, len(sides) - 1) - 0.5)
+            mine = [(int(row["m"]) * shift, base[_key(row)] / float(row["p50_ms"])) for row in _of(measured, name, provider)]
             if mine:
                 axes.plot(*zip(*mine), **look(provider, measured), **_DOT, label=label(provider))
         log_scale(axes, "x", "y")
@@ -90,37 +92,36 @@ def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
 
 
 def memory_against_time(rows: Sequence[Mapping]) -> bytes:
-    """Return a PNG: weights and peak memory of one whole step against its time, a panel for each kind of run."""
+    """Return a PNG: weights and peak memory of whole runs against their time, a panel for each kind."""
     from matplotlib.lines import Line2D
 
     measured = [row for row in rows if row["p50_ms"] and (row["weight_bytes"] or row["peak_bytes"])]
     figure, drawn = panels(list(dict.fromkeys(row["what"] for row in measured)), one_x=False)
     largest = max(float(row[key] or 0) for row in measured for key in _BYTES)
-    gigabytes, seconds = largest >= 1e9, max(float(row["p50_ms"]) for row in measured) >= 1e3
+    (unit, unit_name), seconds = unit_of(largest), max(float(row["p50_ms"]) for row in measured) >= 1e3
     marks = {name: _FORMAT_MARKS[index % len(_FORMAT_MARKS)] for index, name in enumerate(_formats(measured))}
     for axes, what in drawn:
         for row in (row for row in measured if row["what"] == what):
             time = float(row["p50_ms"]) / (1e3 if seconds else 1)
             color = look(row["provider"], measured)["color"]
-            sizes = {key: float(row[key]) / (1e9 if gigabytes else 1e6) for key in _BYTES if row[key]}
+            sizes = {key: float(row[key]) / unit for key in _BYTES if row[key]}
             axes.plot([time] * len(sizes), list(sizes.values()), color=color, linewidth=0.8, alpha=0.5)
             for key, size in sizes.items():
                 axes.plot(time, size, marks[row["format"]], color=color, markersize=7, fillstyle=_BYTES[key])
-        axes.set_ylim(0, 1.08 * largest / (1e9 if gigabytes else 1e6))
-        axes.set_title(_KINDS.get(what, what), fontsize=11)
+        axes.set_ylim(0, 1.08 * largest / unit)
+        axes.set_title(KINDS[what].title, fontsize=11)
         log_scale(axes, "x")
     sides = [
         Line2D([], [], color=look(name, measured)["color"], linewidth=4, label=label(name)) for name in providers(measured)
     ]
     types = [Line2D([], [], color=FAINT, marker=mark, linestyle="", label=name) for name, mark in marks.items()]
-    said = [("full", "filled marks: most in use at once"), ("none", "hollow marks: the weights alone")]
-    fills = [Line2D([], [], color=FAINT, marker="o", linestyle="", fillstyle=fill, label=text) for fill, text in said]
+    fills = [Line2D([], [], color=FAINT, marker="o", linestyle="", fillstyle=_BYTES[key], label=_FILLS[key]) for key in _BYTES]
     return finished(
         figure,
         measured,
         "Memory and time of whole runs: lower left is best",
         f"time in {'seconds' if seconds else 'milliseconds'}, log scale",
-        f"memory in {'GB' if gigabytes else 'MB'}",
+        f"memory in {unit_name}",
         [*sides, *types, *fills],
     )
 
@@ -133,28 +134,29 @@ def _of(rows: Sequence[Mapping], name: str, provider: str) -> list[Mapping]:
     return [row for row in rows if (row["format"], row["provider"]) == (name, provider)]
 
 
-def _call(row: Mapping) -> tuple:
+def _key(row: Mapping) -> tuple:
     return row["format"], row["size"], row["where"]
 
 
-def _flops(row: Mapping) -> int:
-    return 2 * int(row["m"]) * int(row["n"]) * int(row["k"])
+def _call(row: Mapping) -> Call:
+    return Call(int(row["m"]), int(row["n"]), int(row["k"]), int(row["calls"]), row["where"])
 
 
 def _flops_a_byte(row: Mapping) -> float | None:
     import torch
 
-    call = Call(int(row["m"]), int(row["n"]), int(row["k"]), int(row["calls"]), row["where"])
+    call = _call(row)
     moved = least_bytes(row["format"], row["provider"], call, getattr(torch, row["dtype"]).itemsize)
     return None if moved is None else call.flops / moved
 
 
 def _by_rows(rows: Sequence[Mapping]) -> list[tuple[int, float, float, float]]:
     """Return M and TFLOP/s (low, median, high) of its calls together, each as often as a step has it."""
-    found = []
+    points = []
     for m in sorted({int(row["m"]) for row in rows}):
         mine = [row for row in rows if int(row["m"]) == m]
-        flops = sum(_flops(row) * int(row["calls"]) for row in mine)
-        times = [sum(float(row[name]) * int(row["calls"]) for row in mine) for name in ("p80_ms", "p50_ms", "p20_ms")]
-        found.append((m, *(flops / time / 1e9 for time in times)))
-    return found
+        flops = sum(_call(row).flops * int(row["calls"]) for row in mine)
+        total = Total.of(*mine)
+        low, middle, high = (flops / time / 1e9 for time in (total.p80, total.p50, total.p20))
+        points.append((m, low, middle, high))
+    return points

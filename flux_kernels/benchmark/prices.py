@@ -1,4 +1,4 @@
-"""The table of `bench`'s page that puts what each type and mode costs in accuracy beside its speed."""
+"""Write the table of `bench`'s page that shows a type's and mode's speed with its price in accuracy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..report.html_page import table
-from .plot_style import label
+from .names import EMBEDDED_STEP, OURS, STEP, TORCH, label
 from .record import origin_text
 from .session import Found
 from .totals import MARKS, TWINS, Total, by_step, marked, totals
 
-_OURS = "ours "
 _HEADS = ("type", "step", "side", "speed, torch = 1", "RMS error", "largest error", "error of a step", "PSNR dB", "SSIM")
 _NUMBERS = _HEADS[3:]
 _SCALED = " \u201cM and N / ...\u201d: rows and outputs of each call divided by that, for machines without a GPU."
@@ -22,57 +21,61 @@ _ERRORS = (
 )
 
 
-def prices(found: Found, pictures: Sequence[Mapping]) -> str:
+def prices(run: Found, pictures: Sequence[Mapping]) -> str:
     """Return the table as HTML, "" where no type was timed in every call.
 
     Args:
         found: what was measured.
         pictures: rows of `page.fidelity_rows`.
     """
-    whole = [row for one in dict.fromkeys(row["size"] for row in found.linears) for row in found.whole(one)]
-    lines = [line for (size, name), rows in by_step(whole).items() for line in _lines(size, name, rows, found, pictures)]
+    whole = [row for size in dict.fromkeys(row["size"] for row in run.linears) for row in run.whole(size)]
+    lines: list[tuple[str, ...]] = [
+        line for (size, name), rows in by_step(whole).items() for line in _lines(size, name, rows, run, pictures)
+    ]
     if not lines:
         return ""
-    heads, sizes = _HEADS, list(dict.fromkeys(size for _, size, *_ in lines))
-    text = html.escape(_words(sizes, [line[3] for line in lines], found, pictures))
-    if len(sizes) == 1:  # which the words say already
+    heads: tuple[str, ...] = _HEADS
+    sizes = list(dict.fromkeys(size for _, size, *_ in lines))
+    text = html.escape(_words(sizes, [line[3] for line in lines], run, pictures))
+    # The words say it already.
+    if len(sizes) == 1:
         heads, lines = (heads[0], *heads[2:]), [(name, *rest) for name, _, *rest in lines]
     return f"<h2>Speed and its price</h2><p>{text}</p>{table(heads, lines, _NUMBERS)}"
 
 
-def _lines(size: str, name: str, rows: Sequence[Mapping], found: Found, pictures: Sequence[Mapping]) -> list[tuple]:
+def _lines(size: str, name: str, rows: Sequence[Mapping], run: Found, pictures: Sequence[Mapping]) -> list[tuple]:
     """Return a line for each side of one type."""
-    seen = {_OURS + row["compute"]: row for row in pictures if row["format"] == name}
-    runs = [row for row in found.steps if row["format"] == name]
-    steps = {row["provider"]: row for row in runs if row["what"] == "embedded step"}
-    steps |= {row["provider"]: row for row in runs if (row["what"], row["size"]) == ("step", size)}
-    sums, made = totals(rows), []
+    seen = {OURS + row["compute"]: row for row in pictures if row["format"] == name}
+    runs = [row for row in run.steps if row["format"] == name]
+    steps = {row["provider"]: row for row in runs if row["what"] == EMBEDDED_STEP}
+    steps |= {row["provider"]: row for row in runs if (row["what"], row["size"]) == (STEP, size)}
+    sums, lines = totals(rows), []
     for side in dict.fromkeys(row["provider"] for row in rows):
-        mine = [row for row in rows if row["provider"] == side]
-        errors = (_largest(mine, "error"), _largest(mine, "max_error"), steps.get(side, {}).get("error", ""))
-        shown = seen.get(side, {})
-        made.append(
-            (name, size, label(side), _speed(sums, side, mine), *errors, shown.get("psnr_db", ""), shown.get("ssim", ""))
+        side_rows = [row for row in rows if row["provider"] == side]
+        errors = (_largest(side_rows, "error"), _largest(side_rows, "max_error"), steps.get(side, {}).get("error", ""))
+        scores = seen.get(side, {})
+        lines.append(
+            (name, size, label(side), _speed(sums, side, side_rows), *errors, scores.get("psnr_db", ""), scores.get("ssim", ""))
         )
-    return made
+    return lines
 
 
-def _words(sizes: Sequence[str], speeds: Sequence[str], found: Found, pictures: Sequence[Mapping]) -> str:
-    marks = "".join(f" {sign}: {words}." for sign, words in MARKS.items() if any(one.startswith(sign) for one in speeds))
+def _words(sizes: Sequence[str], speeds: Sequence[str], run: Found, pictures: Sequence[Mapping]) -> str:
+    marks = "".join(f" {sign}: {words}." for sign, words in MARKS.items() if any(speed.startswith(sign) for speed in speeds))
     scaled = _SCALED if any(" / " in size for size in sizes) else ""
-    made = ""
+    pictures_text = ""
     if pictures:
-        made = (
+        pictures_text = (
             f" PSNR and SSIM are of the tiny embedded model's pictures against its own in 16 bit ({pictures[0]['seeds']} a cell, "
             f"{origin_text(pictures[0])}), not of FLUX.1 and not of this run."
         )
-    twins = "" if found.origin["capability"] else f" {TWINS}"
-    return f"Speed is that of all linear calls of one step together ({'; '.join(sizes)}).{scaled}{marks}{_ERRORS}{made}{twins}"
+    twins = "" if run.origin["capability"] else f" {TWINS}"
+    return f"Speed is that of all linear calls of one step together ({'; '.join(sizes)}).{scaled}{marks}{_ERRORS}{pictures_text}{twins}"
 
 
 def _speed(sums: Mapping[str, Total], side: str, rows: Sequence[Mapping]) -> str:
-    if {side, "torch"} <= sums.keys():
-        return marked(sums[side], sums["torch"])
+    if {side, TORCH} <= sums.keys():
+        return marked(sums[side], sums[TORCH])
     return next((row["note"] for row in rows if row["note"] and not row["p50_ms"]), "not measured")
 
 

@@ -1,23 +1,28 @@
-"""What is compared: each provider makes, for one weight, a function x -> y. A provider that cannot run says why."""
+"""Compare providers: each makes, for one weight, a function x -> y, or says why it cannot run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..compute import COMPUTE_MODES, DATACENTER, WEIGHT_ONLY_M, mode_of_call
+from ..errors import BackendUnavailable
 from ..formats import Packed
 from ..install_hints import install_command
+from ..layers.linear import GGUFLinear
+from ..machine.tune_compile import said
 from ..torch_backend import reference
+from .names import EXACT, OURS, TORCH, mode_of
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Hold what every provider computes with: a weight (as stored for Triton or in file order), bias, activation dtype."""
+    """Hold what every provider computes with: a weight (for Triton or in file order), bias, dtype of x."""
 
     weight: Packed
     bias: Tensor
@@ -28,8 +33,19 @@ class Unavailable(RuntimeError):
     """Say why a provider cannot run here."""
 
 
+# What is no failure of a provider: it cannot run here, or not in this memory.
+CANNOT_RUN = (Unavailable, BackendUnavailable, torch.OutOfMemoryError)
+
+
+def why(error: Exception) -> str:
+    """Return the note of a provider that could not run, or raised."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return str(error) if isinstance(error, CANNOT_RUN) else said(error)
+
+
 def not_installed(module: str, package: str = "") -> Unavailable:
-    """Return what to raise where a module is missing: which, and the command that gets its package, or all the bench needs."""
+    """Return the error of a missing module, with the command that gets its package, or all of the bench."""
     command = f"pip install '{package}'" if package else install_command("bench")
     return Unavailable(f"not installed: {module}. Run: {command}")
 
@@ -72,7 +88,7 @@ def provider(name: str, group: str, gate: float = GATE_EXACT, **more):
     return register
 
 
-@provider("torch", "base")
+@provider(TORCH, "base")
 def _plain(problem: Problem):
     """The unquantized model: torch's linear on the decoded weight (the baseline)."""
     weight = _decoded(problem)
@@ -82,7 +98,7 @@ def _plain(problem: Problem):
 
 @provider("dequantize", "base")
 def _dequantize_then_linear(problem: Problem):
-    """Decode in torch in one piece, then multiply, on every call: the way of GGUF layers that are storage only."""
+    """Decode in torch in one piece, then multiply, on every call: how GGUF layers that only store do it."""
 
     def call(x: Tensor) -> Tensor:
         weight = reference.decode_rows(problem.weight).to(problem.dtype)
@@ -99,17 +115,18 @@ def _diffusers(problem: Problem):
     """diffusers' own GGUFLinear, eager."""
     try:
         import gguf
-        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_functions
+        from diffusers.quantizers.gguf import utils as theirs
     except ImportError as error:
         raise not_installed(error.name or "diffusers") from error
     packed = problem.weight
-    kind = packed.fmt.ggml_type  # the gguf package may not know a type as young as this library's youngest
-    if kind not in {int(known) for known in dequantize_functions}:
+    # The gguf package may not know a type as young as this library's youngest.
+    ggml_type = packed.fmt.ggml_type
+    if ggml_type not in {int(known) for known in theirs.dequantize_functions}:
         raise Unavailable(f"diffusers does not support {packed.fmt.name}")
     data = packed.in_file_order().data
     k = packed.k
-    layer = GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
-    layer.weight = GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(kind))
+    layer = theirs.GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
+    layer.weight = theirs.GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(ggml_type))
     layer.bias = torch.nn.Parameter(problem.bias.to(problem.dtype), requires_grad=False)
     return layer
 
@@ -121,29 +138,28 @@ _COMPILED = "https://huggingface.co/docs/diffusers/optimization/fp16#torchcompil
 def _diffusers_compiled(problem: Problem):
     """The same under torch.compile."""
     layer = _diffusers(problem)
-    torch.compiler.reset()  # every shape is a first shape, or the second one would be compiled for changing sizes
+    # Every shape is a first shape, or the second one would be compiled for changing sizes.
+    torch.compiler.reset()
     return torch.compile(layer, fullgraph=True)
 
 
-def _ours(compute: str):
-    def make(problem: Problem):
-        from ..layers.linear import GGUFLinear
-
-        data, fmt, planes, _ = problem.weight
-        names = dict(backend="torch" if data.device.type == "cpu" else "triton", compute=compute, planes=planes)
-        return GGUFLinear.from_packed(data, fmt, problem.bias, **names)  # which keeps what a layer keeps
-
-    return make
+def own_layer(problem: Problem, compute: str) -> GGUFLinear:
+    """Make this library's layer for a weight, which keeps what a layer keeps."""
+    data, fmt, planes, _ = problem.weight
+    backend = "torch" if data.device.type == "cpu" else "triton"
+    return GGUFLinear.from_packed(
+        data, fmt, problem.bias, planes=planes, backend=backend, compute=compute, compute_dtype=problem.dtype
+    )
 
 
-for _compute in ("exact", "fp16_accumulate", "int8"):
-    provider(f"ours {_compute}", "ours", GATE_INT8 if _compute == "int8" else GATE_EXACT)(_ours(_compute))
+for _compute in COMPUTE_MODES:
+    provider(OURS + _compute, "ours", GATE_INT8 if _compute == "int8" else GATE_EXACT)(partial(own_layer, compute=_compute))
 
 
 def same_call(provider: str, m: int) -> str:
     """Return the side whose code `provider` runs with `m` rows."""
-    compute = provider.removeprefix("ours ")
-    return f"ours {mode_of_call(compute, m)}" if compute in COMPUTE_MODES else provider
+    compute = mode_of(provider)
+    return f"{OURS}{mode_of_call(compute, m)}" if compute in COMPUTE_MODES else provider
 
 
 def _algorithm(name: str):
@@ -156,7 +172,7 @@ def _algorithm(name: str):
 
         def call(x: Tensor) -> Tensor:
             y = torch.empty(x.shape[0], problem.weight.n, dtype=x.dtype, device=x.device)
-            tile = tile_of(name, problem.weight.fmt, *y.shape, x.shape[1], capability_of(x.device))
+            tile = tile_of(name, problem.weight.fmt, y.shape[0], y.shape[1], x.shape[1], capability_of(x.device))
             with device_of(x):
                 choice = Choice(name, tile, "named")
                 exact.linear(x, problem.weight, problem.bias, y, choice=choice)
@@ -172,7 +188,7 @@ for _name in ("fused", "two_stage", "small_m"):
 
 
 # The order of a default comparison, what tells most first: a run may be cut short.
-_FIRST = ("torch", "ours exact", "ours int8", "ours fp16_accumulate")
+_FIRST = (TORCH, EXACT, "ours int8", "ours fp16_accumulate")
 # Rows up to which fused or two-stage is to be measured on a data-center card, whose default switches below.
 _OPEN_QUESTION = 1024
 
@@ -182,7 +198,7 @@ def default_providers(m: int, dtype: torch.dtype, capability: tuple[int, int] | 
 
     Neither peers nor what compiles for minutes; of our single algorithms only those that could be chosen for such a call.
     """
-    names = [name for name, one in PROVIDERS.items() if one.group != "peer" and "compiled" not in name]
+    names = [name for name, side in PROVIDERS.items() if side.group != "peer" and "compiled" not in name]
     names = [name for name in names if not pointless(name, m, dtype, capability)]
     return sorted(names, key=lambda name: (PROVIDERS[name].group == "kernels", name not in _FIRST, names.index(name)))
 

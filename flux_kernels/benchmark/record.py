@@ -1,4 +1,4 @@
-"""Recorded results: what a number needs beside it (device, driver, versions, commit, date), and tidy CSV files."""
+"""Record results: tidy CSV files whose rows have device, driver, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..files import written_whole
 from ..torch_backend import libggml
 
 CHECKOUT = Path(__file__).parents[2]
+ORIGIN = ("device", "capability", "driver", "torch", "triton", "libggml", "commit", "date")  # columns of every row
 _NONE = "none"
 
 
@@ -38,22 +39,22 @@ def origin(device: torch.device) -> dict[str, str]:
 
 
 def origin_text(row: Mapping[str, object]) -> str:
-    """Write where a row comes from as one line: device, versions, commit and date, of the origin columns that are filled."""
+    """Write a row's origin as one line: device, versions, commit and date, as far as columns are filled."""
     named = ("driver", "torch", "triton", "libggml", "commit")
-    said = [str(row[key]) if key not in named else f"{key} {row[key]}" for key in ("device", *named, "date") if row.get(key)]
-    return ", ".join(said).replace(f"libggml {_NONE}", "no libggml")
+    parts = [str(row[key]) if key not in named else f"{key} {row[key]}" for key in ("device", *named, "date") if row.get(key)]
+    return ", ".join(parts).replace(f"libggml {_NONE}", "no libggml")
 
 
 def commit() -> str:
-    """Return $FLUX_KERNELS_COMMIT where it is set, else the checkout's commit, with "+" where files differ from it.
+    """Return $FLUX_KERNELS_COMMIT, else the checkout's commit, with "+" where files differ from it.
 
     Where this is an installed package, or git is missing, it is the version.
     """
-    told = os.environ.get("FLUX_KERNELS_COMMIT")
-    if told or not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
+    named = os.environ.get("FLUX_KERNELS_COMMIT")
+    if named or not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
         from ..version import own_version
 
-        return told or f"version {own_version()}"
+        return named or f"version {own_version()}"
     changed = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--untracked-files=no", "--", "flux_kernels")
     return _output("git", "-C", str(CHECKOUT), "rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
@@ -65,7 +66,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """Write rows of equal keys to a CSV file, beside it first and then renamed."""
+    """Write rows of equal keys to a CSV file, which appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")

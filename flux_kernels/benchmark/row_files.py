@@ -1,4 +1,4 @@
-"""Rows for others to read: CSV files beside their places while a run goes on, under their names when it is complete."""
+"""Write rows for others to read: CSV files that get their names when a run is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .record import append_csv
 
 
 class RowFiles:
-    """Write rows of linear calls to a file, those of whole steps to another beside it, as they come.
+    """Write rows of linear calls to a file, those of whole steps to `<stem>-step.csv`, as they come.
 
     Both end in ".part" until the run is complete. A run that stops before leaves them, and says so; the next one begins them anew.
 
@@ -50,13 +50,13 @@ class RowFiles:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        made = [path for path in self.files.values() if _part(path).exists()]
+        written = [path for path in self.files.values() if _part(path).exists()]
         if error is None:
-            for path in made:
+            for path in written:
                 os.replace(_part(path), path)
-            self.made = made
-        elif made:
-            self.tell(f"Not complete. What was measured is in {' and '.join(str(_part(path)) for path in made)}.")
+            self.made = written
+        elif written:
+            self.tell(f"Not complete. What was measured is in {' and '.join(str(_part(path)) for path in written)}.")
 
 
 def _part(path: Path) -> Path:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import FormatError
+from ..flux.calls import STEPS, Call, step_calls
 from ..generation.base_pipeline import one_thread
 from .ceilings import Ceilings, measure_ceilings
 from .linears import measure
 from .record import origin
-from .shapes import STEPS, Call, reduced, size_name, step_calls
+from .shapes import reduced, size_name
 from .whole_step import measure_steps, row_key
 
 MAIN_SIZE = "1024x1024"
@@ -38,7 +39,7 @@ class Plan:
         repeats: runs of each side, in turn.
         minutes: no piece of work is begun after this time; None: no limit.
         steps: whether whole runs are measured too: a step of each type, and pictures.
-        denoise: for how many of the types the embedded model's pipeline is run too, which takes long beside its purpose.
+        denoise: for how many of the types the embedded model's pipeline is run too, which takes long for what it tells.
     """
 
     formats: Sequence[str]
@@ -55,7 +56,7 @@ class Plan:
         return [(size, name, call) for size in self.sizes for name in self.formats for call in step_calls(**STEPS[size])]
 
     def whole_runs(self, device: torch.device) -> list[tuple[str, str, bool]]:
-        """List size and type of every whole run, and whether it is of pictures; a CPU has one size, the embedded model's."""
+        """List size, type and whether it is of pictures for every whole run; a CPU has one size."""
         if not self.steps:
             return []
         sizes = self.sizes if device.type != "cpu" else self.sizes[:1]
@@ -63,7 +64,7 @@ class Plan:
         return steps + [(self.sizes[0], name, True) for name in self.formats[: self.denoise]]
 
     def work(self, device: torch.device) -> int:
-        """Count the pieces of work that `Tell` is told of."""
+        """Count the pieces of work that `Tell` reports."""
         return len(self.calls()) + len(self.whole_runs(device))
 
 
@@ -89,26 +90,26 @@ class Found:
 
     def left_out(self) -> list[str]:
         """Say in words what was not measured, and why."""
-        said = []
+        lines = []
         if self.calls_late:
-            said.append(
+            lines.append(
                 f"Time ran out: {self.calls_late} of {self.calls} shapes were not begun in {self.minutes:g} minutes. Types they "
                 "belong to are not summed. A larger --minutes measures them."
             )
-        return said + ([f"Not run: {'; '.join(self.not_run)}."] if self.not_run else [])
+        return lines + ([f"Not run: {'; '.join(self.not_run)}."] if self.not_run else [])
 
     def whole(self, size: str) -> list[dict]:
         """Return the rows of a size, only of types whose every call was begun: others cannot be summed."""
-        mine = [row for row in self.linears if row["size"] == size]
+        rows = [row for row in self.linears if row["size"] == size]
         calls: dict[str, set[str]] = {}
-        for row in mine:
+        for row in rows:
             calls.setdefault(row["format"], set()).add(row["where"])
         expected = len(step_calls())
-        return [row for row in mine if len(calls[row["format"]]) == expected]
+        return [row for row in rows if len(calls[row["format"]]) == expected]
 
 
 def measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell, on_row: OnRow) -> Found:
-    """Measure the linear calls, then the whole steps; every row is given to `on_row` as soon as it is there.
+    """Measure the linear calls, then the whole steps; give every row to `on_row` as soon as it is there.
 
     A CPU works on one thread: the shapes are small there, and on a busy machine several would wait for each other most of the time.
     """
@@ -119,44 +120,45 @@ def measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell
 def _measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tell, on_row: OnRow) -> Found:
     started, limit = time.monotonic(), float("inf") if plan.minutes is None else 60 * plan.minutes
     tell("ceilings", 0)
-    found = Found(origin(device), measure_ceilings(device, dtype), calls=len(plan.calls()), minutes=plan.minutes)
-    for kind, row in _linears(plan, found, device, dtype, tell, started + limit * (_LINEAR_SHARE if plan.steps else 1)):
+    run = Found(origin(device), measure_ceilings(device, dtype), calls=len(plan.calls()), minutes=plan.minutes)
+    for kind, row in _linears(plan, run, device, dtype, tell, started + limit * (_LINEAR_SHARE if plan.steps else 1)):
         on_row(kind, row)
-    for kind, row in _steps(plan, found, device, tell, started + limit):
+    for kind, row in _steps(plan, run, device, tell, started + limit):
         on_row(kind, row)
-    return found
+    return run
 
 
-def _linears(plan, found: Found, device, dtype, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
+def _linears(plan, run: Found, device, dtype, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
     for size, name, call in plan.calls():
         if time.monotonic() > end:
-            found.calls_late += 1
+            run.calls_late += 1
             continue
         tell(f"{name} {call.where}", 0)
         named = size_name(size, plan.scale)
         for row in measure(
-            name, reduced(call, plan.scale), list(plan.providers), device, dtype, plan.repeats, found.ceilings, named
+            name, reduced(call, plan.scale), list(plan.providers), device, dtype, plan.repeats, run.ceilings, named
         ):
-            found.linears.append(row | found.origin)
-            yield "linear", found.linears[-1]
+            run.linears.append(row | run.origin)
+            yield "linear", run.linears[-1]
         tell(f"{name} {call.where}", 1)
 
 
-def _steps(plan, found: Found, device, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
-    longest = {False: 0.0, True: _PICTURE_SECONDS}  # seconds, of steps and of pictures
+def _steps(plan, run: Found, device, tell: Tell, end: float) -> Iterator[tuple[str, dict]]:
+    # Seconds, of steps and of pictures.
+    longest = {False: 0.0, True: _PICTURE_SECONDS}
     for size, name, pictures in plan.whole_runs(device):
         begun, words = time.monotonic(), f"{'denoising' if pictures else 'whole step'}, {name}, {size}"
         # Much work in one piece: it is begun only where one as long as the longest before would be done in time.
         if begun + longest[pictures] > end:
-            found.not_run.append(f"{words} (no time was left)")
+            run.not_run.append(f"{words} (no time was left)")
             continue
-        done = {row_key(row) for row in found.steps} if pictures else ()
+        done = {row_key(row) for row in run.steps} if pictures else ()
         options = dict(size=size, repeats=plan.repeats, denoising=pictures, done=done, progress=lambda text: tell(text, 0))
         try:
             for row in measure_steps([name], device, **options):
-                found.steps.append(row)
+                run.steps.append(row)
                 yield "step", row
         except FormatError as error:  # such as a type that nothing here quantizes: the other rows stay
-            found.not_run.append(f"{words} ({error})")
+            run.not_run.append(f"{words} ({error})")
         longest[pictures] = max(longest[pictures], time.monotonic() - begun)
         tell(f"whole step, {name}", 1)

@@ -1,34 +1,10 @@
-"""Every linear call of a whole FLUX.1-dev step as data: those inside the blocks, and the ten around them.
-
-At 1024 x 1024 with 512 text tokens they are 504 calls and 59.51 TFLOP.
-"""
+"""Hold the input widths around FLUX.1-dev's blocks; name a step's size, and reduce its calls."""
 
 from __future__ import annotations
 
-from ..flux.calls import MLP, STEPS, TEXT, WIDTH, Call, image_tokens, step_calls
-
-__all__ = ["MLP", "STEPS", "Call", "around_calls", "reduced", "size_name", "step_calls", "whole_step"]
+from ..flux.calls import Call
 
 LATENT, TEXT_WIDTH, POOLED, SINUSOID = 64, 4096, 768, 256  # packed latent, T5, CLIP, timestep embedding: input widths
-
-
-def around_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
-    """List the calls outside the blocks, which published files keep in 16 bit: embedders and final layer."""
-    image = batch * image_tokens(width, height)
-    return [
-        Call(image, WIDTH, LATENT, 1, "x_embedder"),
-        Call(batch * TEXT, WIDTH, TEXT_WIDTH, 1, "context_embedder"),
-        Call(batch, WIDTH, SINUSOID, 2, "timestep and guidance in"),
-        Call(batch, WIDTH, POOLED, 1, "pooled text in"),
-        Call(batch, WIDTH, WIDTH, 3, "timestep, guidance, text out"),
-        Call(batch, 2 * WIDTH, WIDTH, 1, "norm_out"),
-        Call(image, LATENT, WIDTH, 1, "proj_out"),
-    ]
-
-
-def whole_step(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
-    """List every linear call of one step, with its count."""
-    return step_calls(height, width, batch) + around_calls(height, width, batch)
 
 
 def size_name(step: str, scale: int = 1) -> str:

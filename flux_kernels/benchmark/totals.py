@@ -1,9 +1,9 @@
-"""Sum the linear calls of one step by provider, from rows, with the spread of their repeats."""
+"""Sum the linear calls of a step by provider, with the spread of their repeats, and compare sums."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 TWINS = "On a CPU fp16_accumulate and int8 are imitated in torch for their rounding, not for speed."
 
@@ -13,11 +13,11 @@ UNKNOWN = f"spread unknown with fewer than {LEAST_REPEATS} repeats"
 _SAME = "no difference seen"
 _SIGNS = {"": "", _SAME: "~", UNKNOWN: "?"}  # of what `doubt` says
 MARKS = {"~": f"{_SAME} (p20 to p80 of both overlap)", "?": UNKNOWN}
-_TIMES = ("p20_ms", "p50_ms", "p80_ms")
 
 
-class Total(NamedTuple):
-    """Hold milliseconds a step: the sums of the 20th, 50th and 80th percentiles of its calls, and how often each ran.
+@dataclass(frozen=True)
+class Total:
+    """Hold milliseconds a step: sums of the 20th, 50th and 80th percentiles of its calls, and repeats.
 
     `repeats` is 0 where rows do not tell, as older ones.
     """
@@ -28,9 +28,12 @@ class Total(NamedTuple):
     repeats: int = 0
 
     @classmethod
-    def of(cls, row: Mapping) -> Total:
-        """Take the times of one row."""
-        return cls(*(float(row[name]) for name in _TIMES), repeats=int(row.get("repeats") or 0))
+    def of(cls, *rows: Mapping) -> Total:
+        """Add the times of rows, each as often as a step has its call."""
+        p20, p50, p80 = (
+            sum(float(row[name]) * int(row.get("calls", 1)) for row in rows) for name in ("p20_ms", "p50_ms", "p80_ms")
+        )
+        return cls(p20, p50, p80, min(int(row.get("repeats") or 0) for row in rows))
 
     @property
     def known(self) -> bool:
@@ -38,13 +41,13 @@ class Total(NamedTuple):
         return self.p20 != self.p80 and not 0 < self.repeats < LEAST_REPEATS
 
     def differs(self, other: Total) -> bool:
-        """Return whether the spreads lie apart: where p20 to p80 overlap, or are not known, nobody can say which is faster."""
+        """Return whether the spreads p20 to p80 are known and lie apart: else nobody can say which is faster."""
         return self.known and other.known and (self.p80 < other.p20 or other.p80 < self.p20)
 
     def speed(self, base: Total) -> Total:
-        """Return how many times as fast as `base` it is: the least (one's slow runs beside the other's fast ones), median, most.
+        """Return how many times as fast as `base` it is: the least (slow runs to fast ones), median, most.
 
-        The speeds of two steps that were timed beside bases of their own differ where these spreads lie apart.
+        The speeds of two steps that were timed with bases of their own differ where these spreads lie apart.
         """
         repeats = min(self.repeats, base.repeats) or max(self.repeats, base.repeats)
         return Total(base.p20 / self.p80, base.p50 / self.p50, base.p80 / self.p20, repeats)
@@ -57,20 +60,26 @@ def doubt(mine: Total, other: Total) -> str:
     return "" if mine.differs(other) else _SAME
 
 
+def speed_text(mine: Total, base: Total, unit: str = "") -> str:
+    """Write a speed with `base` as 1, `unit` after the number, and why that may be no difference."""
+    why = doubt(mine, base)
+    return f"{base.p50 / mine.p50:.2f}{unit}{f' ({why})' if why else ''}"
+
+
 def marked(mine: Total, base: Total) -> str:
-    """Write how many times as fast as `base` it is, short: "~" before it where no difference was seen, "?" where no spread is known."""
+    """Write a speed with `base` as 1, "~" before it where no difference was seen, "?" without a spread."""
     return f"{'' if mine == base else _SIGNS[doubt(mine, base)]}{base.p50 / mine.p50:.2f}"
 
 
 def totals(rows: Sequence[Mapping]) -> dict[str, Total]:
-    """Return the time of a step by provider, of the rows of one format and size; only providers with a time for every call."""
-    found, calls = {}, {_call(row) for row in rows}
+    """Return a step's time by provider with a time for every call; rows are of one format and size."""
+    sums, calls = {}, {_call(row) for row in rows}
     for provider in dict.fromkeys(row["provider"] for row in rows):
         mine = [row for row in rows if row["provider"] == provider]
-        if {_call(row) for row in mine} == calls and all(row["p50_ms"] for row in mine):  # some run at few rows of x only
-            sums = (sum(float(row[name]) * int(row["calls"]) for row in mine) for name in _TIMES)
-            found[provider] = Total(*sums, repeats=min(int(row.get("repeats") or 0) for row in mine))
-    return found
+        # Some sides run at few rows of x only.
+        if {_call(row) for row in mine} == calls and all(row["p50_ms"] for row in mine):
+            sums[provider] = Total.of(*mine)
+    return sums
 
 
 def _call(row: Mapping) -> tuple:
@@ -79,7 +88,7 @@ def _call(row: Mapping) -> tuple:
 
 def by_step(rows: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
     """Group rows by size of the step and format."""
-    found: dict[tuple[str, str], list[Mapping]] = {}
+    groups: dict[tuple[str, str], list[Mapping]] = {}
     for row in rows:
-        found.setdefault((row["size"], row["format"]), []).append(row)
-    return found
+        groups.setdefault((row["size"], row["format"]), []).append(row)
+    return groups

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from .step.verdict import step_verdict
-from .totals import UNKNOWN, Total, doubt, totals
+from ..report.sizes import size_text
+from .names import DIFFUSERS, EMBEDDED_STEP, EXACT, KINDS, OURS, STEP, TORCH, WRONG, mode_of
+from .totals import UNKNOWN, Total, doubt, speed_text, totals
 
-__all__ = ["step_verdict", "verdict"]
-_OURS = "ours "
+_WHOLE, _STORAGE = "the unquantized one", "diffusers' GGUF layers"
+Times = Mapping[str, Total]  # by provider
+Run = tuple[str, str, str]  # kind, size and format
 
 
 def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]:
-    """Return five lines: machine, exact mode, best mode, beside diffusers, price; a sixth names what failed.
+    """Return five lines: machine, exact mode, best mode, diffusers, price; a sixth names what failed.
 
     They are about the linear calls of one step; the second is about a step as a whole where one was measured.
 
@@ -26,9 +28,9 @@ def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]
         nothing = "Nothing was measured, so nothing can be said."
         cut = "No type was timed in every linear call of a step, so nothing is said about them."
         return [nothing if rows else cut, *filter(None, [_step(steps)]), *_failed(rows)]
-    names = list(dict.fromkeys(row["format"] for row in rows))
-    found = {name: totals([row for row in rows if row["format"] == name]) for name in names}
-    return [_machine(rows[0]), _step(steps) or _exact(found), _best(found), _beside(found, rows), _price(rows), *_failed(rows)]
+    names = dict.fromkeys(row["format"] for row in rows)
+    times = {name: totals([row for row in rows if row["format"] == name]) for name in names}
+    return [_machine(rows[0]), _step(steps) or _exact(times), _best(times), _beside(times, rows), _price(rows), *_failed(rows)]
 
 
 def _machine(row: Mapping) -> str:
@@ -37,64 +39,59 @@ def _machine(row: Mapping) -> str:
     return f"This is a CPU ({row['device']}): its ratios say nothing about a graphics card."
 
 
-def _ratios(found: Mapping[str, Mapping[str, Total]], over: str, under: str) -> str:
-    """Write the ratio of two providers' times for every format that has both, and where nothing tells them apart."""
-    said = []
-    for name, times in found.items():
-        if {over, under} <= times.keys():
-            why = doubt(times[over], times[under])
-            said.append(f"{name} {times[over].p50 / times[under].p50:.2f}{f' ({why})' if why else ''}")
-    return ", ".join(said)
+def _speeds(times: Mapping[str, Times], base: str) -> str:
+    """Write exact mode's speed with a provider's as 1 for every format of both, and where it is in doubt."""
+    both = {name: sides for name, sides in times.items() if {base, EXACT} <= sides.keys()}
+    return ", ".join(f"{name} {speed_text(sides[EXACT], sides[base])}" for name, sides in both.items())
 
 
-def _exact(found: Mapping[str, Mapping[str, Total]]) -> str:
-    said = _ratios(found, "torch", _OURS + "exact")
-    return f"Speed of exact mode, with unquantized torch as 1: {said}." if said else "Exact mode: not measured."
+def _exact(times: Mapping[str, Times]) -> str:
+    speeds = _speeds(times, TORCH)
+    return f"Speed of exact mode, with unquantized torch as 1: {speeds}." if speeds else "Exact mode: not measured."
 
 
 def _step(steps: Sequence[Mapping]) -> str:
     """Compare one whole step in exact mode with the unquantized one: time, and bytes of weights."""
-    said, kinds = [], {"step": "One whole step", "embedded step": "One step of the tiny embedded model"}
-    sides = {
-        (row["what"], row["format"], row["provider"]): row
-        for row in steps
-        if row["what"] in kinds and row["p50_ms"] and row["weight_bytes"]
-    }
-    for (what, name, side), mine in sides.items():
-        plain = sides.get((what, name, "torch"))
-        if side != _OURS + "exact" or plain is None:
-            continue
-        own, base = Total.of(mine), Total.of(plain)
-        why = doubt(own, base)
-        time = f"{base.p50 / own.p50:.2f} times the speed{f' ({why})' if why else ''}"
-        than = f" than in {plain['dtype']}" if plain.get("dtype") else ""
-        said.append(f"{name} {time}, {_bytes(int(plain['weight_bytes']) - int(mine['weight_bytes']))} smaller{than}")
-    if not said:
+    sentences = {}
+    for (what, size, name), sides in _by_run(row for row in steps if row["p50_ms"] and row["weight_bytes"]).items():
+        if what in (STEP, EMBEDDED_STEP) and {TORCH, EXACT} <= sides.keys():
+            mine, plain = sides[EXACT], sides[TORCH]
+            speed = speed_text(Total.of(mine), Total.of(plain), " times the speed")
+            sentences[what, size, name] = f"{name} {speed}, {_smaller(mine, plain)}"
+    if not sentences:
         return ""
-    return f"{kinds[next(iter(sides))[0]]} in exact mode beside the unquantized one: {'; '.join(said)}."
+    return (
+        f"{KINDS[next(iter(sentences))[0]].subject} in exact mode beside the unquantized one: {'; '.join(sentences.values())}."
+    )
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if abs(count) >= 1e9 else f"{count / 1e6:.1f} MB"
+def _smaller(mine: Mapping, plain: Mapping) -> str:
+    than = f" than in {plain['dtype']}" if plain.get("dtype") else ""
+    return f"{size_text(int(plain['weight_bytes']) - int(mine['weight_bytes']))} smaller{than}"
 
 
-def _best(found: Mapping[str, Mapping[str, Total]]) -> str:
-    times = {(n, p): v for n, t in found.items() if "torch" in t for p, v in t.items() if p.startswith(_OURS)}
-    if not times:
+def _best(times: Mapping[str, Times]) -> str:
+    ours = {
+        (name, side): total
+        for name, sides in times.items()
+        for side, total in sides.items()
+        if TORCH in sides and side.startswith(OURS)
+    }
+    if not ours:
         return "This library's modes beside torch: not measured."
-    speeds = {key: mine.speed(found[key[0]]["torch"]) for key, mine in times.items()}
+    speeds = {key: total.speed(times[key[0]][TORCH]) for key, total in ours.items()}
     best = max(speeds, key=lambda key: speeds[key].p50)
-    why = doubt(times[best], found[best[0]]["torch"])
-    beside = f"{_named(best)}, {speeds[best].p50:.2f} times the speed of torch{f' ({why})' if why else ''}"
-    if why == UNKNOWN:
-        return f"Shortest time of this library here, which says little: {beside}."
-    ties = [_named(key) for key in times if key != best and not _apart(key, best, times, speeds)]
+    plain = times[best[0]][TORCH]
+    speed = f"{_named(best)}, {speed_text(ours[best], plain, ' times the speed of torch')}"
+    if doubt(ours[best], plain) == UNKNOWN:
+        return f"Shortest time of this library here, which says little: {speed}."
+    ties = [_named(key) for key in ours if key != best and not _apart(key, best, ours, speeds)]
     tied = f"; not told apart from it: {', '.join(ties)}" if ties else ""
-    return f"Fastest of this library here: {beside}{tied}."
+    return f"Fastest of this library here: {speed}{tied}."
 
 
 def _apart(one: tuple[str, str], other: tuple[str, str], times: Mapping, speeds: Mapping) -> bool:
-    """Tell whether two modes differ: within a type by their times, across types by their speeds, each beside its own torch.
+    """Tell whether two modes differ: in one type by their times, across types by their speeds.
 
     Either way, what is not told apart from torch is not told apart from the best mode where that one is slower than torch.
     """
@@ -103,14 +100,14 @@ def _apart(one: tuple[str, str], other: tuple[str, str], times: Mapping, speeds:
 
 
 def _named(key: tuple[str, str]) -> str:
-    return f"{key[0]} in {key[1].removeprefix(_OURS)} mode"
+    return f"{key[0]} in {mode_of(key[1])} mode"
 
 
-def _beside(found: Mapping[str, Mapping[str, Total]], rows: Sequence[Mapping]) -> str:
-    said = _ratios(found, "diffusers", _OURS + "exact")
-    if said:
-        return f"Speed of exact mode, with diffusers' GGUF layers as 1: {said}."
-    why = next((row["note"] for row in rows if row["provider"] == "diffusers" and not row["p50_ms"] and row["note"]), "")
+def _beside(times: Mapping[str, Times], rows: Sequence[Mapping]) -> str:
+    speeds = _speeds(times, DIFFUSERS)
+    if speeds:
+        return f"Speed of exact mode, with diffusers' GGUF layers as 1: {speeds}."
+    why = next((row["note"] for row in rows if row["provider"] == DIFFUSERS and not row["p50_ms"] and row["note"]), "")
     return f"diffusers: {why or 'not measured'}."
 
 
@@ -118,18 +115,86 @@ def _failed(rows: Sequence[Mapping]) -> list[str]:
     """Name the modes of this library that have no time, with the first reason and how many calls it was."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if row["provider"].startswith(_OURS) and not row["p50_ms"]:
+        if row["provider"].startswith(OURS) and not row["p50_ms"]:
             reasons.setdefault((row["format"], row["provider"]), []).append(row.get("note") or "no reason recorded")
-    if not reasons:
-        return []
-    said = [f"{_named(key)} ({len(notes)} call{'s' if len(notes) > 1 else ''}, {notes[0]})" for key, notes in reasons.items()]
-    return [f"No speed is given for: {'; '.join(said)}."]
+    named = [f"{_named(key)} ({len(notes)} call{'s' if len(notes) > 1 else ''}, {notes[0]})" for key, notes in reasons.items()]
+    return [f"No speed is given for: {'; '.join(named)}."] if named else []
 
 
 def _price(rows: Sequence[Mapping]) -> str:
     errors: dict[str, float] = {}
     for row in rows:
-        if row["provider"].startswith(_OURS) and row["p50_ms"]:
+        if row["provider"].startswith(OURS) and row["p50_ms"]:
             errors[row["provider"]] = max(errors.get(row["provider"], 0.0), float(row["error"]))
-    said = ", ".join(f"{name.removeprefix(_OURS)} {error:.2g}" for name, error in errors.items())
-    return f"Price: largest relative error against float64 on the packed weights: {said or 'not measured'}."
+    errors_text = ", ".join(f"{mode_of(name)} {error:.2g}" for name, error in errors.items())
+    return f"Price: largest relative error against float64 on the packed weights: {errors_text or 'not measured'}."
+
+
+def step_verdict(rows: Sequence[Mapping]) -> list[str]:
+    """Return a sentence for each format and kind of run, for what was not measured, and what was wrong.
+
+    Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap, or are unknown.
+
+    Args:
+        rows: of `whole_step.measure_steps`, of one machine.
+    """
+    runs = _by_run(rows)
+    sentences = [_run(*key, sides) for key, sides in runs.items() if any(row["p50_ms"] for row in sides.values())]
+    wrong = [row for row in rows if row["note"].startswith(WRONG)]
+    named = [f"{row['format']}, {row['provider']}, {row['what']} ({row['note']})" for row in wrong]
+    return [*sentences, *_not_measured(runs), *([f"No time is given for: {'; '.join(named)}."] if named else [])]
+
+
+def _by_run(rows: Iterable[Mapping]) -> dict[Run, dict[str, Mapping]]:
+    runs: dict[Run, dict[str, Mapping]] = {}
+    for row in rows:
+        runs.setdefault((row["what"], row["size"], row["format"]), {})[row["provider"]] = row
+    return runs
+
+
+def _run(what: str, size: str, name: str, sides: Mapping[str, Mapping]) -> str:
+    times = {provider: Total.of(row) for provider, row in sides.items() if row["p50_ms"]}
+    modes = [provider for provider in times if provider.startswith(OURS) and provider != EXACT]
+    parts = [f"{KINDS[what].subject} at {size} with {name}{_exact_step(times, sides)}"]
+    if TORCH in times:
+        parts += [f"{mode_of(mode)} mode{_compared(times[mode], times[TORCH], _WHOLE)}" for mode in modes]
+    if {DIFFUSERS, EXACT} <= times.keys():
+        parts.append(f"exact mode{_compared(times[EXACT], times[DIFFUSERS], _STORAGE)}")
+    return "; ".join(parts) + "."
+
+
+def _exact_step(times: Times, sides: Mapping[str, Mapping]) -> str:
+    if EXACT not in times:
+        return " has no time in exact mode"
+    mine, plain = times[EXACT], times.get(TORCH)
+    if plain is None:
+        return f" takes {mine.p50:.4g} ms in exact mode, with no unquantized one to compare with"
+    ratio = f" takes {mine.p50 / plain.p50:.2f} times {_WHOLE}" if mine.differs(plain) else _same(mine, plain, _WHOLE)
+    fits = "does not fit" not in sides[TORCH]["note"]
+    stand_in = "" if fits else ", which does not fit here and ran on the weights of two blocks"
+    return f"{ratio}{stand_in}, and its weights are {_smaller(sides[EXACT], sides[TORCH])}"
+
+
+def _compared(mine: Total, other: Total, whose: str) -> str:
+    if not mine.differs(other):
+        return _same(mine, other, whose)
+    if mine.p50 < other.p50:
+        return f" is {other.p50 / mine.p50:.2f} times as fast as {whose}"
+    return f" takes {mine.p50 / other.p50:.2f} times as long as {whose}"
+
+
+def _same(mine: Total, other: Total, whose: str) -> str:
+    why = doubt(mine, other)
+    return f": not compared with {whose} ({why})" if why == UNKNOWN else f": {why} from {whose}"
+
+
+def _not_measured(runs: Mapping[Run, Mapping[str, Mapping]]) -> list[str]:
+    """Name the runs without any time, with the first reason; formats that share it stand together."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for (what, _, name), sides in runs.items():
+        if not any(row["p50_ms"] for row in sides.values()):
+            note = next((row["note"] for row in sides.values() if row["note"]), "no reason recorded")
+            reasons.setdefault((what, note), []).append(name)
+    return [
+        f"{KINDS[what].subject} was not measured with {', '.join(names)}: {note}." for (what, note), names in reasons.items()
+    ]

@@ -1,4 +1,4 @@
-"""Time a whole step, not its calls one by one: FLUX.1-dev at its true size on random packed weights, unquantized beside packed.
+"""Time a whole step of FLUX.1-dev at its true size on random packed weights, and unquantized.
 
     python -m flux_kernels.benchmark.whole_step --write step.csv                    # on a GPU; torch and triton are enough
     python -m flux_kernels.benchmark.whole_step --write step.csv --device cpu       # the embedded model's step instead
@@ -18,6 +18,7 @@ import torch
 
 from ..errors import FormatError
 from ..formats import get_format
+from .names import OURS, WRONG
 from .record import append_csv, read_csv
 from .step.jobs import Key, denoising_job, step_job
 from .step.timing import COLUMNS
@@ -37,7 +38,7 @@ def measure_steps(
     done: Collection[Key] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[dict]:
-    """Yield a row for each format and provider of one whole step, as soon as it is there, then of the denoising runs.
+    """Yield a row for each format and provider of a whole step as soon as it is there, then of denoising.
 
     Args:
         formats: ggml types of the linear layers inside the blocks.
@@ -73,7 +74,7 @@ def row_key(row: Mapping[str, str]) -> Key:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, measure, and write every row as it comes; return 1 where a result of ours was wrong."""
+    """Parse the command line, measure, write every row as it comes; return 1 where one of ours was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="CSV to append to; rows of this commit that it has are not measured again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +109,7 @@ def _show(row: dict, path: Path | None) -> bool:
     print(f"{named} {row['p50_ms']:>10} ms {row['error']:>9}  {row['note']}", flush=True)
     if path:
         append_csv(row, path)
-    return row["provider"].startswith("ours") and row["note"].startswith("wrong result")
+    return row["provider"].startswith(OURS) and row["note"].startswith(WRONG)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,26 @@ from .fidelity_report import FidelityReport, LayerError
 from .listen import Inputs, check_inputs, listen, packed_layers, run
 from .outliers import ChannelSizes
 
-_MAX_TOKENS = 512  # rows of one call that are measured, evenly spread: errors are averages over tokens
+# A compute mode, and the outlier channels that it keeps in 16 bit.
+Measured = tuple[str, Tensor | None]
+# Rows of one call that are measured, evenly spread: errors are averages over tokens.
+_MAX_TOKENS = 512
+
+
+@dataclass
+class _Sums:
+    """Add up squared errors and squared outputs over calls."""
+
+    error: float = 0.0
+    signal: float = 0.0
+    calls: int = 0
+
+    @property
+    def relative_error(self) -> float:
+        """RMS error over RMS output; 0 where both are."""
+        if self.signal == 0:
+            return 0.0 if self.error == 0 else math.inf
+        return math.sqrt(self.error / self.signal)
 
 
 def fidelity(
@@ -27,9 +47,9 @@ def fidelity(
     *,
     outliers: float = 0.0,
 ) -> FidelityReport:
-    """Run the model and compare every packed layer's output in each compute mode with float64 on the same activations.
+    """Run the model and compare every packed layer's output in each compute mode with float64.
 
-    The model itself runs as it is set up: errors are each layer's own, they are not fed forward.
+    Both see the same activations. The model itself runs as it is set up: errors are each layer's own, they are not fed forward.
 
     Args:
         model: a module with GGUFLinear layers (after swap_linear or load_flux).
@@ -59,13 +79,11 @@ def fidelity(
         check_names("auto", mode)
     kept = {name: layer.outlier_index.detach() for name, layer in layers.items() if layer.outlier_index is not None}
     channels = kept | (_find_channels(model, layers, inputs, outliers) if outliers and "int8" in computes else {})
-    measured = {name: [(mode, None) for mode in computes] for name in layers}
+    measured: dict[str, list[Measured]] = {name: [(mode, None) for mode in computes] for name in layers}
     for name, index in channels.items():
         if "int8" in computes:
             measured[name].append(("int8", index))
-    sums = {
-        (name, mode, 0 if index is None else len(index)): [0.0, 0.0, 0] for name in layers for mode, index in measured[name]
-    }
+    sums = {(name, mode, _count(index)): _Sums() for name in layers for mode, index in measured[name]}
     hooks = [listen(layer, _measure(name, layer, measured[name], sums)) for name, layer in layers.items()]
     try:
         run(model, inputs)
@@ -73,9 +91,9 @@ def fidelity(
         for hook in hooks:
             hook.remove()
     rows = []
-    for (name, mode, count), (error, signal, calls) in sums.items():
-        if calls:
-            rows.append(LayerError(name, layers[name].format, mode, _ratio(error, signal), calls, count))
+    for (name, mode, count), total in sums.items():
+        if total.calls:
+            rows.append(LayerError(name, layers[name].format, mode, total.relative_error, total.calls, count))
     if not rows:
         raise FormatError("The inputs ran no packed layer, so there is nothing to measure.")
     return FidelityReport(rows, channels)
@@ -91,38 +109,39 @@ def _find_channels(model: nn.Module, layers: Mapping[str, GGUFLinear], inputs: I
     return sizes.outliers(share)
 
 
-def _measure(name: str, layer: GGUFLinear, measured: list[tuple[str, Tensor | None]], sums: dict) -> Callable[[Tensor], None]:
-    """Return what adds one call's squared errors and squared output to `sums`, for (mode, outlier channels)."""
+def _measure(
+    name: str, layer: GGUFLinear, measured: list[Measured], sums: Mapping[tuple[str, str, int], _Sums]
+) -> Callable[[Tensor], None]:
+    """Return a function of a call's tokens that measures a layer on them and adds to `sums`."""
 
-    def hear(tokens: Tensor) -> None:
-        x = _some_tokens(tokens)
+    def add(tokens: Tensor) -> None:
+        x = _sample(tokens)
         weight = ops.dequantize(layer.qweight, layer.format, torch.float32, backend=layer.backend, planes=layer.planes)
         oracle = x.double() @ weight.double().T
         for mode, index in measured:
             try:
                 check_mode(mode, layer.in_features)
             except FormatError:
-                continue  # the mode cannot take this layer: no row, and `modes` will not choose it
+                # The mode cannot take this layer: no row, and `modes` will not choose it.
+                continue
             packed = (layer.qweight, None, layer.format, layer.backend, mode, layer.planes)
             outlying = (None, None) if index is None else (index, weight[:, index.long()])
             # A call of few rows runs as "exact" in every mode; what the mode costs shows with more, so zeros are put below.
             rows = nn.functional.pad(x, (0, 0, 0, max(0, WEIGHT_ONLY_M + 1 - x.shape[0])))
             y = torch.ops.flux_kernels.linear(rows, *packed, None, None, *outlying)[: x.shape[0]]
-            entry = sums[name, mode, 0 if index is None else len(index)]
-            entry[0] += (y.double() - oracle).square().sum().item()
-            entry[1] += oracle.square().sum().item()
-            entry[2] += 1
+            total = sums[name, mode, _count(index)]
+            total.error += (y.double() - oracle).square().sum().item()
+            total.signal += oracle.square().sum().item()
+            total.calls += 1
 
-    return hear
+    return add
 
 
-def _some_tokens(tokens: Tensor) -> Tensor:
+def _sample(tokens: Tensor) -> Tensor:
     if tokens.shape[0] <= _MAX_TOKENS:
         return tokens
     return tokens[torch.linspace(0, tokens.shape[0] - 1, _MAX_TOKENS, device=tokens.device).long()]
 
 
-def _ratio(error: float, signal: float) -> float:
-    if signal == 0:
-        return 0.0 if error == 0 else math.inf
-    return math.sqrt(error / signal)
+def _count(index: Tensor | None) -> int:
+    return 0 if index is None else len(index)

@@ -1,4 +1,4 @@
-"""What fidelity measured: the errors as data, for people (the worst layers first), and as the mode of each layer."""
+"""What fidelity measured: errors as data, as a table of the worst layers, as the mode of each layer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ..compute import compute_of_layer
 from ..errors import FormatError
 
 FASTEST_FIRST = ("int8", "fp16_accumulate", "exact")
-SHOWN = 20  # layers of a printed report
-THRESHOLD = 0.02  # relative error above which its sentences count layers
+# Layers of a printed report, and the relative error above which its sentences count layers.
+SHOWN = 20
+THRESHOLD = 0.02
 _SPARED = "*"
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """Hold one layer's relative RMS error against float64 in one compute mode (a fraction), over all measured calls.
+    """Hold one layer's relative RMS error against float64 in one compute mode.
 
-    `outliers` is how many input channels were left out of the int8 product (see `outliers.py`).
+    It is a fraction, over all measured calls. `outliers` is how many input channels were left out of the int8 product (see `outliers.py`).
     """
 
     layer: str
@@ -37,7 +38,7 @@ class LayerError:
 
 
 class FidelityReport:
-    """Hold the measured errors in `rows`; print it for the worst layers, or turn it into a mode map with `modes`."""
+    """Hold the measured errors in `rows`; print it for the worst layers, or ask it for `modes`."""
 
     def __init__(self, rows: list[LayerError], channels: Mapping[str, Tensor] | None = None):
         self.rows = rows
@@ -58,12 +59,15 @@ class FidelityReport:
             raise FormatError(f"threshold is a fraction from 0 to 1 (0.02 is 2 %), got {threshold!r}.")
         errors: dict[str, dict[str, float]] = {}
         for row in self.rows:
-            found = errors.setdefault(row.layer, {})
-            found[row.compute] = min(row.relative_error, found.get(row.compute, math.inf))
-        return {layer: _fastest(layer, found, threshold) for layer, found in errors.items()}
+            by_mode = errors.setdefault(row.layer, {})
+            by_mode[row.compute] = min(row.relative_error, by_mode.get(row.compute, math.inf))
+        return {layer: _fastest(layer, by_mode, threshold) for layer, by_mode in errors.items()}
 
     def outliers(self, threshold: float) -> dict[str, Tensor]:
-        """Return {layer: channels} for `keep_outliers`: the layers that reach `threshold` in int8 only with outlier channels."""
+        """Return {layer: channels} for `keep_outliers`.
+
+        They are the layers that reach `threshold` in int8 only with outlier channels.
+        """
         plain = {row.layer: row.relative_error for row in self.rows if row.compute == "int8" and not row.outliers}
         chosen = self.modes(threshold)
         return {
@@ -102,7 +106,9 @@ def _fastest(layer: str, errors: dict[str, float], threshold: float) -> str:
 
 
 def fidelity_table(errors: Sequence[LayerError], rows: int | None, threshold: float) -> str:
-    """Return a row for each layer, the worst error first, and under them what the layers that really run a mode come to.
+    """Return a row for each layer, the worst error first, and a sentence for each mode.
+
+    Sentences are about the layers that really run a mode.
 
     Args:
         errors: of all layers and modes.
@@ -113,9 +119,9 @@ def fidelity_table(errors: Sequence[LayerError], rows: int | None, threshold: fl
     by_layer: dict[str, dict[str, LayerError]] = {}
     for error in errors:
         by_layer.setdefault(error.layer, {})[_mode(error)] = error
-    ranked = sorted(by_layer.values(), key=lambda found: -max(map(_counted, found.values())))
+    ranked = sorted(by_layer.values(), key=lambda by_mode: -max(map(_counted, by_mode.values())))
     shown = ranked[:rows]
-    body = [_line(found, headings) for found in shown]
+    body = [_line(by_mode, headings) for by_mode in shown]
     heads = ["layer", "format", *headings]
     widths = [max(len(line[column]) for line in [heads, *body]) for column in range(len(heads))]
     lines = ["  ".join(_pad(line, widths)).rstrip() for line in [heads, *body]]
@@ -145,9 +151,9 @@ def _counted(error: LayerError) -> float:
     return -1.0 if _spared(error) else error.relative_error
 
 
-def _line(found: dict[str, LayerError], headings: Sequence[str]) -> list[str]:
-    first = next(iter(found.values()))
-    cells = [_cell(found[heading]) if heading in found else "" for heading in headings]
+def _line(by_mode: dict[str, LayerError], headings: Sequence[str]) -> list[str]:
+    first = next(iter(by_mode.values()))
+    cells = [_cell(by_mode[heading]) if heading in by_mode else "" for heading in headings]
     return [first.layer, first.format, *cells]
 
 

@@ -1,4 +1,4 @@
-"""Run a model on a user's own inputs and listen to what its packed layers receive."""
+"""Run a model on a user's own inputs and see what its packed layers receive."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
+from ..layers.adapters import without_adapters
 from ..layers.fused_linear import FusedPart
 from ..layers.linear import GGUFLinear
 
@@ -17,16 +18,16 @@ _LEGAL = "keyword arguments of a call as a dict, positional ones as a tensor or 
 
 
 def packed_layers(model: nn.Module) -> dict[str, GGUFLinear]:
-    """Return the packed layers by name, as `swap_linear` matches names: without the parts that peft and torch.compile add.
+    """Return the packed layers by name, as `swap_linear` matches names.
 
-    Parts of a fused layer are measured as one layer and left out.
+    Names are without what peft and torch.compile add. Parts of a fused layer are measured as one layer and left out.
 
     Raises:
         FormatError: where there are none, or they are offloaded.
     """
     if not isinstance(model, nn.Module):
         raise FormatError(f"model is a torch module with packed layers, got {type(model).__name__}.")
-    named = ((plain_name(name), layer) for name, layer in model.named_modules() if isinstance(layer, GGUFLinear))
+    named = ((without_adapters(name), layer) for name, layer in model.named_modules() if isinstance(layer, GGUFLinear))
     layers = {name: layer for name, layer in named if not isinstance(layer, FusedPart)}
     if not layers:
         raise FormatError("The model has no packed layers (GGUFLinear). Call swap_linear on it first.")
@@ -34,11 +35,6 @@ def packed_layers(model: nn.Module) -> dict[str, GGUFLinear]:
         if layer.qweight.is_meta:
             raise FormatError(f"{name!r} is offloaded. Measure before offloading is enabled.")
     return layers
-
-
-def plain_name(name: str) -> str:
-    """Return a module's name without what peft's LoRA layers and torch.compile put into it."""
-    return name.replace(".base_layer", "").removeprefix("_orig_mod.")
 
 
 def check_inputs(inputs: Inputs) -> Inputs:
@@ -74,11 +70,11 @@ def run(model: nn.Module, inputs: Inputs) -> None:
             model(*((call,) if isinstance(call, Tensor) else call))
 
 
-def listen(layer: GGUFLinear, hear: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-    """Call `hear` with the tokens [M, K] of every call of a layer, however it is called; returns the hook."""
+def listen(layer: GGUFLinear, receive: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+    """Call `receive` with the tokens [M, K] of every call of a layer; return the hook."""
 
     def hook(module: nn.Module, arguments: tuple, keywords: dict) -> None:
         x = arguments[0] if arguments else keywords["input"]
-        hear(x.detach().reshape(-1, x.shape[-1]))
+        receive(x.detach().reshape(-1, x.shape[-1]))
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Outlier channels: the few input channels of a layer that set the int8 scale of everything beside them.
+"""Outlier channels: the few input channels of a layer that set the int8 scale of their neighbours.
 
 An activation group of 128 shares one int8 scale, so one channel 30 times larger than its neighbours costs them five bits. Left
 out of the int8 product and computed in 16 bit, k channels cost k / K of the layer's products at half or a quarter of the rate.
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from ..compute import group_width
 from ..errors import FormatError
+from ..layers.adapters import without_adapters
 from ..layers.fused_linear import FusedLinear
 from ..layers.linear import GGUFLinear
 from ..layers.low_rank import check_outliers
-from .listen import listen, plain_name
+from .listen import listen
 
-STEP = 16  # channels at a time: the shortest K of a tensor-core product, to which kernels pad
-MIN_GAIN = 0.5  # of the expected squared error that further channels must save: sampled sizes alone scatter by a fifth
+# Channels at a time: the shortest K of a tensor-core product, to which kernels pad.
+STEP = 16
+# Share of the expected squared error that further channels must save: sampled sizes alone scatter by a fifth.
+MIN_GAIN = 0.5
 
 
 def find_outliers(rms: Tensor, share: float) -> Tensor | None:
@@ -53,9 +56,9 @@ def find_outliers(rms: Tensor, share: float) -> Tensor | None:
 
 
 def keep_outliers(model: nn.Module, channels: Mapping[str, Tensor]) -> None:
-    """Let compute="int8" compute some input channels of some layers in the activations' dtype; all or nothing.
+    """Let compute="int8" compute some input channels of some layers in the activations' dtype.
 
-    Layers that are not named keep none. The channels of a layer cost 16 bits per channel and output feature of memory.
+    All layers are checked before the first is touched. Layers that are not named keep none. The channels of a layer cost 16 bits per channel and output feature of memory.
 
     Args:
         model: a model with packed layers.
@@ -64,13 +67,13 @@ def keep_outliers(model: nn.Module, channels: Mapping[str, Tensor]) -> None:
     Raises:
         FormatError: for a name that is no packed layer, channels that do not fit, and layers that are offloaded now.
     """
-    layers = {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    layers = {without_adapters(name): layer for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
     if not isinstance(channels, Mapping):
         raise FormatError(
             f"channels is a map of layer names to channels, as report.outliers(0.02) of a FidelityReport gives it, got "
             f"{type(channels).__name__}; an empty map undoes all."
         )
-    channels = {plain_name(name): torch.as_tensor(index) for name, index in channels.items()}
+    channels = {without_adapters(name): torch.as_tensor(index) for name, index in channels.items()}
     for name, index in channels.items():
         layer = layers.get(name)
         if layer is None:
@@ -108,5 +111,6 @@ class ChannelSizes:
 
     def outliers(self, share: float) -> dict[str, Tensor]:
         """Return layer -> channels for the layers where leaving some out pays."""
-        found = {name: find_outliers((total / count).sqrt(), share) for name, (total, count) in self.sums.items() if count}
-        return {name: index for name, index in found.items() if index is not None}
+        rms = {name: (total / count).sqrt() for name, (total, count) in self.sums.items() if count}
+        channels = {name: find_outliers(sizes, share) for name, sizes in rms.items()}
+        return {name: index for name, index in channels.items() if index is not None}

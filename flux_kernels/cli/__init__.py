@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from ..generation.base_pipeline import go_offline_quietly
 from ._errors import OneLineErrors
 from ._help_text import help_text
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
+from .formats import formats
 from .generate import generate
 from .inspect import inspect
 from .measure import measure
@@ -49,7 +51,8 @@ def main(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,
 ) -> None:
     """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
+    go_offline_quietly()
 
 
-for _command in (demo, generate, inspect, quantize, measure, plan, doctor, tune, warmup, bench):
+for _command in (demo, generate, inspect, formats, quantize, measure, plan, doctor, tune, warmup, bench):
     app.command(help=help_text(_command.__doc__ or ""))(_command)

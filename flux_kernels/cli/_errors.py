@@ -1,4 +1,7 @@
-"""Show the errors a user can do something about as one line, with exit code 1; all others keep their traceback."""
+"""Show the errors that a user can act on as one line, with exit code 1.
+
+All others keep their traceback.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ class OneLineErrors(TyperGroup):
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # `flux-kernels ... | head`: nobody reads on
+        # `flux-kernels ... | head`: nobody reads on.
+        except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except ImportError as error:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
+
+from ._options import comma_separated, own_device
+from ._progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +48,10 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and verdict as JSON, for machines.")] = False,
 ) -> None:
-    """Time every linear call of a FLUX.1-dev step, and a step as a whole: unquantized, diffusers' GGUF layers, this library.
+    """Time every linear call of a FLUX.1-dev step, and a step as a whole.
 
-    A speed is shown only where the result is right, checked in the same run. Ends with what the numbers say, in plain words.
+    Unquantized, diffusers' GGUF layers and this library are compared. A speed is shown only where the result is right,
+    checked in the same run. Ends with what the numbers say, in plain words.
 
     [bold]Examples[/]
 
@@ -56,19 +60,18 @@ def bench(
       flux-kernels bench --formats Q4_K --peers --contribute my-card.csv
       flux-kernels bench --all --report everything.html
     """
-    import torch
-
     from ..benchmark.json_rows import document, unfinished
     from ..benchmark.page import fidelity_rows, page
     from ..benchmark.row_files import RowFiles
     from ..files import write_whole
 
-    if minutes is not None and not minutes >= 0:  # nor a number that is none
+    # Not NaN either.
+    if minutes is not None and not minutes >= 0:
         raise typer.BadParameter(f"{minutes:g} is no time. Give 0 or more.", param_hint="--minutes")
     console = Console(highlight=False, stderr=as_json)
     files = RowFiles(contribute, lambda line: console.print(line, markup=False, soft_wrap=True))
     _check_targets(report, plot)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     plan = _plan(device, formats, peers or everything, everything, step, minutes, repeats, scale)
     rows: dict[str, list[dict]] = dict(linear=[], step=[])
 
@@ -78,38 +81,38 @@ def bench(
 
     try:
         with files:
-            found = _measure(plan, device, console, keep)
-    except (KeyboardInterrupt, SystemExit):  # the latter is SIGTERM's
+            measured = _measure(plan, device, console, keep)
+    # SystemExit is SIGTERM's.
+    except (KeyboardInterrupt, SystemExit):
         if as_json:
             typer.echo(unfinished(rows["linear"], rows["step"]))
         raise
-    lines = _verdict(found, plan)
+    lines = _verdict(measured, plan)
     if as_json:
-        typer.echo(document(found, lines, fidelity_rows()))
+        typer.echo(document(measured, lines, fidelity_rows()))
     else:
-        _print(console, found, plan, lines)
+        _print(console, measured, plan, lines)
     if report is not None:
-        write_whole(report, page(found, lines, fidelity_rows()).encode())
+        write_whole(report, page(measured, lines, fidelity_rows()).encode())
         console.print(f"Report in [bold]{escape(str(report))}[/]: one page, to open in a browser.", soft_wrap=True)
-    if plot is not None and not any(row["p50_ms"] for row in found.linears):
+    if plot is not None and not any(row["p50_ms"] for row in measured.linears):
         console.print("No plot is written: no linear call was timed.")
     elif plot is not None:
         from ..benchmark.plots import speed_beside_rows
 
-        write_whole(plot, speed_beside_rows(found.linears))
+        write_whole(plot, speed_beside_rows(measured.linears))
         console.print(f"Plot in [bold]{escape(str(plot))}[/].", soft_wrap=True)
     for path in files.made:
         console.print(f"Rows in [bold]{escape(str(path))}[/]: add it under bench/results in a pull request.", soft_wrap=True)
 
 
 def _measure(plan: Plan, device: torch.device, console: Console, keep: Callable[[str, dict], None]) -> Found:
-    """Measure what the plan says, under a progress bar; every row is kept as soon as it is there."""
+    """Measure what the plan says, under a progress bar; every row is kept at once."""
     import torch
 
     from ..benchmark.session import measure_all
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress(console, MofNCompleteColumn()) as bar:
         task = bar.add_task("measuring", total=plan.work(device))
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         return measure_all(
@@ -124,7 +127,8 @@ def _check_targets(report: Path | None, plot: Path | None) -> None:
     for option, target in (("--report", report), ("--plot", plot)):
         if target is not None:
             check_writable(target, option)
-            import matplotlib  # noqa: F401 - a missing one is better told now
+            # A missing one is reported before the measuring.
+            import matplotlib  # noqa: F401
 
 
 def _plan(
@@ -140,15 +144,13 @@ def _plan(
     from ..benchmark import linears  # noqa: F401 - registers every side
     from ..benchmark.providers import PROVIDERS
     from ..benchmark.session import MAIN_SIZE, Plan
-    from ..benchmark.shapes import STEPS
+    from ..flux.calls import STEPS
     from ..formats import FORMATS, get_format
 
     groups = ("base", "ours", "peer") if peers else ("base", "ours")
-    wanted = [one.name for one in PROVIDERS.values() if one.group in groups and (peers or "compiled" not in one.name)]
+    wanted = [side.name for side in PROVIDERS.values() if side.group in groups and (peers or "compiled" not in side.name)]
     return Plan(
-        formats=list(FORMATS)
-        if everything
-        else list(dict.fromkeys(get_format(name.strip()).name for name in formats.split(","))),
+        formats=list(FORMATS) if everything else [get_format(name).name for name in comma_separated(formats)],
         providers=wanted,
         sizes=list(STEPS) if everything else [MAIN_SIZE],
         scale=scale or (1 if device.type == "cuda" else _CPU_SCALE),
@@ -159,30 +161,30 @@ def _plan(
     )
 
 
-def _verdict(found: Found, plan: Plan) -> list[str]:
+def _verdict(measured: Found, plan: Plan) -> list[str]:
     from ..benchmark.session import MAIN_SIZE
     from ..benchmark.shapes import size_name
     from ..benchmark.verdict import verdict
 
-    steps = [row for row in found.steps if row["size"] == MAIN_SIZE or row["what"] == "embedded step"]
-    return verdict(found.whole(size_name(MAIN_SIZE, plan.scale)), steps)
+    steps = [row for row in measured.steps if row["size"] == MAIN_SIZE or row["what"] == "embedded step"]
+    return verdict(measured.whole(size_name(MAIN_SIZE, plan.scale)), steps)
 
 
-def _print(console: Console, found: Found, plan: Plan, lines: list[str]) -> None:
+def _print(console: Console, measured: Found, plan: Plan, lines: list[str]) -> None:
     from ..benchmark.linears import summary
     from ..benchmark.record import origin_text
     from ..benchmark.shapes import size_name
-    from ..benchmark.step.verdict import step_verdict
+    from ..benchmark.verdict import step_verdict
 
-    console.print(origin_text(found.origin), soft_wrap=True)
-    console.print(summary([row for size in plan.sizes for row in found.whole(size_name(size, plan.scale))]), soft_wrap=True)
-    for row in (row for row in found.steps if row["p50_ms"]):
+    console.print(origin_text(measured.origin), soft_wrap=True)
+    console.print(summary([row for size in plan.sizes for row in measured.whole(size_name(size, plan.scale))]), soft_wrap=True)
+    for row in (row for row in measured.steps if row["p50_ms"]):
         time = f"{float(row['p50_ms']):10.1f} ms"
         console.print(f"{row['format']:8} {row['provider']:30} {time} {row['what']}, {row['size']}", soft_wrap=True)
-    for line in step_verdict(found.steps):
+    for line in step_verdict(measured.steps):
         console.print(line, markup=False, soft_wrap=True)
-    without = [row for row in found.linears if not row["p50_ms"]]
+    without = [row for row in measured.linears if not row["p50_ms"]]
     for note in dict.fromkeys(f"{row['provider']}: {row['note']}" for row in without):
         console.print(note, style="dim", markup=False, soft_wrap=True)
-    for line in [*found.left_out(), *lines]:
+    for line in [*measured.left_out(), *lines]:
         console.print(line, markup=False, soft_wrap=True)

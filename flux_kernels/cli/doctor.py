@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..generation.memory_plan import GIB
+
 if TYPE_CHECKING:
     from ..machine.doctor import CallFact, DeviceFact, Diagnosis
 
@@ -24,7 +26,9 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, for machines.")] = False,
 ) -> None:
-    """Show versions, GPU, which backend and kernel would run and why, what is missing and the command that gets it.
+    """Show versions, GPU, the backend and kernels that would run, and what is missing.
+
+    Each choice comes with its reason, and what is missing with the command that gets it.
 
     [bold]Examples[/]
 
@@ -42,8 +46,8 @@ def doctor(
     diagnosis = diagnose()
     calls = _calls(diagnosis, format, compute, capability)
     if as_json:
-        facts = {device: [asdict(call) for call in found] for device, found in calls.items()}
-        typer.echo(json.dumps({**asdict(diagnosis), "calls": facts}))
+        by_place = {place: [asdict(call) for call in facts] for place, facts in calls.items()}
+        typer.echo(json.dumps({**asdict(diagnosis), "calls": by_place}))
         return
     console = Console(highlight=False)
     build = f"CUDA/ROCm {diagnosis.cuda_build}" if diagnosis.cuda_build else "CPU build"
@@ -53,8 +57,8 @@ def doctor(
     console.print(_packages(diagnosis))
     for device in diagnosis.devices:
         _print_device(console, device)
-    for device, found in calls.items():
-        console.print(_call_table(f"One 1024 x 1024 step of FLUX.1-dev in {format}, compute={compute}, on {device}", found))
+    for place, facts in calls.items():
+        console.print(_call_table(f"One 1024 x 1024 step of FLUX.1-dev in {format}, compute={compute}, on {place}", facts))
     for line in diagnosis.advice:
         console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
     if not diagnosis.advice:
@@ -89,7 +93,8 @@ def _call_table(title: str, calls: list[CallFact]) -> Table:
 def _packages(diagnosis: Diagnosis) -> Table:
     table = Table()
     for heading in ("package", "version", "for"):
-        table.add_column(heading, overflow="fold")  # a command that is cut cannot be copied
+        # A command that is cut could not be copied.
+        table.add_column(heading, overflow="fold")
     for package in diagnosis.packages:
         missing = f"[{'red' if package.needed else 'dim'}]missing[/]: {escape(package.command)}"
         table.add_row(package.name, package.version or missing, package.purpose)
@@ -101,7 +106,7 @@ def _print_device(console: Console, device: DeviceFact) -> None:
     if device.capability:
         facts.append(f"capability {device.capability[0]}.{device.capability[1]}")
     if device.memory_bytes:
-        facts.append(f"{device.memory_bytes / 2**30:.1f} GiB")
+        facts.append(f"{device.memory_bytes / GIB:.1f} GiB")
     console.print(f"[bold]{device.device}[/]: {', '.join(facts)}")
     for backend, formats in device.runs.items():
         console.print(f"  backend auto runs [bold]{backend}[/] for {', '.join(formats)}", soft_wrap=True)

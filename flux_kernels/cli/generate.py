@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn
 
-
-class Offload(str, Enum):
-    """Name the ways to spread a pipeline over GPU and CPU memory."""
-
-    auto = "auto"
-    none = "none"
-    model = "model"
-    group = "group"
-    sequential = "sequential"
-
-
-class Dtype(str, Enum):
-    """Name the dtypes to compute in."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
+from ..generation.memory_plan import OFFLOADS
+from ._options import DTYPES, one_of
+from ._progress import progress
 
 _FILES, _PICTURE, _IMAGES, _RUN, _OUTPUT = "Files", "The picture", "Pictures to start from", "How it runs", "Output"
 
@@ -108,13 +93,14 @@ def generate(
         ),
     ] = None,
     offload: Annotated[
-        Offload,
-        typer.Option(
-            help="What stays on the GPU: none offloads nothing, model keeps one model at a time there, group and sequential one "
+        str,
+        one_of(
+            OFFLOADS,
+            "What stays on the GPU: none offloads nothing, model keeps one model at a time there, group and sequential one "
             "layer; auto takes the first that fits the free memory and says why.",
             rich_help_panel=_RUN,
         ),
-    ] = Offload.auto,
+    ] = "auto",
     pin: Annotated[
         bool,
         typer.Option(
@@ -127,14 +113,16 @@ def generate(
     compute: Annotated[
         str,
         typer.Option(
-            help="exact, fp16_accumulate or int8: less exact, meant to be faster on GeForce cards (not measured there); on an H200 int8 is slower than exact.",
+            help="exact, fp16_accumulate or int8: less exact, meant to be faster on GeForce cards (not measured there); on an "
+            "H200 int8 is slower than exact.",
             rich_help_panel=_RUN,
         ),
     ] = "exact",
-    dtype: Annotated[Dtype, typer.Option(help="Of activations, text encoders and VAE.", rich_help_panel=_RUN)] = Dtype.bfloat16,
+    dtype: Annotated[str, one_of(DTYPES, "Of activations, text encoders and VAE: {}.", rich_help_panel=_RUN)] = "bfloat16",
     out: Annotated[
         Path, typer.Option(help="PNG to write; the parameters are stored inside it.", rich_help_panel=_OUTPUT)
     ] = Path("out.png"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a picture that exists.", rich_help_panel=_OUTPUT)] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Show what was done with each layer.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -144,7 +132,8 @@ def generate(
 ) -> None:
     """Draw an image with your own GGUF file. Everything is local: nothing is downloaded.
 
-    The file decides what can be done: Fill repaints, Canny and Depth draw along lines, Kontext edits, all others draw from text.
+    The file decides what can be done: Fill repaints, Canny and Depth draw along lines, Kontext edits, all others draw from
+    text.
 
     [bold]Examples[/]
 
@@ -157,16 +146,12 @@ def generate(
       flux-kernels generate --gguf flux1-depth-Q6_K.gguf --base FLUX.1-dev -p "a robot" --control-image depth.png
       flux-kernels generate --gguf demo-Q4_K.gguf -p "a red seven"
     """
-    from ..generation.base_pipeline import go_offline_quietly
-
     console = Console(stderr=as_json)
     with console.status("loading torch and diffusers"):
-        go_offline_quietly()
-        import torch
-
         from ..generation import generate as work
-        from ..generation.embedded import embedded_model_path
-    request = work.Request(
+        from ..generation.embedded import embedded_model_path, words_note
+        from ..generation.request import Lora, Request
+    request = Request(
         gguf=gguf,
         base=base or embedded_model_path(),
         prompt=prompt,
@@ -183,37 +168,38 @@ def generate(
         control_image=control_image,
         kontext=kontext,
         strength=strength,
-        offload=offload.value,
+        offload=offload,
         pin=pin,
-        loras=[work.Lora.parse(text) for text in lora or ()],
+        loras=[Lora.parse(text) for text in lora or ()],
         backend=backend,
         compute=compute,
-        dtype=getattr(torch, dtype.value),
+        dtype=DTYPES[dtype],
     )
-    work.check_out(out, request)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("checking files", total=None)
-        made = work.generate(
+    work.check_out(out, request, force)
+    with progress(console, MofNCompleteColumn()) as bar:
+        task = bar.add_task("checking files", total=None)
+        drawing = work.generate(
             request,
-            status=lambda text: progress.update(task, description=text),
-            step=lambda done, total: progress.update(task, completed=done, total=total),
+            status=lambda text: bar.update(task, description=text),
+            step=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    work.save_png(made, out)
+    work.save_png(drawing, out)
+    if request.embedded and (note := words_note(prompt, negative or "")):
+        console.print(f"[yellow]Note:[/] {escape(note)} --base names the folder of another model.", soft_wrap=True)
     if as_json:
         done = {
-            "offload": made.plan.offload,
-            "offload_reason": made.plan.sentence,
-            "load_seconds": made.load_seconds,
-            "draw_seconds": made.draw_seconds,
+            "offload": drawing.plan.offload,
+            "offload_reason": drawing.plan.sentence,
+            "load_seconds": drawing.load_seconds,
+            "draw_seconds": drawing.draw_seconds,
         }
-        typer.echo(json.dumps({"out": str(out), **made.parameters, **done}))
+        typer.echo(json.dumps({"out": str(out), **drawing.parameters, **done}))
         return
-    lines = str(made.report).splitlines()
+    lines = str(drawing.report).splitlines()
     console.print("\n".join(lines if report else lines[-1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"[bold]{out}[/]: {made.image.width} x {made.image.height}, {made.parameters['num_inference_steps']} steps in "
-        f"{made.draw_seconds:.1f} s after {made.load_seconds:.1f} s of loading; {made.task}, seed {seed}",
+        f"[bold]{out}[/]: {drawing.image.width} x {drawing.image.height}, {drawing.parameters['num_inference_steps']} steps in "
+        f"{drawing.draw_seconds:.1f} s after {drawing.load_seconds:.1f} s of loading; {drawing.task}, seed {seed}",
         soft_wrap=True,
     )
-    console.print(f"[dim]{made.plan.sentence[0].upper()}{made.plan.sentence[1:]}[/]", highlight=False, soft_wrap=True)
+    console.print(f"[dim]{drawing.plan.sentence[0].upper()}{drawing.plan.sentence[1:]}[/]", highlight=False, soft_wrap=True)

@@ -11,11 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..generation.memory_plan import GIB
+
 if TYPE_CHECKING:
     from ..generation.inspect_file import FileFacts
 
-GIB, MB = 2**30, 1e6
-BLOCK = "block"  # TypeCount.kind of the matrices inside the blocks
+MB = 1e6
+# TypeCount.kind of the matrices inside the blocks.
+BLOCK = "block"
 _PLURALS = {"leftover": "(matrices outside the blocks)", "vector": "(biases and norm scales)"}
 
 
@@ -24,9 +27,9 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, for machines.")] = False,
 ) -> None:
-    """Tell what a GGUF file holds: variant, layout, types, bits per weight, which card it fits, or why it is refused.
+    """Show what a GGUF file holds: a FLUX.1 transformer, or the T5 encoder of its pipeline.
 
-    A FLUX.1 transformer, or the T5 encoder of its pipeline.
+    That is its variant, layout, types, bits per weight and which card it fits, or why it is refused.
 
     Only the header is read, so it is quick on any size. The exit code is 1 for a file that would be refused.
 
@@ -36,9 +39,6 @@ def inspect(
       flux-kernels inspect flux1-dev-Q4_K_S.gguf --tensors
       flux-kernels inspect flux1-dev-Q4_K_S.gguf --json | jq .fits
     """
-    from ..generation.base_pipeline import go_offline_quietly
-
-    go_offline_quietly()
     from ..generation.inspect_file import inspect_file
 
     facts = inspect_file(file)

@@ -11,13 +11,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskProgressColumn
 from rich.table import Table
 
+from ._options import DTYPES, comma_separated, one_of
 from ._own_command import own_command
+from ._progress import progress
 
-_SHOWN = 10  # tensors in the table on the screen
-_STATES_A_RANK = 4  # below, a correction fits the states themselves: 6 states and rank 8 cost 9 times as much on others
+# Tensors in the table on the screen.
+_SHOWN = 10
+# With fewer, a correction fits the states themselves: 6 states and rank 8 cost 9 times as much on others.
+_STATES_A_RANK = 4
 
 
 def measure(
@@ -58,15 +62,16 @@ def measure(
         Path | None, typer.Option(help="Measure this plan as a whole, instead of single tensors; costs do not add.")
     ] = None,
     dtype: Annotated[
-        str,
-        typer.Option(
-            help="float32, bfloat16 or float16 to compute in. Default: float32 on a CPU, bfloat16 on a GPU, whose own rounding hides costs below about 1e-5."
+        str | None,
+        one_of(
+            DTYPES,
+            "{} to compute in. Default: float32 on a CPU, bfloat16 on a GPU, whose own rounding hides costs below about 1e-5.",
         ),
-    ] = "",
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... Default: this process's GPU, or the CPU.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")] = False,
 ) -> None:
-    """Measure what every type costs for every tensor of your 16-bit model: the table that `plan` chooses from.
+    """Measure what every type costs for every tensor of your 16-bit model, for `plan` to choose from.
 
     Pictures are drawn from your prompts, each up to a random step. Then one tensor at a time is quantized, and the error of
     the model's velocity on those states is its cost. Importance matrices are collected on the way. Every result is logged:
@@ -82,30 +87,30 @@ def measure(
     FLUX.1-dev's 304 matrices in 13 types are 4,000 measurements of half a forward pass on every state: fewer states, types or
     smaller pictures take less.
 
-    FLUX.1-dev needs about 35 GB of GPU memory, or 69 GB of RAM in float32; with --dtype bfloat16 on a CPU its weights stay in the
-    file, and 5 GB are enough beside it, slow where the file is larger than the free memory. What does not fit is refused at once.
+    FLUX.1-dev needs about 35 GB of GPU memory, or 69 GB of RAM in float32; with --dtype bfloat16 on a CPU its weights stay in
+    the file, and 5 GB are enough beside it, slow where the file is larger than the free memory. What does not fit is refused
+    at once.
 
     Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.
     """
+    from ..backends import usable_device
     from ..files import check_writable
-    from ..generation.base_pipeline import go_offline_quietly, one_thread
+    from ..generation.base_pipeline import one_thread
 
     check_writable(out, "--out")
     if states_file is not None and not states_file.exists():
         check_writable(states_file, "--states-file")
     console = Console(stderr=as_json, highlight=False)
     with console.status("loading diffusers"):
-        go_offline_quietly()
         from ..measure import run as work
-        from ..measure.capture import read_prompts
         from ..measure.measured_model import find_source
         from ..mixed.plan_file import Plan
         from ..plan.problem import options_of
     request = work.Request(
         out=out,
         source=find_source(gguf, model, base),
-        types=tuple(types.split(",")) if types else work.TYPES,
-        prompts=None if prompts is None else read_prompts(prompts),
+        types=tuple(comma_separated(types)) if types else work.TYPES,
+        prompts=None if prompts is None else _prompts(prompts),
         states_file=states_file,
         count=states,
         sizes=_sizes(sizes),
@@ -113,34 +118,31 @@ def measure(
         seed=seed,
         imatrix=imatrix,
         weighted=weighted,
-        device=_device(device),
-        dtype=_dtype(dtype),
+        device=usable_device(device) if device else None,
+        dtype=DTYPES[dtype] if dtype else None,
     )
     types_of_plan = None if plan is None else options_of(Plan.load(plan))
     if plan is not None and out.exists() and imatrix is None:
         request = request.as_table()
     if types_of_plan is not None and any("+r" in option for option in types_of_plan.values()):
-        request = replace(request, covariance=True)  # what corrections are fitted to in a file made with measure's covariances
+        # What corrections are fitted to in a file that quantize makes with measure's covariances.
+        request = replace(request, covariance=True)
     world = work.World.from_environment()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())
     with (
         one_thread() if request.source.embedded else nullcontext(),
-        Progress(
-            *columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True, disable=world.rank > 0
-        ) as bar,
+        progress(console, TaskProgressColumn(), shown=world.rank == 0) as bar,
     ):
         show = _show(bar)
         opened = work.open_measurement(request, world, show, planned=types_of_plan or ())
         if types_of_plan is not None:
             show("measuring the plan", 0, 0)
-            found = work.measure_plan(opened, types_of_plan) if world.rank == 0 else None
+            row = work.measure_plan(opened, types_of_plan) if world.rank == 0 else None
         else:
-            found = work.measure(opened, world, show)
-    if types_of_plan is not None:
-        if found is not None:
-            _report_plan(console, found, out, as_json)
-        return
-    _report_table(console, found, request, as_json)
+            table = work.measure(opened, world, show)
+    if types_of_plan is None:
+        _report_table(console, table, request, as_json)
+    elif row is not None:
+        _report_plan(console, row, out, as_json)
 
 
 def _show(bar: Progress) -> Any:
@@ -164,8 +166,8 @@ def _report_plan(console: Console, row: Any, out: Path, as_json: bool) -> None:
         return
     console.print(
         f"The plan as a whole costs {row.cost:.3e} (95 % of resampled states: {row.cost_low:.3e} to {row.cost_high:.3e}); "
-        f"by MixedQuantFlux's metric {row.mfq_cost:.4g}, not to be compared with it: not normalized, and with the text tokens of the "
-        "last block, which no picture sees and which often dominate it.",
+        f"by MixedQuantFlux's metric {row.mfq_cost:.4g}, not to be compared with it: not normalized, and with the text tokens "
+        "of the last block, which no picture sees and which often dominate it.",
         soft_wrap=True,
     )
     if out.exists():
@@ -184,57 +186,56 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
     rank = max((int(name.rpartition("+r")[2]) for name in request.types if "+r" in name), default=0)
     if table.states["count"] < _STATES_A_RANK * rank:
         console.print(
-            f"[yellow]Note:[/] rank {rank} is fitted to {table.states['count']} states and judged on the same; modulation sees one "
-            f"vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
+            f"[yellow]Note:[/] rank {rank} is fitted to {table.states['count']} states and judged on the same; modulation sees "
+            f"one vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
             soft_wrap=True,
         )
     console.print(
-        f"{len(table.rows)} costs, on {table.states['count']} states, in [bold]{request.out}[/]. Next: {own_command()} plan {request.out} --bpw 5",
+        f"{len(table.rows)} costs, on {table.states['count']} states, in [bold]{request.out}[/]. "
+        f"Next: {own_command()} plan {request.out} --bpw 5",
         soft_wrap=True,
     )
 
 
 def _cost_table(table: Any, types: tuple[str, ...]) -> Table:
-    """List the tensors that are dearest in the middle type, with a few types beside it."""
+    """List the tensors that cost most in the middle type, with a few types on both sides of it."""
     shown = [name for name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K") if name in types] or list(types)[:6]
     by_tensor = table.by_tensor()
     middle = shown[len(shown) // 2]
     ranked = sorted(by_tensor, key=lambda name: -by_tensor[name][middle].cost if middle in by_tensor[name] else 0)
     drawn = Table(title=f"Cost (squared error of the velocity, fraction): the {min(_SHOWN, len(ranked))} dearest tensors")
-    drawn.add_column("tensor")
+    drawn.add_column("tensor", overflow="fold")
     for name in shown:
-        drawn.add_column(name, justify="right")
+        drawn.add_column(name, justify="right", overflow="fold")
     for tensor in ranked[:_SHOWN]:
         costs = (by_tensor[tensor].get(name) for name in shown)
-        drawn.add_row(tensor, *("" if row is None else f"{row.cost:.1e}" for row in costs))
+        drawn.add_row(tensor.removesuffix(".weight"), *("" if row is None else f"{row.cost:.1e}" for row in costs))
     return drawn
+
+
+def _prompts(path: Path) -> list[str]:
+    from ..errors import FormatError
+    from ..measure.capture import read_prompts
+
+    if not path.is_file():
+        raise FormatError(f"--prompts {path} is no file. It is a text file, a prompt a line.")
+    try:
+        return read_prompts(path)
+    except UnicodeDecodeError:
+        raise FormatError(f"--prompts {path} is not text in UTF-8. It is a text file, a prompt a line.") from None
+    except FormatError as error:
+        raise FormatError(f"--prompts {error}") from None
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     from ..errors import FormatError
 
-    found = []
+    sizes = []
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", part)
         if match is None or any(int(side) % 16 or not int(side) for side in match.groups()):
             raise FormatError(
                 f"--sizes has {part!r}; sizes are WIDTHxHEIGHT in multiples of 16 pixels, such as 1024x1024,832x1216."
             )
-        found.append((int(match[1]), int(match[2])))
-    return tuple(found)
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    from ..errors import FormatError
-
-    if name not in ("", "float32", "bfloat16", "float16"):
-        raise FormatError(f"--dtype is float32, bfloat16 or float16, got {name!r}.")
-    return getattr(torch, name) if name else None
-
-
-def _device(name: str) -> Any:
-    from ..backends import usable_device
-
-    return usable_device(name) if name else None
+        sizes.append((int(match[1]), int(match[2])))
+    return tuple(sizes)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import FormatError
+from ..generation.memory_plan import GIB
+from ._options import comma_separated
 from ._own_command import own_command
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from ..mixed.plan_file import Plan
     from ..plan.problem import Problem
 
-GIB, GB, MB = 2**30, 1e9, 1e6
+GB, MB = 1e9, 1e6
 
 
 def plan(
@@ -61,7 +63,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, for machines.")] = False,
 ) -> None:
-    """Choose a type for every tensor: the least error in a file of the size you name. Never larger than that.
+    """Choose a type for every tensor: the least error in a file of at most the size you name.
 
     Say the size with exactly one of --size, --bpw and --fits. The result is provably the best for the costs in the table;
     errors of single tensors do not quite add up, so --refine measures the plan as a whole and plans again.
@@ -80,41 +82,38 @@ def plan(
             check_writable(path, option)
     console = Console(stderr=as_json, highlight=False)
     with console.status("reading the costs"):
-        from ..generation.base_pipeline import go_offline_quietly
-
-        go_offline_quietly()
         from ..plan.constraints import Constraints, parse_pair
-
-        _need("scipy", *(["matplotlib"] if report else []))  # before anything is written
 
         constraints = Constraints(
             keep=tuple(parse_pair(text, "--keep") for text in keep or ()),
             at_least=tuple(parse_pair(text, "--at-least") for text in at_least or ()),
-            only_types=tuple(filter(None, (kind.strip() for kind in only_types.split(",")))),
+            only_types=tuple(comma_separated(only_types)) if only_types else (),
             same=tuple(same or ()),
             per_block=per_block,
         )
         table, problem = _read(costs, model, rule, constraints, metric)
+        # After what was given, whose mistakes need no package to be seen, and before anything is written.
+        _need("scipy", *(["matplotlib"] if report else []))
     budget, asked = _budget(console, problem, size, bpw, fits, at, offload)
     asked["rule"] = rule
     with console.status("planning"):
-        made = _plan(problem, budget, asked, time_limit, refine, costs, model, console)
-    made.save(out)
+        chosen = _plan(problem, budget, asked, time_limit, refine, costs, model, console)
+    chosen.save(out)
     if export is not None:
         from ..mixed.casting_cost import write_casting_cost
 
         write_casting_cost(table, problem.layout, export)
-    written = _report(report, problem, made, table, metric, pictures) if report is not None else []
+    written = _report(report, problem, chosen, table, metric, pictures) if report is not None else []
     if as_json:
-        typer.echo(made.to_json())
+        typer.echo(chosen.to_json())
         return
-    _print(console, problem, made, table, metric)
+    _print(console, problem, chosen, table, metric)
     _print_written(console, [out, *([export] if export else []), *written])
-    _print_next(console, out, made, costs, _source_of(table, model))
+    _print_next(console, out, chosen, costs, _source_of(table, model))
 
 
 def _need(*packages: str) -> None:
-    """Raise ImportError, which the command line tells in one sentence, where a package is missing."""
+    """Raise ImportError where a package is missing, which the command line says in one sentence."""
     from importlib import import_module
 
     for package in packages:
@@ -127,12 +126,15 @@ def _read(costs: Path, model: str | None, rule: str, constraints: Any, metric: s
     from ..mixed.cost import CostTable
     from ..plan.problem import find_layout, make_problem
 
-    if is_casting_cost(costs):
-        layout = find_layout(CostTable([]), model or "flux1-dev", rule)
-        table = read_casting_cost(costs, layout)
-    else:
-        table = CostTable.load(costs)
-        layout = find_layout(table, model, rule)
+    try:
+        if is_casting_cost(costs):
+            layout = find_layout(CostTable([]), model or "flux1-dev", rule)
+            table = read_casting_cost(costs, layout)
+        else:
+            table = CostTable.load(costs)
+            layout = find_layout(table, model, rule)
+    except UnicodeDecodeError:
+        raise FormatError(f"{costs} is not text, so it is no cost table. `flux-kernels measure` makes one.") from None
     return table, make_problem(table, layout, constraints, metric=metric, costs_sha256=file_sha256(costs))
 
 
@@ -154,8 +156,8 @@ def _budget(
     room = room_on_card(problem.layout, card, width, height, offload)
     if room.file <= 0:
         raise FormatError(
-            f"A {card:g} GiB card has no room for the transformer at {width} x {height}: {-room.file / GIB:.2f} GiB are missing even "
-            "without it. Take smaller pictures with --at, or --offload model."
+            f"A {card:g} GiB card has no room for the transformer at {width} x {height}: {-room.file / GIB:.2f} GiB are "
+            "missing even without it. Take smaller pictures with --at, or --offload model."
         )
     return room.file, {"fits": fits, "at": f"{width}x{height}", "offload": offload}
 
@@ -184,7 +186,7 @@ def _plan(
     return replace(done.plan, options={**asked, **done.plan.options})
 
 
-def _report(path: Path, problem: Problem, made: Plan, table: Any, metric: str, pictures: Path | None) -> list[Path]:
+def _report(path: Path, problem: Problem, chosen: Plan, table: Any, metric: str, pictures: Path | None) -> list[Path]:
     from PIL import Image
 
     from ..plan.report import write_report
@@ -192,7 +194,7 @@ def _report(path: Path, problem: Problem, made: Plan, table: Any, metric: str, p
 
     joint = table.joint if metric == "cost" else ()
     shown = Image.open(pictures) if pictures else None
-    return write_report(gather(problem, made, _measured(table, metric), joint, shown), path)
+    return write_report(gather(problem, chosen, _measured(table, metric), joint, shown), path)
 
 
 def _measured(table: Any, metric: str) -> dict[str, dict[str, float]]:
@@ -212,37 +214,38 @@ def _print_room(console: Console, rooms: list, card: float, offload: str) -> Non
     console.print(f"[dim]{ROOM}.[/]", soft_wrap=True)
 
 
-def _print(console: Console, problem: Problem, made: Plan, table: Any, metric: str) -> None:
+def _print(console: Console, problem: Problem, chosen: Plan, table: Any, metric: str) -> None:
     from ..mixed.file_layout import KEY_VALUE_BYTES
     from ..plan.report_data import uniform_files
 
-    layout, budget = problem.layout, made.options["budget"]
+    layout, budget = problem.layout, chosen.options["budget"]
     console.print(
-        f"[bold]{_size(made.bytes)}[/] of {_size(budget)} asked for ({budget - made.bytes:,} bytes are left, {KEY_VALUE_BYTES:,} of "
-        "them for what quantize writes about the file's origin), "
-        f"{made.options['bits_per_weight']:.2f} bits per weight ({made.options['block_bits_per_weight']:.2f} inside the blocks)",
+        f"[bold]{_size(chosen.bytes)}[/] of {_size(budget)} asked for ({budget - chosen.bytes:,} bytes are left, "
+        f"{KEY_VALUE_BYTES:,} of them for what quantize writes about the file's origin), "
+        f"{chosen.options['bits_per_weight']:.2f} bits per weight "
+        f"({chosen.options['block_bits_per_weight']:.2f} inside the blocks)",
         soft_wrap=True,
     )
-    gap = made.options.get("gap", 0.0)
+    gap = chosen.options.get("gap", 0.0)
     proof = "the least there is" if not gap else f"at most {gap:.2%} above the least there is: the time was up"
-    joint = "" if made.joint_cost is None else f"; measured as a whole {made.joint_cost:.4g}"
-    console.print(f"Predicted error {made.cost:.4g}, {proof}{joint}")
-    console.print(_types_table(layout, made, problem))
+    joint = "" if chosen.joint_cost is None else f"; measured as a whole {chosen.joint_cost:.4g}"
+    console.print(f"Predicted error {chosen.cost:.4g}, {proof}{joint}")
+    console.print(_types_table(layout, chosen, problem))
     shown = Table(title="Beside it: files with one type")
     for heading in ("type", "size", "predicted error", "of this plan's"):
         shown.add_column(heading, justify="right")
     for name, size, cost in uniform_files(layout, _measured(table, metric)):
-        shown.add_row(name, _size(size), f"{cost:.4g}", f"{cost / made.cost:.2f} times" if made.cost else "")
+        shown.add_row(name, _size(size), f"{cost:.4g}", f"{cost / chosen.cost:.2f} times" if chosen.cost else "")
     console.print(shown)
 
 
-def _types_table(layout: FileLayout, made: Plan, problem: Problem) -> Table:
+def _types_table(layout: FileLayout, chosen: Plan, problem: Problem) -> Table:
     """Give each class of matrices a row, with how many tensors got each type."""
     from ..flux.names import tensor_class
     from ..mixed.file_layout import option_bits
     from ..plan.problem import options_of
 
-    options = options_of(made)
+    options = options_of(chosen)
     kinds = sorted({options[name] for name in problem.costs}, key=lambda option: (option_bits(option), option))
     counts: dict[str, dict[str, int]] = {}
     for name in problem.costs:
@@ -277,18 +280,18 @@ def _source_of(table: Any, model: str | None) -> Path | None:
     return embedded.relative_to(here) if embedded.is_relative_to(here) else embedded
 
 
-def _print_next(console: Console, out: Path, made: Plan, costs: Path, source: Path | None) -> None:
+def _print_next(console: Console, out: Path, chosen: Plan, costs: Path, source: Path | None) -> None:
     """Print the command that makes the file."""
     from ..mixed.covariance import covariance_path
     from ..mixed.imatrix import imatrix_path
 
-    beside = {"--imatrix": imatrix_path(costs)} | ({"--covariance": covariance_path(costs)} if made.low_rank else {})
-    measured_with = "".join(f" {option} {path}" for option, path in beside.items() if path.exists())
+    statistics = {"--imatrix": imatrix_path(costs)} | ({"--covariance": covariance_path(costs)} if chosen.low_rank else {})
+    measured_with = "".join(f" {option} {path}" for option, path in statistics.items() if path.exists())
     named = "SOURCE" if source is None else shlex.quote(str(source))
-    command = f"{own_command()} quantize {named} {made.options['file_name']} --plan {out}{measured_with}"
+    command = f"{own_command()} quantize {named} {chosen.options['file_name']} --plan {out}{measured_with}"
     console.print(f"Next: {command}", soft_wrap=True, markup=False)
     if source is None:
-        console.print(f"SOURCE is the 16-bit file or folder that was measured ({made.options['model']}).", soft_wrap=True)
+        console.print(f"SOURCE is the 16-bit file or folder that was measured ({chosen.options['model']}).", soft_wrap=True)
 
 
 def _size(count: int) -> str:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, TransferSpeedColumn
 from rich.table import Table
+
+from ._progress import progress
 
 if TYPE_CHECKING:
     from ..convert.convert import Conversion
@@ -35,7 +27,8 @@ def quantize(
         str | None,
         typer.Option(
             "--type",
-            help="File type: Q4_K_S, Q4_K_M, Q5_K_S, Q6_K, Q8_0, Q3_K_L, IQ4_XS, ... Beside --plan: of the matrices it does not name.",
+            help="File type: Q4_K_S, Q4_K_M, Q5_K_S, Q6_K, Q8_0, Q3_K_L, IQ4_XS, ... With --plan: of the matrices that it does "
+            "not name.",
         ),
     ] = None,
     rule: Annotated[
@@ -63,7 +56,7 @@ def quantize(
     full_hash: Annotated[bool, typer.Option("--full-hash", help="Hash the whole source: reads it twice.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, for machines.")] = False,
 ) -> None:
-    """Make a GGUF file from a 16-bit FLUX.1 (or another GGUF file): one type, a layout people know, or a plan.
+    """Make a GGUF file of one type, of a known layout, or of a plan, from a 16-bit FLUX.1.
 
     The source is safetensors in 32, 16 or 8 bit (fp8), one file or shards, under BFL's names or diffusers', or a GGUF file. The
     layouts are those of published files: "new" (community files), "old" and "legacy" (city96, August 2024); sizes agree to the
@@ -86,9 +79,6 @@ def quantize(
     if output is None and not dry_run:
         raise typer.BadParameter("name the file to write, or give --dry-run", param_hint="OUTPUT")
     overrides = [_override(text) for text in tensor_type or ()]
-    from ..generation.base_pipeline import go_offline_quietly
-
-    go_offline_quietly()
     from ..convert.choose_types import Request
     from ..convert.convert import check_target, prepare
     from ..mixed.plan_file import Plan
@@ -103,7 +93,8 @@ def quantize(
         config=str(config) if config else None,
         architecture=architecture,
         device=device,
-        engine=engine,  # type: ignore[arg-type]  # checked where it is used
+        # Checked where it is used.
+        engine=engine,  # type: ignore[arg-type]
         workers=workers,
         provenance=not bare,
         whole_hash=full_hash,
@@ -112,8 +103,13 @@ def quantize(
         check_target(conversion.source, output, conversion.nbytes, force)
     _print_plan(console, conversion)
     if not dry_run and output is not None:
-        with _shown(console) as show:
-            conversion.write(output, force=force, progress=show)
+        with progress(console, DownloadColumn(), TransferSpeedColumn()) as bar:
+            task = bar.add_task("quantizing", total=None)
+            conversion.write(
+                output,
+                force=force,
+                progress=lambda name, done, total: bar.update(task, completed=done, total=total, description=name),
+            )
         _print_done(console, conversion, output)
     if as_json:
         typer.echo(json.dumps(_as_dict(conversion, None if dry_run else output)))
@@ -141,29 +137,13 @@ def _print_plan(console: Console, conversion: Conversion) -> None:
         table.add_row(share.type, str(share.tensors), f"{share.weights:,}", f"{share.nbytes / MB:,.2f}")
     console.print(table)
     without = conversion.nbytes - conversion.bare_nbytes
-    beside = f" ({conversion.bare_nbytes:,} without the {without} that say what it was made from)" if without else ""
-    console.print(f"File: {conversion.nbytes:,} bytes{beside}", soft_wrap=True)
+    bare = f" ({conversion.bare_nbytes:,} without the {without} that say what it was made from)" if without else ""
+    console.print(f"File: {conversion.nbytes:,} bytes{bare}", soft_wrap=True)
     console.print(
         f"{conversion.bits_per_weight:.2f} bits per weight, {conversion.block_bits_per_weight:.2f} inside the blocks; "
         f"at most {conversion.peak_bytes / MB:,.0f} MB of memory beside torch, on {conversion.device}",
         soft_wrap=True,
     )
-
-
-@contextmanager
-def _shown(console: Console) -> Iterator:
-    """Show bytes of the source done, speed and time left."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("quantizing", total=None)
-        yield lambda name, done, total: progress.update(task, completed=done, total=total, description=name)
 
 
 def _print_done(console: Console, conversion: Conversion, output: Path) -> None:

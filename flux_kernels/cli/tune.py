@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
+
+from ._options import DTYPES, Batch, Height, Width, comma_separated, one_of, own_device
+from ._progress import progress
 
 _COMPUTES = "exact,int8,fp16_accumulate"
 
@@ -15,19 +18,19 @@ _COMPUTES = "exact,int8,fp16_accumulate"
 def tune(
     formats: Annotated[str, typer.Option(help="ggml types, comma-separated.")] = "Q4_K,Q6_K,Q8_0",
     computes: Annotated[str, typer.Option("--compute", help="Compute modes, comma-separated.")] = _COMPUTES,
-    width: Annotated[int, typer.Option(help="Picture width in pixels.")] = 1024,
-    height: Annotated[int, typer.Option(help="Picture height in pixels.")] = 1024,
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 1,
+    width: Width = 1024,
+    height: Height = 1024,
+    batch: Batch = 1,
     minutes: Annotated[float, typer.Option(help="Begin no new call after this time; a second run goes on.")] = 10.0,
     processes: Annotated[int, typer.Option(help="Processes that compile (each takes some 0.5 GB on the GPU).")] = 2,
-    dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, one_of(DTYPES, "Of the activations: {}.")] = "bfloat16",
     again: Annotated[bool, typer.Option("--again", help="Measure anew what is up to date.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record's path and rows as JSON.")] = False,
 ) -> None:
-    """Measure which kernel and tile is fastest for each call of a FLUX.1 step on this card, and remember it.
+    """Measure which kernel and tile is fastest for each call of a FLUX.1 step on this card.
 
-    Without it a table of defaults is used; with it the measured choice, from then on and in every program. The result is
-    one file per card (flux-kernels doctor shows where); contribute it, so that others with this card need not measure.
+    Without it a table of defaults is used; with it the measured choice, from then on and in every program. The result is one
+    file per card (flux-kernels doctor shows where); contribute it, so that others with this card need not measure.
 
     [bold]Examples[/]
 
@@ -35,59 +38,41 @@ def tune(
       flux-kernels tune --formats Q4_K --compute exact --minutes 3
       flux-kernels tune --width 1360 --height 768
     """
-    import torch
-
     from ..backends import BACKENDS, check_names, resolve
-    from ..compute import mode_of_call
     from ..errors import BackendUnavailable
     from ..flux.calls import step_calls
     from ..formats import get_format
-    from ..machine.tune import Job, tune
+    from ..machine.tune import tune
+    from ..machine.tune_jobs import step_jobs
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise typer.BadParameter(f"{dtype!r} is none of bfloat16, float16, float32", param_hint="--dtype")
-    names, modes = [get_format(name).name for name in formats.split(",")], computes.split(",")
+    device = own_device()
+    names, modes = [get_format(name).name for name in comma_separated(formats)], comma_separated(computes)
     for mode in modes:
         check_names("triton", mode)
     refusal = "no GPU is seen" if device.type == "cpu" else BACKENDS["triton"].refusal(device, get_format(names[0]), "exact")
     if refusal:
         raise BackendUnavailable(f"There is nothing to tune: {refusal}. `flux-kernels doctor` tells more.")
-    for mode in modes if computes != _COMPUTES else ():
-        resolve("triton", mode, device, get_format(names[0]))  # says why where this card refuses a mode that was asked for
-    modes = [mode for mode in modes if _runs(mode, device, get_format(names[0]))]
-    calls = sorted(step_calls(height, width, batch), key=lambda call: -call.flops * call.calls)
-    jobs = [Job(mode, name, call.m, call.n, call.k) for mode in modes for name in names for call in calls]
-    jobs = [job for job in dict.fromkeys(jobs) if job.compute == mode_of_call(job.compute, job.m)]
+    if computes == _COMPUTES:
+        modes = [mode for mode in modes if BACKENDS["triton"].refusal(device, get_format(names[0]), mode) is None]
+    for mode in modes:
+        # Says why where this card refuses a mode that was asked for.
+        resolve("triton", mode, device, get_format(names[0]))
+    jobs = step_jobs(step_calls(height, width, batch), modes, names)
     console = Console(highlight=False, stderr=as_json)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows = []
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("tuning", total=len(jobs))
+    with progress(console, MofNCompleteColumn()) as bar:
+        task = bar.add_task("tuning", total=len(jobs))
 
         def show(job, row):
-            progress.update(task, advance=1, description=f"{job.format} {job.compute} {job.m} x {job.k} x {job.n}")
+            call = f"{job.format} {job.compute} {job.m} x {job.k} x {job.n}"
+            bar.update(task, advance=1, description=call)
             if row is not None:
                 rows.append(row)
                 gain = row.default_ms / row.ms
-                progress.console.print(
-                    f"{job.format} {job.compute} {job.m} x {job.k} x {job.n}: {row.algorithm} {row.tile or ''} "
-                    f"{row.ms:.3f} ms, {gain:.2f} x the default"
-                )
+                console.print(f"{call}: {row.algorithm} {row.tile or ''} {row.ms:.3f} ms, {gain:.2f} x the default")
 
-        path = tune(jobs, device, dtype=getattr(torch, dtype), minutes=minutes, again=again, processes=processes, on_row=show)
+        path = tune(jobs, device, dtype=DTYPES[dtype], minutes=minutes, again=again, processes=processes, on_row=show)
     if as_json:
         typer.echo(json.dumps(dict(record=str(path), measured=len(rows), jobs=len(jobs))))
     else:
         console.print(f"Written to {path}, {len(rows)} calls measured of {len(jobs)}.")
-
-
-def _runs(mode: str, device, fmt) -> bool:
-    """Tell whether a card runs a mode; the default list is of all modes, and some cards refuse one."""
-    from ..backends import resolve
-    from ..errors import BackendUnavailable
-
-    try:
-        return resolve("triton", mode, device, fmt) is not None
-    except BackendUnavailable:
-        return False

@@ -1,4 +1,4 @@
-"""What is special to the Flux family: tensor names, variants and layouts, loading and writing GGUF files."""
+"""What is special to the Flux family: tensor names, variants, layouts, loading and writing files."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Every linear call of one FLUX.1-dev step, as data: (M, N, K) with the number of calls, by picture size and batch.
+"""Every linear call of one FLUX.1-dev step, as data: (M, N, K) with the number of calls.
 
-Source: the transformer's config (19 double and 38 single blocks, width 3072, MLP 12288, 512 text tokens).
+They depend on picture size and batch. Source: the transformer's config (19 double and 38 single blocks, width 3072, MLP 12288, 512 text tokens).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-PIXELS_A_TOKEN = 16  # in each direction: the VAE shrinks by 8, the transformer takes 2 x 2 of what is left
+# In each direction: the VAE shrinks by 8, the transformer takes 2 x 2 of what is left.
+PIXELS_A_TOKEN = 16
 WIDTH, MLP, TEXT, DOUBLE, SINGLE = 3072, 12288, 512, 19, 38
 
 
@@ -33,7 +34,10 @@ def image_tokens(width: int, height: int) -> int:
 
 
 def step_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
-    """List the calls inside the blocks and their modulation for one step (the embedders and final layer are 0.1 % of it)."""
+    """List the calls inside the blocks and their modulation for one step.
+
+    The embedders and the final layer are 0.1 % of it.
+    """
     image, text = batch * image_tokens(width, height), batch * TEXT
     both = image + text
     return [

@@ -11,7 +11,8 @@ from ..errors import GGUFError
 from .names import block_of, stored_name
 
 Shapes = Mapping[str, tuple[int, ...]]
-CONFIG_KEY = "flux_kernels.config"  # JSON of the config, in files that save_gguf wrote
+# JSON of the config, in files that save_gguf wrote.
+CONFIG_KEY = "flux_kernels.config"
 
 # The halves of a rotary axis are pairs, so every axis is even; FLUX.1 gives the index axis an eighth of a head and the
 # two image axes the rest: (16, 56, 56) of 128.
@@ -68,7 +69,11 @@ def infer_config(
 
 
 def default_rope(head_dim: int) -> tuple[int, int, int]:
-    """Scale FLUX.1's rotary axes (16, 56, 56) to another head size; raise GGUFError where that gives odd axes."""
+    """Scale FLUX.1's rotary axes (16, 56, 56) to another head size.
+
+    Raises:
+        GGUFError: where that gives odd axes.
+    """
     if head_dim % _ROPE_HEAD_STEP:
         raise GGUFError(
             f"The file has heads of {head_dim}; how they split into rotary axes is not in the tensors, and (16, 56, 56) scales "
@@ -122,7 +127,11 @@ def _shape(shapes: Shapes, naming: str, parameter: str, dims: int) -> tuple[int,
 
 
 def _count_blocks(shapes: Shapes, kinds: tuple[str, ...]) -> int:
-    """Count the blocks of a kind; raise GGUFError where indices are missing (before a model of that size is built)."""
+    """Count the blocks of a kind, before a model of that size is built.
+
+    Raises:
+        GGUFError: where indices are missing, or there are far too many.
+    """
     indices = {block[1] for block in map(block_of, shapes) if block and block[0] in kinds}
     missing = next((index for index in range(len(indices)) if index not in indices), None)
     if missing is not None:
@@ -160,7 +169,8 @@ def _override(config: object | None) -> dict[str, Any]:
     values = config if isinstance(config, Mapping) else getattr(config, "config", None)
     if not isinstance(values, Mapping):
         raise TypeError(f"config is a mapping, a model, or a path to config.json, got {type(config).__name__}.")
-    ignored = ("_", "quantization_config")  # a model saved with packed layers describes them there; the file has its own
+    # A model saved with packed layers describes them there; the file has its own.
+    ignored = ("_", "quantization_config")
     unknown = [name for name in values if not name.startswith(ignored) and name not in CONFIG_NAMES]
     if unknown:
         raise GGUFError(f"FluxTransformer2DModel has no config value {unknown[0]!r}. Known: {', '.join(CONFIG_NAMES)}.")
@@ -169,7 +179,7 @@ def _override(config: object | None) -> dict[str, Any]:
 
 def _read_config(path: Path) -> Any:
     candidates = [path / "config.json", path / "transformer" / "config.json"] if path.is_dir() else [path]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
         raise GGUFError(f"No config.json at {path}. Pass the file, or a directory that holds it (or transformer/config.json).")
-    return json.loads(found.read_text(encoding="utf-8"))
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,22 +1,24 @@
-"""Build a FluxTransformer2DModel from a GGUF file: block matrices stay packed and memory-mapped, nothing is decoded."""
+"""Build a FluxTransformer2DModel from a GGUF file.
+
+Block matrices stay packed and memory-mapped; nothing is decoded.
+"""
 
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..backends import check_activation_dtype, check_names, check_runnable, usable_device
 from ..compute import compute_of_layer
 from ..formats import FORMATS
-from ..layers.fuse import fuse_projections
+from ..layers.fuse import fuse_projections, offer_fusing
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over
-from ..swap.guard import guard
-from .stored import StoredFlux, empty_model, open_flux
+from ..swap.model_quantizer import attach_quantizer
+from .stored import StoredFlux, StoredLayer, empty_model, open_flux
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -62,43 +64,38 @@ def load_flux(
     check_activation_dtype(dtype, "dtype")
     place = usable_device("cpu" if device is None else device)
     stored = open_flux(path, config)
-    for format in set(stored.types.values()) & FORMATS.keys():
+    for format in {tensor.format for tensor in stored.file.tensors.values()} & FORMATS.keys():
         check_runnable(backend, compute, place, FORMATS[format])
     model = empty_model(stored.config).eval()
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, _linear(name, module, stored, dtype, place, backend, compute))
-        else:
+        packed = stored.packed_layer(name, dtype) if isinstance(module, nn.Linear) else None
+        if packed is None:
             _fill(name, module, stored, dtype, place)
-    guard(model)
+        else:
+            mode = compute_of_layer(compute, [name])
+            model.set_submodule(name, _packed_linear(module, packed, dtype, place, backend, mode))
+    offer_fusing(model)
+    attach_quantizer(model)
     if fuse is not None:
-        fuse_projections(model, fuse, rows_of=partial(_rows_together, stored) if place.type == "cpu" else None)
+        fuse_projections(model, fuse, rows_of=stored.rows_together if place.type == "cpu" else None)
     return model
 
 
-def _linear(name: str, module: nn.Linear, stored: StoredFlux, dtype, device, backend: str, compute: str) -> nn.Module:
-    """Return `module` filled with plain weights, or the GGUFLinear over its packed rows."""
-    format = stored.format(f"{name}.weight")
-    if format not in FORMATS:
-        return _fill(name, module, stored, dtype, device)
-    bias = nn.Parameter(stored.decoded(f"{name}.bias", dtype).to(device))
-    packed = stored.packed(f"{name}.weight").to(device)
-    mode = compute_of_layer(compute, [name])
-    layer = GGUFLinear.from_packed(packed, format, bias, backend=backend, compute=mode, compute_dtype=dtype)
-    branch = stored.low_rank(f"{name}.weight")
-    if branch is not None:
-        layer.set_low_rank(*(factor.to(device) for factor in branch))
+def _packed_linear(
+    module: nn.Linear, stored: StoredLayer, dtype: torch.dtype, device: torch.device, backend: str, compute: str
+) -> nn.Module:
+    """Return the GGUFLinear over a layer's packed rows that takes the place of the empty `module`."""
+    rows, fmt, bias = stored.weight.data.to(device), stored.weight.fmt, nn.Parameter(stored.bias.to(device))
+    layer = GGUFLinear.from_packed(rows, fmt, bias, backend=backend, compute=compute, compute_dtype=dtype)
+    if stored.low_rank is not None:
+        down, up = stored.low_rank
+        layer.set_low_rank(down.to(device), up.to(device))
     # On the CPU the rows stay mapped as they are; a layer arranges them itself when it is moved.
     return carry_over(module, layer if device.type == "cpu" else layer.arrange())
 
 
-def _rows_together(stored: StoredFlux, layers: list[str]) -> Tensor | None:
-    return stored.packed_together([f"{layer}.weight" for layer in layers])
-
-
-def _fill(name: str, module: nn.Module, stored: StoredFlux, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _fill(name: str, module: nn.Module, stored: StoredFlux, dtype: torch.dtype, device: torch.device) -> None:
     """Give a module on the meta device its own parameters."""
     for kind, empty in list(module.named_parameters(recurse=False)):
         values = stored.decoded(f"{name}.{kind}", dtype).to(device)
         setattr(module, kind, nn.Parameter(values, requires_grad=empty.requires_grad))
-    return module

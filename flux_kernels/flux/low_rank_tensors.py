@@ -1,6 +1,6 @@
-"""Low-rank corrections in a FLUX.1 file: beside `<module>.weight` [N, K] the tensors `<module>.low_rank_down` [r, K] and
-`<module>.low_rank_up` [N, r] in 16 or 32 bit. The layer computes with weight + up @ down.
+"""Low-rank corrections in a FLUX.1 file: a layer computes with weight + up @ down.
 
+`<module>.weight` [N, K] has the tensors `<module>.low_rank_down` [r, K] and `<module>.low_rank_up` [N, r] in 16 or 32 bit.
 No other reader knows these tensors; such a file is for `load_flux`. Where a BFL tensor holds several layers (qkv), its
 layers share down and take their rows of up.
 """
@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import GGUFError
 from ..formats import PLAIN_TYPES
 
-RANK_TYPE = "BF16"  # of a low-rank correction: 16 bit, like what it corrects
+# Type of a low-rank correction: 16 bit, like what it corrects.
+RANK_TYPE = "BF16"
 DOWN, UP = ".low_rank_down", ".low_rank_up"
 _WEIGHT = ".weight"
 Shapes = Mapping[str, tuple[int, ...]]

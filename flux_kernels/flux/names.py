@@ -1,4 +1,4 @@
-"""FLUX.1's tensor names as data: which output rows of which stored tensor become which parameter of diffusers' model.
+"""FLUX.1's tensor names as data: which rows of which stored tensor become which parameter.
 
 Two namings exist. "bfl" is the one of the original checkpoints (q, k, v and the single blocks' MLP input are one tensor);
 "diffusers" is that of FluxTransformer2DModel's state dict. Every difference is a choice of output rows, so that packed
@@ -80,7 +80,7 @@ _BLOCK = re.compile(r"^(double_blocks|single_blocks|transformer_blocks|single_tr
 
 @dataclass(frozen=True)
 class Source:
-    """Say where one parameter lies in a file: these row ranges [start, stop) of that tensor, one after the other."""
+    """Say where a parameter lies in a file: row ranges [start, stop) of a tensor, one after the other."""
 
     tensor: str
     rows: tuple[tuple[int, int], ...]
@@ -126,7 +126,7 @@ def sources(shapes: Mapping[str, tuple[int, ...]], naming: str) -> dict[str, Sou
     Returns:
         Parameter name -> Source, in the order in which files are written.
     """
-    found: dict[str, Source] = {}
+    located: dict[str, Source] = {}
     if naming == DIFFUSERS:
         return {name: Source(name, ((0, shape[0]),)) for name, shape in shapes.items()}
     for bfl, modules, link in _expanded(shapes):
@@ -137,13 +137,13 @@ def sources(shapes: Mapping[str, tuple[int, ...]], naming: str) -> dict[str, Sou
                 size = shapes[f"{module}.{kind}"][0]
                 half = start + size // 2
                 rows = ((half, start + size), (start, half)) if link.swap_halves else ((start, start + size),)
-                found[f"{module}.{kind}"] = Source(tensor, rows)
+                located[f"{module}.{kind}"] = Source(tensor, rows)
                 start += size
-    return found
+    return located
 
 
 def _expanded(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[tuple[str, list[str], Link]]:
-    """Yield (BFL module, diffusers modules, link) of every link, block by block, that `shapes` has parameters for."""
+    """Yield (BFL module, diffusers modules, link) block by block, where `shapes` has parameters for it."""
     for group in _groups():
         index = 0
         while f"{group[0].diffusers[0].format(i=index)}.weight" in shapes:

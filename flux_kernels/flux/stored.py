@@ -1,4 +1,4 @@
-"""A FLUX.1 file that was opened, understood and checked: where every parameter of the model lies in it."""
+"""A FLUX.1 file, opened and checked: where every parameter of the model lies in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,20 @@ if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
+
+
+class StoredLayer(NamedTuple):
+    """Hold what a file stores of a linear layer whose matrix is quantized.
+
+    Attributes:
+        weight: the rows as they are stored: mapped, unless they change order.
+        bias: [N] in the dtype asked for.
+        low_rank: down [r, K] and up [N, r] of the matrix's correction, in memory of their own, or None.
+    """
+
+    weight: Packed
+    bias: Tensor
+    low_rank: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -55,17 +69,21 @@ class StoredFlux:
         """Tensor name without prefix -> ggml type name."""
         return {bare: self.file.tensors[name].format for bare, name in self.names.items()}
 
-    def format(self, parameter: str) -> str:
-        """Return the ggml type name of a parameter."""
-        return self.file.tensors[self.names[self.sources[parameter].tensor]].format
+    def packed_layer(self, name: str, dtype: torch.dtype) -> StoredLayer | None:
+        """Return what the file stores of the linear layer `name`, or None where its matrix is plain.
 
-    def packed(self, parameter: str) -> Tensor:
-        """Return a quantized matrix as it is stored, uint8 [N, row bytes]: mapped, unless its rows change order."""
-        return _join(self._ranges(self.sources[parameter]))
+        The bias has `dtype`.
+        """
+        source = self.sources[f"{name}.weight"]
+        fmt = self._tensor(source).block_format
+        if isinstance(fmt, PlainType):
+            return None
+        weight = Packed(_join(self._ranges(source)), fmt)
+        return StoredLayer(weight, self.decoded(f"{name}.bias", dtype), self._low_rank(source))
 
-    def packed_together(self, parameters: list[str]) -> Tensor | None:
-        """Return quantized matrices, mapped, where the file stores them as consecutive rows of one tensor; otherwise None."""
-        located = [self.sources[parameter] for parameter in parameters]
+    def rows_together(self, layers: list[str]) -> Tensor | None:
+        """Return the packed rows of layers that lie one after the other in one tensor, mapped, or None."""
+        located = [self.sources[f"{layer}.weight"] for layer in layers]
         ranges = [rows for source in located for rows in source.rows]
         consecutive = all(before[1] == after[0] for before, after in pairwise(ranges))
         if len({source.tensor for source in located}) > 1 or not consecutive:
@@ -73,7 +91,10 @@ class StoredFlux:
         return _join(self._ranges(Source(located[0].tensor, ((ranges[0][0], ranges[-1][1]),))))
 
     def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """Return a plain matrix or any vector in `dtype`; mapped where stored so, a quantized vector decoded in float32."""
+        """Return a plain matrix or any vector in `dtype`.
+
+        It is mapped where it is stored in that type; a quantized vector is decoded in float32.
+        """
         source = self.sources[parameter]
         tensor = self._tensor(source)
         if isinstance(tensor.block_format, PlainType):
@@ -81,9 +102,7 @@ class StoredFlux:
         whole = dequantize(Packed(tensor.data, tensor.block_format)).flatten()
         return _join([whole[start:stop] for start, stop in source.rows]).to(dtype, copy=True)
 
-    def low_rank(self, parameter: str) -> tuple[Tensor, Tensor] | None:
-        """Return down [r, K] and up [N, r] of a matrix's low-rank correction, in memory of their own, or None."""
-        source = self.sources[parameter]
+    def _low_rank(self, source: Source) -> tuple[Tensor, Tensor] | None:
         if source.tensor not in self.corrections:
             return None
         down, up = (self.file.tensors[name] for name in self.corrections[source.tensor])
@@ -119,7 +138,11 @@ def open_flux(path: str | os.PathLike, config: object | None = None) -> StoredFl
 
 
 def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
-    """Locate every parameter of the model in an opened file, or raise GGUFError saying why it cannot be loaded."""
+    """Locate every parameter of the model in an opened file.
+
+    Raises:
+        GGUFError: where it cannot be loaded, with the reason.
+    """
     names = canonical_names(file.tensors)
     shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
     extra = {bare: names.pop(bare) for bare in [*names] if is_correction(bare)}
@@ -161,7 +184,11 @@ def torch_shape(file: GGUFFile, bare: str, name: str) -> tuple[int, ...]:
 
 
 def _original_shape(key: str, sizes: Any, tensor: GGUFTensor) -> tuple[int, ...]:
-    """Return the shape that a key-value gives a tensor; raise GGUFError where its bytes cannot have that shape."""
+    """Return the shape that a key-value gives a tensor.
+
+    Raises:
+        GGUFError: where its bytes cannot have that shape.
+    """
     row = tensor.block_format
     integers = isinstance(sizes, list) and all(isinstance(size, int) for size in sizes)
     if not integers or prod(sizes) != prod(tensor.shape) or not sizes or sizes[-1] % row.block_size:

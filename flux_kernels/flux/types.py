@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import FormatError
+from ..formats import type_row, types_by_name
 from .names import block_of
 
 VECTOR, LEFTOVER, BLOCK = "vector", "leftover", "block"
@@ -19,9 +20,10 @@ VECTOR, LEFTOVER, BLOCK = "vector", "leftover", "block"
 
 @dataclass(frozen=True)
 class Rule:
-    """State the plain types of one layout: `vector` for 1-D tensors, `leftover` for matrices outside the blocks.
+    """State the plain types of one layout.
 
-    `small` overrides `leftover` for the narrow ones of SMALL_LEFTOVER; `mixes` allows the _M and _L type names.
+    `vector` is that of 1-D tensors, `leftover` that of matrices outside the blocks. `small` overrides `leftover` for the
+    narrow ones of SMALL_LEFTOVER; `mixes` allows the _M and _L type names.
     """
 
     vector: str
@@ -49,56 +51,46 @@ DOUBLE_QKV = re.compile(
 
 @dataclass(frozen=True)
 class NamedType:
-    """Resolve a file type's name: the block matrices' type, the type of DOUBLE_QKV, and llama.cpp's `file_type` number."""
+    """Resolve a file type's name.
+
+    It stands for the block matrices' type, the type of DOUBLE_QKV, and llama.cpp's `file_type` number.
+    """
 
     base: str
     qkv: str
     file_type: int
 
 
-def _uniform(name: str, file_type: int) -> NamedType:
-    return NamedType(name, name, file_type)
-
-
 # The numbers are llama.cpp's llama_ftype (gguf-py: LlamaFileType).
-NAMED_TYPES: dict[str, NamedType] = {
-    "F32": _uniform("F32", 0),
-    "F16": _uniform("F16", 1),
-    "BF16": _uniform("BF16", 32),
-    "Q4_0": _uniform("Q4_0", 2),
-    "Q4_1": _uniform("Q4_1", 3),
-    "Q5_0": _uniform("Q5_0", 8),
-    "Q5_1": _uniform("Q5_1", 9),
-    "Q8_0": _uniform("Q8_0", 7),
-    "Q2_K": _uniform("Q2_K", 10),
-    "Q3_K_S": _uniform("Q3_K", 11),
+_MIXES = {
     "Q3_K_M": NamedType("Q3_K", "Q4_K", 12),
     "Q3_K_L": NamedType("Q3_K", "Q4_K", 13),
-    "Q4_K_S": _uniform("Q4_K", 14),
     "Q4_K_M": NamedType("Q4_K", "Q5_K", 15),
-    "Q5_K_S": _uniform("Q5_K", 16),
     "Q5_K_M": NamedType("Q5_K", "Q6_K", 17),
-    "Q6_K": _uniform("Q6_K", 18),
-    "IQ1_S": _uniform("IQ1_S", 24),
-    "IQ1_M": _uniform("IQ1_M", 31),
-    "IQ2_XXS": _uniform("IQ2_XXS", 19),
-    "IQ2_XS": _uniform("IQ2_XS", 20),
-    "IQ2_S": _uniform("IQ2_S", 28),
-    "IQ3_XXS": _uniform("IQ3_XXS", 23),
-    "IQ3_S": _uniform("IQ3_S", 26),
-    "IQ4_NL": _uniform("IQ4_NL", 25),
-    "IQ4_XS": _uniform("IQ4_XS", 30),
-    "TQ1_0": _uniform("TQ1_0", 36),
-    "TQ2_0": _uniform("TQ2_0", 37),
-    "MXFP4": _uniform("MXFP4", 38),
-    "NVFP4": _uniform("NVFP4", 39),
-    "Q1_0": _uniform("Q1_0", 40),
 }
 
 
+def _named_types() -> dict[str, NamedType]:
+    """Name the uniform file of every type that has a `file_type`, and the mixes.
+
+    A uniform file's name ends in "_S" where a mix has the same base.
+    """
+    named: dict[str, NamedType] = {}
+    for row in types_by_name().values():
+        if row.file_type is None:
+            continue
+        mixes = {name: mix for name, mix in _MIXES.items() if mix.base == row.name}
+        named[f"{row.name}_S" if mixes else row.name] = NamedType(row.name, row.name, row.file_type)
+        named |= mixes
+    return named
+
+
+NAMED_TYPES = _named_types()
+
+
 def file_type(ggml_type: str) -> int | None:
-    """Return llama.cpp's `file_type` number of a file whose matrices are mostly `ggml_type`; None where it has none."""
-    return next((named.file_type for named in NAMED_TYPES.values() if named.base == named.qkv == ggml_type), None)
+    """Return llama.cpp's number of a file whose matrices are mostly `ggml_type`, None without one."""
+    return type_row(ggml_type).file_type
 
 
 def tensor_kind(name: str, shape: tuple[int, ...]) -> str:

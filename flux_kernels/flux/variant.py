@@ -1,4 +1,7 @@
-"""Tell what model a file holds: which FLUX.1, in which naming and layout, or which other model it is and that it is refused."""
+"""Recognise the model of a file: which FLUX.1, in which naming and layout.
+
+A file of another model is refused with that model's name.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ _FLUX_1 = "flux_kernels loads FLUX.1 transformers (dev, schnell, Kontext, Krea, 
 
 @dataclass(frozen=True)
 class Mark:
-    """Name a model that is not FLUX.1's transformer by a tensor name only it has (a regular expression on the whole name)."""
+    """Name a model that is not FLUX.1's transformer by a tensor name that only it has.
+
+    The name is a regular expression, matched against the whole.
+    """
 
     model: str
     tensor: str
@@ -78,11 +84,14 @@ def canonical_names(names: Collection[str]) -> dict[str, str]:
 
 
 def naming_of(shapes: Mapping[str, tuple[int, ...]], architecture: str | None) -> str:
-    """Return the naming ("bfl" or "diffusers") of a FLUX.1 file; raise GGUFError saying what any other file is.
+    """Return the naming ("bfl" or "diffusers") of a FLUX.1 file.
 
     Args:
         shapes: tensor name without prefix -> shape in torch order.
         architecture: the file's `general.architecture`. Tensors decide; it only helps to name what is refused.
+
+    Raises:
+        GGUFError: for any other file, saying what it is.
     """
     refusal = refusal_of(shapes, architecture)
     if refusal:
@@ -98,9 +107,9 @@ def refusal_of(shapes: Mapping[str, tuple[int, ...]], architecture: str | None) 
     is_flux = blocks and bool({"img_in.weight", "x_embedder.weight"} & shapes.keys())
     for mark in OTHER_TRANSFORMERS if is_flux else OTHER_TRANSFORMERS + OTHER_PARTS:
         pattern = re.compile(mark.tensor)
-        found = next((name for name in shapes if pattern.fullmatch(name)), None)
-        if found is not None:
-            return f"This is {_model_name(mark, shapes)}, not FLUX.1 (it holds {found!r}). {_advice(mark.advice)}"
+        tensor = next((name for name in shapes if pattern.fullmatch(name)), None)
+        if tensor is not None:
+            return f"This is {_model_name(mark, shapes)}, not FLUX.1 (it holds {tensor!r}). {_advice(mark.advice)}"
     if is_flux:
         return None
     declared = f"its architecture key says {architecture!r}" if architecture else "it has no architecture key"
@@ -126,7 +135,8 @@ def _model_name(mark: Mark, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 _FULL_WIDTH = 3072
-_BY_INPUT = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or -Depth", 196: "Flex.2"}  # by in_channels
+# By in_channels.
+_BY_INPUT = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or -Depth", 196: "Flex.2"}
 _BY_BLOCKS_AND_GUIDANCE = {
     (19, 38, True): "FLUX.1-dev, -Kontext or -Krea",
     (19, 38, False): "FLUX.1-schnell",
@@ -148,8 +158,9 @@ def variant_name(config: Mapping[str, Any]) -> str:
 
 
 def layout_of(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Name the layout of a file's types: "legacy", "old", "new", "mixed" (a type per block, or biases that are not F32 or F16)
-    or "other".
+    """Name the layout of a file's types: "legacy", "old", "new", "mixed" or "other".
+
+    A file is "mixed" where blocks differ in type, or biases are neither F32 nor F16.
 
     Args:
         types: tensor name without prefix -> ggml type name.

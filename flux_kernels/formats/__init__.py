@@ -1,4 +1,4 @@
-"""The registry: FORMATS maps a ggml type name to its row, built from one explicit tuple of format files."""
+"""Map ggml type names to rows: FORMATS, built from one explicit tuple of format files."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from . import (
     tq1_0,
     tq2_0,
 )
+from ._describe import FieldFacts, FormatFacts, describe, draw_layout
 from ._format import SLICE, SUPERBLOCK, BlockFormat, Field, Layout
 from .packed import Packed
 from .plain import PLAIN_TYPES, PlainType
@@ -46,7 +47,7 @@ FORMATS: dict[str, BlockFormat] = {file.FORMAT.name: file.FORMAT for file in _FO
 
 
 def get_format(name: str | BlockFormat) -> BlockFormat:
-    """Return the row named `name` (a ggml type name such as "Q4_K"); raise FormatError with the legal names."""
+    """Return the row of a ggml type name such as "Q4_K"; raise FormatError with the legal names."""
     if isinstance(name, BlockFormat):
         return name
     if name not in FORMATS:
@@ -73,7 +74,7 @@ def type_row(name: str) -> BlockFormat | PlainType:
 
 
 def block_format(name: str) -> BlockFormat | None:
-    """Return the row of a packed type, None for a plain one; raise FormatError where there is no such type."""
+    """Return the row of a packed type, None for a plain one; raise FormatError for an unknown name."""
     row = type_row(name)
     return row if isinstance(row, BlockFormat) else None
 
@@ -85,10 +86,14 @@ __all__ = [
     "SUPERBLOCK",
     "BlockFormat",
     "Field",
+    "FieldFacts",
+    "FormatFacts",
     "Layout",
     "Packed",
     "PlainType",
     "block_format",
+    "describe",
+    "draw_layout",
     "get_format",
     "type_row",
     "types_by_name",

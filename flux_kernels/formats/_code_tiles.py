@@ -1,8 +1,9 @@
-"""Triton helpers of code tiles: integer codes for the tensor core, two bytes a value, before any scale is applied.
+"""Help code tiles in Triton: integer codes for the tensor core, two bytes a value.
 
-Byte tensors cost an instruction a byte. Here a value is two codes, so that one shift, mask or byte permutation on a 32-bit
-register serves four weights. LLVM does not find that form, so it is spelt out where PACKED (NVIDIA); the same is said in
-Triton's own operations for its interpreter. Shapes: `row_ptr` is uint8 pointers [1, BLOCK_N], `block` int32 [SPLITS, 1].
+No scale is applied yet. Byte tensors cost an instruction a byte. Here a value is two codes, so that one shift, mask or byte
+permutation on a 32-bit register serves four weights. LLVM does not find that form, so it is spelt out where PACKED (NVIDIA);
+the same is said in Triton's own operations for its interpreter. Shapes: `row_ptr` is uint8 pointers [1, BLOCK_N], `block`
+int32 [SPLITS, 1].
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def join_codes(low, high, LOW_MASK: tl.constexpr, PACKED: tl.constexpr):
 
 @jit
 def widen_codes(codes, ODD: tl.constexpr, MASK: tl.constexpr, SIGN: tl.constexpr, DTYPE: tl.constexpr, PACKED: tl.constexpr):
-    """Turn the bits under MASK of every value's even or odd byte into a 16-bit float, exactly; SIGN (0x8000) makes it negative.
+    """Turn the bits under MASK of every value's even or odd byte into a 16-bit float, exactly.
 
-    bfloat16: 128 + code, the code (or 128) in the bits after the exponent of 128. float16: 2^-24 * code, as a subnormal
-    number, which tensor cores multiply exactly.
+    SIGN (0x8000) makes it negative. bfloat16: 128 + code, the code (or 128) in the bits after the exponent of 128. float16:
+    2^-24 * code, as a subnormal number, which tensor cores multiply exactly.
     """
     ABOVE: tl.constexpr = SIGN + (0x4300 if DTYPE == tl.bfloat16 else 0)
     codes = shift_codes(codes, 8 if ODD else 0, PACKED)
@@ -97,7 +98,10 @@ def load_k_scale_words(
     NUM_BLOCKS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Load sc and m of sub-blocks 0-3 (UPPER: 4-7) from the 12 scale bytes of Q4_K and Q5_K, four bytes a uint32 each."""
+    """Load sc and m of sub-blocks 0-3 (UPPER: 4-7) from the 12 scale bytes of Q4_K and Q5_K.
+
+    Each is a uint32 of four bytes.
+    """
     a = load_word(row_ptr, block, OFFSET, 12, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
     b = load_word(row_ptr, block, OFFSET, 12, 1, TYPE_SIZE, NUM_BLOCKS, PLANES)
     if UPPER:

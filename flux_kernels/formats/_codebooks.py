@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the OCP FP4 value; ggml has no -0
+# Twice the OCP FP4 value; ggml has no -0.
+E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Hold a codebook of vectors: each entry is `length` of the `values`.
+    """Store a codebook of vectors: each entry is `length` of the `values`.
 
     An entry packs its value numbers in 16 // length bits each, the first lowest; entries ascend, so `deltas` stores their
     differences as 16-bit little-endian words, deflated, in base64.

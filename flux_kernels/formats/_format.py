@@ -1,4 +1,4 @@
-"""The row type: everything the library knows about one ggml block type stands in one `BlockFormat`.
+"""Define the row: all that the library knows of one ggml block type stands in one `BlockFormat`.
 
 A row derives its geometry (bytes per block, offsets, bits per weight) from its fields, so that a format file states each
 number once. Source of all layouts: ggml-common.h.
@@ -16,17 +16,27 @@ from torch import Tensor
 from ..errors import FormatError
 
 _FIELD_DTYPES = {"u8": torch.uint8, "i8": torch.int8, "u16": torch.uint16, "u32": torch.uint32, "f16": torch.float16}
-SLICE = 32  # weights a Triton tile decoder returns at a time
-SUPERBLOCK = 256  # weights in one step of the fused kernels, and in one block of every K-quant
+# Weights a Triton tile decoder returns at a time.
+SLICE = 32
+# Weights in one step of the fused kernels, and in one block of every K-quant.
+SUPERBLOCK = 256
 
 
 @dataclass(frozen=True)
 class Field:
-    """Name one member of a ggml block struct: `count` values of `dtype` ("u8", "i8", "u16", "u32" or "f16")."""
+    """Name one member of a ggml block struct.
+
+    Attributes:
+        dtype: "u8", "i8", "u16", "u32" or "f16".
+        count: values of `dtype`.
+        scale_bits: of a scale that is no f16, what its bytes are in a plausible weight (random_rows makes such): for each
+            byte in turn, and again from the first, the bits that take any value and the bits that are set.
+    """
 
     name: str
     dtype: str
     count: int = 1
+    scale_bits: tuple[tuple[int, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -35,7 +45,7 @@ class Field:
 
 
 class Layout:
-    """Hold the fields of one block in file order and slice byte tensors by them."""
+    """Slice byte tensors by the fields of a block, which stand in file order."""
 
     def __init__(self, *fields: Field):
         self.fields = fields
@@ -72,7 +82,10 @@ class Layout:
         return fields
 
     def to_planes(self, data: Tensor) -> Tensor:
-        """Rearrange packed rows, same size and dtype: all of the first field of the row, then all of the second, ..."""
+        """Rearrange packed rows field by field, same size and dtype.
+
+        All of the first field of the row comes first, then all of the second, ...
+        """
         blocks = data.unflatten(-1, (-1, self.type_size))
         parts = blocks.split([field.size for field in self.fields], dim=-1)
         return torch.cat([part.flatten(-2) for part in parts], dim=-1)
@@ -96,9 +109,9 @@ def _typed(raw: Tensor, dtype: str) -> Tensor:
 
 @dataclass(frozen=True)
 class CodeTile:
-    """Describe the integer codes of a format to the small-M kernel: weight = unit * scale * (code - zero) + offset.
+    """Describe the integer codes of a format to the small-M kernel.
 
-    The functions are Triton's; see _code_tiles.py for their shapes.
+    weight = unit * scale * (code - zero) + offset. The functions are Triton's; see _code_tiles.py for their shapes.
 
     Attributes:
         codes: (row_ptr, block, i, NUM_BLOCKS, PLANES, PACKED) -> the codes of slice i (32 weights), two bytes a value.
@@ -133,6 +146,8 @@ class BlockFormat:
         quantize: torch quantizer of float32 rows [rows, K] (and importance [rows, K] or None) to uint8 [rows, row bytes].
         code_tile: the codes for the small-M kernel on tensor cores; None where a code stands for a table entry.
         table: builds the lookup table of the codebook formats (uint8, CPU), handed to both decodes; None where unused.
+        gathers: whether `decode_tile` gathers from that table, a grid, in memory; the few values of a smaller one are
+            immediates in its code.
         planes: whether Triton wants the row rearranged with `Layout.to_planes`, because blocks that are only 2-byte
             aligned cannot be loaded wide or by asynchronous copies.
         unpacker: makes, for a number of blocks, what unpacks as many on a CPU faster than `decode` and libggml do: uint8
@@ -140,6 +155,8 @@ class BlockFormat:
             float32 product is the decoded weight), in memory that its next call overwrites; None where there is no such way.
         relative_rms: bound of the relative RMS error of quantizing gaussian weights, as a fraction.
         source: where layout and decode were read.
+        about: the docstring of the format's file, which opens with its formula and says its codes and geometry.
+        file_type: llama.cpp's number (`general.file_type`) of a file whose matrices are of this type; None where it has none.
     """
 
     name: str
@@ -150,9 +167,12 @@ class BlockFormat:
     decode: Callable[..., Tensor]
     relative_rms: float
     source: str
+    about: str | None = None
+    file_type: int | None = None
     decode_tile: Any = None
     quantize: Callable[[Tensor, Tensor | None], Tensor] | None = None
     table: Callable[[], Tensor] | None = None
+    gathers: bool = False
     planes: bool = False
     code_tile: CodeTile | None = None
     unpacker: Callable[[int], Callable[[Tensor], tuple[Tensor, Tensor]]] | None = None
@@ -185,7 +205,8 @@ class BlockFormat:
                 "Call the layer once before the capture."
             )
         table = tables[torch.device("cpu")].to(device)
-        if type(table) is Tensor:  # and not the fake one of a trace
+        # The fake table of a trace is not kept.
+        if type(table) is Tensor:
             tables[device] = table
         return table
 

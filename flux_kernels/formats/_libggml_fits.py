@@ -1,8 +1,9 @@
-"""Find the scales that libggml's searches would choose: candidates that make a search here never worse than libggml's.
+"""Find the scales that libggml's searches would choose.
 
-They minimise a weighted error too, but weigh by |x| or by importance * sqrt(mean(x^2) + x^2), and fix scales before they are
-rounded: on average worse, in single blocks better. Only the scales are found, since the codes that go with given scales are
-best rounded to anew. Float32 without fused arithmetic, so that a tie may fall otherwise than in libggml's own build.
+As further candidates they make a search here never worse than libggml's. They minimise a weighted error too, but weigh by |x|
+or by importance * sqrt(mean(x^2) + x^2), and fix scales before they are rounded: on average worse, in single blocks better.
+Only the scales are found, since the codes that go with given scales are best rounded to anew. Float32 without fused
+arithmetic, so that a tie may fall otherwise than in libggml's own build.
 
 Source: ggml-quants.c make_qx_quants, make_q3_quants, make_qkx2_quants, make_qkx3_quants, make_qp_quants and
 quantize_row_iq4_nl_impl.
@@ -18,10 +19,12 @@ from torch import Tensor
 from ._search import LARGEST, Blocks, half, keep, outermost, ratio, round_to, total, total_
 from ._search_scale import Snap, integers
 
-_ROUNDS = 5  # of moving single sub-block scales
+# Rounds of moving single sub-block scales.
+_ROUNDS = 5
 
 
-WEIGHTED_GRIDS = tuple(-0.9 + 0.05 * i for i in range(37))  # of make_qkx3_quants, in all its uses
+# Those of make_qkx3_quants, in all its uses.
+WEIGHTED_GRIDS = tuple(-0.9 + 0.05 * i for i in range(37))
 
 
 def damped(x: Tensor, w: Tensor, spread: Tensor) -> Tensor:
@@ -48,7 +51,8 @@ def peaks(top: int) -> list[float]:
     return [-top, *(-top - 0.1 * i for i in range(-9, 10) if i)]
 
 
-IQ4_PEAKS = (127, *range(-134, -119))  # of quantize_row_iq4_nl_impl
+# Those of quantize_row_iq4_nl_impl.
+IQ4_PEAKS = (127, *range(-134, -119))
 
 
 def scale_fit(x: Tensor, w: Tensor | None, snap: Snap, peak_levels: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -70,8 +74,8 @@ def scale_fit(x: Tensor, w: Tensor | None, snap: Snap, peak_levels: Sequence[flo
     for level in peak_levels:
         q = snap(u * level, torch.empty_like(u))
         uq, qq = total(wu * q), total(w * q * q)
-        found = [-ratio(uq * uq, qq), ratio(uq, qq), torch.full_like(uq, level)]
-        best = keep(best, found) if best else found
+        candidate = [-ratio(uq * uq, qq), ratio(uq, qq), torch.full_like(uq, level)]
+        best = keep(best, candidate) if best else candidate
     return best[1] * peak, snap(u * best[2], torch.empty_like(u))
 
 
@@ -81,7 +85,9 @@ def _reciprocal(t: Tensor) -> Tensor:
 
 
 def refined(x: Tensor, w: Tensor, code: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Fit scale * code to x >= 0 or of either sign by moving codes one after another, each to its best against the rest.
+    """Fit scale * code to x by moving codes in turn, each to its best against the rest.
+
+    x is not negative, or of either sign.
 
     Args:
         x, w, code: [G, B, n]; the codes of each sub-block are moved together.
@@ -96,20 +102,23 @@ def refined(x: Tensor, w: Tensor, code: Tensor, low: int, high: int) -> tuple[Te
     for _ in range(_ROUNDS):
         before = code.clone()
         for i in range(x.shape[1]):
-            one, s, ws, v = (t.narrow(1, i, 1) for t in (code, x, wx, w))
-            rest_xq, rest_qq = xq - ws * one, qq - v * one * one
+            current, s, ws, v = (t.narrow(1, i, 1) for t in (code, x, wx, w))
+            rest_xq, rest_qq = xq - ws * current, qq - v * current * current
             moved = torch.round(s * ratio(rest_qq, rest_xq).clamp_(-LARGEST, LARGEST)).clamp_(low, high)
             new_xq, new_qq = rest_xq + ws * moved, rest_qq + v * moved * moved
             better = ((rest_xq > 0) & (new_qq > 0) & (new_xq * new_xq * qq > xq * xq * new_qq)).float()
-            one.lerp_(moved, better)
+            current.lerp_(moved, better)
             xq, qq = torch.lerp(xq, new_xq, better), torch.lerp(qq, new_qq, better)
-        if torch.equal(code, before):  # further rounds would change nothing either
+        # Further rounds would change nothing.
+        if torch.equal(code, before):
             break
     return ratio(xq, qq), code
 
 
 def super_scale(b: Blocks, snap: Snap, peak_levels: Sequence[float], reach: int, spread: float | None) -> tuple[Tensor, Tensor]:
-    """Choose d [1, 1, n] and sc [G, 1, n] as Q6_K and IQ4_XS do in libggml: the widest scale is -reach * d.
+    """Choose d [1, 1, n] and sc [G, 1, n] as Q6_K and IQ4_XS do in libggml.
+
+    The widest scale is -reach * d.
 
     Args:
         spread: times mean(x^2), under the root of the weights; None where the importance counts as it is.
@@ -140,11 +149,13 @@ def _multiples(scale: Tensor, reach: int) -> tuple[Tensor, Tensor]:
 def affine_fit(
     x: Tensor, w: Tensor, top: int, grids: Sequence[float], absolute: bool = False, exact: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Fit scale * q - offset, offset >= 0, to each sub-block from grids of (top + grid) steps from the best offset so far.
+    """Fit scale * q - offset, offset >= 0, to each sub-block.
+
+    Grids are of (top + grid) steps from the best offset so far.
 
     Args:
         absolute: whether fits are judged by the absolute error instead of the squared one.
-        exact: whether errors much smaller than x are told apart, at half the speed.
+        exact: whether errors much smaller than x are distinguished, at half the speed.
 
     Returns:
         scale and offset, [G, 1, n] each.
@@ -190,9 +201,9 @@ def _least_squares(sum_w: Tensor, sum_x: Tensor, sum_q: Tensor, sum_qq: Tensor, 
 
 
 def scale_levels(scale: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Express scales >= 0, [J, G, n], as d * code, codes 0 to `levels`, by weighted least squares: d [J, 1, n] and codes.
+    """Express scales >= 0, [J, G, n], as d * code by weighted least squares: d [J, 1, n] and codes.
 
-    The best of nine grids is refined.
+    Codes go from 0 to `levels`. The best of nine grids is refined.
     """
     widest = scale.amax(1, keepdim=True)
     u = scale * _reciprocal(widest)
@@ -200,8 +211,8 @@ def scale_levels(scale: Tensor, w: Tensor, levels: int) -> tuple[Tensor, Tensor]
     for step in (0, -4, -3, -2, -1, 1, 2, 3, 4):
         steps = levels + 0.1 * step
         code = torch.round(u * steps).clamp_(max=levels)
-        found = [total((u - code / steps).square_().mul_(w)), code]
-        best = keep(best, found) if best else found
+        candidate = [total((u - code / steps).square_().mul_(w)), code]
+        best = keep(best, candidate) if best else candidate
     d, code = refined(u, w, best[1], 0, levels)
     return d * widest, code
 
@@ -215,7 +226,8 @@ def super_affine(
         plain, weighted: grids of `affine_fit`, without and with importance.
         exact: for `affine_fit`.
     """
-    x, coarse = b.x, top == 3  # Q2_K has weights and a measure of its own
+    # Q2_K has weights and a measure of its own.
+    x, coarse = b.x, top == 3
     if b.w is None:
         w = x.abs() if coarse else x.abs() + (total(x * x) / x.shape[1]).sqrt()
         scale, offset = affine_fit(x, w, top, plain, coarse, exact)

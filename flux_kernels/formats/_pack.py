@@ -14,12 +14,18 @@ def bytes_of(t: Tensor) -> Tensor:
 
 
 def join_planes(fields: Tensor, width: int) -> Tensor:
-    """Join uint8 [..., 8 // width * n] fields of `width` bits to [..., n]; undoes `bit_planes(...).flatten(-2)`."""
+    """Join uint8 [..., 8 // width * n] fields of `width` bits to [..., n].
+
+    Undoes `bit_planes(...).flatten(-2)`.
+    """
     return _joined(fields.unflatten(-1, (8 // width, -1)).unbind(-2), width)
 
 
 def join_fields(fields: Tensor, width: int) -> Tensor:
-    """Join uint8 [..., n * 8 // width] fields of `width` bits to [..., n]; undoes `bit_fields(...).flatten(-2)`."""
+    """Join uint8 [..., n * 8 // width] fields of `width` bits to [..., n].
+
+    Undoes `bit_fields(...).flatten(-2)`.
+    """
     return _joined(fields.unflatten(-1, (-1, 8 // width)).unbind(-1), width)
 
 

@@ -1,4 +1,7 @@
-"""The unpacking of Q6_K on a CPU, eight bytes at a time (docs/decisions/torch-backend-on-cpu.md has the times)."""
+"""Unpack Q6_K on a CPU, eight bytes at a time.
+
+Times: docs/decisions/torch-backend-on-cpu.md.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from torch import Tensor
 
 
 class Unpacker:
-    """Unpack superblocks on a CPU with operations on 8-byte words; ggml's loop over them does not vectorise.
+    """Unpack superblocks on a CPU with operations on 8-byte words.
 
-    Every intermediate is memory kept from call to call, all views of it are made once: at this size both cost more than the
-    arithmetic. Nibbles lie as decoded, low ones of 64 bytes and then high ones; the four 2-bit planes of 32 bytes of qh are
-    brought to bits 4 and 5, two of them as they are and shifted by 2, the other two from these by a shift of 4.
+    ggml's loop over them does not vectorise. Every intermediate is memory kept from call to call, all views of it are made
+    once: at this size both cost more than the arithmetic. Nibbles lie as decoded, low ones of 64 bytes and then high ones;
+    the four 2-bit planes of 32 bytes of qh are brought to bits 4 and 5, two of them as they are and shifted by 2, the other
+    two from these by a shift of 4.
     """
 
     def __init__(self, blocks: int):

@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 HALF_MAX = 65504.0
-HALF_STEP = 2.0**-24  # smallest fp16 number, and the step of its subnormal ones
-HALF_NORMAL = 2.0**-14  # smallest fp16 number of full precision
-LARGEST = 1e9  # more than a block with fp16 scales can hold, while its square fits float32: what lies beyond saturates
+# Smallest fp16 number, and the step of its subnormal ones.
+HALF_STEP = 2.0**-24
+# Smallest fp16 number of full precision.
+HALF_NORMAL = 2.0**-14
+# More than a block with fp16 scales can hold, while its square fits float32: what lies beyond saturates.
+LARGEST = 1e9
 
 
 @dataclass
 class Blocks:
-    """Hold the weights of n blocks and what they count.
+    """Lay out the weights of n blocks for a search, with what each counts.
 
     Attributes:
         x: weights, float32 [G, B, n].
@@ -41,7 +44,10 @@ class Blocks:
 
     @classmethod
     def of_rows(cls, rows: Tensor, importance: Tensor | None, sub_blocks: int, size: int) -> Blocks:
-        """Lay out rows [rows, K] as blocks of `sub_blocks` times `size` weights; blocks without importance count evenly."""
+        """Lay out rows [rows, K] as blocks of `sub_blocks` times `size` weights.
+
+        Blocks without importance count evenly.
+        """
         x = _planes(rows, sub_blocks, size).clamp_(-LARGEST, LARGEST)
         if importance is None:
             return cls(x, None)
@@ -59,7 +65,10 @@ class Blocks:
         return Blocks(self.x.repeat(1, 1, times), None if self.w is None else self.w.repeat(1, 1, times))
 
     def scratch(self, index: int) -> Tensor:
-        """Return one of two buffers like x, for what does not outlive a function: fresh memory costs as much as arithmetic."""
+        """Return one of two buffers like x, for what does not outlive a function.
+
+        Fresh memory costs as much as arithmetic.
+        """
         return self._scratch[index]
 
     def weighted(self, t: Tensor) -> Tensor:
@@ -81,7 +90,7 @@ class Blocks:
         return ((low == high) & (low != 0)).float()
 
     def one_sided(self) -> Tensor:
-        """Return 1 for each block of which a quarter of the sub-blocks has weights of one sign only, else 0: [1, 1, n]."""
+        """Return 1 for blocks with weights of one sign in a quarter of the sub-blocks, else 0: [1, 1, n]."""
         low, high = self.x.amin(1, keepdim=True), self.x.amax(1, keepdim=True)
         return (((low > 0) | (high < 0)).float().mean(0, keepdim=True) >= 0.25).float()
 
@@ -95,7 +104,10 @@ def _planes(rows: Tensor, sub_blocks: int, size: int) -> Tensor:
 
 
 def total(t: Tensor, dim: int = 1) -> Tensor:
-    """Sum over one dimension (a power of two long), kept; adds halves, so that the order is the same everywhere."""
+    """Sum over one dimension, a power of two long, which is kept.
+
+    Halves are added, so that the order is the same everywhere.
+    """
     size = t.shape[dim]
     while size > 1:
         size //= 2
@@ -133,17 +145,17 @@ def improvement(new: Tensor, old: Tensor) -> Tensor:
     return torch.sign(old - new).clamp_(min=0)
 
 
-def keep(best: list[Tensor], found: list[Tensor]) -> list[Tensor]:
-    """Overwrite what is `best` by what was `found` where the error, first in both lists, is smaller; return `best`."""
-    better = improvement(found[0], best[0])
-    for old, new in zip(best, found, strict=True):
+def keep(best: list[Tensor], candidate: list[Tensor]) -> list[Tensor]:
+    """Overwrite `best` by `candidate` where its error, first in both lists, is smaller; return `best`."""
+    better = improvement(candidate[0], best[0])
+    for old, new in zip(best, candidate, strict=True):
         old.lerp_(new, better)
     return best
 
 
-def best_of(found: list[Tensor], times: int) -> list[Tensor]:
-    """Keep the best of what was found for `repeated` blocks."""
-    first, *others = zip(*(t.chunk(times, -1) for t in found), strict=True)
+def best_of(candidates: list[Tensor], times: int) -> list[Tensor]:
+    """Keep the best of candidates for `repeated` blocks."""
+    first, *others = zip(*(t.chunk(times, -1) for t in candidates), strict=True)
     best = [t.clone() for t in first]
     for other in others:
         keep(best, list(other))
@@ -156,13 +168,19 @@ def chosen(mask: Tensor) -> Tensor:
 
 
 def portions(columns: Tensor, b: Blocks) -> tuple[Tensor, ...]:
-    """Cut columns so that sixteen or more copies of a portion are about as many blocks as b; none where there are none."""
+    """Cut columns so that sixteen or more copies of a portion are about as many blocks as b.
+
+    No portion where there are no columns.
+    """
     return columns.split(max(1, b.x.shape[2] // 16)) if columns.numel() else ()
 
 
-def put_better(best: list[Tensor], found: list[Tensor], columns: Tensor) -> None:
-    """Overwrite these columns of what is `best` by what was `found` for them where the error, first in both, is smaller."""
-    for old, new in zip(best, keep([t[..., columns] for t in best], found), strict=True):
+def put_better(best: list[Tensor], candidate: list[Tensor], columns: Tensor) -> None:
+    """Overwrite these columns of `best` by their `candidate` where its error is smaller.
+
+    The error is the first of both lists.
+    """
+    for old, new in zip(best, keep([t[..., columns] for t in best], candidate), strict=True):
         old[..., columns] = new
 
 
@@ -172,7 +190,10 @@ def half(t: Tensor) -> Tensor:
 
 
 def half_above(t: Tensor) -> Tensor:
-    """Round t >= 0 to fp16, among the subnormal values upwards: sub-block scales must reach what they are multiples of."""
+    """Round t >= 0 to fp16, subnormal values upwards.
+
+    Sub-block scales must reach what they are multiples of.
+    """
     return torch.maximum(half(t), torch.ceil(t.clamp(max=HALF_NORMAL) / HALF_STEP) * HALF_STEP)
 
 

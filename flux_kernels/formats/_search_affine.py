@@ -35,13 +35,18 @@ from ._search import (
     total_,
 )
 
-_COUNTING = (1e-6, 0.01, 0.1)  # least importance of what such a grid spans, as a fraction of the largest
+# Least importance of what such a grid spans, as a fraction of the largest.
+_COUNTING = (1e-6, 0.01, 0.1)
 _COUNTING_SHRINKS = [(low, high) for low in (-0.02, 0.03) for high in (-0.02, 0.03)]
-_HARD = 1.05  # HalfAffineSearch goes on where rounding d and m makes the error so many times what it would be
-_THOROUGH_SUPERS = 4  # values of d and of dmin in a thorough search
-_DEGENERATE = 1e-6  # what float32's rounding may leave of a difference that is 0, relative to its terms
+# HalfAffineSearch goes on where rounding d and m makes the error so many times what it would be.
+_HARD = 1.05
+# Values of d and of dmin in a thorough search.
+_THOROUGH_SUPERS = 4
+# What float32's rounding may leave of a difference that is 0, relative to its terms.
+_DEGENERATE = 1e-6
 
-Shrinks = Sequence[tuple[float, float]]  # fractions of the range by which the two ends of a grid are drawn in
+# Fractions of the range by which the two ends of a grid are drawn in.
+Shrinks = Sequence[tuple[float, float]]
 
 
 def codes(x: Tensor, scale: Tensor, offset: Tensor, top: int) -> Tensor:
@@ -50,7 +55,7 @@ def codes(x: Tensor, scale: Tensor, offset: Tensor, top: int) -> Tensor:
 
 
 def solve(b: Blocks, wq: Tensor, wxq: Tensor, wqq: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
-    """Fit (scale, offset), each [G, 1, n], by least squares to codes of these products; a `bounded` offset is at least 0."""
+    """Fit (scale, offset), [G, 1, n], to codes by least squares; a `bounded` offset is at least 0."""
     determinant = b.sum_w * wqq - wq * wq
     determinant = determinant * improvement(b.sum_w * wqq * _DEGENERATE, determinant)
     scale = ratio(b.sum_w * wxq - wq * b.sum_x, determinant)
@@ -81,10 +86,14 @@ class HalfAffineSearch:
     refits: int = 2
 
     def __call__(self, b: Blocks, *others: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return d, m [1, 1, n] and codes [1, B, n] of x = d * q + m; `others` are (scale, offset) to try as well."""
+        """Return d, m [1, 1, n] and codes [1, B, n] of x = d * q + m.
+
+        others: (scale, offset) to try as well.
+        """
         low, high = b.x.amin(1, keepdim=True), b.x.amax(1, keepdim=True)
         span = high - low
-        centred = Blocks(b.x - low, b.w)  # sums of squares about a large mean would lose the rest
+        # Sums of squares about a large mean would lose the rest.
+        centred = Blocks(b.x - low, b.w)
         scale, offset = nonzero(half(span / self.top)), half(-low)
         best = [error_of(b, scale, offset, self.top), scale, offset]
         for other_scale, other_offset in others:
@@ -108,11 +117,12 @@ class HalfAffineSearch:
         q = codes(b.x, d, offset, self.top)
         worth = b.worth(q * d - offset)
         d, m = d * worth, -offset * worth
-        constant, rounded = b.constant(), half(low)  # blocks of equal weights: m, and with q = 1 what its rounding lost
+        # Blocks of equal weights become m, and with q = 1 what its rounding lost.
+        constant, rounded = b.constant(), half(low)
         return d.lerp_(half(low - rounded), constant), m.lerp_(rounded, constant), q.lerp_(torch.ones_like(d), constant)
 
     def _improve(self, b: Blocks, best: list[Tensor], scale: Tensor, offset: Tensor) -> None:
-        """Fit d to the codes of this grid and the offset to d as it is stored; replace `best` where that is better."""
+        """Fit d to this grid's codes, the offset to d as stored; replace `best` where that is better."""
         low = b.x.amin(1, keepdim=True)
         q = codes(b.x - low, scale, offset + low, self.top)
         centred = Blocks(b.x - low, b.w)
@@ -141,14 +151,14 @@ class HalfAffineSearch:
         hard = chosen(improvement(centred.error(q * scale - shift) * _HARD, rounded))
         for columns in portions(hard, b):
             part = b.take(columns)
-            found = [t[..., columns] for t in best]
+            part_best = [t[..., columns] for t in best]
             low = part.x.amin(1, keepdim=True)
             span = part.x.amax(1, keepdim=True) - low
             for steps in range(self.top, self.top // 2, -1):
                 for first in range(self.top - steps + 1):
                     scale = span / steps
-                    self._improve(part, found, scale, first * scale - low)
-            put_better(best, found, columns)
+                    self._improve(part, part_best, scale, first * scale - low)
+            put_better(best, part_best, columns)
 
 
 @dataclass(frozen=True)
@@ -204,16 +214,19 @@ class SuperAffineSearch:
         return d, dmin, sc, m, q
 
     def _moved(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> list[Tensor]:
-        """Improve in turns: (sc, m) by their neighbours, (d, dmin) by a fit; return the error of each block and all four."""
+        """Improve (sc, m) by neighbours, (d, dmin) by a fit, in turns; return (error, d, dmin, sc, m)."""
         for _ in range(self.turns):
             error, sc, m = self._best_neighbours(b, d, dmin, sc, m)
             new_d, new_dmin = self._refit(b, d, dmin, sc, m)
             new_error = error_of(b, new_d * sc, new_dmin * m, self.top)
-            found, d, dmin = keep([total(error, 0), d, dmin], [total(new_error, 0), new_d, new_dmin])
-        return [found, d, dmin, sc, m]
+            block_error, d, dmin = keep([total(error, 0), d, dmin], [total(new_error, 0), new_d, new_dmin])
+        return [block_error, d, dmin, sc, m]
 
     def _put_constants(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, q: Tensor) -> None:
-        """Express blocks of equal weights, in place: d times the largest product, less dmin (of either sign), what d lost."""
+        """Express blocks of equal weights, in place, as d times the largest product less dmin.
+
+        dmin, of either sign, is what rounding d lost.
+        """
         constant, c = b.constant(), b.x[:1, :1]
         product = self.top * self.levels
         d.lerp_(half(c / product), constant)
@@ -228,7 +241,7 @@ class SuperAffineSearch:
         return [total(error_of(b, d * sc, dmin * m, self.top), 0), d, dmin, sc, m]
 
     def _thorough(self, b: Blocks, bounded: bool) -> list[Tensor]:
-        """Try many pairs of d and dmin, for each of them every fit in every sub-block, and improve what that gives.
+        """Try many pairs of d and dmin, with every fit in every sub-block, and improve the best.
 
         For blocks where rounding d, dmin, sc and m is much of the error: few weights other than 0, few values, nearly equal
         ones. Where all weights are positive, offsets need not be `bounded` and dmin is negative.
@@ -248,12 +261,16 @@ class SuperAffineSearch:
         return best_of(self._moved(wide, d, dmin, *self._best_start(wide, fits, d, dmin)), len(pairs))
 
     def _short(self, d: Tensor) -> Tensor:
-        """Round d so that fp16 holds its product with `top`: zeros are met exactly where dmin * m is d * sc * top."""
-        spread = d * (2.0 ** (13 + self.top.bit_length()) + 1)  # what is subtracted again takes the low bits of d along
+        """Round d so that fp16 holds its product with `top`.
+
+        Zeros are met exactly where dmin * m is d * sc * top.
+        """
+        # What is subtracted again takes the low bits of d along.
+        spread = d * (2.0 ** (13 + self.top.bit_length()) + 1)
         return half(spread - (spread - d)).clamp_(min=HALF_STEP)
 
     def _fits(self, b: Blocks, bounded: bool = True) -> list[list[Tensor]]:
-        """Fit each sub-block on its own from every grid: (loss, scale, offset), each [G, 1, n]; a `bounded` offset is >= 0."""
+        """Fit each sub-block from every grid: (loss, scale, offset >= 0 where `bounded`), [G, 1, n]."""
         low = b.x.amin(1, keepdim=True)
         low = low.clamp_(max=0) if bounded else low
         span = b.x.amax(1, keepdim=True) - low
@@ -262,7 +279,8 @@ class SuperAffineSearch:
             q = codes(b.x, span * ((1 - bottom - up) / self.top), -low - bottom * span, self.top)
             wq, wxq, wqq = b.products(q)
             scale, offset = solve(b, wq, wxq, wqq, bounded)
-            loss = offset * b.sum_x - scale * wxq  # the squared error less sum(w * x^2), at a least squares solution
+            # The squared error less sum(w * x^2), at a least squares solution.
+            loss = offset * b.sum_x - scale * wxq
             fits.append([loss, scale, offset])
         return fits
 
@@ -274,16 +292,16 @@ class SuperAffineSearch:
         for stretch, reach in self.supers:
             d = half_above(widest * (stretch / reach)).clamp_(min=HALF_STEP)
             sc, m = self._rounded(scale * stretch, offset, d, dmin)
-            found = [total(error_of(b, d * sc, dmin * m, self.top), 0), d]
-            trials = keep(trials, found) if trials else found
+            candidate = [total(error_of(b, d * sc, dmin * m, self.top), 0), d]
+            trials = keep(trials, candidate) if trials else candidate
         return trials[1], dmin
 
     def _best_fit(self, b: Blocks, fits: list[list[Tensor]]) -> list[Tensor]:
         """Return the best of the fits; of equals (few weights not 0, say) the first has the simplest ratios."""
         noise = _DEGENERATE * total(b.weighted(b.x * b.x))
         best = [t.clone() for t in fits[0]]
-        for loss, *found in fits[1:]:
-            keep(best, [loss + noise, *found])
+        for loss, *fit in fits[1:]:
+            keep(best, [loss + noise, *fit])
         return best
 
     def _best_start(self, b: Blocks, fits: list[list[Tensor]], d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,8 +309,8 @@ class SuperAffineSearch:
         best: list[Tensor] = []
         for _, scale, offset in fits:
             sc, m = self._rounded(scale, offset, d, dmin)
-            found = [error_of(b, d * sc, dmin * m, self.top), sc, m]
-            best = keep(best, found) if best else found
+            candidate = [error_of(b, d * sc, dmin * m, self.top), sc, m]
+            best = keep(best, candidate) if best else candidate
         return best[1], best[2]
 
     def _rounded(self, scale: Tensor, offset: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +318,10 @@ class SuperAffineSearch:
         return round_to(scale / d, 1, self.levels), round_to(signed_ratio(offset, dmin), 0, self.levels)
 
     def _best_neighbours(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> list[Tensor]:
-        """Return the error of and the best (sc, m) of 3 x 3, m moving along with sc so that the middle of the grid stays."""
+        """Return the best (sc, m) of 3 x 3 with its error, as (error, sc, m).
+
+        m moves along with sc, so that the middle of the grid stays.
+        """
         best = [error_of(b, d * sc, dmin * m, self.top), sc.clone(), m.clone()]
         slope = signed_ratio(d * total(b.weighted(codes(b.x, d * sc, dmin * m, self.top))), dmin * b.sum_w)
         for step in (0, -1, 1):
@@ -312,7 +333,7 @@ class SuperAffineSearch:
         return best
 
     def _refit(self, b: Blocks, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit d and dmin by least squares with everything else fixed; d alone where the two cannot be told apart."""
+        """Fit d and dmin by least squares, all else fixed; d alone where they cannot be separated."""
         wq, wxq, wqq = b.products(codes(b.x, d * sc, dmin * m, self.top))
         dd, dm, mm = total(sc * sc * wqq, 0), total(sc * m * wq, 0), total(m * m * b.sum_w, 0)
         xd, xm = total(sc * wxq, 0), -total(m * b.sum_x, 0)

@@ -31,9 +31,11 @@ from ._search import (
     total_,
 )
 
-_THOROUGH_SUPERS = 6  # of either way to choose a d
+# Fits, and steps from each, by which a thorough search chooses d.
+_THOROUGH_SUPERS = 6
 
-Snap = Callable[[Tensor, Tensor], Tensor]  # (z, out): writes the level nearest to each z to out, and returns out
+# Takes (z, out), writes the level nearest to each z to out, and returns out.
+Snap = Callable[[Tensor, Tensor], Tensor]
 
 
 def integers(low: int, high: int) -> Snap:
@@ -64,7 +66,8 @@ def codebook(values: Sequence[int]) -> Snap:
 def codes_of(levels: Tensor, values: Sequence[int]) -> Tensor:
     """Turn levels [G, B, n], each one of the integer `values`, into their positions: uint8 [n, G * B]."""
     table = torch.zeros(256, dtype=torch.uint8)
-    for code, value in reversed(list(enumerate(values))):  # of equal values the first
+    # Of equal values the first counts.
+    for code, value in reversed(list(enumerate(values))):
         table[value + 128] = code
     index = (levels + 128).to(torch.int32).flatten()
     return table.to(levels.device).index_select(0, index).view_as(levels).flatten(0, 1).t().contiguous()
@@ -77,7 +80,9 @@ def snapped(b: Blocks, scale: Tensor, snap: Snap) -> Tensor:
 
 
 def best_scale(b: Blocks, snap: Snap, candidates: Iterable[Tensor]) -> list[Tensor]:
-    """Find the candidate scale [G, 1, n], none of which may be 0, of the smallest error; the first of equals.
+    """Find the candidate scale [G, 1, n] of the smallest error, the first of equals.
+
+    No candidate may be 0.
 
     Returns:
         the error of each sub-block, [G, 1, n], and the scale.
@@ -88,8 +93,8 @@ def best_scale(b: Blocks, snap: Snap, candidates: Iterable[Tensor]) -> list[Tens
         z.sub_(snap(z, b.scratch(1))).square_()
         if b.w is not None:
             z.mul_(b.w)
-        found = [total_(z).mul(scale).mul_(scale), scale]
-        best = keep(best, found) if best else [found[0], scale.clone()]
+        candidate = [total_(z).mul(scale).mul_(scale), scale]
+        best = keep(best, candidate) if best else [candidate[0], scale.clone()]
     return best
 
 
@@ -128,7 +133,7 @@ class HalfScaleSearch:
         return d * b.worth(d * y), y
 
     def _thorough(self, b: Blocks, d: Tensor) -> Tensor:
-        """Refit every start, not only the best, where rounding d to fp16 is more than a hundredth of the error."""
+        """Refit every start where rounding d to fp16 is more than a hundredth of the error."""
         _, xy, yy = b.products(snapped(b, d, self.snap))
         columns = chosen(improvement(0.01 * best_scale(b, self.snap, [d])[0], (ratio(xy, yy) - d).square() * yy))
         if not columns.numel():
@@ -137,8 +142,8 @@ class HalfScaleSearch:
         peak = outermost(hard.x, 1)
         starts = self.snap(*torch.arange(-128.0, 128.0, device=d.device).repeat(2, 1)).unique().tolist()
         scales = (fitted(hard, snapped(hard, nonzero(peak * (1 / start)), self.snap)) for start in starts if start)
-        _, found = best_scale(hard, self.snap, chain([d[..., columns]], (nonzero(half(scale)) for scale in scales)))
-        return d.index_copy(2, columns, found)
+        _, hard_d = best_scale(hard, self.snap, chain([d[..., columns]], (nonzero(half(scale)) for scale in scales)))
+        return d.index_copy(2, columns, hard_d)
 
 
 @dataclass(frozen=True)
@@ -181,13 +186,17 @@ class SuperScaleSearch:
             put_better(best, keep(self._thorough(part), self._moved_other(part)), columns)
         _, d, sc = best
         y = snapped(b, d * sc, self.snap)
-        sc = sc * improvement(b.error(d * sc * y), b.error(torch.zeros_like(y)))  # levels need not include 0
+        # Levels need not include 0.
+        sc = sc * improvement(b.error(d * sc * y), b.error(torch.zeros_like(y)))
         d = d * b.worth(d * sc * y)
         self._put_constants(b, d, sc, y)
         return d, sc, y
 
     def _start(self, b: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-        """Fit each sub-block on its own, and the d that suits the fits best; return their error before rounding too."""
+        """Fit each sub-block on its own, and the d that suits the fits best.
+
+        Returns the fits' error before rounding, too.
+        """
         peak = nonzero(outermost(b.x, 1))
         starts = (*self.starts, *(self.weighted_starts if b.w is not None else ()))
         _, scale = best_scale(b, self.snap, (peak * (1 / start) for start in starts))
@@ -198,8 +207,9 @@ class SuperScaleSearch:
         for stretch, reach in self.supers:
             top = widest * (-stretch / reach)
             d = nonzero(torch.copysign(half_above(top.abs()), top))
-            error, found = best_scale(b, self.snap, [d * self._legal(scale * stretch / d)])
-            best = keep(best, [total(error, 0), d, found]) if best else [total(error, 0), d, found]
+            error, rounded = best_scale(b, self.snap, [d * self._legal(scale * stretch / d)])
+            candidate = [total(error, 0), d, rounded]
+            best = keep(best, candidate) if best else candidate
         _, d, scale = best
         return total(ideal, 0), d, self._legal(scale / d)
 
@@ -208,7 +218,10 @@ class SuperScaleSearch:
         return self._moved(b, nonzero(d), self._legal(sc))
 
     def _thorough(self, b: Blocks) -> list[Tensor]:
-        """Try more d, and for each of them every fit in every sub-block: where rounding d and sc is most of the error."""
+        """Try more d, and for each every fit in every sub-block.
+
+        For blocks of which rounding d and sc is most of the error.
+        """
         peak = nonzero(outermost(b.x, 1))
         fits = [nonzero(fitted(b, snapped(b, peak * (1 / start), self.snap))) for start in self.thorough_starts]
         trials = [
@@ -229,11 +242,11 @@ class SuperScaleSearch:
             _, xy, yy = b.products(snapped(b, scale, self.snap))
             new_d = refitted(d, ratio(total(sc * xy, 0), total(sc * sc * yy, 0)))
             new_error, _ = best_scale(b, self.snap, [new_d * sc])
-            found, d = keep([total(error, 0), d], [total(new_error, 0), new_d])
-        return [found, d, sc]
+            block_error, d = keep([total(error, 0), d], [total(new_error, 0), new_d])
+        return [block_error, d, sc]
 
     def _put_constants(self, b: Blocks, d: Tensor, sc: Tensor, y: Tensor) -> None:
-        """Express blocks of equal weights, in place, by the product sc * level that forgives d's rounding most."""
+        """Express blocks of equal weights, in place, by the sc * level that forgives d's rounding most."""
         columns = b.constant().flatten().nonzero().flatten()
         if not columns.numel():
             return
@@ -245,7 +258,8 @@ class SuperScaleSearch:
         scales = half(c / products)
         error = (scales * products - c).abs()
         order = torch.arange(len(products), device=d.device)[:, None].expand_as(error)
-        first = torch.where(error == error.amin(0), order, len(products)).amin(0)  # argmin may return any of equals
+        # `argmin` may return any of equals.
+        first = torch.where(error == error.amin(0), order, len(products)).amin(0)
         better = error.amin(0) < ((d * sc * y)[..., columns] - c).abs().amax((0, 1))
         columns, first = columns[better], first[better]
         d[..., columns] = scales[:, better].gather(0, first[None])

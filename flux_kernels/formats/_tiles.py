@@ -1,4 +1,4 @@
-"""Triton helpers that formats share: `load_*` touch memory, `unpack_*` do not.
+"""Help formats decode in Triton: `load_*` touch memory, `unpack_*` do not.
 
 All take `row_ptr`, a [BLOCK_N] tensor of uint8 pointers to row starts, and the index of a block in the row. A field of
 `SIZE` bytes at `OFFSET` in the block is found at block * TYPE_SIZE + OFFSET in file order, and at
@@ -86,7 +86,10 @@ def load_nibbles(
     NUM_BLOCKS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Load the 32 4-bit codes in bytes START to START+15 of a field, low nibbles first, as uint8 [BLOCK_N, 32]."""
+    """Load 32 4-bit codes, bytes START to START+15 of a field, as uint8 [BLOCK_N, 32].
+
+    Low nibbles come first.
+    """
     ptr = field_ptr(row_ptr, block, OFFSET, SIZE, TYPE_SIZE, NUM_BLOCKS, PLANES)
     lane = tl.arange(0, 32)
     packed = tl.load(ptr[:, None] + (START + lane % 16)[None, :])
@@ -101,22 +104,29 @@ def halves_of_16(first, second):
 
 @jit
 def unpack_bits(word):
-    """Spread the 32 bits of each uint32 [BLOCK_N], lowest first, over a slice: uint32 [BLOCK_N, 32] of 0 and 1."""
+    """Spread the 32 bits of each uint32 [BLOCK_N] over a slice: uint32 [BLOCK_N, 32] of 0 and 1.
+
+    The lowest bit comes first.
+    """
     return (word[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
 
 
 @jit
 def spread_fields(word, EACH: tl.constexpr, WIDTH: tl.constexpr):
-    """Give weight j of a slice bits WIDTH * (j // EACH) and up of a uint32 [BLOCK_N]: uint32 [BLOCK_N, 32], not masked."""
+    """Give weight j of a slice bits WIDTH * (j // EACH) and up of a uint32 [BLOCK_N].
+
+    Returns uint32 [BLOCK_N, 32], not masked.
+    """
     return word[:, None] >> (tl.arange(0, 32) // EACH * WIDTH).to(tl.uint32)[None, :]
 
 
 @jit
 def spread_fields_of_two(first, second, EACH: tl.constexpr, WIDTH: tl.constexpr):
-    """Spread `first` over the weights 0-15 and `second` over 16-31 like `spread_fields`: uint32 [BLOCK_N, 32].
+    """Spread `first` over weights 0-15 and `second` over 16-31 like `spread_fields`.
 
-    One 64-bit shift, not a select: through it the compiler still sees that EACH neighbours are equal, and so loads grid
-    entries whole: a third to a half of the main loop's instructions, 32- and 64-bit loads instead of bytes.
+    Returns uint32 [BLOCK_N, 32]. One 64-bit shift, not a select: through it the compiler still sees that EACH neighbours are
+    equal, and so loads grid entries whole: a third to a half of the main loop's instructions, 32- and 64-bit loads instead of
+    bytes.
     """
     both = first.to(tl.uint64) | (second.to(tl.uint64) << 32)
     return (both[:, None] >> (tl.arange(0, 32) // EACH * WIDTH).to(tl.uint64)[None, :]).to(tl.uint32)
@@ -186,10 +196,10 @@ def load_narrow(
     NUM_BLOCKS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Load a field of SIZE 1 or 2 bytes to the low bits of uint32 [BLOCK_N]; the bits above it are undefined.
+    """Load a field of SIZE 1 or 2 bytes to the low bits of uint32 [BLOCK_N].
 
-    From planes of whole, aligned words the word around it is loaded, because a load of fewer than 4 bytes can be no
-    asynchronous copy.
+    The bits above it are undefined. From planes of whole, aligned words the word around it is loaded, because a load of fewer
+    than 4 bytes can be no asynchronous copy.
     """
     PER_WORD: tl.constexpr = 4 // SIZE
     if PLANES and (NUM_BLOCKS * OFFSET) % 4 == 0 and (NUM_BLOCKS * TYPE_SIZE) % 4 == 0 and NUM_BLOCKS % PER_WORD == 0:
@@ -233,9 +243,10 @@ def load_k_scale_min(
     NUM_BLOCKS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Load 6-bit sc and m of sub-block i from the 12 scale bytes of Q4_K and Q5_K as float32 [BLOCK_N] each.
+    """Load 6-bit sc and m of sub-block i of Q4_K and Q5_K as float32 [BLOCK_N] each.
 
-    The bytes are read as three aligned words: byte loads of 12 addresses would each be a separate, narrow transaction.
+    They lie in 12 scale bytes. The bytes are read as three aligned words: byte loads of 12 addresses would each be a
+    separate, narrow transaction.
     """
     j: tl.constexpr = 8 * (i % 4)
     a = load_word(row_ptr, block, OFFSET, 12, 0, TYPE_SIZE, NUM_BLOCKS, PLANES) >> j

@@ -1,4 +1,7 @@
-"""IQ1_M: x = d*(2*sc+1) * (grid +- 1/8), 11-bit codes per 8, 3-bit sc per 16; 56 bytes per 256 weights, 1.75 bits/weight."""
+"""IQ1_M: x = d*(2*sc+1) * (grid +- 1/8), 11-bit codes per 8, 3-bit sc per 16.
+
+56 bytes per 256 weights, 1.75 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,20 @@ from ._codebooks import IQ1_S_GRID
 from ._format import BlockFormat, Field, Layout
 from ._tiles import gather_grid, halves_of_16, load_word, spread_fields, unpack_half
 
-LAYOUT = Layout(Field("qs", "u8", 32), Field("qh", "u8", 16), Field("scales", "u8", 8))
+# The top nibbles of four 16-bit words are the half d, the highest last: 2^-7 is plausible.
+_SCALE_BITS = ((0xFF, 0x00), (0x0F, 0x00)) * 3 + ((0xFF, 0x00), (0x0F, 0x20))
+LAYOUT = Layout(Field("qs", "u8", 32), Field("qh", "u8", 16), Field("scales", "u8", 8, scale_bits=_SCALE_BITS))
 TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
 QH = tl.constexpr(LAYOUT.offsets["qh"])
 SCALES = tl.constexpr(LAYOUT.offsets["scales"])
 
 
 def decode(qs: Tensor, qh: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: qs [..., 32], qh [..., 16], scales [..., 8], table uint8 [2048 * 8] -> float32 [..., 256].
+    """Decode superblocks: qs [..., 32], qh [..., 16], scales [..., 8] -> float32 [..., 256].
 
-    Nibble l of qh belongs to grid index l: three top bits, then the sign of the 1/8 that is added to the grid's -1, 0 and 1.
-    The four 16-bit words of scales hold four sc each, and in their top nibbles, lowest first, the half d. Exact (11 + 4 + 4
-    bits).
+    The table is the grid, uint8 [2048 * 8]. Nibble l of qh belongs to grid index l: three top bits, then the sign of the 1/8
+    that is added to the grid's -1, 0 and 1. The four 16-bit words of scales hold four sc each, and in their top nibbles,
+    lowest first, the half d. Exact (11 + 4 + 4 bits).
     """
     nibbles = bit_fields(qh, 4).flatten(-2).int()
     index = qs.int() | (nibbles & 7) << 8
@@ -61,12 +66,15 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="IQ1_M",
     ggml_type=29,
+    file_type=31,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
     table=IQ1_S_GRID.table,
+    gathers=True,
     relative_rms=0.62,
     source="ggml-common.h block_iq1_m, iq1s_grid; ggml-quants.c dequantize_row_iq1_m",
+    about=__doc__,
 )

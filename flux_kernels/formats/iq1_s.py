@@ -1,4 +1,7 @@
-"""IQ1_S: x = d*(2*sc+1) * (grid +- 1/8), 11-bit codes per 8, 3-bit sc per 32; 50 bytes per 256 weights, 1.5625 bits/weight."""
+"""IQ1_S: x = d*(2*sc+1) * (grid +- 1/8), 11-bit codes per 8, 3-bit sc per 32.
+
+50 bytes per 256 weights, 1.5625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ QH = tl.constexpr(LAYOUT.offsets["qh"])
 
 
 def decode(d: Tensor, qs: Tensor, qh: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs [..., 32], qh int32 [..., 8], table uint8 [2048 * 8] -> float32 [..., 256].
+    """Decode superblocks: d [..., 1], qs [..., 32], qh int32 [..., 8] -> float32 [..., 256].
 
-    A word of qh holds the top three bits of its sub-block's four grid indices, then sc, then the sign of the 1/8 that is
-    added to the grid's -1, 0 and 1. Exact (11 + 4 + 4 bits).
+    The table is the grid, uint8 [2048 * 8]. A word of qh holds the top three bits of its sub-block's four grid indices, then
+    sc, then the sign of the 1/8 that is added to the grid's -1, 0 and 1. Exact (11 + 4 + 4 bits).
     """
     index = qs.unflatten(-1, (8, 4)).int() | word_fields(qh, 4, 3) << 8
     grid = table.view(torch.int8).view(-1, 8)[index].flatten(-2)
@@ -45,13 +48,16 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="IQ1_S",
     ggml_type=19,
+    file_type=24,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
     table=IQ1_S_GRID.table,
+    gathers=True,
     planes=True,
     relative_rms=0.52,
     source="ggml-common.h block_iq1_s, iq1s_grid; ggml-quants.c dequantize_row_iq1_s",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""IQ2_S: x = d*(sc+1/2)/4 * +-grid, 10-bit codes per 8, 4-bit sc per 16; 82 bytes per 256 weights, 2.5625 bits/weight."""
+"""IQ2_S: x = d*(sc+1/2)/4 * +-grid, 10-bit codes per 8, 4-bit sc per 16.
+
+82 bytes per 256 weights, 2.5625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ SCALES = tl.constexpr(LAYOUT.offsets["scales"])
 
 
 def decode(d: Tensor, qs: Tensor, qh: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs [..., 64], qh and scales [..., 8], table uint8 [1024 * 8] -> float32 [..., 256].
+    """Decode superblocks: d [..., 1], qs [..., 64], qh and scales [..., 8] -> float32 [..., 256].
 
-    The first 32 bytes of qs are the low bits of the grid indices, whose two top bits are the fields of qh in order; the last
-    32 bytes are the sign bits. The nibbles of scales are sc in order. Exact (11 + 5 + 6 bits).
+    The table is the grid, uint8 [1024 * 8]. The first 32 bytes of qs are the low bits of the grid indices, whose two top bits
+    are the fields of qh in order; the last 32 bytes are the sign bits. The nibbles of scales are sc in order. Exact (11 + 5 +
+    6 bits).
     """
     low, signs = qs.unflatten(-1, (2, 32)).unbind(-2)
     index = low.int() | bit_fields(qh, 2).flatten(-2).int() << 8
@@ -47,13 +51,16 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="IQ2_S",
     ggml_type=22,
+    file_type=28,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
     table=IQ2_S_GRID.table,
+    gathers=True,
     planes=True,
     relative_rms=0.29,
     source="ggml-common.h block_iq2_s, iq2s_grid; ggml-quants.c dequantize_row_iq2_s",
+    about=__doc__,
 )

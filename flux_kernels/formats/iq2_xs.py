@@ -1,4 +1,7 @@
-"""IQ2_XS: x = d*(sc+1/2)/4 * +-grid, 9-bit codes per 8, 4-bit sc per 16; 74 bytes per 256 weights, 2.3125 bits/weight."""
+"""IQ2_XS: x = d*(sc+1/2)/4 * +-grid, 9-bit codes per 8, 4-bit sc per 16.
+
+74 bytes per 256 weights, 2.3125 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ SCALES = tl.constexpr(LAYOUT.offsets["scales"])
 
 
 def decode(d: Tensor, qs: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs int32 [..., 32], scales [..., 8], table uint8 [512 * 8] -> float32 [..., 256].
+    """Decode superblocks: d [..., 1], qs int32 [..., 32], scales [..., 8] -> float32 [..., 256].
 
-    Each code is a 9-bit grid index below a 7-bit sign index; the nibbles of scales are sc in order. Exact (11 + 5 + 6 bits).
+    The table is the grid, uint8 [512 * 8]. Each code is a 9-bit grid index below a 7-bit sign index; the nibbles of scales
+    are sc in order. Exact (11 + 5 + 6 bits).
     """
     magnitudes = table.view(-1, 8)[qs & 511].float().flatten(-2)
     weights = signed(magnitudes, even_signs(qs >> 9))
@@ -44,13 +48,16 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="IQ2_XS",
     ggml_type=17,
+    file_type=20,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
     table=IQ2_XS_GRID.table,
+    gathers=True,
     planes=True,
     relative_rms=0.33,
     source="ggml-common.h block_iq2_xs, iq2xs_grid; ggml-quants.c dequantize_row_iq2_xs",
+    about=__doc__,
 )

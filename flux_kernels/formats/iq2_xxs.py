@@ -1,4 +1,7 @@
-"""IQ2_XXS: x = d*(sc+1/2)/4 * +-grid, 8-bit codes per 8, 4-bit sc per 32; 66 bytes per 256 weights, 2.0625 bits/weight."""
+"""IQ2_XXS: x = d*(sc+1/2)/4 * +-grid, 8-bit codes per 8, 4-bit sc per 32.
+
+66 bytes per 256 weights, 2.0625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs [..., 64], table uint8 [256 * 8] -> float32 [..., 256]; exact (11 + 5 + 6 bits).
+    """Decode superblocks: d [..., 1], qs [..., 64] -> float32 [..., 256]; exact (11 + 5 + 6 bits).
 
-    The eight bytes of a sub-block are four grid indices, then a word of four 7-bit sign indices and the scale on top.
+    The table is the grid, uint8 [256 * 8]. The eight bytes of a sub-block are four grid indices, then a word of four 7-bit
+    sign indices and the scale on top.
     """
     index, word = qs.unflatten(-1, (8, 2, 4)).unbind(-2)
     word = word_of_bytes(word)
@@ -43,13 +47,16 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="IQ2_XXS",
     ggml_type=16,
+    file_type=19,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
     table=IQ2_XXS_GRID.table,
+    gathers=True,
     planes=True,
     relative_rms=0.37,
     source="ggml-common.h block_iq2_xxs, iq2xxs_grid; ggml-quants.c dequantize_row_iq2_xxs",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""IQ3_S: x = d*(2*sc+1) * +-grid, 9-bit codes per 4 weights, 4-bit sc per 32; 110 bytes per 256 weights, 3.4375 bits/weight."""
+"""IQ3_S: x = d*(2*sc+1) * +-grid, 9-bit codes per 4 weights, 4-bit sc per 32.
+
+110 bytes per 256 weights, 3.4375 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +53,16 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="IQ3_S",
     ggml_type=21,
+    file_type=26,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
     table=IQ3_S_GRID.table,
+    gathers=True,
     planes=True,
     relative_rms=0.18,
     source="ggml-common.h block_iq3_s, iq3s_grid; ggml-quants.c dequantize_row_iq3_s",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""IQ3_XXS: x = d*(sc+1/2)/2 * +-grid, 8-bit codes per 4, 4-bit sc per 32; 98 bytes per 256 weights, 3.0625 bits/weight."""
+"""IQ3_XXS: x = d*(sc+1/2)/2 * +-grid, 8-bit codes per 4, 4-bit sc per 32.
+
+98 bytes per 256 weights, 3.0625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d [..., 1], qs [..., 96], table uint8 [256 * 4] -> float32 [..., 256]; exact (11 + 5 + 6 bits).
+    """Decode superblocks: d [..., 1], qs [..., 96] -> float32 [..., 256]; exact (11 + 5 + 6 bits).
 
-    The first 64 bytes of qs are the grid indices; the last 32 are a word per sub-block of four 7-bit sign indices and the
-    scale on top.
+    The table is the grid, uint8 [256 * 4]. The first 64 bytes of qs are the grid indices; the last 32 are a word per
+    sub-block of four 7-bit sign indices and the scale on top.
     """
     index, words = qs.split([64, 32], dim=-1)
     word = word_of_bytes(words.unflatten(-1, (8, 4)))
@@ -45,13 +48,16 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="IQ3_XXS",
     ggml_type=18,
+    file_type=23,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,
     decode=decode,
     decode_tile=decode_tile,
     table=IQ3_XXS_GRID.table,
+    gathers=True,
     planes=True,
     relative_rms=0.23,
     source="ggml-common.h block_iq3_xxs, iq3xxs_grid; ggml-quants.c dequantize_row_iq3_xxs",
+    about=__doc__,
 )

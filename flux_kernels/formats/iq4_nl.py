@@ -1,4 +1,7 @@
-"""IQ4_NL: x = d * values[q], 4-bit codes into 16 fixed values, one fp16 scale; 18 bytes per 32 weights, 4.5 bits/weight."""
+"""IQ4_NL: x = d * values[q], 4-bit codes into 16 fixed values, one fp16 scale.
+
+18 bytes per 32 weights, 4.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="IQ4_NL",
     ggml_type=20,
+    file_type=25,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,
@@ -67,4 +71,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.08,
     source="ggml-common.h block_iq4_nl, kvalues_iq4nl",
+    about=__doc__,
 )

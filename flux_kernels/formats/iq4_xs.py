@@ -1,4 +1,7 @@
-"""IQ4_XS: x = d * (sc-32) * values[q], 4-bit codes, 6-bit sc per 32 weights; 136 bytes per 256 weights, 4.25 bits/weight."""
+"""IQ4_XS: x = d * (sc-32) * values[q], 4-bit codes, 6-bit sc per 32 weights.
+
+136 bytes per 256 weights, 4.25 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,11 @@ W0, W1, W2, W3 = map(tl.constexpr, packed_words(IQ4_VALUES))
 
 
 def decode(d: Tensor, scales_h: Tensor, scales_l: Tensor, qs: Tensor, table: Tensor) -> Tensor:
-    """Decode superblocks: d and scales_h [..., 1], scales_l [..., 4], qs [..., 128], table uint8 [16] -> float32 [..., 256].
+    """Decode superblocks: d, scales_h [..., 1], scales_l [..., 4], qs [..., 128] -> float32 [..., 256].
 
-    Nibble i of scales_l and bits 2i and 2i+1 of scales_h are the scale of sub-block i, whose 16 bytes of qs hold weights
-    0-15 in the low nibbles. d*(sc-32) is exact (11 + 6 bits); the second product (8 bits) may round.
+    The table holds the values, uint8 [16]. Nibble i of scales_l and bits 2i and 2i+1 of scales_h are the scale of sub-block
+    i, whose 16 bytes of qs hold weights 0-15 in the low nibbles. d*(sc-32) is exact (11 + 6 bits); the second product (8
+    bits) may round.
     """
     sc = bit_fields(scales_l, 4).flatten(-2) | word_fields(scales_h[..., 0], 8, 2) << 4
     codes = bit_planes(qs.unflatten(-1, (8, 16)), 4).flatten(-2)
@@ -39,7 +43,10 @@ def decode(d: Tensor, scales_h: Tensor, scales_l: Tensor, qs: Tensor, table: Ten
 
 @jit
 def load_d_and_scales_h(row_ptr, block, NUM_BLOCKS: tl.constexpr, PLANES: tl.constexpr):
-    """Load d as float32 and scales_h as uint32 (low 16 bits), [BLOCK_N] each; they share a word in file order."""
+    """Load d as float32 and scales_h as uint32 (low 16 bits), [BLOCK_N] each.
+
+    They share a word in file order.
+    """
     if PLANES:
         d = load_half(row_ptr, block, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
         scales_h = load_narrow(row_ptr, block, SCALES_H, 2, TYPE_SIZE, NUM_BLOCKS, PLANES)
@@ -82,6 +89,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="IQ4_XS",
     ggml_type=23,
+    file_type=30,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,
@@ -91,4 +99,5 @@ FORMAT = BlockFormat(
     table=partial(value_table, IQ4_VALUES),
     relative_rms=0.08,
     source="ggml-common.h block_iq4_xs, kvalues_iq4nl",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""MXFP4: x = 2^(e-128) * values[q], 4-bit FP4 codes, one 8-bit exponent; 17 bytes per 32 weights, 4.25 bits/weight."""
+"""MXFP4: x = 2^(e-128) * values[q], 4-bit FP4 codes, one 8-bit exponent.
+
+17 bytes per 32 weights, 4.25 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from ._search import Blocks
 from ._search_scale import best_scale, codebook, codes_of, snapped
 from ._tiles import load_narrow, load_nibbles, unpack_e2m1
 
-LAYOUT = Layout(Field("e", "u8"), Field("qs", "u8", 16))
+# Plausible exponents are those of 2^-8 and 2^-7: the FP4 values have an RMS of 5.9.
+LAYOUT = Layout(Field("e", "u8", scale_bits=((0x01, 0x78),)), Field("qs", "u8", 16))
 TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
 QS = tl.constexpr(LAYOUT.offsets["qs"])
 
@@ -54,7 +58,8 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
     down = -exponent // 2
     x = x * _power(down)[:, None] * _power(-exponent - down)[:, None]
     b = Blocks.of_rows(x, importance, 1, 32)
-    scales = (0.125, 0.0625, 0.25)  # of a level of 1: the largest level, 12, reaches 1.5, 0.75 and 3
+    # Scales of a level of 1: the largest level, 12, reaches 1.5, 0.75 and 3.
+    scales = (0.125, 0.0625, 0.25)
     _, scale = best_scale(b, SNAP, (torch.full_like(b.sum_x, scale) for scale in scales))
     y = snapped(b, scale, SNAP)
     e = (torch.frexp(scale)[1] - 1 + exponent + 128).clamp(0, 254)
@@ -69,6 +74,7 @@ def _power(exponent: Tensor) -> Tensor:
 FORMAT = BlockFormat(
     name="MXFP4",
     ggml_type=39,
+    file_type=38,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,
@@ -79,4 +85,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.13,
     source="ggml-common.h block_mxfp4, kvalues_mxfp4; ggml-impl.h ggml_e8m0_to_fp32_half",
+    about=__doc__,
 )

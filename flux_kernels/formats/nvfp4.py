@@ -1,4 +1,7 @@
-"""NVFP4: x = d / 2 * values[q], 4-bit FP4 codes, 8-bit float d per 16 weights; 36 bytes per 64 weights, 4.5 bits/weight."""
+"""NVFP4: x = d / 2 * values[q], 4-bit FP4 codes, 8-bit float d per 16 weights.
+
+36 bytes per 64 weights, 4.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from ._search import Blocks
 from ._search_scale import best_scale, codebook, codes_of, snapped
 from ._tiles import field_ptr, halves_of_16, load_word, unpack_e2m1, unpack_half
 
-LAYOUT = Layout(Field("d", "u8", 4), Field("qs", "u8", 32))
+# Plausible scales are E4M3 floats from 2^-6 to 2^-5.
+LAYOUT = Layout(Field("d", "u8", 4, scale_bits=((0x07, 0x08),)), Field("qs", "u8", 32))
 TYPE_SIZE = tl.constexpr(LAYOUT.type_size)
 QS = tl.constexpr(LAYOUT.offsets["qs"])
 
@@ -35,7 +39,10 @@ def decode(d: Tensor, qs: Tensor, table: Tensor) -> Tensor:
 
 @jit
 def unpack_half_scale(bits):
-    """Turn the low 8 bits of each uint32, an unsigned E4M3 float, into half its value as float32; NaN's code means 0."""
+    """Turn the low 8 bits of each uint32, an unsigned E4M3 float, into half its value as float32.
+
+    NaN's code means 0.
+    """
     bits = bits & 0xFF
     return unpack_half(tl.where(bits == 0x7F, 0, (bits & 0x7F) << 7)) * 128
 
@@ -52,7 +59,8 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 
 
 SNAP = codebook(E2M1_VALUES)
-STEPS = (0, -1, 1, 2, 3, -2)  # of d's code, from where 6, the largest FP4 value, reaches the largest weight
+# Steps of d's code, from where 6, the largest FP4 value, reaches the largest weight.
+STEPS = (0, -1, 1, 2, 3, -2)
 
 
 def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
@@ -79,6 +87,7 @@ def _pack_codes(codes: Tensor) -> Tensor:
 FORMAT = BlockFormat(
     name="NVFP4",
     ggml_type=40,
+    file_type=39,
     block_size=64,
     sub_block=16,
     layout=LAYOUT,
@@ -88,4 +97,5 @@ FORMAT = BlockFormat(
     table=partial(value_table, E2M1_VALUES),
     relative_rms=0.105,
     source="ggml-common.h block_nvfp4, kvalues_mxfp4; ggml-impl.h ggml_ue4m3_to_fp32",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q1_0: x = d * (2*q - 1), 1-bit codes, one fp16 scale per 128 weights; 18 bytes per 128 weights, 1.125 bits/weight."""
+"""Q1_0: x = d * (2*q - 1), 1-bit codes, one fp16 scale per 128 weights.
+
+18 bytes per 128 weights, 1.125 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,14 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
     """Decode weights 32*i to 32*i+31 past `block` (four slices a block)."""
     d = load_half(row_ptr, block + i // 4, 0, TYPE_SIZE, NUM_BLOCKS, PLANES)
     qs = load_word(row_ptr, block + i // 4, QS, 16, i % 4, TYPE_SIZE, NUM_BLOCKS, PLANES)
-    return tl.where(unpack_bits(qs) != 0, 1.0, -1.0) * d[:, None]  # Triton's -d is 0 - d, which loses the sign of -0.0
+    # Triton's -d is 0 - d, which loses the sign of -0.0.
+    return tl.where(unpack_bits(qs) != 0, 1.0, -1.0) * d[:, None]
 
 
 FORMAT = BlockFormat(
     name="Q1_0",
     ggml_type=41,
+    file_type=40,
     block_size=128,
     sub_block=128,
     layout=LAYOUT,
@@ -39,4 +44,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.65,
     source="ggml-common.h block_q1_0; ggml-quants.c dequantize_row_q1_0",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q2_0: x = d * (q - 1), 2-bit codes, one fp16 scale per 64 weights; 18 bytes per 64 weights, 2.25 bits/weight."""
+"""Q2_0: x = d * (q - 1), 2-bit codes, one fp16 scale per 64 weights.
+
+18 bytes per 64 weights, 2.25 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor) -> Tensor:
-    """Decode blocks: d [..., 1], qs [..., 16] -> float32 [..., 64]; exact. Each byte holds four consecutive weights."""
+    """Decode blocks: d [..., 1], qs [..., 16] -> float32 [..., 64]; exact.
+
+    Each byte holds four consecutive weights.
+    """
     return (bit_fields(qs, 2).flatten(-2).float() - 1) * d
 
 
@@ -40,4 +46,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.75,
     source="ggml-common.h block_q2_0; ggml-quants.c dequantize_row_q2_0",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q2_K: x = d*sc*q - dmin*m, 2-bit codes, 4-bit sc and m per 16 weights; 84 bytes per 256 weights, 2.625 bits/weight."""
+"""Q2_K: x = d*sc*q - dmin*m, 2-bit codes, 4-bit sc and m per 16 weights.
+
+84 bytes per 256 weights, 2.625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ DM = tl.constexpr(LAYOUT.offsets["dm"])
 
 
 def decode(scales: Tensor, qs: Tensor, dm: Tensor) -> Tensor:
-    """Decode superblocks: scales [..., 16], qs [..., 64], dm [..., 2] is (d, dmin) -> float32 [..., 256].
+    """Decode superblocks: scales [..., 16], qs [..., 64], dm [..., 2] -> float32 [..., 256].
 
-    A scale byte holds sc in its low nibble and m in its high one. Each half of qs holds 128 weights: the lowest two bits of
-    its 32 bytes are the first 32 of them. d*sc*q (11 + 4 + 2 bits) is exact; the subtraction rounds once.
+    dm is (d, dmin). A scale byte holds sc in its low nibble and m in its high one. Each half of qs holds 128 weights: the
+    lowest two bits of its 32 bytes are the first 32 of them. d*sc*q (11 + 4 + 2 bits) is exact; the subtraction rounds once.
     """
     codes = bit_planes(qs.unflatten(-1, (2, 32)), 2).flatten(-3).unflatten(-1, (16, 16))
     scale = dm[..., :1] * (scales & 0xF)
@@ -89,6 +92,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q2_K",
     ggml_type=10,
+    file_type=10,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,
@@ -98,4 +102,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.32,
     source="ggml-common.h block_q2_K",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q3_K: x = d * (sc - 32) * (q - 4), 3-bit codes, 6-bit sc per 16 weights; 110 bytes per 256 weights, 3.4375 bits/weight."""
+"""Q3_K: x = d * (sc - 32) * (q - 4), 3-bit codes, 6-bit sc per 16 weights.
+
+110 bytes per 256 weights, 3.4375 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def unpack_scales(scales: Tensor) -> Tensor:
 
 
 def decode(hmask: Tensor, qs: Tensor, scales: Tensor, d: Tensor) -> Tensor:
-    """Decode superblocks: hmask [..., 32], qs [..., 64], scales [..., 12], d [..., 1] -> float32 [..., 256].
+    """Decode blocks: hmask [..., 32], qs [..., 64], scales [..., 12], d [..., 1] -> float32 [..., 256].
 
     Each half of qs holds 128 weights, the lowest two bits of its 32 bytes the first 32 of them; bit i of the 32 bytes of
     hmask is the third bit of weights 32i to 32i+31. Exact (11 + 6 + 3 bits).
@@ -119,6 +122,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q3_K",
     ggml_type=11,
+    file_type=11,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,
@@ -129,4 +133,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.16,
     source="ggml-common.h block_q3_K",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q4_0: x = d * (q - 8), 4-bit codes, one fp16 scale per 32 weights; 18 bytes per 32 weights, 4.5 bits/weight."""
+"""Q4_0: x = d * (q - 8), 4-bit codes, one fp16 scale per 32 weights.
+
+18 bytes per 32 weights, 4.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor) -> Tensor:
-    """Decode blocks: d [..., 1], qs [..., 16] -> float32 [..., 32]; low nibbles are weights 0-15; exact (11 + 4 bits)."""
+    """Decode blocks: d [..., 1], qs [..., 16] -> float32 [..., 32]; exact (11 + 4 bits).
+
+    Low nibbles are weights 0-15, high ones 16-31.
+    """
     return (bit_planes(qs, 4).flatten(-2).float() - 8) * d
 
 
@@ -51,6 +57,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q4_0",
     ggml_type=2,
+    file_type=2,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,
@@ -60,4 +67,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.09,
     source="ggml-common.h block_q4_0",
+    about=__doc__,
 )

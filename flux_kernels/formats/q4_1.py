@@ -1,4 +1,7 @@
-"""Q4_1: x = d * q + m, 4-bit codes, fp16 d and m per 32 weights; 20 bytes per 32 weights, 5 bits/weight."""
+"""Q4_1: x = d * q + m, 4-bit codes, fp16 d and m per 32 weights.
+
+20 bytes per 32 weights, 5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(dm: Tensor, qs: Tensor) -> Tensor:
-    """Decode blocks: dm [..., 2] is (d, m), qs [..., 16] -> float32 [..., 32]; low nibbles are weights 0-15.
+    """Decode blocks: dm [..., 2], qs [..., 16] -> float32 [..., 32].
 
-    The product is exact (11 + 4 bits); the addition rounds once.
+    dm is (d, m); low nibbles are weights 0-15, high ones 16-31. The product is exact (11 + 4 bits); the addition rounds once.
     """
     return bit_planes(qs, 4).flatten(-2) * dm[..., :1] + dm[..., 1:]
 
@@ -55,6 +58,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q4_1",
     ggml_type=3,
+    file_type=3,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,
@@ -63,4 +67,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.08,
     source="ggml-common.h block_q4_1",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q4_K: x = d*sc*q - dmin*m, 4-bit codes, 6-bit sc and m per 32 weights; 144 bytes per 256 weights, 4.5 bits/weight."""
+"""Q4_K: x = d*sc*q - dmin*m, 4-bit codes, 6-bit sc and m per 32 weights.
+
+144 bytes per 256 weights, 4.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(dm: Tensor, scales: Tensor, qs: Tensor) -> Tensor:
-    """Decode superblocks: dm [..., 2] is (d, dmin), scales [..., 12], qs [..., 128] -> float32 [..., 256].
+    """Decode superblocks: dm [..., 2], scales [..., 12], qs [..., 128] -> float32 [..., 256].
 
-    d*sc (11 + 6 bits) and d*sc*q (+ 4 bits) fit float32 exactly; the subtraction rounds once.
+    dm is (d, dmin). d*sc (11 + 6 bits) and d*sc*q (+ 4 bits) fit float32 exactly; the subtraction rounds once.
     """
     sc, m = unpack_scales_and_mins(scales)
     chunks = qs.unflatten(-1, (4, 1, 32))
@@ -90,6 +93,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q4_K",
     ggml_type=12,
+    file_type=14,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,
@@ -99,4 +103,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.08,
     source="ggml-common.h block_q4_K",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""Q5_0: x = d * (q - 16), 5-bit codes, one fp16 scale per 32 weights; 22 bytes per 32 weights, 5.5 bits/weight."""
+"""Q5_0: x = d * (q - 16), 5-bit codes, one fp16 scale per 32 weights.
+
+22 bytes per 32 weights, 5.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q5_0",
     ggml_type=6,
+    file_type=8,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,
@@ -68,4 +72,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.045,
     source="ggml-common.h block_q5_0",
+    about=__doc__,
 )

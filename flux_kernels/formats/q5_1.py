@@ -1,4 +1,7 @@
-"""Q5_1: x = d * q + m, 5-bit codes, fp16 d and m per 32 weights; 24 bytes per 32 weights, 6 bits/weight."""
+"""Q5_1: x = d * q + m, 5-bit codes, fp16 d and m per 32 weights.
+
+24 bytes per 32 weights, 6 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(dm: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
-    """Decode blocks: dm [..., 2] is (d, m), qh [..., 4], qs [..., 16] -> float32 [..., 32].
+    """Decode blocks: dm [..., 2], qh [..., 4], qs [..., 16] -> float32 [..., 32].
 
-    The low nibbles of qs are weights 0-15, the high ones 16-31; bit j of the 32-bit qh is the fifth bit of weight j. The
-    product is exact (11 + 5 bits); the addition rounds once.
+    dm is (d, m). The low nibbles of qs are weights 0-15, the high ones 16-31; bit j of the 32-bit qh is the fifth bit of
+    weight j. The product is exact (11 + 5 bits); the addition rounds once.
     """
     codes = bit_planes(qs, 4).flatten(-2) | bit_fields(qh, 1).flatten(-2) << 4
     return codes * dm[..., :1] + dm[..., 1:]
@@ -61,6 +64,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q5_1",
     ggml_type=7,
+    file_type=9,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,
@@ -69,4 +73,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.04,
     source="ggml-common.h block_q5_1",
+    about=__doc__,
 )

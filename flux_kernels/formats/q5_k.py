@@ -1,4 +1,7 @@
-"""Q5_K: x = d*sc*q - dmin*m, 5-bit codes, 6-bit sc and m per 32 weights; 176 bytes per 256 weights, 5.5 bits/weight."""
+"""Q5_K: x = d*sc*q - dmin*m, 5-bit codes, 6-bit sc and m per 32 weights.
+
+176 bytes per 256 weights, 5.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(dm: Tensor, scales: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
-    """Decode superblocks: dm [..., 2] is (d, dmin), scales [..., 12], qh [..., 32], qs [..., 128] -> float32 [..., 256].
+    """Decode blocks: dm [..., 2], scales [..., 12], qh [..., 32], qs [..., 128] -> float32 [..., 256].
 
-    Bit i of the 32 bytes of qh is the fifth bit of sub-block i; qs as in Q4_K. d*sc*q (11 + 6 + 5 bits) is exact; the
-    subtraction rounds once.
+    dm is (d, dmin). Bit i of the 32 bytes of qh is the fifth bit of sub-block i; qs as in Q4_K. d*sc*q (11 + 6 + 5 bits) is
+    exact; the subtraction rounds once.
     """
     sc, m = unpack_scales_and_mins(scales)
     codes = bit_planes(qs.unflatten(-1, (4, 32)), 4).flatten(-3, -2) | bit_planes(qh, 1) << 4
@@ -96,6 +99,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q5_K",
     ggml_type=13,
+    file_type=16,
     block_size=256,
     sub_block=32,
     layout=LAYOUT,
@@ -105,4 +109,5 @@ FORMAT = BlockFormat(
     quantize=quantize,
     relative_rms=0.04,
     source="ggml-common.h block_q5_K",
+    about=__doc__,
 )

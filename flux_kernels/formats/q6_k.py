@@ -1,4 +1,7 @@
-"""Q6_K: x = d * sc * (q - 32), 6-bit codes, 8-bit sc per 16 weights; 210 bytes per 256 weights, 6.5625 bits/weight."""
+"""Q6_K: x = d * sc * (q - 32), 6-bit codes, 8-bit sc per 16 weights.
+
+210 bytes per 256 weights, 6.5625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ D = tl.constexpr(LAYOUT.offsets["d"])
 
 
 def decode(ql: Tensor, qh: Tensor, scales: Tensor, d: Tensor) -> Tensor:
-    """Decode superblocks: ql [..., 128], qh [..., 64], scales int8 [..., 16], d [..., 1] -> float32 [..., 256].
+    """Decode blocks: ql [..., 128], qh [..., 64], scales int8 [..., 16], d [..., 1] -> float32 [..., 256].
 
     Each half of the block (128 weights) has 64 bytes of ql, low nibbles first, and 32 bytes of qh, lowest two bits first.
     d*sc*(q-32) is a product of 11, 8 and 6 bits: d*sc is exact, the second product may round.
@@ -95,6 +98,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q6_K",
     ggml_type=14,
+    file_type=18,
     block_size=256,
     sub_block=16,
     layout=LAYOUT,
@@ -106,4 +110,5 @@ FORMAT = BlockFormat(
     unpacker=Unpacker,
     relative_rms=0.02,
     source="ggml-common.h block_q6_K",
+    about=__doc__,
 )

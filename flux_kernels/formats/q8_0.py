@@ -1,4 +1,7 @@
-"""Q8_0: x = d * q, 8-bit signed codes, one fp16 scale per 32 weights; 34 bytes per 32 weights, 8.5 bits/weight."""
+"""Q8_0: x = d * q, 8-bit signed codes, one fp16 scale per 32 weights.
+
+34 bytes per 32 weights, 8.5 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 
 
 def decode(d: Tensor, qs: Tensor) -> Tensor:
-    """Decode blocks: d [..., 1], qs [..., 32] -> float32 [..., 32]; the product of an 11-bit and an 8-bit number is exact."""
+    """Decode blocks: d [..., 1], qs [..., 32] -> float32 [..., 32].
+
+    The product of an 11-bit and an 8-bit number is exact.
+    """
     return qs * d
 
 
@@ -56,6 +62,7 @@ def quantize(rows: Tensor, importance: Tensor | None) -> Tensor:
 FORMAT = BlockFormat(
     name="Q8_0",
     ggml_type=8,
+    file_type=7,
     block_size=32,
     sub_block=32,
     layout=LAYOUT,
@@ -66,4 +73,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.006,
     source="ggml-common.h block_q8_0",
+    about=__doc__,
 )

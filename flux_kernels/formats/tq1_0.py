@@ -1,4 +1,7 @@
-"""TQ1_0: x = d * (q - 1), ternary codes, five to a byte, one fp16 scale; 54 bytes per 256 weights, 1.6875 bits/weight."""
+"""TQ1_0: x = d * (q - 1), ternary codes, five to a byte, one fp16 scale.
+
+54 bytes per 256 weights, 1.6875 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ D = tl.constexpr(LAYOUT.offsets["d"])
 
 
 def unpack_digits(data: Tensor, count: int) -> Tensor:
-    """Unpack the first `count` ternary digits of each byte: uint8 [..., n] -> int32 [..., count * n], digit by digit.
+    """Unpack the first `count` ternary digits of each byte: uint8 [..., n] -> int32 [..., count * n].
 
-    A byte is a fraction of 256 in base 3: after digit - 1 multiplications by 3 (modulo 256) the next carries the digit out.
+    All first digits come first. A byte is a fraction of 256 in base 3: after digit - 1 multiplications by 3 (modulo 256) the
+    next carries the digit out.
     """
     powers = 3 ** torch.arange(count, dtype=torch.int32, device=data.device)
     rotated = data.to(torch.int32).unsqueeze(-2) * powers[:, None] & 0xFF
@@ -59,6 +63,7 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="TQ1_0",
     ggml_type=34,
+    file_type=36,
     block_size=256,
     sub_block=256,
     layout=LAYOUT,
@@ -67,4 +72,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.9,
     source="ggml-common.h block_tq1_0; ggml-quants.c dequantize_row_tq1_0",
+    about=__doc__,
 )

@@ -1,4 +1,7 @@
-"""TQ2_0: x = d * (q - 1), 2-bit ternary codes, one fp16 scale; 66 bytes per 256 weights, 2.0625 bits/weight."""
+"""TQ2_0: x = d * (q - 1), 2-bit ternary codes, one fp16 scale.
+
+66 bytes per 256 weights, 2.0625 bits/weight.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ def decode_tile(row_ptr, block, i: tl.constexpr, table_ptr, NUM_BLOCKS: tl.const
 FORMAT = BlockFormat(
     name="TQ2_0",
     ggml_type=35,
+    file_type=37,
     block_size=256,
     sub_block=256,
     layout=LAYOUT,
@@ -43,4 +47,5 @@ FORMAT = BlockFormat(
     planes=True,
     relative_rms=0.9,
     source="ggml-common.h block_tq2_0; ggml-quants.c dequantize_row_tq2_0",
+    about=__doc__,
 )

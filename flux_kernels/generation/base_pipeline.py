@@ -1,11 +1,13 @@
-"""Put a transformer into a local diffusers Flux pipeline: no hub, no network, and no chatter from the libraries."""
+"""Put a transformer into a local diffusers Flux pipeline, without a hub, a network or chatter."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from ..errors import GGUFError
 from ..install_hints import PIPELINE_DOWNLOAD
+from ..integrations.on_import import after_import
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 _INDEX = "model_index.json"
@@ -24,20 +27,26 @@ _HOW = (
 
 
 def go_offline_quietly() -> None:
-    """Keep the Hugging Face libraries off the network and their notes off the screen; call it before they are imported."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for library in ("TRANSFORMERS", "DIFFUSERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    """Keep the Hugging Face libraries off the network and their notes off the screen.
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    Call it before they are imported. It imports none itself: each falls silent when it is imported, if ever.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for library in ("transformers", "diffusers"):
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
+        after_import(f"{library}.utils.logging", partial(_silence, f"{library}.utils.logging"))
+
+
+def _silence(name: str) -> None:
+    logging = sys.modules[name]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def check_base(base: Path, given: Sequence[str] = ()) -> None:
-    """Raise FileNotFoundError, saying what is missing and how to get it, where `base` is no complete Flux pipeline folder.
+    """Raise FileNotFoundError where `base` is no complete Flux pipeline folder.
+
+    The sentence says what is missing and how to get it.
 
     Args:
         base: the folder.
@@ -61,10 +70,10 @@ def check_base(base: Path, given: Sequence[str] = ()) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{path} is missing or no JSON ({error}). Get the --base folder again.") from error
-    return held if isinstance(held, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def base_sizes(base: Path, t5_width: int | None = None) -> dict[str, tuple[str, int | None]]:
@@ -133,7 +142,10 @@ def load_pipeline(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch to one CPU thread: the embedded model is so small that a second one only waits, long on a busy machine."""
+    """Keep torch to one CPU thread.
+
+    The embedded model is so small that a second thread would only wait, long on a busy machine.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

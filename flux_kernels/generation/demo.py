@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,14 @@ from ..layers.linear import GGUFLinear
 from ..report.contact_sheet import contact_sheet
 from ..swap import swap_linear
 from .base_pipeline import load_pipeline, one_thread
-from .embedded import BLOCKS, EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, embedded_transformer, read_digits
+from .embedded import (
+    BLOCKS,
+    EMBEDDED_PROMPTS,
+    PIPELINE_KWARGS,
+    embedded_model_path,
+    embedded_transformer,
+    read_digits,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +39,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """Name a column and the types of its block matrices: a ggml type, fnmatch patterns -> types, or None for 16 bit."""
+    """Name a column of the sheet and the types of its block matrices.
+
+    Attributes:
+        name: of the column.
+        format: a ggml type, fnmatch patterns -> types, or None for 16 bit.
+    """
 
     name: str
     format: str | Mapping[str, str] | None
@@ -54,12 +68,13 @@ VARIANTS = (
     Variant("mixed", MIXED),
 )
 PROMPTS = EMBEDDED_PROMPTS[:6]
-SEED = 2  # draws these prompts clearly; about one picture in 25 of other seeds is not read as asked (demo_model/README.md)
+# Draws these prompts clearly; about one picture in 25 of other seeds is not read as asked (demo_model/README.md).
+SEED = 2
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Hold what one variant came to.
+    """Hold the pictures of one variant, and what they cost.
 
     Attributes:
         name: of the variant.
@@ -94,7 +109,7 @@ def run_demo(
     variants: Sequence[Variant] = VARIANTS,
     step: Callable[[str], None] = lambda status: None,
 ) -> list[Drawn]:
-    """Draw every prompt with every variant of the embedded model; the first variant is what the others are compared with.
+    """Draw every prompt with every variant of the embedded model, and compare them with the first.
 
     Args:
         folder: where the GGUF files go.
@@ -126,7 +141,7 @@ def _run(folder, prompts, seed, backend, steps, variants, step) -> list[Drawn]:
         swap_linear(transformer, backend=backend)
         pipeline.register_modules(transformer=transformer)
         status = f"drawing with {variant.name}, {file.stat().st_size / 1e6:.1f} MB"
-        images = _draw(pipeline, prompts, seed, settings, lambda status=status: step(status))
+        images = _draw(pipeline, prompts, seed, settings, partial(step, status))
         reference = drawn[0].images if drawn else images
         drawn.append(
             Drawn(
@@ -160,16 +175,16 @@ def write_variant(variant: Variant, file: Path) -> None:
 
 def demo_sheet(drawn: Sequence[Drawn], prompts: Sequence[str]) -> Image:
     """Compose the contact sheet: a column a variant with size and error, a row a prompt."""
-    columns = [[one.name, *_small_print(one, drawn[0], len(prompts))] for one in drawn]
+    columns = [[column.name, *_small_print(column, drawn[0], len(prompts))] for column in drawn]
     title = "flux_kernels: one model, one seed a row, five GGUF files" if len(drawn) == 5 else "flux_kernels demo"
-    return contact_sheet(title, columns, list(prompts), [one.images for one in drawn])
+    return contact_sheet(title, columns, list(prompts), [column.images for column in drawn])
 
 
-def _small_print(one: Drawn, reference: Drawn, count: int) -> list[str]:
-    size = f"{one.nbytes / 1e6:.2f} MB, {one.bits_per_weight:.2f} b/w"
-    if one is reference:
+def _small_print(column: Drawn, reference: Drawn, count: int) -> list[str]:
+    size = f"{column.nbytes / 1e6:.2f} MB, {column.bits_per_weight:.2f} b/w"
+    if column is reference:
         return [size, "what the others", "are compared with"]
-    return [size, f"weights {one.weight_error:.2%} off", f"{psnr_text(one.psnr)}, digits {one.same_digit}/{count}"]
+    return [size, f"weights {column.weight_error:.2%} off", f"{psnr_text(column.psnr)}, digits {column.same_digit}/{count}"]
 
 
 def psnr_text(value: float) -> str:
@@ -202,22 +217,22 @@ def _blocks(transformer: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(("transformer_blocks.", "single_transformer_blocks."))
+        if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in BLOCKS)
     }
 
 
 def _bits_per_weight(transformer: nn.Module) -> float:
-    held = [(m.qweight if isinstance(m, GGUFLinear) else m.weight, m) for m in _blocks(transformer).values()]
-    nbytes = sum(tensor.numel() if isinstance(m, GGUFLinear) else 2 * tensor.numel() for tensor, m in held)
-    return 8 * nbytes / sum(m.in_features * m.out_features for _, m in held)
+    layers = _blocks(transformer).values()
+    nbytes = sum(layer.qweight.numel() if isinstance(layer, GGUFLinear) else 2 * layer.weight.numel() for layer in layers)
+    return 8 * nbytes / sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _weight_error(transformer: nn.Module) -> float:
     """Return the RMS error of the block matrices over their RMS."""
-    exact = embedded_transformer()
+    originals = _blocks(embedded_transformer())
     error = signal = 0.0
     for name, module in _blocks(transformer).items():
-        original = exact.get_submodule(name).weight.detach().float()
+        original = originals[name].weight.detach().float()
         decoded = module.dequantize(torch.float32).weight if isinstance(module, GGUFLinear) else module.weight
         error += (decoded.detach().float().cpu() - original).square().sum().item()
         signal += original.square().sum().item()

@@ -12,18 +12,29 @@ Importing this module imports neither torch nor diffusers.
 
 from __future__ import annotations
 
+import json
+import string
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     from PIL.Image import Image
-    from torch import nn
 
-__all__ = ["BLOCKS", "EMBEDDED_PROMPTS", "PIPELINE_KWARGS", "embedded_model_path", "embedded_transformer", "read_digits"]
+__all__ = [
+    "BLOCKS",
+    "EMBEDDED_PROMPTS",
+    "PIPELINE_KWARGS",
+    "embedded_model_path",
+    "embedded_transformer",
+    "read_digits",
+    "words_note",
+]
 
-BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")  # what Flux GGUF files quantize
+# What Flux GGUF files quantize.
+BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 EMBEDDED_PROMPTS: tuple[str, ...] = (
     "a red seven",
     "a blue three",
@@ -62,6 +73,22 @@ def embedded_model_path() -> Path:
     return path
 
 
+def words_note(*texts: str) -> str:
+    """Return a sentence that names the words the embedded model does not know; "" where it knows all.
+
+    Its text encoders were trained on digits, colours and the few words around them: all else is noise to it.
+    """
+    tokenizer = json.loads((embedded_model_path() / "tokenizer_2" / "tokenizer.json").read_text(encoding="utf-8"))
+    known = {piece.removeprefix("▁") for piece, _ in tokenizer["model"]["vocab"] if piece.startswith("▁")}
+    words = dict.fromkeys(word.strip(string.punctuation) for text in texts for word in text.split())
+    unknown = [word for word in words if word not in known]
+    if not unknown:
+        return ""
+    return (
+        f'The embedded model draws digits in colours, such as "{EMBEDDED_PROMPTS[0]}"; it does not know: {", ".join(unknown)}.'
+    )
+
+
 def read_digits(images: Iterable[Image]) -> list[int]:
     """Read the digit on each 64 x 64 RGB image with the small perceptron that ships beside the model.
 
@@ -78,7 +105,7 @@ def read_digits(images: Iterable[Image]) -> list[int]:
     return [int(digit) for digit in (hidden @ weights["out.weight"].T + weights["out.bias"]).argmax(axis=1)]
 
 
-def embedded_transformer() -> nn.Module:
+def embedded_transformer() -> FluxTransformer2DModel:
     """Load the embedded transformer in the 16 bits it ships in."""
     from diffusers import FluxTransformer2DModel
     from safetensors import safe_open

@@ -1,4 +1,4 @@
-"""Draw with a user's own files: a GGUF transformer in a local diffusers pipeline, with LoRAs and offloading."""
+"""Draw with a GGUF transformer in a local diffusers pipeline, with LoRAs and offloading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends import check_names
 from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..files import check_writable, written_whole
@@ -23,12 +24,13 @@ from ..swap.report import SwapReport
 from ..t5 import load_t5
 from ..t5.load import open_t5
 from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one_thread
-from .embedded import PIPELINE_KWARGS, embedded_model_path
+from .embedded import PIPELINE_KWARGS
 from .inspect_file import TRANSFORMER, FileFacts, inspect_file
 from .memory_check import check_pipeline_memory
 from .memory_plan import MemoryPlan
 from .picture_size import check_memory, check_positions
 from .placement import check_offload, measured_parts, place
+from .request import Lora, Request
 from .tasks import IMAGE_OPTIONS, KONTEXT, TEXT, Task, choose_task, default_settings, fitted_size, read_pictures
 
 if TYPE_CHECKING:
@@ -36,72 +38,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Name a LoRA file and its strength."""
-
-    file: Path
-    scale: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> Lora:
-        """Read "FILE" or "FILE:SCALE"; the colon of a Windows drive is no scale."""
-        name, colon, scale = text.rpartition(":")
-        try:
-            return cls(Path(name), float(scale)) if colon and name else cls(Path(text))
-        except ValueError:
-            return cls(Path(text))
-
-
-@dataclass(frozen=True)
-class Request:
-    """Say what to draw and how; sizes in pixels, None takes the model's default.
+class Job:
+    """Hold a checked request: facts about the file, what to do with it, and the pictures.
 
     Attributes:
-        gguf: the transformer's GGUF file.
-        base: diffusers folder with the rest of the pipeline.
-        negative: negative prompt; costs a second pass a step.
-        true_cfg: strength of the negative prompt.
-        t5: GGUF file of the T5 encoder, instead of the base's text_encoder_2.
-        image: picture to edit, repaint or redraw.
-        mask: picture whose white part is repainted (Fill).
-        control_image: edges or depth map to draw along (Canny, Depth).
-        kontext: whether the file is a Kontext, which its tensors do not tell.
-        strength: of redrawing `image` with a dev file, 0 to 1.
-        offload: a key of OFFLOADS.
-        pin: whether weights that are copied to the GPU at every step are pinned in host memory.
-        loras: LoRA files, applied together.
-        backend: as in `swap_linear`.
-        compute: as in `swap_linear`.
-        dtype: of activations, text encoders and VAE.
+        facts: about the transformer's file.
+        task: what to do with it.
+        pictures: argument of the pipeline -> picture.
     """
-
-    gguf: Path
-    base: Path
-    prompt: str
-    negative: str | None = None
-    true_cfg: float = 4.0
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
-    t5: Path | None = None
-    image: Path | None = None
-    mask: Path | None = None
-    control_image: Path | None = None
-    kontext: bool = False
-    strength: float | None = None
-    offload: str = "auto"
-    pin: bool = False
-    loras: Sequence[Lora] = ()
-    backend: str = "auto"
-    compute: str = "exact"
-    dtype: torch.dtype = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Job:
-    """Hold a checked request: facts about the file, what to do with it, and the pictures (argument -> picture)."""
 
     facts: FileFacts
     task: Task = TEXT
@@ -109,8 +53,18 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Made:
-    """Hold an image, the parameters to write into its file, and what was done: layers swapped, offload, task, seconds."""
+class Drawing:
+    """Hold an image and how it was drawn.
+
+    Attributes:
+        image: the result.
+        parameters: to write into its file.
+        report: the layers that were swapped.
+        plan: the offload.
+        task: its name.
+        load_seconds: until the pipeline was ready.
+        draw_seconds: from then on.
+    """
 
     image: Image
     parameters: dict[str, Any]
@@ -126,7 +80,7 @@ def generate(
     *,
     status: Callable[[str], None] = lambda text: None,
     step: Callable[[int, int], None] = lambda done, total: None,
-) -> Made:
+) -> Drawing:
     """Draw one image.
 
     Args:
@@ -155,11 +109,11 @@ def generate(
     status(f"drawing, offload {plan.offload}")
     image = _draw(pipeline, request, {**settings, **job.pictures}, step)
     parameters = _parameters(request, settings, job)
-    return Made(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded)
+    return Drawing(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded)
 
 
 def check_request(request: Request) -> Job:
-    """Check files, folders and what goes together before anything large is read; return what is to be done."""
+    """Check what goes together before anything large is read; return what is to be done."""
     if not request.gguf.is_file():
         raise FileNotFoundError(f"{request.gguf} is no file. --gguf is a FLUX.1 transformer in a GGUF file.")
     numbers = {"--guidance": request.guidance, "--true-cfg": request.true_cfg}
@@ -175,11 +129,12 @@ def check_request(request: Request) -> Job:
                     f"--lora {lora.file}: {scale!r} is no scale. Write FILE:SCALE with a number, such as {name}:0.8."
                 )
             raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")
+    check_names(request.backend, request.compute)
     check_offload(request.offload, request.pin)
     check_base(request.base, given=() if request.t5 is None else ("text_encoder_2",))
     facts = inspect_file(request.gguf)
     if facts.refused:
-        raise GGUFError(facts.refused if facts.refused.startswith(f"{request.gguf}: ") else f"{request.gguf}: {facts.refused}")
+        raise GGUFError(f"{request.gguf}: {facts.refused}")
     if facts.role != TRANSFORMER:
         raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a FLUX.1 transformer as --gguf.")
     task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
@@ -197,7 +152,7 @@ def _t5_width(path: Path | None) -> int | None:
 
 def call_settings(request: Request, job: Job) -> dict[str, Any]:
     """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
-    if _embedded(request):
+    if request.embedded:
         settings = dict(PIPELINE_KWARGS)
     else:
         settings = {**default_settings(job.facts.config["guidance_embeds"]), **job.task.defaults}
@@ -222,14 +177,17 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
 def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[Any, SwapReport]:
     """Load the pipeline on the CPU, with its LoRAs."""
     status(f"loading {request.gguf.name}: {job.facts.variant}")
-    fuse = None if request.compute == "exact" else "qkv"  # the other modes scale each activation: once for q, k and v
+    # The other modes scale each activation: once for q, k and v.
+    fuse = None if request.compute == "exact" else "qkv"
     transformer = load_flux(request.gguf, dtype=request.dtype, fuse=fuse)
+    # The swap arranges packed rows as a GPU wants them, before offloading moves them behind the layers' backs, and its report
+    # says what runs: so it comes second, and backend and compute mode are given to it alone.
     report = swap_linear(transformer, backend=request.backend, compute=request.compute)
     t5 = None
     if request.t5 is not None:
         status(f"loading {request.t5.name}")
         t5 = load_t5(request.t5, dtype=request.dtype, backend=request.backend)
-        swap_linear(t5, backend=request.backend)  # arranges packed rows as a GPU wants them, before offloading moves them
+        swap_linear(t5, backend=request.backend)
     status(f"loading text encoders and VAE from {request.base}")
     pipeline = load_pipeline(request.base, transformer, request.dtype, kind=job.task.pipeline, text_encoder_2=t5)
     if t5 is not None and len(pipeline.tokenizer_2) > t5.config.vocab_size:
@@ -245,32 +203,32 @@ def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[An
     return pipeline, report
 
 
-def _embedded(request: Request) -> bool:
-    return request.base.resolve() == embedded_model_path().resolve()
-
-
 def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
     if lora.file.suffix == ".gguf":
         raise FormatError(f"{lora.file} is a GGUF file; diffusers reads LoRAs from safetensors. A whole model goes to --gguf.")
     where = {"weight_name": lora.file.name, "adapter_name": name, "local_files_only": True}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs at once are meant
+            # Several LoRAs at once are meant.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
             pipeline.load_lora_weights(str(lora.file.parent), **where)
-    except (ValueError, KeyError, RuntimeError, OSError) as error:  # what diffusers, peft and safetensors raise on wrong files
+    # What diffusers, peft and safetensors raise on wrong files.
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise FormatError(f"{lora.file} does not load as a LoRA of this FLUX.1 model: {error}") from error
 
 
 def _draw(pipeline: Any, request: Request, arguments: dict[str, Any], step: Callable[[int, int], None]) -> Image:
     def after_step(running, index, _timestep, tensors):
-        step(index + 1, running.num_timesteps)  # fewer than asked for where a strength skips the first
+        # Fewer than asked for where a strength skips the first.
+        step(index + 1, running.num_timesteps)
         return tensors
 
     if "FluxKontext" in type(pipeline).__name__:
         # Its own sizes are about 1024 x 1024 pixels: what the user asks for counts, and the embedded model needs small ones
-        arguments = {**arguments, "max_area": arguments["width"] * arguments["height"], "_auto_resize": not _embedded(request)}
-    generator = torch.Generator("cpu").manual_seed(request.seed)  # the same noise with and without a GPU
-    with torch.inference_mode(), one_thread() if _embedded(request) else nullcontext():
+        arguments = {**arguments, "max_area": arguments["width"] * arguments["height"], "_auto_resize": not request.embedded}
+    # On the CPU the noise is the same with and without a GPU.
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    with torch.inference_mode(), one_thread() if request.embedded else nullcontext():
         return pipeline(prompt=request.prompt, generator=generator, callback_on_step_end=after_step, **arguments).images[0]
 
 
@@ -291,28 +249,38 @@ def _parameters(request: Request, settings: dict[str, Any], job: Job) -> dict[st
     }
 
 
-def save_png(made: Made, path: Path) -> None:
+def save_png(drawing: Drawing, path: Path) -> None:
     """Write the image as a PNG whose "flux_kernels" text holds the parameters as JSON."""
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
-    text.add_itxt("flux_kernels", json.dumps(made.parameters, ensure_ascii=False))
-    if path.exists() and not path.is_file():  # /dev/null
-        made.image.save(path, "PNG", pnginfo=text)
+    text.add_itxt("flux_kernels", json.dumps(drawing.parameters, ensure_ascii=False))
+    # Such as /dev/null.
+    if path.exists() and not path.is_file():
+        drawing.image.save(path, "PNG", pnginfo=text)
         return
-    with written_whole(path) as part:  # a full disk leaves the picture of the last run as it was
-        made.image.save(part, "PNG", pnginfo=text)
+    # A full disk leaves the picture of the last run as it was.
+    with written_whole(path) as part:
+        drawing.image.save(part, "PNG", pnginfo=text)
 
 
-def check_out(path: Path, request: Request) -> None:
+def check_out(path: Path, request: Request, force: bool = False) -> None:
     """Check that a picture can be written, before anything is loaded.
+
+    Args:
+        path: of the picture.
+        request: what to draw.
+        force: whether a file that exists is replaced.
 
     Raises:
         GGUFError: where `path` is a file that the request reads.
-        FormatError: where it is a folder, or in a folder that is not there or cannot be written to.
+        FormatError: where it exists, is a folder, or in a folder that is not there or cannot be written to.
     """
     read = [getattr(request, name) for name in ("gguf", "t5", *IMAGE_OPTIONS)] + [lora.file for lora in request.loras]
     if path.exists() and any(file is not None and file.exists() and path.samefile(file) for file in read):
         raise GGUFError(f"{path} is read by this very command. Give --out another name.")
-    if path.is_file() or path.is_dir() or not path.exists():  # /dev/null is none of these
+    # /dev/null is none of these.
+    if path.is_file() or path.is_dir() or not path.exists():
         check_writable(path, "--out")
+    if path.is_file() and not force:
+        raise FormatError(f"--out {path} exists. Give --force to replace it, or another name.")

@@ -1,4 +1,4 @@
-"""Gather the facts about a GGUF file that the `inspect` command prints: what it is, what it needs, or why it is refused."""
+"""Gather the facts about a GGUF file that the `inspect` command prints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..flux.types import BLOCK, tensor_kind
 from ..flux.variant import layout_of, variant_name
 from ..formats import FORMATS
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
+from ..gguf.spec import shown_path
 from ..t5.load import understand_t5
 from ..t5.names import block_name as t5_block_name
 from .memory_plan import (
@@ -33,17 +34,18 @@ from .memory_plan import (
     transformer_working,
 )
 
-_SHORT_VALUE = 200  # characters of a key-value worth showing
+# Characters of a key-value worth showing.
+_SHORT_VALUE = 200
 CARDS_GIB = (6, 8, 12, 16, 24)
-# The overhead model, stated to the user in OVERHEAD; its arithmetic is memory_plan's.
-SIDE = 1024  # pixels of the picture that `fits` and `offloads` are about
+# The overhead model, stated to the user in OVERHEAD; its arithmetic is memory_plan's. SIDE is the picture's, in pixels.
+SIDE = 1024
 T5_BITS = {"T5 in 16 bit": 16.0, "T5 in Q8_0": 8.5}
 ACTIVATION_BYTES = 2
 OVERHEAD = (
-    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {image_tokens(SIDE, SIDE)} image and "
-    f"{TEXT_TOKENS} text tokens ({SIDE} x {SIDE}), batch 1, {LIVE_WIDTHS} hidden widths a token in 16 bit and a tenth more; the "
-    "largest matrix decoded; the transformer alone (text encoders and VAE off the card while it runs, as under model offload); "
-    "plain tensors in 16 bit; an estimate"
+    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {image_tokens(SIDE, SIDE)} image "
+    f"and {TEXT_TOKENS} text tokens ({SIDE} x {SIDE}), batch 1, {LIVE_WIDTHS} hidden widths a token in 16 bit and a tenth "
+    "more; the largest matrix decoded; the transformer alone (text encoders and VAE off the card while it runs, as under model "
+    "offload); plain tensors in 16 bit; an estimate"
 )
 
 
@@ -56,7 +58,16 @@ TRANSFORMER, T5_ENCODER = "transformer", "T5 encoder"
 
 @dataclass(frozen=True)
 class TypeCount:
-    """Count the tensors of one class and one type: `kind` is "block", "leftover" or "vector", `nbytes` has no padding."""
+    """Count the tensors of one class and one type.
+
+    Attributes:
+        kind: "block", "leftover" or "vector".
+        tensor_class: their name with * for the block.
+        type: of ggml.
+        tensors: how many.
+        parameters: weights in all of them.
+        nbytes: of their data, without padding.
+    """
 
     kind: str
     tensor_class: str
@@ -68,13 +79,13 @@ class TypeCount:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """Hold what `inspect_file` found.
+    """Hold what is known about a GGUF file.
 
     Attributes:
         path: the file.
         nbytes: its size in bytes.
         role: TRANSFORMER or T5_ENCODER.
-        refused: why `load_flux` (or `load_t5`) would refuse it; None where it loads.
+        refused: why `load_flux` (or `load_t5`) would refuse it, without its path; None where it loads.
         variant: the FLUX.1 variant, or the encoder's size; None where refused.
         layout: "legacy", "old", "new", "mixed" or "other"; None where refused, and for a T5 encoder.
         naming: "bfl" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
@@ -85,7 +96,7 @@ class FileFacts:
         bits_per_weight: 8 * bytes of all tensors / parameters.
         block_bits_per_weight: the same over the matrices inside the blocks.
         resident_bytes: bytes of the loaded model (quantized matrices packed, all else in 16 bit).
-        overhead_bytes: bytes beside it while it runs, see `overhead_model`.
+        overhead_bytes: bytes on top of it while it runs, see `overhead_model`.
         fits: GiB of card memory -> whether the model runs on it, see `overhead_model`.
         offloads: how T5 is held -> GiB of card memory -> the offload that `generate --offload auto` would choose there; empty
             where the text encoder is not FLUX.1's.
@@ -121,7 +132,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
     try:
         file = read_gguf(path)
     except GGUFError as error:
-        return FileFacts(name, nbytes, refused=str(error))
+        return FileFacts(name, nbytes, refused=str(error).removeprefix(f"{shown_path(name)}: "))
     known = _known_of_any(name, nbytes, file)
     if any(map(t5_block_name, file.tensors)) and not any(block_of(strip_prefix(name)) for name in file.tensors):
         return _t5_facts(known, file)
@@ -227,7 +238,7 @@ def _part(file: GGUFFile, config: Mapping[str, Any]) -> Part:
 
 
 def _sizes(file: GGUFFile) -> tuple[list[int], int]:
-    """Return the bytes of each tensor in the loaded model, and those of the largest packed matrix once decoded."""
+    """Return the bytes of each tensor once loaded, and of the largest packed matrix once decoded."""
     packed = (tensor for tensor in file.tensors.values() if tensor.format in FORMATS)
     decoded = max((prod(tensor.shape) for tensor in packed), default=0) * ACTIVATION_BYTES
     return [_resident(tensor) for tensor in file.tensors.values()], decoded

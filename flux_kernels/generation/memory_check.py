@@ -1,7 +1,8 @@
 """Refuse work that cannot fit in memory before it begins: a process that is killed says nothing.
 
 Weights that are used on the CPU in the dtype of their file stay mapped from it and take no memory that the system could not
-give back (counted: 0 bytes of anonymous memory with safetensors, diffusers and transformers; all of them where the dtype differs).
+give back (counted: 0 bytes of anonymous memory with safetensors, diffusers and transformers; all of them where the dtype
+differs).
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ from ..source.safetensors_header import read_safetensors
 from ..source.stored_tensor import FLOATS
 from .memory_plan import GIB
 
-_VARIANTS = (".fp16.", ".bf16.", ".non_ema.")  # further copies of the weights, which diffusers reads only when asked to
+# Further copies of the weights, which diffusers reads only when asked to.
+_VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Count the weights of files as they are once loaded, in bytes: those held in memory, and those that stay mapped."""
+    """Count the weights of files as they are once loaded, in bytes.
+
+    Attributes:
+        held: in memory.
+        mapped: those that stay in their file.
+    """
 
     held: int = 0
     mapped: int = 0
@@ -60,10 +67,10 @@ def loaded_weights(files: Iterable[Path], dtype: torch.dtype, device: torch.devi
 
 
 def companion_files(base: Path, left_out: Iterable[str] = ()) -> list[Path]:
-    """List the weights beside the transformer in a diffusers folder: text encoders and VAE, without those of `left_out`."""
+    """List the files of text encoders and VAE in a diffusers folder, without those of `left_out`."""
     parts = [part for part in ("text_encoder", "text_encoder_2", "vae") if part not in left_out]
-    found = [file for part in parts for file in sorted((base / part).glob("*.safetensors"))]
-    return [file for file in found if not any(variant in file.name for variant in _VARIANTS)]
+    files = [file for part in parts for file in sorted((base / part).glob("*.safetensors"))]
+    return [file for file in files if not any(variant in file.name for variant in _VARIANTS)]
 
 
 def require_memory(what: str, needs: Mapping[str, int], device: torch.device, ways_out: str, *, processes: int = 1) -> None:
@@ -81,15 +88,15 @@ def require_memory(what: str, needs: Mapping[str, int], device: torch.device, wa
     if free is None or need <= free:
         if device.type != "cpu" or total is None or need * processes <= total:
             return
-        said = f"{processes} processes on this computer need {need * processes / GIB:.1f} GiB of its {total / GIB:.1f}"
+        shortage = f"{processes} processes on this computer need {need * processes / GIB:.1f} GiB of its {total / GIB:.1f}"
     else:
-        said = f"{free / GIB:.1f} GiB are free"
+        shortage = f"{free / GIB:.1f} GiB are free"
     listed = ", ".join(f"{nbytes / GIB:.1f} for {name}" for name, nbytes in needs.items() if nbytes)
-    raise FormatError(f"{what} needs about {need / GIB:.1f} GiB of {where} ({listed}), and {said}. {ways_out}")
+    raise FormatError(f"{what} needs about {need / GIB:.1f} GiB of {where} ({listed}), and {shortage}. {ways_out}")
 
 
 def check_pipeline_memory(gguf: Path, base: Path, t5: Path | None, dtype: torch.dtype, pin: bool) -> None:
-    """Raise FormatError where a pipeline's weights would be held in this computer's memory that has no room for them.
+    """Raise FormatError where a pipeline's weights do not fit in this computer's memory.
 
     Packed weights stay mapped from their file, and so do text encoders and VAE in the dtype of theirs; other dtypes are copies.
 

@@ -1,4 +1,6 @@
-"""Choose how to spread a pipeline over GPU and CPU memory: plain arithmetic on bytes, the same for `generate` and `inspect`.
+"""Choose how to spread a pipeline over GPU and CPU memory, by arithmetic on bytes.
+
+`generate` and `inspect` use the same.
 
 Of every part of the pipeline four numbers count: the bytes of its weights, those of its largest layer, those of its largest
 matrix once decoded, and the bytes of the activations that are alive at once while it runs. The activations follow from the
@@ -10,8 +12,9 @@ sizes of the picture:
 - T5: tokens x LIVE_WIDTHS hidden widths, and SCORE_BYTES for each attention score. Counted: 0.4 to 0.8 of that,
   by the release of transformers.
 
-SLACK covers what a GPU's allocator cannot reuse. A step of the transformer alone, 1024 x 1024 on an H200, peaked at 7.45 GB in Q4_K and
-13.59 GB in Q8_0 where this arithmetic says 7.50 and 13.42 (bench/results/nvidia-h200/step.csv); a pipeline was not measured.
+SLACK covers what a GPU's allocator cannot reuse. A step of the transformer alone, 1024 x 1024 on an H200, peaked at 7.45 GB in
+Q4_K and 13.59 GB in Q8_0 where this arithmetic says 7.50 and 13.42 (bench/results/nvidia-h200/step.csv); a pipeline was not
+measured.
 """
 
 from __future__ import annotations
@@ -20,14 +23,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 GIB = 2**30
-USABLE = 0.95  # of a card's memory; the rest is the desktop's
-CONTEXT_BYTES = GIB // 2  # CUDA context and library workspaces; a measured amount of free memory is already without them
-LIVE_WIDTHS = 20  # activations alive at once, in hidden widths a token: residual, q, k, v, MLP in and out, modulated copies
+# Of a card's memory; the rest is the desktop's.
+USABLE = 0.95
+# CUDA context and library workspaces; a measured amount of free memory is already without them.
+CONTEXT_BYTES = GIB // 2
+# Activations alive at once, in hidden widths a token: residual, q, k, v, MLP in and out, modulated copies.
+LIVE_WIDTHS = 20
 LIVE_VAE_WIDTHS = 4
-SCORE_BYTES = 12  # position bias, scores and their softmax, beside one another
-SLACK = 1.1  # of the activations
-PREFETCH = 2  # layers on the GPU at once under group offload: one computes while the next arrives
-TILE_PIXELS = 1024  # side of a tile of the VAE of FLUX.1, where tiling is on
+# Position bias, scores and their softmax, alive at the same time.
+SCORE_BYTES = 12
+# Of the activations.
+SLACK = 1.1
+# Layers on the GPU at once under group offload: one computes while the next arrives.
+PREFETCH = 2
+# Side of a tile of the VAE of FLUX.1, where tiling is on.
+TILE_PIXELS = 1024
 
 OFFLOADS = {
     "none": "everything on the GPU (or on the CPU where there is no GPU)",
@@ -78,7 +88,15 @@ class MemoryPlan:
 
 
 def transformer_working(width: int, tokens: int, *, batch: int = 1, itemsize: int = 2, decoded: int = 0) -> int:
-    """Return the bytes of a transformer's activations: `tokens` of image and text, `width` channels, and a decoded matrix."""
+    """Return the bytes of a transformer's activations, and of a decoded matrix.
+
+    Args:
+        width: of a hidden state, in channels.
+        tokens: of image and text.
+        batch: pictures at once.
+        itemsize: bytes of an activation.
+        decoded: bytes of the matrix.
+    """
     return round(batch * tokens * LIVE_WIDTHS * width * itemsize * SLACK) + decoded
 
 
@@ -126,14 +144,12 @@ def plan_memory(parts: Iterable[Part], free: int, width: int, height: int) -> Me
     ]
     for tile_vae, tried in ((False, parts), (True, small)):
         needs = gpu_bytes(tried)
-        found = next((mode for mode in MODES if needs[mode] <= free), None)
-        if found:
+        fitting = next((mode for mode in MODES if needs[mode] <= free), None)
+        if fitting:
             break
-    offload = found or MODES[-1]
+    offload, fits = fitting or MODES[-1], fitting is not None
     tile_vae = tile_vae and small != parts
-    return MemoryPlan(
-        offload, tile_vae, found is not None, needs, _sentence(offload, tile_vae, found is not None, needs, free, tried)
-    )
+    return MemoryPlan(offload, tile_vae, fits, needs, _sentence(offload, tile_vae, fits, needs, free, tried))
 
 
 def free_on_card(card_gib: float) -> int:
@@ -149,8 +165,8 @@ def _sentence(offload: str, tile_vae: bool, fits: bool, needs: Mapping[str, int]
         "group": "one layer and the next",
         "sequential": "one layer at a time",
     }
-    said = MODES[: MODES.index(offload) + 1]
-    numbers = ", ".join(f"{words[mode]} needs {needs[mode] / GIB:.1f}" for mode in said)
+    tried = MODES[: MODES.index(offload) + 1]
+    numbers = ", ".join(f"{words[mode]} needs {needs[mode] / GIB:.1f}" for mode in tried)
     text = f"{free / GIB:.1f} GiB of GPU memory are free; {numbers} GiB: offload {offload}"
     if tile_vae:
         text += ", and the VAE decodes in tiles"
@@ -159,7 +175,7 @@ def _sentence(offload: str, tile_vae: bool, fits: bool, needs: Mapping[str, int]
     return f"{text}."
 
 
-# What stands beside the transformer in a FLUX.1 pipeline, in 16 bit: parameters of the published models.
+# Parameters of the published models that go with the transformer in a FLUX.1 pipeline.
 _CLIP_PARAMETERS, _VAE_PARAMETERS, _T5_PARAMETERS = 123_060_480, 83_819_683, 4_762_310_656
 T5_WIDTH, _T5_HEADS, _T5_TABLE, TEXT_TOKENS = 4096, 64, 32128 * 4096, 512
 _CLIP_TABLE, _CLIP_WIDTH, _CLIP_HEADS, _CLIP_TOKENS = 49408 * 768, 768, 12, 77
@@ -167,7 +183,7 @@ _VAE_CHANNELS, _VAE_LAYER = 256, 512 * 512 * 9
 
 
 def companions(width: int, height: int, t5_bits: float = 16.0) -> list[Part]:
-    """Return the parts beside a FLUX.1 transformer for one picture, its T5 at so many bits per weight."""
+    """Return the other parts of a FLUX.1 pipeline for one picture, its T5 at so many bits per weight."""
     return [
         Part("text_encoder", 2 * _CLIP_PARAMETERS, 2 * _CLIP_TABLE, text_working(_CLIP_WIDTH, _CLIP_HEADS, _CLIP_TOKENS)),
         Part(

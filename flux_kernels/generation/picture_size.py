@@ -25,19 +25,20 @@ def longest_side(dtype: torch.dtype) -> int:
 
 
 def check_positions(width: int, height: int, dtype: torch.dtype) -> None:
-    """Raise FormatError where a picture of so many pixels is larger than positions in `dtype` can tell."""
+    """Raise FormatError where a picture of so many pixels has more positions than `dtype` can count."""
     longest = longest_side(dtype)
     if max(width, height) <= longest:
         return
     name = dtype_name(dtype)
     raise FormatError(
-        f"A picture of {width} x {height} is too large: positions in {name} are exact up to {longest} pixels a side, and FLUX.1 was "
-        "made for about 1024 x 1024. Take a smaller --width and --height, or another --dtype (float32 counts further)."
+        f"A picture of {width} x {height} is too large: positions in {name} are exact up to {longest} pixels a side, and "
+        "FLUX.1 was made for about 1024 x 1024. Take a smaller --width and --height, or another --dtype (float32 "
+        "counts further)."
     )
 
 
 def check_memory(parts: Iterable[Part], width: int, height: int) -> None:
-    """Raise FormatError where the activations of one model alone are more than the memory of this computer that is free.
+    """Raise FormatError where the activations of one model are more than this computer's free memory.
 
     Args:
         parts: the models of the pipeline, measured for the picture; their weights are loaded already, or mapped.
@@ -48,6 +49,6 @@ def check_memory(parts: Iterable[Part], width: int, height: int) -> None:
     memory = free_bytes(torch.device("cpu"))
     if memory is not None and largest.working > memory:
         raise FormatError(
-            f"A picture of {width} x {height} is too large: the {largest.name} would need about {largest.working / GIB:.1f} GiB for its "
-            f"activations, {memory / GIB:.1f} GiB of memory are free. Take a smaller --width and --height."
+            f"A picture of {width} x {height} is too large: the {largest.name} would need about {largest.working / GIB:.1f} "
+            f"GiB for its activations, {memory / GIB:.1f} GiB of memory are free. Take a smaller --width and --height."
         )

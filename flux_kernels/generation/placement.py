@@ -13,7 +13,8 @@ from ..layers.linear import GGUFLinear
 from ..layers.memory import memory_footprint, pin_memory
 from .memory_plan import OFFLOADS, MemoryPlan, Part, plan_memory, text_working, transformer_working, vae_working
 
-STREAMED = ("group", "sequential")  # what reads weights from host memory at every step, and gains by pinning it
+# What reads weights from host memory at every step, and gains by pinning it.
+STREAMED = ("group", "sequential")
 _NO_GPU = "torch sees no GPU: everything runs on the CPU, and nothing is offloaded."
 
 
@@ -28,8 +29,8 @@ def check_offload(offload: str, pin: bool) -> None:
             raise BackendUnavailable("--pin pins host memory for copies to a GPU, and torch sees none. Leave it out.")
     if pin and offload in ("none", "model"):
         raise BackendUnavailable(
-            f"--pin is for weights that are copied at every step (--offload {' or '.join(STREAMED)}); --offload {offload} keeps "
-            "them on the GPU while they work. Leave it out."
+            f"--pin is for weights that are copied at every step (--offload {' or '.join(STREAMED)}); --offload {offload} "
+            "keeps them on the GPU while they work. Leave it out."
         )
 
 
@@ -40,16 +41,16 @@ def measured_parts(pipeline: Any, width: int, height: int, reference_tokens: int
         pipeline: a diffusers Flux pipeline.
         width: of the picture, in pixels.
         height: of the picture, in pixels.
-        reference_tokens: of pictures that the transformer sees beside the result.
+        reference_tokens: of pictures that the transformer sees besides the result.
         text_tokens: of the prompt, at most.
     """
     tokens = image_tokens(width, height) + reference_tokens + text_tokens
-    found = []
+    parts = []
     for name, model in pipeline.components.items():
         if isinstance(model, nn.Module):
             weights = memory_footprint(model)["total"]
-            found.append(Part(name, weights, _largest_layer(model), _working(model, width, height, tokens, text_tokens)))
-    return found
+            parts.append(Part(name, weights, _largest_layer(model), _working(model, width, height, tokens, text_tokens)))
+    return parts
 
 
 def _largest_layer(model: nn.Module) -> int:

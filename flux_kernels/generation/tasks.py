@@ -1,7 +1,7 @@
-"""What `generate` can do with a file, as data: text to image, Fill, Canny and Depth, Kontext, image to image.
+"""What `generate` can do with a file, as data: one row for each use of a transformer.
 
-The file decides by its input channels what it is for; dev and Kontext have the same tensors, and only the user (or the
-file's name) can tell them apart. Everything is checked before anything large is read.
+Text to image, Fill, Canny and Depth, Kontext, image to image: a file's input channels decide. dev and Kontext have the same
+tensors, and only the user (or the file's name) can tell them apart. Everything is checked before anything large is read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GGUFError
 from ..flux.calls import PIXELS_A_TOKEN
+from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +37,7 @@ class Task:
         inputs: option (attribute of a request) -> argument of the pipeline; all of them are needed.
         defaults: arguments of the pipeline that differ from those of text to image (diffusers' documentation of the models).
         takes: options that only some tasks have: "negative", "strength".
-        reference_tokens: of the pictures that the transformer sees beside the result.
+        reference_tokens: of the pictures that the transformer sees besides the result.
     """
 
     name: str
@@ -73,7 +74,8 @@ KONTEXT = Task(
     {"image": "image"},
     {"guidance_scale": 2.5},
     ("negative",),
-    reference_tokens=4150,  # of 1328 x 800 pixels, the largest of the sizes that diffusers brings the picture to
+    # Of 1328 x 800 pixels, the largest of the sizes that diffusers brings the picture to.
+    reference_tokens=4150,
 )
 IMAGE = Task(
     "image to image",
@@ -84,7 +86,7 @@ IMAGE = Task(
 )
 
 
-def choose_task(config: Mapping[str, Any], request: Any, title: str) -> Task:
+def choose_task(config: Mapping[str, Any], request: Request, title: str) -> Task:
     """Choose what to do with a transformer and the request's pictures.
 
     Args:
@@ -110,7 +112,7 @@ def choose_task(config: Mapping[str, Any], request: Any, title: str) -> Task:
     return task
 
 
-def _by_channels(config: Mapping[str, Any], request: Any, title: str) -> Task:
+def _by_channels(config: Mapping[str, Any], request: Request, title: str) -> Task:
     channels = config["in_channels"]
     latent = config.get("out_channels") or channels
     stacked = channels / latent
@@ -120,8 +122,8 @@ def _by_channels(config: Mapping[str, Any], request: Any, title: str) -> Task:
         return DEPTH if "depth" in title and "canny" not in title else CANNY
     if stacked != 1:
         raise GGUFError(
-            f"The file takes {channels} input channels for {latent} of the result, as Flex.2 does; `generate` has pipelines for "
-            f"{latent} (dev, schnell, Kontext), {_CONTROL * latent} (Canny, Depth) and {_FILL * latent} (Fill)."
+            f"The file takes {channels} input channels for {latent} of the result, as Flex.2 does; `generate` has pipelines "
+            f"for {latent} (dev, schnell, Kontext), {_CONTROL * latent} (Canny, Depth) and {_FILL * latent} (Fill)."
         )
     if not config["guidance_embeds"]:
         return SCHNELL
@@ -132,8 +134,9 @@ def _by_channels(config: Mapping[str, Any], request: Any, title: str) -> Task:
     if request.strength is not None:
         return IMAGE
     raise GGUFError(
-        "FLUX.1-dev and FLUX.1-Kontext files have the same tensors, and this one's name does not tell which it is. Add --kontext "
-        "for a Kontext file, which edits the --image by the prompt, or --strength 0.6 to redraw the --image with a dev file."
+        "FLUX.1-dev and FLUX.1-Kontext files have the same tensors, and this one's name does not tell which it is. Add "
+        "--kontext for a Kontext file, which edits the --image by the prompt, or --strength 0.6 to redraw the --image with a "
+        "dev file."
     )
 
 
@@ -157,7 +160,7 @@ _HOMES = {
 }
 
 
-def read_pictures(task: Task, request: Any) -> dict[str, Image]:
+def read_pictures(task: Task, request: Request) -> dict[str, Image]:
     """Read the request's pictures: argument of the pipeline -> RGB picture, or grey for the mask.
 
     Raises:
@@ -180,19 +183,19 @@ def read_pictures(task: Task, request: Any) -> dict[str, Image]:
             ) from error
     sizes = {picture.size for picture in pictures.values()}
     if len(sizes) > 1:
-        said = ", ".join(f"{argument} is {picture.width} x {picture.height}" for argument, picture in pictures.items())
-        raise GGUFError(f"The mask must have the size of its picture: {said} pixels.")
+        listed = ", ".join(f"{argument} is {picture.width} x {picture.height}" for argument, picture in pictures.items())
+        raise GGUFError(f"The mask must have the size of its picture: {listed} pixels.")
     return pictures
 
 
 def fitted_size(
     picture: Image, area: int, *, enlarge: bool, width: int | None = None, height: int | None = None
 ) -> tuple[int, int]:
-    """Return (width, height) in the proportions of a picture, multiples of 16 of about `area` pixels at most.
+    """Return (width, height) in the proportions of a picture, multiples of 16.
 
     Args:
         picture: what the result shall be as wide and high as.
-        area: pixels the model draws by default.
+        area: pixels the model draws by default; the result has about as many at most.
         enlarge: whether a smaller picture grows to `area` too.
         width: in pixels, where it is asked for; `height` follows unless it is asked for too.
         height: in pixels, where it is asked for.

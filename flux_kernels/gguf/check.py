@@ -8,7 +8,8 @@ from ..errors import GGUFError
 from ..formats import FORMATS, PLAIN_TYPES
 
 Shapes = Mapping[str, tuple[int, ...]]
-_EXAMPLES = 5  # tensors named in one error
+# Tensors named in one error.
+_EXAMPLES = 5
 
 
 def tensor_problems(got: Shapes, expected: Shapes) -> str:

@@ -1,4 +1,7 @@
-"""Read GGUF files: a validated header, and tensors that are memory-mapped and never copied. Writing: write.py."""
+"""Read GGUF files: a validated header, and tensors that are memory-mapped and never copied.
+
+Writing: write.py.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +55,10 @@ class GGUFTensor:
 
     @cached_property
     def data(self) -> Tensor:
-        """Map the tensor: uint8 [*shape[:-1], row bytes] for block formats, the typed tensor of `shape` for plain types.
+        """Map the tensor, without a copy.
 
-        The storage spans this tensor alone and lives as long as it is used; writes change memory, never the file.
+        Returns uint8 [*shape[:-1], row bytes] for block formats, the typed tensor of `shape` for plain types. The storage
+        spans this tensor alone and lives as long as it is used; writes change memory, never the file.
         """
         return self._mapped(self.offset, self.shape)
 
@@ -97,14 +101,14 @@ class GGUFTensor:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """Hold what a GGUF file says; the file stays mapped as long as this or one of its tensors lives.
+    """Describe a GGUF file, which stays mapped as long as this or a tensor of it lives.
 
     Attributes:
         path: as given.
         version: 2 or 3.
         alignment: of the tensor data, in bytes.
         metadata: key -> int, float, bool, str or list of these, in file order.
-        metadata_types: key -> "UINT32", "STRING", "ARRAY[INT32]", ...: what `write_gguf` needs beside the value.
+        metadata_types: key -> "UINT32", "STRING", "ARRAY[INT32]", ...: what `write_gguf` needs next to the value.
         tensors: name -> GGUFTensor, in file order.
         size: of the file, in bytes.
     """
@@ -143,7 +147,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     try:
         header = parse_header(Cursor(mapped, shown_path(path)))
     except GGUFError:
-        mapped.close()  # a traceback would keep the file open, which Windows minds
+        # A traceback would keep the file open, which Windows minds.
+        mapped.close()
         raise
     return GGUFFile(
         path=path,
@@ -166,7 +171,8 @@ def _tensors(header: Header, mapped: mmap.mmap) -> dict[str, GGUFTensor]:
 def _map_file(path: str) -> mmap.mmap:
     """Map a regular file copy-on-write: torch wants writable memory, and the file must never change."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: a pipe would wait for its writer
+        # Before opening, since a pipe would wait for its writer.
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise GGUFError(f"{shown_path(path)}: not a regular file. A GGUF model is one file; give its path.")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -179,6 +185,7 @@ def _map_file(path: str) -> mmap.mmap:
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     except GGUFError:
         raise
-    except (OSError, ValueError, OverflowError) as error:  # ValueError: a path with a NUL
+    # A path with a NUL raises ValueError.
+    except (OSError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise GGUFError(f"{shown_path(path)}: cannot be read: {reason}.") from error

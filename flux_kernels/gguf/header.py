@@ -1,7 +1,8 @@
-"""Parse a GGUF header strictly: no count, length or offset is used before it is checked against the bytes that are there.
+"""Parse a GGUF header strictly.
 
-Layout, all little endian (source: ggml docs/gguf.md and gguf.cpp): magic, version u32, tensor count u64, key-value count u64,
-the key-values, the tensor infos, zeros up to the alignment, the tensor data. What is legal stands in spec.py.
+No count, length or offset is used before it is checked against the bytes that are there. Layout, all little endian (source:
+ggml docs/gguf.md and gguf.cpp): magic, version u32, tensor count u64, key-value count u64, the key-values, the tensor infos,
+zeros up to the alignment, the tensor data. What is legal stands in spec.py.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ _FOREIGN_STARTS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Hold one validated entry of the tensor table; `shape` in torch order, `offset` in bytes from the start of the data."""
+    """Describe one validated entry of the tensor table.
+
+    `shape` is in torch order, `offset` in bytes from the start of the data.
+    """
 
     name: str
     row: BlockFormat | PlainType
@@ -66,7 +70,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Hold a validated header; `data_offset` in bytes from the start of the file."""
+    """Describe a validated header; `data_offset` in bytes from the start of the file."""
 
     version: int
     alignment: int
@@ -77,9 +81,12 @@ class Header:
 
 
 class Cursor:
-    """Read a mapped file front to back; every failure names the file, the byte and what was being read."""
+    """Read a mapped file front to back; every failure names the file, the byte and what was being read.
 
-    def __init__(self, buffer: mmap.mmap, path: str):  # path: as it shall be shown
+    path: as errors show it.
+    """
+
+    def __init__(self, buffer: mmap.mmap, path: str):
         self.buffer = buffer
         self.size = len(buffer)
         self.end = min(self.size, MAX_HEADER_BYTES)
@@ -125,7 +132,10 @@ class Cursor:
             self.fail(f"{what} is not UTF-8: {error.reason}", start + error.start)
 
     def name(self, what: str) -> str:
-        """Read a key or tensor name: a string of 1 to 65535 bytes without NUL, at which C programs would cut it."""
+        """Read a key or tensor name: a string of 1 to 65535 bytes without NUL.
+
+        C programs would cut it at a NUL.
+        """
         start = self.position
         name = self.string(what)
         length = self.position - start - 8
@@ -211,14 +221,15 @@ def _read_arrays(cursor: Cursor, depth: int) -> tuple[list[Any], str]:
     count = cursor.u64("the array length")
     cursor.reserve(count * _MIN_ARRAY_BYTES, f"{count} arrays")
     arrays: list[Any] = []
-    inner = "ARRAY"  # of an empty one nobody knows more
+    # The element type of an empty array of arrays is not known.
+    inner = "ARRAY"
     for index in range(count):
         start = cursor.position
-        values, kind = _read_array(cursor, depth + 1)
-        if index and kind != inner:
-            cursor.fail(f"an array holds both {inner} and {kind}; one array has one element type", start)
+        values, value_type = _read_array(cursor, depth + 1)
+        if index and value_type != inner:
+            cursor.fail(f"an array holds both {inner} and {value_type}; one array has one element type", start)
         arrays.append(values)
-        inner = kind
+        inner = value_type
     return arrays, f"ARRAY[{inner}]"
 
 
@@ -240,7 +251,10 @@ def _read_scalars(cursor: Cursor, name: str, count: int) -> list[Any]:
 
 
 def _read_strings(cursor: Cursor, count: int) -> list[str]:
-    """Read an array of strings with one check and no call a string of ours: vocabularies have up to a million."""
+    """Read an array of strings with one check and no call of ours a string.
+
+    Vocabularies have up to a million.
+    """
     cursor.reserve(count * 8, f"the lengths of {count} strings")
     buffer, end, position = cursor.buffer, cursor.end, cursor.position
     unpack = struct.Struct("<Q").unpack_from
@@ -257,7 +271,8 @@ def _read_strings(cursor: Cursor, count: int) -> list[str]:
             append(str(buffer[start:position], "utf-8"))
     except UnicodeDecodeError as error:
         cursor.fail(f"string {len(strings) + 1} of {count} is not UTF-8: {error.reason}", start + error.start)
-    if len(strings) < count:  # let the careful reader say what is wrong with this one
+    # The careful reader says what is wrong with the first that does not fit.
+    if len(strings) < count:
         cursor.position = start - 8
         cursor.string(f"string {len(strings) + 1} of {count}")
     cursor.position = position

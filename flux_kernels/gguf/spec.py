@@ -1,7 +1,8 @@
-"""State the rules of the GGUF format that reader and writer share: numbers, limits, sizes, and what is not legal.
+"""State the rules of the GGUF format that reader and writer share.
 
-Where the specification (ggml docs/gguf.md) and ggml's own reader (gguf.cpp) differ, the stricter one holds, with two
-exceptions: ggml stops tensor names at 63 bytes, which tools for image models do not, and reads no arrays of arrays.
+They are numbers, limits, sizes, and what is not legal. Where the specification (ggml docs/gguf.md) and ggml's own reader
+(gguf.cpp) differ, the stricter one holds, with two exceptions: ggml stops tensor names at 63 bytes, which tools for image
+models do not, and reads no arrays of arrays.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from math import prod
 from ..formats import BlockFormat, PlainType
 
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)  # the same bytes; 3 only added big-endian files, which nobody writes for image models
+# Both are the same bytes; 3 only added big-endian files, which nobody writes for image models.
+VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 MAX_DIMS = 4
-MAX_NAME_BYTES = 2**16 - 1  # the specification's limit for keys, taken for tensor names too
-MAX_ARRAY_DEPTH = 4  # the specification sets none; ggml itself reads only depth 1
-MAX_HEADER_BYTES = 2**28  # the largest real vocabularies need 2^24; bounds the work a sparse file can ask for
+# The specification's limit for keys, taken for tensor names too.
+MAX_NAME_BYTES = 2**16 - 1
+# The specification sets none; ggml itself reads only depth 1.
+MAX_ARRAY_DEPTH = 4
+# The largest real vocabularies need 2^24; bounds the work a sparse file can ask for.
+MAX_HEADER_BYTES = 2**28
 SCALARS = {  # GGUF value type -> (number in the file, struct code)
     "UINT8": (0, "B"),
     "INT8": (1, "b"),
@@ -37,7 +42,8 @@ _REMOVED_TYPES = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_
     37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
 }
-_UNSTORED_TYPES = {9: "Q8_1", 15: "Q8_K"}  # ggml quantizes activations to them inside a matrix product
+# In a matrix product ggml quantizes activations to them.
+_UNSTORED_TYPES = {9: "Q8_1", 15: "Q8_K"}
 
 
 def shown(text: str, limit: int = 80) -> str:
@@ -67,7 +73,8 @@ def shape_problem(row: BlockFormat | PlainType, shape: tuple[int, ...]) -> str:
     row_weights = shape[-1] if shape else 1
     if row_weights % row.block_size:
         return f"{row.name} rows are whole blocks of {row.block_size} weights, got rows of {row_weights} weights"
-    extent = tuple(max(dim, 1) for dim in shape)  # torch computes strides of empty tensors this way
+    # As torch computes the strides of empty tensors.
+    extent = tuple(max(dim, 1) for dim in shape)
     if max(prod(extent), tensor_nbytes(row, extent)) >= 2**63:
         return f"shape {list(shape)} of {row.name} is 2^63 elements or bytes or more"
     return ""

@@ -1,4 +1,7 @@
-"""Write GGUF files: the whole header first, then one tensor after another, beside the target and renamed when complete."""
+"""Write GGUF files: the whole header first, then one tensor after another.
+
+The file is written next to the target and renamed when complete.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ from .spec import (
     tensor_nbytes,
 )
 
-_CHUNK = 2**24  # bytes a write call; several are needed for a tensor past 2 GiB on any system
+# Bytes a write call; several are needed for a tensor past 2 GiB on any system.
+_CHUNK = 2**24
 
 Data = Tensor | Callable[[], Tensor]
 Metadata = Mapping[str, tuple[str, Any]]
@@ -41,7 +45,7 @@ Metadata = Mapping[str, tuple[str, Any]]
 
 @dataclass(frozen=True)
 class _Plan:
-    """Hold one checked tensor of a file to be written."""
+    """Describe one checked tensor of a file to be written."""
 
     name: str
     row: BlockFormat | PlainType
@@ -95,7 +99,10 @@ def write_gguf(
 
 
 def planned_size(tensors: Iterable[tuple[str, str, Iterable[int]]], metadata: Metadata, *, alignment: int | None = None) -> int:
-    """Return the exact size in bytes of the file `write_gguf` would write for (name, type, shape) and these key-values."""
+    """Return the size in bytes of the file that `write_gguf` would write, exactly.
+
+    It is given (name, type, shape) of the tensors and the key-values.
+    """
     plans, header, alignment = _plan(list(tensors), metadata, alignment)
     return len(header) + sum(padded(plan.nbytes, alignment) for plan in plans)
 
@@ -111,8 +118,8 @@ def _plan(
             raise GGUFError(f"tensor {shown(name)} is given twice; names must differ.")
         plans[name] = _checked(name, format, tuple(shape))
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(plans), len(metadata)))
-    for key, (kind, value) in metadata.items():
-        header += _name(key, "key") + _value(f"key {shown(key)}", kind, value)
+    for key, (value_type, value) in metadata.items():
+        header += _name(key, "key") + _value(f"key {shown(key)}", value_type, value)
     offset = 0
     for plan in plans.values():
         dims = plan.shape[::-1]
@@ -126,9 +133,11 @@ def _plan(
 def _align(metadata: Metadata, alignment: int | None) -> tuple[int, Metadata]:
     """Make `alignment` and general.alignment agree."""
     if ALIGNMENT_KEY in metadata:
-        kind, stored = metadata[ALIGNMENT_KEY]
-        if kind != "UINT32" or alignment not in (None, stored):
-            raise GGUFError(f"{ALIGNMENT_KEY} is {kind} {stored!r}, legal is UINT32 and the alignment asked for, {alignment}.")
+        value_type, stored = metadata[ALIGNMENT_KEY]
+        if value_type != "UINT32" or alignment not in (None, stored):
+            raise GGUFError(
+                f"{ALIGNMENT_KEY} is {value_type} {stored!r}, legal is UINT32 and the alignment asked for, {alignment}."
+            )
         alignment = stored
     elif alignment is None:
         alignment = DEFAULT_ALIGNMENT
@@ -170,20 +179,20 @@ def _string(where: str, value: Any) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _value(where: str, kind: str, value: Any) -> bytes:
+def _value(where: str, value_type: str, value: Any) -> bytes:
     """Encode a value with its type number."""
-    if kind.startswith("ARRAY["):
-        return struct.pack("<I", ARRAY) + _array(where, kind, value, 1)
-    if kind == "STRING":
+    if value_type.startswith("ARRAY["):
+        return struct.pack("<I", ARRAY) + _array(where, value_type, value, 1)
+    if value_type == "STRING":
         return struct.pack("<I", STRING) + _string(where, value)
-    return struct.pack("<I", _scalar(where, kind)[0]) + _scalars(where, kind, [value])
+    return struct.pack("<I", _scalar(where, value_type)[0]) + _scalars(where, value_type, [value])
 
 
-def _array(where: str, kind: str, value: Any, depth: int) -> bytes:
+def _array(where: str, value_type: str, value: Any, depth: int) -> bytes:
     """Encode an array without the type number before it, which the arrays inside an array do not have."""
-    element = kind.removeprefix("ARRAY[").removesuffix("]")
+    element = value_type.removeprefix("ARRAY[").removesuffix("]")
     if not isinstance(value, (list, tuple)):
-        raise GGUFError(f"{where}: {kind} must be a list, got {type(value).__name__}.")
+        raise GGUFError(f"{where}: {value_type} must be a list, got {type(value).__name__}.")
     length = struct.pack("<Q", len(value))
     if element == "STRING":
         return struct.pack("<I", STRING) + length + b"".join([_string(where, item) for item in value])
@@ -191,25 +200,27 @@ def _array(where: str, kind: str, value: Any, depth: int) -> bytes:
         return struct.pack("<I", _scalar(where, element)[0]) + length + _scalars(where, element, value)
     if depth == MAX_ARRAY_DEPTH or (element == "ARRAY" and value):
         raise GGUFError(
-            f"{where}: {kind} is not legal for this value: name the innermost type, and nest at most {MAX_ARRAY_DEPTH}."
+            f"{where}: {value_type} is not legal for this value: name the innermost type, and nest at most {MAX_ARRAY_DEPTH}."
         )
     return struct.pack("<I", ARRAY) + length + b"".join([_array(where, element, item, depth + 1) for item in value])
 
 
-def _scalar(where: str, kind: str) -> tuple[int, str]:
-    if kind not in SCALARS:
-        raise GGUFError(f"{where}: unknown value type {kind!r}. Legal: {', '.join(SCALARS)}, STRING, and ARRAY[...] of them.")
-    return SCALARS[kind]
+def _scalar(where: str, value_type: str) -> tuple[int, str]:
+    if value_type not in SCALARS:
+        raise GGUFError(
+            f"{where}: unknown value type {value_type!r}. Legal: {', '.join(SCALARS)}, STRING, and ARRAY[...] of them."
+        )
+    return SCALARS[value_type]
 
 
-def _scalars(where: str, kind: str, values: Any) -> bytes:
-    code = SCALARS[kind][1]
-    if kind == "BOOL" and not all(isinstance(value, bool) for value in values):
+def _scalars(where: str, value_type: str, values: Any) -> bytes:
+    code = SCALARS[value_type][1]
+    if value_type == "BOOL" and not all(isinstance(value, bool) for value in values):
         raise GGUFError(f"{where}: a BOOL must be True or False.")
     try:
         return struct.pack(f"<{len(values)}{code}", *values)
     except (struct.error, OverflowError) as error:
-        raise GGUFError(f"{where}: not {kind}: {error}.") from None
+        raise GGUFError(f"{where}: not {value_type}: {error}.") from None
 
 
 def _write_tensor(file: BinaryIO, plan: _Plan, data: Data) -> None:

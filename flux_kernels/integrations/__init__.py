@@ -1,1 +1,1 @@
-"""What joins the library to others: diffusers' quantizers, adapters, fused projections. Each module says what for."""
+"""What joins the library to others: diffusers' loaders and savers, peft's adapters."""

@@ -1,4 +1,7 @@
-"""FluxKernelsConfig: what diffusers' from_pretrained, from_single_file and save_pretrained know about packed layers."""
+"""FluxKernelsConfig: what diffusers knows about packed layers.
+
+from_pretrained and from_single_file take it, save_pretrained writes it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from ..backends import ACTIVATION_DTYPES, check_names
 from ..compute import dtype_name
 from ..errors import FormatError
 from ..formats import get_format
-from ..swap.plan import Request, first_match
+from ..swap.request import first_match, mode_of, names_in
 from .layer_table import describe
 
 _DEFAULTS: dict[str, Any] = {
@@ -63,7 +66,7 @@ class FluxKernelsConfig(QuantizationConfigMixin):
             modules_to_not_convert: names of modules to leave in `torch_dtype`, or fnmatch patterns. As elsewhere in diffusers
                 a name stands for every module whose name ends in it and for all that is inside.
             dtype: to load the model in where from_pretrained is given no `torch_dtype`.
-            extra_parameters: written by save_pretrained: parameters of packed layers beside their rows.
+            extra_parameters: written by save_pretrained: parameters of packed layers other than rows and bias.
 
         Raises:
             FormatError: for an unknown type or dtype.
@@ -113,7 +116,8 @@ class FluxKernelsConfig(QuantizationConfigMixin):
     def follow(self, model: nn.Module) -> None:
         """Describe this model from now on, as it changes, without keeping it alive."""
         self._model = weakref.ref(model)
-        self.modules_to_not_convert = None  # the map of formats says it
+        # The map of formats says it.
+        self.modules_to_not_convert = None
 
     def refresh(self) -> None:
         """Take over what the model is now; without one, leave the fields as they are."""
@@ -126,7 +130,7 @@ class FluxKernelsConfig(QuantizationConfigMixin):
 
     def compute_of(self, name: str) -> str:
         """Return the compute mode for a layer."""
-        return Request("auto", self.compute, None, ("*",), ()).compute_of([name])
+        return mode_of(self.compute, [name])
 
     def backend_of(self, name: str) -> str:
         """Return the backend for a layer."""
@@ -148,7 +152,10 @@ class FluxKernelsConfig(QuantizationConfigMixin):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model behind in pickles and copies of the config alone, which tell what it was when they were made."""
+        """Leave the model behind in pickles and in copies of the config alone.
+
+        They describe it as it was when they were made.
+        """
         self.refresh()
         return {**self.__dict__, "_model": None}
 
@@ -164,17 +171,14 @@ class FluxKernelsConfig(QuantizationConfigMixin):
 
 def _checked_map(value: Any, what: str, check) -> Any:
     """Return a name, or a copy of a map of pattern -> name, of which each passed `check`."""
-    names = value.values() if isinstance(value, Mapping) else (value,)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{what} must be a name or a map of fnmatch pattern -> name, got {value!r}.")
-    for name in names:
+    for name in names_in(value, what):
         check(name)
     return dict(value) if isinstance(value, Mapping) else value
 
 
 def _checked_dtype_name(dtype: str | torch.dtype) -> str:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in ACTIVATION_DTYPES:
+    wanted = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if wanted not in ACTIVATION_DTYPES:
         legal = ", ".join(dtype_name(legal) for legal in ACTIVATION_DTYPES)
         raise FormatError(f"dtype must be one of {legal}, got {dtype!r}.")
-    return dtype_name(found)
+    return dtype_name(wanted)

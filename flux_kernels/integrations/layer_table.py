@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 from ..compute import compute_of_layer, dtype_name
+from ..layers.adapters import has_adapter, without_adapters
 from ..layers.linear import GGUFLinear
-from ..swap.plan import first_match
+from ..swap.request import first_match
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a dotted name that is a number
+# A component of a dotted name that is a number.
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _OWN_PARAMETERS = ("qweight", "bias")
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what a model's packed layers are, as the arguments of a FluxKernelsConfig that loads them again."""
+    """Return the arguments of a FluxKernelsConfig that loads a model's packed layers as they are."""
     named = model.named_modules(remove_duplicate=False)
-    linears = {name.replace(".base_layer", ""): module for name, module in named if isinstance(module, nn.Linear)}
+    linears = {without_adapters(name): module for name, module in named if isinstance(module, nn.Linear)}
     packed = {name: module for name, module in linears.items() if isinstance(module, GGUFLinear)}
     computes = {name: module.compute for name, module in packed.items()}
     backends = {name: module.backend for name, module in packed.items()}
@@ -35,9 +37,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def check_writable(model: nn.Module) -> None:
-    """Raise ValueError where a model is in a state that no checkpoint of its class can hold: adapters, fused projections."""
+    """Raise ValueError where no checkpoint of a model's class can hold its state.
+
+    Such are adapters and fused projections.
+    """
     for name, module in model.named_modules():
-        if "base_layer" in module._modules:
+        if has_adapter(module):
             raise ValueError(
                 f"{name} has an adapter, which save_pretrained does not write. Save it with pipe.save_lora_weights or "
                 "model.save_lora_adapter, call pipe.unload_lora_weights(), then save the model."
@@ -50,7 +55,9 @@ def check_writable(model: nn.Module) -> None:
 
 
 def by_pattern(values: Mapping[str, str | None], default: str | None) -> dict[str, str]:
-    """Return a short map of fnmatch pattern -> value that gives every name its value, in any order of its entries.
+    """Return a short map of fnmatch pattern -> value that gives every name its value.
+
+    It does so in any order of its entries.
 
     Args:
         values: layer name -> value; `default` is what a layer has that no pattern matches.
@@ -58,14 +65,15 @@ def by_pattern(values: Mapping[str, str | None], default: str | None) -> dict[st
     groups: dict[str, set[str | None]] = {}
     for name, value in values.items():
         groups.setdefault(_NUMBER.sub("*", name), set()).add(value)
-    short = {}
+    short: dict[str, str] = {}
     for name, value in values.items():
         pattern = _NUMBER.sub("*", name)
-        if value != default:
+        if value is not None and value != default:
             short[pattern if len(groups[pattern]) == 1 else name] = value
-    short = dict(sorted(short.items()))  # as config.json has it
+    # As config.json has it.
+    short = dict(sorted(short.items()))
     right = all(first_match(short, [name], default) == value for name, value in values.items())
-    return short if right else {name: value for name, value in sorted(values.items()) if value != default}
+    return short if right else {name: value for name, value in sorted(values.items()) if value is not None and value != default}
 
 
 def _one_mode(computes: Mapping[str, str]) -> str | None:
@@ -77,19 +85,22 @@ def _one_mode(computes: Mapping[str, str]) -> str | None:
 
 
 def dtype_of(model: nn.Module, packed: Mapping[str, GGUFLinear]) -> str:
-    """Name the dtype to load a model in so that no plain parameter loses bits, keep-in-fp32 modules left aside."""
+    """Name the dtype to load a model in so that no plain parameter loses bits.
+
+    Modules that diffusers keeps in float32 do not count.
+    """
     apart = getattr(model, "_keep_in_fp32_modules", None) or ()
     plain = {
         parameter.dtype
         for name, parameter in model.named_parameters()
         if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32) and not set(name.split(".")) & set(apart)
     }
-    found = plain or {module.compute_dtype for module in packed.values()}
-    return dtype_name(reduce(torch.promote_types, found, *([] if found else [torch.float32])))
+    dtypes = plain or {module.compute_dtype for module in packed.values()} or {torch.float32}
+    return dtype_name(reduce(torch.promote_types, dtypes))
 
 
 def extra_parameters(packed: Mapping[str, GGUFLinear]) -> dict[str, list]:
-    """Return parameter name -> [dtype, *shape] of what packed layers hold beside their rows and bias."""
+    """Return parameter name -> [dtype, *shape] of what packed layers hold other than rows and bias."""
     return {
         f"{name}.{kind}": [dtype_name(parameter.dtype), *parameter.shape]
         for name, module in packed.items()

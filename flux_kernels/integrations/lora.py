@@ -1,8 +1,11 @@
-"""fuse_lora and unfuse_lora: adapters as a side branch of packed layers, exact and removable, or re-quantized on request."""
+"""fuse_lora and unfuse_lora: adapters as a side branch of packed layers, exact and removable.
+
+On request they are re-quantized into the rows instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +62,7 @@ def fuse_lora(
     safe: bool = True,
     requantize: bool = False,
 ) -> LoraReport:
-    """Fuse LoRA adapters into a model, as `pipe.fuse_lora()` does, and report what happened to each packed layer.
+    """Fuse LoRA adapters into a model, as `pipe.fuse_lora()` does, and report on each packed layer.
 
     In a packed layer the adapters become one low-rank branch: the numbers of the unfused model, one product whatever the number of
     adapters, removable with `unfuse_lora`. Plain layers merge as peft does it. Every layer is checked before the first is touched.
@@ -89,36 +92,40 @@ def fuse_lora(
     rows = []
     for name, layer in layers.items():
         base, fused = layer.get_base_layer(), tuple(layer.merged_adapters)
-        error = _requantize(name, layer) if requantize and getattr(layer, "_fused_rank", 0) else 0.0
+        error = _requantize(name, layer) if requantize else 0.0
         rows.append(FusedLayer(name, base.format, fused, base.rank, error))
     return LoraReport(rows)
 
 
 def unfuse_lora(model: nn.Module) -> None:
-    """Take all fused adapters out again; packed layers are bit for bit what they were, the adapters active as before.
+    """Take all fused adapters out again.
+
+    Packed layers are bit for bit what they were, and the adapters active as before.
 
     Raises:
         FormatError: where adapters were re-quantized into a layer; nothing is changed then.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     install()
     for name, layer in packed_lora_layers(model):
         if getattr(layer, "_requantized", False):
             raise FormatError(f"The adapters of {name} were re-quantized into its weight. Load the model again.")
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            module.unmerge()
+    for adapter in _adapters_of(model):
+        if adapter.merged:
+            adapter.unmerge()
+
+
+def _adapters_of(model: nn.Module) -> Iterator[Any]:
+    """Yield peft's layers, around packed layers and others."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 def _merge_all(model: nn.Module, names: list[str] | None, scale: float, safe: bool) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            if scale != 1.0:
-                module.scale_layer(scale)
-            module.merge(safe_merge=safe, adapter_names=names)
+    for adapter in _adapters_of(model):
+        if scale != 1.0:
+            adapter.scale_layer(scale)
+        adapter.merge(safe_merge=safe, adapter_names=names)
 
 
 def _check_requantizable(name: str, base: GGUFLinear) -> None:
@@ -132,18 +139,24 @@ def _check_requantizable(name: str, base: GGUFLinear) -> None:
 
 
 def _requantize(name: str, layer: Any) -> float:
-    """Quantize the packed weight with its fused adapters again, drop them from the branch, return the relative RMS error."""
+    """Quantize a packed weight with its fused adapters again; return the relative RMS error.
+
+    The adapters leave the branch. Without any there is nothing to do, and the error is 0.
+    """
     base: GGUFLinear = layer.get_base_layer()
-    keep = base.rank - layer._fused_rank
-    down, up = base.low_rank_down.detach().float(), base.low_rank_up.detach().float()
+    branch, fused_rank = base._branch(), getattr(layer, "_fused_rank", 0)
+    if branch is None or not fused_rank:
+        return 0.0
+    keep, (down, up) = base.rank - fused_rank, (factor.detach() for factor in branch)
     packed = base.file_bytes()
-    merged = dequantize(packed, base.format, torch.float32, backend="torch") + up[:, keep:] @ down[keep:]
+    added = up[:, keep:].float() @ down[keep:].float()
+    merged = dequantize(packed, base.format, torch.float32, backend="torch") + added
     rows = quantize(merged, base.format, name=name)
     difference = dequantize(rows, base.format, torch.float32, backend="torch") - merged
     fmt = get_format(base.format)
     base.qweight = nn.Parameter(fmt.layout.to_planes(rows) if base.planes else rows, requires_grad=False)
     if keep:
-        base.set_low_rank(base.low_rank_down[:keep], base.low_rank_up[:, :keep].contiguous())
+        base.set_low_rank(down[:keep], up[:, :keep].contiguous())
     else:
         base.set_low_rank(None, None)
     layer._fused_rank, layer._requantized = 0, True

@@ -1,4 +1,4 @@
-"""What peft's merge and unmerge do on a packed layer: LoRA factors go into the layer's low-rank branch and come out again.
+"""What peft's merge and unmerge do on a packed layer: factors go into its branch and come out.
 
 peft merges with `base_layer.weight.data += delta`, which packed bytes cannot take and which would forget that delta has a low
 rank. peft's dispatch is open to other classes only through each adapter's config, which diffusers makes itself, so
@@ -50,16 +50,20 @@ def install() -> None:
         check(self)
         check_fusable(self.model, None)
 
-    weight = BaseTunerLayer.weight
+    weight = vars(BaseTunerLayer)["weight"]
 
     def logical_weight(self) -> torch.Tensor:
-        """Return the weight in logical shape and dtype; peft takes `qweight` for it, whose dtype T5 casts activations to."""
-        base = self.get_base_layer()
-        return base.weight if isinstance(base, GGUFLinear) else weight.fget(self)
+        """Return the weight in logical shape and dtype.
 
-    BaseTunerLayer.weight = property(logical_weight)
+        peft takes `qweight` for it, to whose dtype T5 casts activations.
+        """
+        base = self.get_base_layer()
+        return base.weight if isinstance(base, GGUFLinear) else weight.__get__(self)
+
+    BaseTunerLayer.weight = property(logical_weight)  # type: ignore[assignment, method-assign]
     merge_or_fuse._flux_kernels = True  # type: ignore[attr-defined]
-    Linear.merge, Linear.unmerge, LoraModel._check_merge_allowed = merge_or_fuse, unmerge_or_unfuse, check_packed_layers_too
+    Linear.merge, Linear.unmerge = merge_or_fuse, unmerge_or_unfuse  # type: ignore[method-assign]
+    LoraModel._check_merge_allowed = check_packed_layers_too  # type: ignore[method-assign]
 
 
 def install_in_diffusers() -> None:
@@ -76,7 +80,7 @@ def install_in_diffusers() -> None:
         return original(self, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
 
     fuse_lora._flux_kernels = True  # type: ignore[attr-defined]
-    PeftAdapterMixin.fuse_lora = fuse_lora
+    PeftAdapterMixin.fuse_lora = fuse_lora  # type: ignore[method-assign]
 
 
 def packed_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -105,7 +109,10 @@ def check_fusable(model: nn.Module, adapter_names: Iterable[str] | None, *, safe
 
 
 def fuse_layer(layer: Any, adapter_names: list[str] | None = None, *, safe: bool = False) -> None:
-    """Put the factors of adapters that are not merged yet into the branch of the packed base layer; ranks add up."""
+    """Put the factors of adapters that are not merged yet into the branch of the packed base layer.
+
+    Ranks add up.
+    """
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
     chosen = _adapters(layer, check_adapters_to_merge(layer, adapter_names))
@@ -196,7 +203,10 @@ def _check_finite(layer: Any, adapters: list[str]) -> None:
 
 
 def _fuse_bias(layer: Any, base: GGUFLinear, adapters: list[str]) -> None:
-    """Add the biases of adapters that have one; the bias before is kept in a list, which torch does not register."""
+    """Add the biases of adapters that have one.
+
+    The bias before is kept in a list, which torch does not register.
+    """
     biased = [adapter for adapter in adapters if layer.lora_bias.get(adapter)]
     if not biased:
         return
@@ -225,7 +235,8 @@ class _brought:
         self.context.__enter__()
 
     def __exit__(self, *error) -> None:
-        devices = self.base._hf_hook.original_devices
+        hook: Any = self.base._hf_hook
+        devices = hook.original_devices
         present = dict(self.base.named_parameters(recurse=False))
         for name in set(devices) - set(present):
             del devices[name]

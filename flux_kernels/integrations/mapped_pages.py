@@ -8,13 +8,14 @@ import sys
 
 from torch import Tensor
 
-_MADV_PAGEOUT = 21  # Linux 5.4: reclaim pages now; what they hold stays readable (Source: madvise(2))
+# Linux 5.4: reclaim pages now; what they hold stays readable (Source: madvise(2)).
+_MADV_PAGEOUT = 21
 
 
 def page_out(tensor: Tensor) -> None:
-    """Let the system take back the pages of a tensor that lies in a mapped file; its values stay, reading them takes longer.
+    """Let the system take back the pages of a tensor that lies in a mapped file.
 
-    Does nothing for other tensors, and where the system has no such call.
+    Its values stay; reading them takes longer. Does nothing for other tensors, and where the system has no such call.
     """
     if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.is_meta:
         return

@@ -1,4 +1,4 @@
-"""Run something right after another library's module was imported, however late that is, without importing it here."""
+"""Call a function right after another library's module was imported, however late that is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.machinery import ModuleSpec
 
 
 class _Watcher(MetaPathFinder):
-    """Find one module as it would be found without this, and call back once its code has run."""
+    """Import one module as it would be imported without this, and call back once its code has run."""
 
     def __init__(self, name: str, callback: Callable[[], None]):
         self.name = name

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import wraps
 
-from torch import nn
-
 from ..layers.linear import GGUFLinear
 
 
@@ -15,19 +13,20 @@ def count_logical_weights() -> None:
     It sums `numel` over all parameters, and has no hook but one for bitsandbytes. A method of the instance would make a
     reference cycle that keeps a deleted model in memory; so the class gets it. Models without packed layers are not affected.
     """
-    from diffusers import ModelMixin
+    from diffusers.models.modeling_utils import ModelMixin
 
     counted = ModelMixin.num_parameters
     if getattr(counted, "counts_packed", False):
         return
 
     @wraps(counted)
-    def num_parameters(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    def num_parameters(self: ModelMixin, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         count = counted(self, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
         if only_trainable:
             return count
         packed = [module for module in self.modules() if isinstance(module, GGUFLinear)]
-        rows = {id(module.qweight): module for module in packed if "qweight" in module._parameters}  # not parts of fused layers
+        # Parts of fused layers have no rows of their own.
+        rows = {id(module.qweight): module for module in packed if "qweight" in module._parameters}
         return count + sum(module.weight.numel() - module.qweight.numel() for module in rows.values())
 
     num_parameters.counts_packed = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The quantizer that diffusers' loaders call: it puts empty packed layers into the model, and fills them as weights come in.
+"""The quantizer that diffusers' loaders call: empty packed layers, filled as weights come in.
 
 Three sources fill the same empty layers: rows that save_pretrained wrote, rows of a GGUF file as diffusers' own reader hands
 them over, and 16-bit weights, which are quantized one at a time on the device they go to.
@@ -25,7 +25,7 @@ from ..layers.fuse import offer_fusing
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over, decode_stored, packed_type, plain_bytes, quantize_layer
 from ..packing import quantize, quantizer
-from ..swap.guard import decode_layers
+from ..swap.model_quantizer import decode_layers
 from .config import FluxKernelsConfig, Method
 from .layer_table import check_writable
 from .mapped_pages import page_out
@@ -50,7 +50,8 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         """
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.stored = self.pre_quantized
-        self.pre_quantized = True  # diffusers lets only such a checkpoint have other shapes than the model
+        # diffusers lets only such a checkpoint have other shapes than the model.
+        self.pre_quantized = True
         self.modules_to_not_convert = quantization_config.modules_to_not_convert or []
         self._dtype = torch.float32
         self._progress: Any = None
@@ -74,7 +75,7 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         return self._dtype
 
     def update_missing_keys(self, model, missing_keys: list[str], prefix: str) -> list[str]:
-        """Leave out the half of a packed layer's (rows, descriptor) that is not in a checkpoint of the other kind."""
+        """Leave out the half of a packed layer's (rows, descriptor) that a checkpoint of the other kind lacks."""
         missing = set(missing_keys)
         twins = {f"{name}.{a}": f"{name}.{b}" for name in _packed(model) for a, b in (_ROWS_AND_WEIGHT, _ROWS_AND_WEIGHT[::-1])}
         return [key for key in missing_keys if key not in twins or twins[key] in missing]
@@ -85,7 +86,11 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         return self.stored
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Leave out the descriptors; refuse rows where there is no model to put them in, as in from_single_file."""
+        """Leave out the descriptors.
+
+        Raises:
+            GGUFError: for rows where there is no model to put them in, as in from_single_file.
+        """
         if not holds_rows(state_dict):
             return state_dict
         if self._total is None:
@@ -95,7 +100,10 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model, device_map=None, keep_in_fp32_modules: Iterable[str] = (), state_dict=None, **kwargs
     ) -> None:
-        """Put empty packed layers where the config or the GGUF file says so; every layer is checked before the first."""
+        """Put empty packed layers where the config or the GGUF file says so.
+
+        Every layer is checked before the first is touched.
+        """
         self.keep_in_fp32 = set(filter(None, keep_in_fp32_modules))
         from_table = self.stored and state_dict is None
         excluded = [] if from_table else [*self.modules_to_not_convert, *self.keep_in_fp32]
@@ -123,9 +131,9 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         """Return the type of a layer: that of its rows in a GGUF file, or what the config says."""
         weight = state_dict.get(f"{name}.weight")
         if weight is not None and hasattr(weight, "quant_type"):
-            found = packed_type(weight, name)
-            if isinstance(found, BlockFormat):
-                return found
+            row = packed_type(weight, name)
+            if isinstance(row, BlockFormat):
+                return row
         format = self.quantization_config.format_of(name)
         return None if format is None else get_format(format)
 
@@ -138,16 +146,18 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
                 quantizer(format)
 
     def _put(self, model: nn.Module, plans: Mapping[str, tuple[nn.Linear, BlockFormat]]) -> None:
-        config, made = self.quantization_config, {}  # a layer that has two places in the model stays one
+        config = self.quantization_config
+        # By the old layer: one that has two places in the model stays one.
+        layers: dict[nn.Module, nn.Module] = {}
         for name, (module, format) in plans.items():
-            if module not in made:
+            if module not in layers:
                 layer = quantize_layer(module, format.name, config.backend_of(name), config.compute_of(name))
                 layer.compute_dtype = self._dtype
-                made[module] = carry_over(module, layer)
-            model.set_submodule(name, made[module])
+                layers[module] = carry_over(module, layer)
+            model.set_submodule(name, layers[module])
 
     def _add_extra_parameters(self, model: nn.Module) -> None:
-        """Make room for what packed layers were saved with beside their rows, such as a low-rank branch."""
+        """Make room for what packed layers were saved with, such as a low-rank branch."""
         for name, (dtype, *shape) in (self.quantization_config.extra_parameters or {}).items():
             layer, _, kind = name.rpartition(".")
             empty = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -162,7 +172,7 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
         """Leave the check to create_quantized_param, which knows the model."""
         return True
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self, model, param_value: Tensor, param_name: str, target_device, state_dict=None, unexpected_keys=None, **kwargs
     ) -> None:
         """Fill one parameter of a packed layer, or a plain one that is packed in a GGUF file."""
@@ -184,7 +194,8 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
             self._check_descriptor(module, param_name, param_value)
         else:
             self._quantize(module, param_name, param_value, target_device)
-            page_out((state_dict or {}).get(param_name, param_value))  # so that the 16-bit model is never in memory as a whole
+            # So that the 16-bit model is never in memory as a whole.
+            page_out((state_dict or {}).get(param_name, param_value))
 
     def _fill(self, layer: GGUFLinear, name: str, rows: Tensor, device) -> None:
         if rows.dtype != torch.uint8 or rows.shape != layer.qweight.shape:
@@ -263,23 +274,29 @@ _NO_FORMAT = (
 
 
 def stands_for(entry: str, name: str) -> bool:
-    """Tell whether an entry of modules_to_not_convert stands for a layer: a name that it ends in or is inside of, or a pattern."""
+    """Tell whether an entry of modules_to_not_convert stands for a layer.
+
+    It is a name that the layer's ends in, one of a module that holds the layer, or a pattern.
+    """
     return f"{entry}." in f"{name}." or fnmatchcase(name, entry)
 
 
-def attach_quantizer(model: nn.Module) -> bool:
-    """Give a diffusers model whose layers were packed by other means than a loader its quantizer; tell whether it is one."""
+def attach_diffusers_quantizer(model: nn.Module) -> bool:
+    """Give a diffusers model that no loader packed its quantizer; return whether it is one of diffusers'."""
     from diffusers import ModelMixin
 
     if not isinstance(model, ModelMixin):
         return False
+    # Its attributes come from several mixins.
+    mixin: Any = model
     if not isinstance(getattr(model, "hf_quantizer", None), FluxKernelsQuantizer):
-        model.hf_quantizer = FluxKernelsQuantizer(FluxKernelsConfig())
-        model.is_quantized = False  # .to(dtype) is safe: packed bytes stay uint8
-        model.quantization_method = Method.FLUX_KERNELS
-    config = model.hf_quantizer.quantization_config
+        mixin.hf_quantizer = FluxKernelsQuantizer(FluxKernelsConfig())
+        # .to(dtype) is safe: packed bytes stay uint8.
+        mixin.is_quantized = False
+        mixin.quantization_method = Method.FLUX_KERNELS
+    config = mixin.hf_quantizer.quantization_config
     config.follow(model)
-    model.register_to_config(quantization_config=config)
+    mixin.register_to_config(quantization_config=config)
     return True
 
 

@@ -7,11 +7,10 @@ def register() -> None:
     """Enter the quantizer in diffusers' tables and answer for diffusers' models that get packed layers."""
     from diffusers.quantizers import auto
 
-    from ..swap.guard import QUANTIZERS
+    from ..swap.model_quantizer import set_attach_hook
     from .config import FluxKernelsConfig, Method
-    from .quantizer import FluxKernelsQuantizer, attach_quantizer
+    from .quantizer import FluxKernelsQuantizer, attach_diffusers_quantizer
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.FLUX_KERNELS.value] = FluxKernelsConfig
     auto.AUTO_QUANTIZER_MAPPING[Method.FLUX_KERNELS.value] = FluxKernelsQuantizer
-    if attach_quantizer not in QUANTIZERS:
-        QUANTIZERS.append(attach_quantizer)
+    set_attach_hook(attach_diffusers_quantizer)

@@ -1,4 +1,4 @@
-"""Packed layers as a checkpoint holds them: rows in the order of GGUF files, and a descriptor beside them that says so."""
+"""Packed layers as a checkpoint holds them: rows in the order of GGUF files, and a descriptor."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ def expected_descriptor(layer: GGUFLinear) -> list[int]:
 
 
 def in_file_order(state_dict: dict[str, Any], format_of: Callable[[str], str | None], extra: Collection[str]) -> dict[str, Any]:
-    """Return the state dict of a packed model with all rows as a GGUF file has them; others are on the CPU afterwards.
+    """Return the state dict of a packed model with all rows as a GGUF file has them.
+
+    Rows that are stored otherwise are on the CPU afterwards.
 
     Args:
         state_dict: of the whole model.
-        format_of: layer name -> type that config.json tells.
-        extra: parameters of packed layers beside rows and bias that config.json tells.
+        format_of: layer name -> type that config.json names.
+        extra: parameters of packed layers other than rows and bias that config.json names.
 
     Raises:
         ValueError: where the state dict cannot be a checkpoint, with the reason and what to do.
@@ -45,13 +47,13 @@ def in_file_order(state_dict: dict[str, Any], format_of: Callable[[str], str | N
         number, n, k, planes = state_dict[name + _DESCRIPTOR].tolist()
         row = types[number]
         own = {name + part for part in (_ROWS, _DESCRIPTOR, ".bias")}
-        beside = {key for key in state_dict if key.rpartition(".")[0] == name and key not in own}
-        if format_of(name) != row.name or not beside <= set(extra):
+        others = {key for key in state_dict if key.rpartition(".")[0] == name and key not in own}
+        if format_of(name) != row.name or not others <= set(extra):
             raise ValueError(
                 f"{name} was changed after the model was unpickled, and config.json would not say so. Call "
                 "flux_kernels.swap_linear(model), then save it."
             )
-        if planes:
+        if planes and isinstance(row, BlockFormat):
             result[key] = row.layout.from_planes(rows.detach().cpu())
             result[name + _DESCRIPTOR] = torch.tensor([number, n, k, 0])
     return result
@@ -63,10 +65,12 @@ def holds_rows(state_dict: dict[str, Any]) -> bool:
 
 
 def without_descriptors(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the descriptors, which are no parameters: offloading to the disk would look for a place for each.
+    """Return a state dict without descriptors, which are no parameters.
+
+    Offloading to the disk would look for a place for each.
 
     Raises:
-        GGUFError: where one does not belong to the rows beside it.
+        GGUFError: where one does not belong to its rows.
     """
     left_out, types = set(), types_by_number()
     for key, rows in state_dict.items():

@@ -17,7 +17,6 @@ from .modes import Choice
 from .record import find, forget_records
 from .tiles import (
     Tile,
-    branch_tile,
     choose_algorithm,
     choose_int8_algorithm,
     codes_serve,
@@ -85,8 +84,7 @@ def default_choice(
         tile: Tile | None = int8_tile(m, capability, dtype, branch)
     elif compute == "fp16_accumulate":
         algorithm, why = "fused", "decodes in registers"
-        plain = fp16_tile(fmt, k, capability)
-        tile = branch_tile("fp16_gemm", fmt, plain, capability) if branch else plain
+        tile = fp16_tile(fmt, k, capability, branch)
     else:
         algorithm, why = choose_algorithm(m, capability, dtype, codes_serve(fmt, capability, dtype))
         tile = tile_of(algorithm, fmt, m, n, k, capability, branch, dtype)
@@ -111,5 +109,4 @@ def tile_of(
         return None
     if algorithm == "small_m":
         return small_m_tile(fmt, k, codes_serve(fmt, capability, dtype), capability)
-    tile = fused_tile(fmt, m, n, k, capability)
-    return branch_tile("fused_gemm", fmt, tile, capability) if branch else tile
+    return fused_tile(fmt, m, n, k, capability, branch)

@@ -1,22 +1,28 @@
-"""The default tile table: which algorithm runs and which tile a kernel launches with where no measurement says otherwise."""
+"""Choose algorithm and tile of a launch by default, where no measurement says otherwise.
+
+odd_tiles.csv has the tiles of formats that a default does not serve.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 import torch
 
 from .._triton import interpreting
 from ..compute import DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY
 from ..formats import SUPERBLOCK, BlockFormat
+from .odd_tiles import odd_changes
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Name one launch shape: rows of x and of w per program, K per step, warps, pipeline stages, programs that share K.
+    """Describe the shape of a launch.
 
-    `ldmatrix` is how x comes from shared memory (see ldmatrix.py), for NVIDIA's tensor cores only.
+    Rows of x and of w per program, K per step, warps, pipeline stages, programs that share K. `ldmatrix` is how x comes from
+    shared memory (see ldmatrix.py), for NVIDIA's tensor cores only.
     """
 
     block_m: int
@@ -33,7 +39,7 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch is compiled with beside its constants."""
+        """Options that a launch is compiled with, next to its constants."""
         return dict(num_warps=self.num_warps, num_stages=self.num_stages)
 
     def __str__(self) -> str:
@@ -48,96 +54,33 @@ _WIDE = Tile(block_m=128, block_n=128, tile_k=256, num_warps=8, num_stages=2)
 _WIDE_SMALL_BLOCKS = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=2)
 _MEDIUM = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=2)
 _NARROW = Tile(block_m=16, block_n=64, tile_k=256, num_warps=4, num_stages=2)
-_TALL = Tile(block_m=128, block_n=64, tile_k=256, num_warps=8, num_stages=2)
-_SHORT_STEPS = Tile(block_m=64, block_n=64, tile_k=128, num_warps=8, num_stages=2)
-
-# With a third stage Triton also turns most grid gathers into asynchronous copies.
-_GRID_PIPELINED = Tile(block_m=64, block_n=64, tile_k=256, num_warps=4, num_stages=3)
-
-# Formats whose tile decode gathers from a grid in memory: those loads (L1 hits) and their registers rule out larger tiles.
-_GRID_TILES = {
-    "IQ1_S": _GRID_PIPELINED,
-    "IQ1_M": _GRID_PIPELINED,
-    "IQ2_XXS": _GRID_PIPELINED,
-    "IQ2_XS": _MEDIUM,
-    "IQ2_S": _MEDIUM,
-    "IQ3_XXS": _GRID_PIPELINED,
-    "IQ3_S": _MEDIUM,
-}
-GRID_FORMATS = frozenset(_GRID_TILES)
-# IQ4_XS stages more of a superblock than _WIDE has shared memory for; Q1_0 and Q2_0 spill, their codes being registers.
-_WIDE_EXCEPTIONS = {
-    "IQ4_XS": _TALL,
-    **dict.fromkeys(("Q1_0", "Q2_0"), replace(_TALL, tile_k=128)),
-    **_GRID_TILES,
-}
-
-# The tiles of fewer rows spill for these, on one card or another, under Triton 3.6 or 3.7: Q1_0's narrow one 100 times.
-_MEDIUM_EXCEPTIONS = {
-    **dict.fromkeys(("IQ2_XXS", "IQ3_XXS"), _GRID_PIPELINED),
-    **dict.fromkeys(("Q3_K", "TQ2_0"), replace(_MEDIUM, num_warps=8)),
-    "IQ4_XS": replace(_MEDIUM, block_n=32, num_warps=8),
-    "Q2_0": _SHORT_STEPS,
-}
-_NARROW_EXCEPTIONS = {
-    **dict.fromkeys(("Q1_0", "TQ1_0", "IQ3_S", "IQ4_XS"), replace(_NARROW, num_warps=8)),
-    "Q2_0": replace(_NARROW, tile_k=128, num_warps=8),
-    "IQ2_XXS": replace(_NARROW, num_stages=3),
-}
 
 # An H200 took 0.83 to 0.86 of the time of 64 rows in Q4_K, Q6_K and Q8_0 (bench/results/nvidia-h200/small_m.csv); 64 rows spill
-# in three formats with float32 x, 32 in Q6_K.
+# in three formats with float32 x.
 _SMALL = Tile(block_m=1, block_n=32, tile_k=256, num_warps=4, num_stages=1)
-_SMALL_EXCEPTIONS = {"Q6_K": Tile(block_m=1, block_n=64, tile_k=256, num_warps=4, num_stages=1)}
-SMALL_M = 2  # rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16
+# Rows up to which reading the weight once per row beats a tensor-core tile that is padded to 16.
+SMALL_M = 2
 # The kernel that multiplies codes: 32 rows of w a warp, K shared by the warps of a program. Triton keeps a stage less than it is
-# told, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
+# asked for, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
 _CODES = Tile(block_m=8, block_n=32, tile_k=256, num_warps=2, num_stages=3, splits=2)
-_CODES_SPILL = {("Q3_K", (8, 6)), ("Q3_K", (8, 9)), ("Q6_K", (12, 0))}  # twice under Triton 3.6, and not as one warp
-CODES_M = _CODES.block_m  # rows it multiplies at the price of one
+# Rows that the kernel multiplies at the price of one.
+CODES_M = _CODES.block_m
 
-_FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)  # 128 x 128 spills on sm_86 to sm_120
-_SHORT_K = 64  # steps so short that 64 x 128 spills in seven formats on sm_120 (rows of 64 weights: FLUX.1's image embedder)
-_FP16_EXCEPTIONS = {
-    **dict.fromkeys(_GRID_TILES, _MEDIUM),
-    **dict.fromkeys(("IQ1_S", "IQ2_S", "IQ2_XS"), replace(_MEDIUM, num_warps=8)),
-    "IQ3_S": _GRID_PIPELINED,
-    # The tile above spills, Q8_0 on sm_80, Q4_1 on sm_86 and MXFP4 everywhere.
-    **dict.fromkeys(("Q4_1", "Q8_0", "MXFP4"), replace(_TALL, tile_k=128)),
-}
-_SHORT_K_WARPS = {"Q5_0": 4}  # where a short step spills in eight warps
-
-# Where a low-rank branch in the epilogue makes the default tile spill: (kernel, format, capability) -> what changes.
-_BRANCH_CHANGES: dict[tuple, dict] = {
-    ("fused_gemm", "IQ2_S", (8, 0)): dict(block_m=128, num_warps=8),
-    ("fused_gemm", "IQ3_S", (8, 0)): dict(block_n=128, num_warps=8),
-    ("fused_gemm", "Q5_0", (12, 0)): dict(tile_k=128),
-    ("fused_gemm", "Q5_1", (12, 0)): dict(tile_k=64),
-    ("fp16_gemm", "Q4_0", (12, 0)): dict(tile_k=64),
-    ("fp16_gemm", "Q4_K", (8, 0)): dict(block_m=128, block_n=64),
-    ("fp16_gemm", "Q5_K", (8, 0)): dict(block_m=128, block_n=64),
-    **{("fp16_gemm", name, card): dict(block_m=64) for name in ("Q4_1", "Q8_0", "MXFP4") for card in ((8, 6), (8, 9), (12, 0))},
-    ("fp16_gemm", "MXFP4", (12, 0)): dict(block_m=64, num_warps=4),
-}
-# Where it makes the narrow or medium tile of two stages spill (2 to 4 accesses on sm_80 to sm_89): (format, rows of x) -> changes.
-_LOW_BRANCH_CHANGES = {
-    ("IQ1_S", 16): dict(num_warps=8),
-    ("IQ2_XS", 16): dict(num_warps=8),
-    ("IQ1_S", 64): dict(num_stages=3),
-}
-# The wide tiles that spill as a part of split-K, everywhere or on one card.
-_SPLIT_K_EXCEPTIONS: dict[object, Tile] = {
-    "IQ2_XXS": replace(_MEDIUM, num_warps=8),
-    ("IQ3_XXS", (8, 0)): replace(_MEDIUM, block_n=32),
-    "Q1_0": _SHORT_STEPS,
-}
+# 128 x 128 spills on sm_86 to sm_120.
+_FP16 = Tile(block_m=64, block_n=128, tile_k=256, num_warps=8, num_stages=2)
+# The shortest step, for rows of 64 weights (FLUX.1's image embedder): 64 x 128 spills in it on sm_120, in seven formats.
+_SHORT_K = 64
 
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 _INT8_LOW = Tile(block_m=64, block_n=128, tile_k=128, num_warps=8, num_stages=3)
-_INT8_BRANCH_SPILLS = {(9, 0), (12, 0)}  # with float32 x, 92 and 12 times; the low tile spills on sm_80
-UNPACK_ROWS = 16  # rows a program of the unpack kernels decodes
-QUANTIZE_ROWS = 16  # tokens a program of the int8 activation quantizer takes
-SCALE_BLOCK = 1024  # of a token at a time when it is scaled to fp16
+# Cards on which the high tile spills with float32 x, 92 and 12 times; the low one spills on sm_80.
+_INT8_BRANCH_SPILLS = {(9, 0), (12, 0)}
+# Rows a program of the unpack kernels decodes.
+UNPACK_ROWS = 16
+# Tokens a program of the int8 activation quantizer takes.
+QUANTIZE_ROWS = 16
+# Values of a token at a time when it is scaled to fp16.
+SCALE_BLOCK = 1024
 
 
 _A100 = (8, 0)
@@ -177,7 +120,8 @@ def choose_algorithm(
     return "fused", "decodes in registers, no scratch in memory"
 
 
-ROW_SCALE_BITS = 6  # formats of at most so many bits a weight lose nothing by one int8 scale per row (Q5_1 has 6.0, Q6_K 6.6)
+# Formats of at most so many bits a weight lose nothing by one int8 scale per row (Q5_1 has 6.0, Q6_K 6.6).
+ROW_SCALE_BITS = 6
 
 
 # Hopper and later wait for a product before they convert it (docs/decisions/predictions.md); A100's int8 products take as long as
@@ -200,78 +144,84 @@ def choose_int8_algorithm(fmt: BlockFormat, capability: tuple[int, int] | None) 
 def int8_tile(
     m: int, capability: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16, branch: bool = False
 ) -> Tile:
-    """Choose the int8 GEMM's tile: half as high where M fills no more than half of the high one, or where that spills."""
+    """Choose the int8 GEMM's tile.
+
+    It is half as high where M fills no more than half of the high one, or where that spills.
+    """
     spills = branch and dtype == torch.float32 and capability in _INT8_BRANCH_SPILLS
     return _INT8_LOW if spills or m <= _INT8_LOW.block_m else INT8_TILE
 
 
 def largest_tile_k(fmt: BlockFormat, k: int, limit: int = SUPERBLOCK) -> int:
-    """Return the largest power-of-two step through a row of `k` weights that is whole blocks and at most `limit`."""
+    """Return the largest step through a row of `k` weights that is whole blocks and at most `limit`.
+
+    It is a power of two.
+    """
     tile = limit
     while tile > fmt.block_size and k % tile:
         tile //= 2
     return max(tile, fmt.block_size)
 
 
-# Q1_0 and Q2_0 have many slices to a block, whose loads are not merged then (a quarter more instructions); the others spill, Q5_0
-# on sm_120, TQ1_0 in the medium tile and IQ4_XS in split-K on sm_80.
-_NOT_BY_LDMATRIX = GRID_FORMATS | {"Q1_0", "Q2_0", "Q5_0", "TQ1_0", "IQ4_XS"}
-
-
 def loads_by_ldmatrix(fmt: BlockFormat, capability: tuple[int, int] | None) -> bool:
-    """Tell whether x comes by ldmatrix: where it costs no shared memory, or the card has enough of it (A100)."""
-    if capability is None or capability < TENSOR_CORE_CAPABILITY or fmt.name in _NOT_BY_LDMATRIX:
+    """Tell whether x comes by ldmatrix.
+
+    It does where it costs no shared memory, or the card has enough of it (A100).
+    """
+    if capability is None or capability < TENSOR_CORE_CAPABILITY or fmt.gathers:
         return False
-    return fmt.block_size < SUPERBLOCK or capability == _A100
+    affordable = fmt.block_size < SUPERBLOCK or capability == _A100
+    return affordable and bool(odd_changes("every", fmt.name, capability).get("ldmatrix", True))
 
 
-def fused_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Tile:
-    """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T on a card of `capability` (None: not an NVIDIA card)."""
-    if m <= 16:
-        tile = _NARROW_EXCEPTIONS.get(fmt.name, _NARROW)
-    elif m <= 64 or n < 128:
-        tile = _MEDIUM_EXCEPTIONS.get(fmt.name, _MEDIUM)
+def _odd(tile: Tile, name: str, fmt: BlockFormat, capability: tuple[int, int] | None, branch: bool = False) -> Tile:
+    """Return `tile`, the default `name`, as odd_tiles.csv changes it for a format on a card."""
+    changes: dict[str, Any] = odd_changes(name, fmt.name, capability, branch)
+    return replace(tile, **changes | dict(tile_k=min(tile.tile_k, changes.get("tile_k", tile.tile_k))))
+
+
+def fused_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None, branch: bool = False) -> Tile:
+    """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T.
+
+    capability: of the card, None for one that is not NVIDIA's. branch: whether a low-rank branch is added in the epilogue.
+    """
+    if m <= _NARROW.block_m:
+        name, tile = "narrow", _NARROW
+    elif m <= _MEDIUM.block_m or n < _WIDE.block_n:
+        name, tile = "medium", _MEDIUM
     else:
-        tile = _wide_tile(fmt)
+        name, tile = "wide", _wide_tile(fmt)
+    tile = _odd(tile, name, fmt, capability)
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
-    return replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))
+    tile = replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))
+    return _odd(tile, name, fmt, capability, branch) if branch else tile
 
 
 def _wide_tile(fmt: BlockFormat) -> Tile:
-    if fmt.name in _WIDE_EXCEPTIONS:
-        return _WIDE_EXCEPTIONS[fmt.name]
+    # Loads from the grid (L1 hits) and their registers rule out larger tiles.
+    if fmt.gathers:
+        return _MEDIUM
     return _WIDE if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS
-
-
-def branch_tile(kernel: str, fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None) -> Tile:
-    """Return the tile with which "fused_gemm" or "fp16_gemm" runs with a low-rank branch where it has `tile` without one."""
-    changes = _BRANCH_CHANGES.get((kernel, fmt.name, capability), {})
-    low = _LOW_BRANCH_CHANGES.get((fmt.name, tile.block_m)) if kernel == "fused_gemm" and tile.num_stages == 2 else None
-    if low is not None:
-        return replace(tile, **low)
-    if tile.block_m < _MEDIUM.block_m or tile.tile_k < changes.get("tile_k", 0):
-        return tile
-    return replace(tile, **changes)
 
 
 def split_k_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None) -> Tile:
     """Return the wide tile of split-K, before the number of splits is chosen."""
     tile = fused_tile(fmt, m, n, k, capability)
-    instead = _SPLIT_K_EXCEPTIONS.get((fmt.name, capability), _SPLIT_K_EXCEPTIONS.get(fmt.name))
-    return replace(instead, tile_k=tile.tile_k) if instead and tile.block_m >= _MEDIUM.block_m else tile
+    return tile if tile.block_m < _MEDIUM.block_m else _odd(tile, "split_k", fmt, capability)
 
 
 def codes_serve(fmt: BlockFormat, capability: tuple[int, int] | None, dtype: torch.dtype) -> bool:
-    """Tell whether small M runs on tensor cores, the codes multiplied before the scales; other makers' cards: never tried."""
+    """Tell whether small M runs on tensor cores, the codes multiplied before the scales.
+
+    On other makers' cards this was never tried.
+    """
     tensor_cores = interpreting() if capability is None else capability >= TENSOR_CORE_CAPABILITY
     return tensor_cores and fmt.code_tile is not None and dtype != torch.float32
 
 
 def small_m_tile(fmt: BlockFormat, k: int, codes: bool = False, capability: tuple[int, int] | None = None) -> Tile:
     """Choose the tile of the small-M kernel, or of the one that multiplies codes (`codes_serve`)."""
-    tile = _CODES if codes else _SMALL_EXCEPTIONS.get(fmt.name, _SMALL)
-    if codes and (fmt.name, capability) in _CODES_SPILL:
-        tile = replace(tile, splits=1, num_warps=1)
+    tile = _odd(_CODES, "small_m_codes", fmt, capability) if codes else _odd(_SMALL, "small_m", fmt, capability)
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
     return split_by_warps(replace(tile, tile_k=tile_k), k) if codes else replace(tile, tile_k=tile_k)
 
@@ -284,11 +234,15 @@ def split_by_warps(tile: Tile, k: int) -> Tile:
     return replace(tile, splits=splits, num_warps=tile.num_warps * splits // tile.splits)
 
 
-def fp16_tile(fmt: BlockFormat, k: int, capability: tuple[int, int] | None) -> Tile:
-    """Choose the tile of the GEMM with fp16 accumulation; K is a multiple of 64."""
-    tile = _FP16_EXCEPTIONS.get(fmt.name, _FP16)
+def fp16_tile(fmt: BlockFormat, k: int, capability: tuple[int, int] | None, branch: bool = False) -> Tile:
+    """Choose the tile of the GEMM with fp16 accumulation, with or without a low-rank branch.
+
+    K is a multiple of 64.
+    """
+    tile = _odd(_MEDIUM if fmt.gathers else _FP16, "fp16", fmt, capability)
     limit = SUPERBLOCK if fmt.block_size == SUPERBLOCK else _WIDE_SMALL_BLOCKS.tile_k
-    tile_k = max(64, largest_tile_k(fmt, k, max(limit, fmt.block_size)))
+    tile_k = max(_SHORT_K, largest_tile_k(fmt, k, max(limit, fmt.block_size)))
     if tile_k == _SHORT_K:
-        tile = replace(tile, block_n=min(tile.block_n, 64), num_warps=_SHORT_K_WARPS.get(fmt.name, tile.num_warps))
-    return replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))
+        tile = _odd(replace(tile, block_n=min(tile.block_n, 64)), "fp16_short", fmt, capability)
+    tile = replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))
+    return _odd(tile, "fp16", fmt, capability, branch) if branch else tile

@@ -1,4 +1,4 @@
-"""fuse_projections: compute the layers of an attention or a single block that share an input in one product.
+"""fuse_projections: compute layers of an attention or a block that share an input in one product.
 
 q, k and v (and in the single blocks of FLUX.1 the MLP's input too) read the same activation. Fused, it is read, and in int8
 quantized, once. The rows move as they are packed, so nothing else changes.
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import FormatError
+from .adapters import base_layer_of, replace_base_layer
 from .fused_linear import FusedLinear, FusedPart, difference, join_layers
 from .linear import GGUFLinear
 
@@ -53,14 +54,14 @@ class _Group:
 
     def layers(self) -> dict[str, Any]:
         """Return path -> layer, adapters taken off; None where the module has no such layer."""
-        found = {path: attrgetter(path)(self.home) for path in self.paths}
-        return {path: None if layer is None else _without_adapters(layer) for path, layer in found.items()}
+        layers = {path: attrgetter(path)(self.home) for path in self.paths}
+        return {path: None if layer is None else base_layer_of(layer) for path, layer in layers.items()}
 
 
 def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: Join | None = None) -> FuseReport:
-    """Fuse the packed projections of a model, in place; every layer is checked before the first is touched.
+    """Fuse the packed projections of a model, in place.
 
-    Attention modules of diffusers get `to_qkv` (and `to_added_qkv`, `to_kv`), as `model.fuse_qkv_projections()` makes them.
+    Every layer is checked before the first is touched. Attention modules of diffusers get `to_qkv` (and `to_added_qkv`, `to_kv`), as `model.fuse_qkv_projections()` makes them.
     Outputs change by the order of sums at most. Parts keep their names: adapters go on and come off as before, and while one
     is on, its group is computed part by part. State dicts name the fused layers; `save_gguf` writes the parts. Packed memory is
     the same: each group's rows are copied together once, and its parts let go.
@@ -91,11 +92,13 @@ def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: J
             plan.append([group])
     inside = {block.attn for block in whole}
     for attention in (module for module in names if hasattr(module, "fuse_projections") and module not in inside):
-        reason = _reason(attention)
-        if reason is None:
-            plan.append(_groups(attention))
-        elif reason:
-            report.left[names[attention]] = reason
+        if _is_candidate(attention):
+            groups = _groups(attention)
+            reason = _obstacle(groups)
+            if reason is None:
+                plan.append(groups)
+            else:
+                report.left[names[attention]] = reason
     for groups in plan:
         _fuse(groups, names, rows_of)
         report.fused += [_join_names(names[group.home], group.name) for group in groups]
@@ -117,14 +120,15 @@ def unfuse_projections(model: nn.Module) -> None:
 
 
 class FuseMethod:
-    """Stand in for `fuse_projections` or `unfuse_projections` of one attention module whose layers are packed.
+    """Stand in for `fuse_projections` or `unfuse_projections` of a packed attention module.
 
-    The method of diffusers would decode the rows into an ordinary linear. This object lies in the instance, beside the
-    method in its class, because it has to survive deepcopy and pickle.
+    The method of diffusers would decode the rows into an ordinary linear. This object lies in the instance, where it hides the
+    method of the class, because it has to survive deepcopy and pickle.
     """
 
     def __init__(self, attention: nn.Module, fuse: bool):
-        self._attention, self.fuse = weakref.ref(attention), fuse  # weak: a cycle would keep the layers of a deleted model
+        # Weak: a cycle would keep the layers of a deleted model.
+        self._attention, self.fuse = weakref.ref(attention), fuse
 
     @property
     def attention(self) -> nn.Module:
@@ -143,14 +147,15 @@ class FuseMethod:
         attention = self.attention
         if not _is_packed(attention):
             getattr(type(attention), "fuse_projections" if self.fuse else "unfuse_projections")(attention, *args, **kwargs)
-        elif self.fuse:
-            reason = _reason(attention)
-            if reason is None:
-                _fuse(_groups(attention), {attention: type(attention).__name__}, None)
-            elif reason:
-                warnings.warn(f"{type(attention).__name__} is not fused: {reason}.", stacklevel=2)
-        else:
+        elif not self.fuse:
             unfuse_projections(attention)
+        elif _is_candidate(attention):
+            groups, name = _groups(attention), type(attention).__name__
+            reason = _obstacle(groups)
+            if reason is None:
+                _fuse(groups, {attention: name}, None)
+            else:
+                warnings.warn(f"{name} is not fused: {reason}.", stacklevel=2)
 
 
 def offer_fusing(model: nn.Module) -> None:
@@ -163,9 +168,9 @@ def offer_fusing(model: nn.Module) -> None:
 
 
 class ProjectAfterNorm:
-    """Forward hook on a single block's `norm`: hand on linear1 of its output, from which the parts select their columns.
+    """Forward hook on a single block's `norm`: hand on linear1 of its output.
 
-    With an adapter around a part the output goes on as it is, and each part computes its own rows.
+    The parts select their columns from it. With an adapter around a part the output goes on as it is, and each part computes its own rows.
     """
 
     def __init__(self, block: Any):
@@ -194,13 +199,20 @@ def _groups(attention: nn.Module) -> list[_Group]:
     return groups
 
 
-def _reason(attention: nn.Module) -> str | None:
-    """Return why an attention module is left as it is, None where it can be fused, "" where that says nothing to a user."""
-    if not getattr(attention, "_supports_qkv_fusion", True) or not _is_packed(attention):
-        return ""
-    if getattr(attention, "fused_projections", False) or _part_of_linear1(attention) or not hasattr(attention, "to_v"):
-        return ""
-    for group in _groups(attention):
+def _is_candidate(attention: nn.Module) -> bool:
+    """Tell whether an attention module has packed projections of its own that are apart."""
+    if not getattr(attention, "_supports_qkv_fusion", True) or not hasattr(attention, "to_v") or not _is_packed(attention):
+        return False
+    return not getattr(attention, "fused_projections", False) and not _part_of_linear1(attention)
+
+
+def _obstacle(groups: list[_Group]) -> str | None:
+    """Return why the layers of some group cannot be joined, or None.
+
+    Raises:
+        ValueError: where one is under offloading or casting hooks.
+    """
+    for group in groups:
         layers = group.layers()
         _check_no_offload(layers)
         reason = difference(layers)
@@ -210,9 +222,7 @@ def _reason(attention: nn.Module) -> str | None:
 
 
 def _check_linear1(group: _Group, block: str) -> None:
-    layers = group.layers()
-    _check_no_offload(layers)
-    reason = difference(layers)
+    reason = _obstacle([group])
     if getattr(group.home.attn, "fused_projections", False):
         reason = "q, k and v are fused already; call unfuse_projections(model) first"
     if reason is not None:
@@ -233,7 +243,7 @@ def _check_no_group_offload(model: nn.Module) -> None:
 
 
 def _is_packed(attention: nn.Module) -> bool:
-    return any(isinstance(_without_adapters(child), GGUFLinear) for child in attention.children())
+    return any(isinstance(base_layer_of(child), GGUFLinear) for child in attention.children())
 
 
 def _is_fused(group: _Group) -> bool:
@@ -241,29 +251,22 @@ def _is_fused(group: _Group) -> bool:
 
 
 def _holds_fused(child: nn.Module | None) -> bool:
-    return child is not None and isinstance(_without_adapters(child), FusedLinear)
+    return child is not None and isinstance(base_layer_of(child), FusedLinear)
 
 
 def _part_of_linear1(attention: nn.Module) -> bool:
-    part = _without_adapters(getattr(attention, "to_q", attention))
+    part = base_layer_of(getattr(attention, "to_q", attention))
     return isinstance(part, FusedPart) and part.whole.home is not attention
 
 
-def _without_adapters(module: Any) -> Any:
-    """Return what peft put its layers around, or the module itself."""
-    while "base_layer" in module._modules:
-        module = module.base_layer
-    return module
-
-
 def _fuse(groups: list[_Group], names: dict[nn.Module, str], rows_of: Join | None) -> None:
-    """Make the fused layers of one attention or block and put parts in place of the layers, which are let go."""
+    """Make the fused layers of one attention or block, and put parts in place of the layers."""
     for group in groups:
         layers = group.layers()
         rows = rows_of([_join_names(names[group.home], path) for path in group.paths]) if rows_of else None
         fused = join_layers(layers, group.home, rows)
         for part in fused.parts:
-            _replace(group.home, part.path, FusedPart(fused, part, layers[part.path]))
+            replace_base_layer(group.home, part.path, FusedPart(fused, part, layers[part.path]))
         group.home.add_module(group.name, fused)
         if group.name == "linear1":
             group.home.norm.register_forward_hook(ProjectAfterNorm(group.home))
@@ -281,9 +284,10 @@ def _check_unfusable(home: nn.Module, name: str) -> None:
 def _unfuse(home: Any, name: str) -> None:
     fused = home._modules[name]
     for rows in fused.parts:
-        part = _without_adapters(home.get_submodule(rows.path))
-        if isinstance(part, FusedPart):  # a layer that a user put in its place stays
-            _replace(home, rows.path, fused.separate(part))
+        part = base_layer_of(home.get_submodule(rows.path))
+        # A layer that a user put in its place stays.
+        if isinstance(part, FusedPart):
+            replace_base_layer(home, rows.path, fused.separate(part))
     delattr(home, name)
     if name == "linear1":
         hooks = home.norm._forward_hooks
@@ -291,15 +295,6 @@ def _unfuse(home: Any, name: str) -> None:
             del hooks[key]
     elif not any(map(_holds_fused, home.children())):
         home.fused_projections = False
-
-
-def _replace(home: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` at `path`, inside the adapters that stand there."""
-    parent_path, _, name = path.rpartition(".")
-    parent: Any = home.get_submodule(parent_path)
-    while "base_layer" in parent._modules[name]._modules:
-        parent, name = parent._modules[name], "base_layer"
-    parent._modules[name] = new
 
 
 def _join_names(prefix: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What `tune` tries for a call: every algorithm of the compute mode with tiles that suit its shape and can work on the card."""
+"""What `tune` tries for a call: each algorithm of the mode with tiles that suit shape and card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ..kernels.choice import default_choice
 from ..kernels.chunks import candidate_rows
 from ..kernels.tiles import (
     CODES_M,
-    GRID_FORMATS,
     SMALL_M,
     Tile,
     choose_algorithm,
@@ -25,18 +24,23 @@ from ..kernels.tiles import (
     row_scales_serve,
 )
 
-_SMALL_M_LIMIT = 8  # rows above which reading the weight once per row cannot win
+# Rows above which reading the weight once per row cannot win.
+_SMALL_M_LIMIT = 8
 _SHAPES = ((16, 64), (16, 128), (32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
-# Larger ones spill on every card, with 58 to 382 accesses a step: int32 and float32 sums of a thread are 256 registers together.
+# Larger ones spill on every card, with 58 to 382 accesses a step: int32 and float32 sums of a thread are 256 registers.
 _INT8_SHAPES = ((64, 64), (64, 128), (128, 64), (128, 128))
 _SPLITS = (2, 3, 4, 6)
-_MOST_WAVES = 4  # and only until it makes so many: then no wave is left that is mostly empty
-_HOPPER_COLUMNS = 32  # of w in a warp group from which Triton takes Hopper's product
+# Splitting K is tried where one tile per program makes fewer waves than _FEW_WAVES, and only until it makes _MOST_WAVES: then
+# no wave is left that is mostly empty.
+_FEW_WAVES, _MOST_WAVES = 3, 4
+# Of w in a warp group from which Triton takes Hopper's product.
+_HOPPER_COLUMNS = 32
 _LEAST_STAGES = 2
-_FEW_WAVES = 3  # splitting K is tried where one tile per program makes fewer waves than this
-# Rows up to which split-K may win on a data-center card that unpacks by default: on an H200 at 64 by up to 1.4, at 128 by 1.1, at 256 nowhere.
+# Rows up to which split-K may win on a data-center card that unpacks by default: on an H200 at 64 by up to 1.4, at 128 by 1.1,
+# at 256 nowhere.
 _SPLIT_K_WINS_M = 128
-_SHARED_BYTES = {  # that one program may have; CUDA C++ Programming Guide, technical specifications per compute capability
+# That one program may have. Source: CUDA C++ Programming Guide, technical specifications per compute capability.
+_SHARED_BYTES = {
     (7, 5): 64 << 10,
     **dict.fromkeys([(8, 0), (8, 7)], 163 << 10),
     **dict.fromkeys([(8, 6), (8, 9), (12, 0), (12, 1)], 99 << 10),
@@ -45,7 +49,13 @@ _SHARED_BYTES = {  # that one program may have; CUDA C++ Programming Guide, tech
 
 
 class Candidate(NamedTuple):
-    """Name one way to compute a call: algorithm, tile, and rows of the weight that are unpacked at a time (None: all)."""
+    """Name one way to compute a call.
+
+    Attributes:
+        algorithm: of the compute mode.
+        tile: of the kernel, None where it has none.
+        rows: of the weight that are unpacked at a time, None for all.
+    """
 
     algorithm: str
     tile: Tile | None
@@ -73,12 +83,14 @@ class Call:
 
 
 def candidates(compute: str, call: Call) -> list[Candidate]:
-    """List what to try for a call, the default table's choice first, without what cannot work or win on this card."""
+    """List what to try for a call, the default table's choice first.
+
+    What cannot work or win on this card is left out.
+    """
     shape = call.m, call.n, call.k
     default = default_choice(compute, call.fmt, *shape, call.capability, call.dtype, False, call.processors)
-    found = [Candidate(default.algorithm, default.tile, default.rows)]
-    tried = {"exact": _exact, "fp16_accumulate": _fp16, "int8": _int8}[compute](call)
-    return list(dict.fromkeys([*found, *tried]))
+    others = {"exact": _exact, "fp16_accumulate": _fp16, "int8": _int8}[compute](call)
+    return list(dict.fromkeys([Candidate(default.algorithm, default.tile, default.rows), *others]))
 
 
 def _exact(call: Call) -> Iterator[Candidate]:
@@ -87,8 +99,10 @@ def _exact(call: Call) -> Iterator[Candidate]:
     if call.m <= _SMALL_M_LIMIT:
         for block_n, warps in ((16, 2), (32, 2), (32, 4), (64, 4), (128, 4)):
             yield Candidate("small_m", Tile(1, block_n, largest_tile_k(call.fmt, call.k), warps, 1))
-    float32 = call.dtype == torch.float32  # without tensor cores a fused tile spills
-    if call.m > (SMALL_M if float32 else WEIGHT_ONLY_M):  # below, the unpacked weight's bytes alone take longer than all else
+    # Without tensor cores a fused tile spills.
+    float32 = call.dtype == torch.float32
+    # With fewer rows, the unpacked weight's bytes alone take longer than all else.
+    if call.m > (SMALL_M if float32 else WEIGHT_ONLY_M):
         for rows in candidate_rows(call.m, call.n, call.k, call.dtype.itemsize, call.processors):
             yield Candidate("two_stage", None, rows)
     if call.m > SMALL_M and not float32:
@@ -127,7 +141,8 @@ def _splits(call: Call, tile: Tile) -> Iterator[Candidate]:
 
 
 def _fp16(call: Call) -> Iterator[Candidate]:
-    if call.capability in DATACENTER:  # the mode is refused there
+    # The mode is refused there.
+    if call.capability in DATACENTER:
         return
     # Sums in fp16 and in float32: 128 x 128 spills for superblocks (112 and 153 accesses on sm_86), larger tiles for all.
     most = 128 * 128 - (call.fmt.block_size == SUPERBLOCK)
@@ -143,18 +158,21 @@ def _int8(call: Call) -> Iterator[Candidate]:
         for tile in _int8_tiles(call):
             yield Candidate(algorithm, tile, first)
     default = default_choice("int8", call.fmt, call.m, call.n, call.k, call.capability, call.dtype, False, call.processors)
-    for rows in others:  # how the weight is cut and which tile is best hardly depend on each other
+    # How the weight is cut and which tile is best hardly depend on each other.
+    for rows in others:
         yield Candidate(default.algorithm, default.tile, rows)
 
 
 def _int8_tiles(call: Call) -> Iterator[Tile]:
     limit = shared_limit(call.capability)
     shapes = _near(_INT8_SHAPES, call.m)
-    if call.m > 256:  # a tile of 128 x 128 already asks L2 for 64 bytes a clock, the smallest for twice that
+    # A tile of 128 x 128 already asks L2 for 64 bytes a clock, the smallest for twice that.
+    if call.m > 256:
         shapes = [shape for shape in shapes if shape != (64, 64)]
     for block_m, block_n in shapes:
         for stages in (2, 3, 4):
-            for warps in (4, 8) if block_m * block_n < 128 * 128 else (8,):  # four warps spill with a tile of 128 x 128
+            # Four warps spill with a tile of 128 x 128.
+            for warps in (4, 8) if block_m * block_n < 128 * 128 else (8,):
                 tile = Tile(block_m, block_n, 128, warps, stages)
                 if limit is None or int8_shared_bytes(tile, call.capability) <= limit:
                     yield tile
@@ -172,7 +190,7 @@ def _tiles(call: Call) -> Iterator[Tile]:
 
 
 def _sums_fit(call: Call, block_m: int, block_n: int) -> bool:
-    """Tell whether a fused tile's sums fit in registers beside the decoded weight.
+    """Tell whether a fused tile's sums fit in registers together with the decoded weight.
 
     On Hopper all do. Elsewhere tiles above 128 x 128 spill 2 to 865 times, but for the high one of small blocks.
     """
@@ -188,9 +206,10 @@ def _near(shapes: Iterable[tuple[int, int]], m: int) -> list[tuple[int, int]]:
 
 
 def _ways_to_load(call: Call, tried: Iterable[Candidate]) -> Iterator[Candidate]:
-    """Load x by ldmatrix or not, the default's way first; both with the fewest stages only, and never on other makers' cards.
+    """Load x by ldmatrix or not, the default's way first.
 
-    It costs K-quants shared memory, and small blocks a round trip of the decoded tile through it: neither is always the faster.
+    Both are tried with the fewest stages only, and never on other makers' cards. ldmatrix costs K-quants shared memory, and
+    small blocks a round trip of the decoded tile through it: neither is always the faster.
     """
     default = loads_by_ldmatrix(call.fmt, call.capability)
     for candidate in tried:
@@ -204,7 +223,7 @@ def _ways_to_load(call: Call, tried: Iterable[Candidate]) -> Iterator[Candidate]
 
 
 def _fitting_memory(call: Call, tried: Iterable[Candidate], itemsize: int) -> Iterator[Candidate]:
-    """Leave out tiles that need more shared memory than a program may have, as far as that can be told without compiling."""
+    """Leave out tiles that need more shared memory than a program may have, without compiling them."""
     limit = shared_limit(call.capability)
     for candidate in tried:
         tile = candidate.tile
@@ -223,18 +242,21 @@ def shared_limit(capability: tuple[int, int] | None) -> int | None:
 
 
 def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None, itemsize: int) -> int:
-    """Return the bytes of shared memory that a fused kernel takes at least: the steps of x and packed w that are on their way.
+    """Return the bytes of shared memory that a fused kernel takes at least.
 
-    Holds for rows of more than one step: with one, nothing is on its way while another is multiplied.
-    Compiled kernels take up to three times as much for small tiles, since layouts are changed there, too. One step less is on its way
-    than there are stages; on Hopper the product reads x from shared memory while the next steps arrive, which takes one more (a warp group
-    of 16 columns takes the older product, from registers),
-    and formats that gather from a grid spend one stage on that. A decoded slice of small blocks changes its layout in shared memory.
+    These are the steps of x and packed w that are on their way. It holds for rows of more than one step: with one, nothing is
+    on its way while another is multiplied. Compiled kernels take up to three times as much for small tiles, since layouts are
+    changed there, too.
+
+    One step less is on its way than there are stages. On Hopper the product reads x from shared memory while the next steps
+    arrive, which takes one more; a warp group of 16 columns takes the older product, from registers. Formats that gather from a
+    grid spend one stage on that. A decoded slice of small blocks changes its layout in shared memory.
     """
     steps = tile.num_stages - 1
-    if fmt.name in GRID_FORMATS and tile.num_stages > _LEAST_STAGES:
+    if fmt.gathers and tile.num_stages > _LEAST_STAGES:
         steps -= 1
-    groups = max(1, tile.num_warps // 4 // max(1, tile.block_m // 64))  # warp groups that share the columns of a tile
+    # Warp groups that share the columns of a tile.
+    groups = max(1, tile.num_warps // 4 // max(1, tile.block_m // 64))
     x_steps = steps + (capability == HOPPER and itemsize == 2 and tile.block_n // groups >= _HOPPER_COLUMNS)
     x, w = tile.block_m * tile.tile_k * itemsize, tile.block_n * tile.tile_k // fmt.block_size * fmt.type_size
     layout = tile.block_n * SLICE * itemsize if tile.ldmatrix and fmt.block_size < SUPERBLOCK else 0
@@ -242,6 +264,9 @@ def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int]
 
 
 def int8_shared_bytes(tile: Tile, capability: tuple[int, int] | None) -> int:
-    """Return the bytes of shared memory that the int8 GEMM takes at least: the steps of both operands that are on their way."""
+    """Return the bytes of shared memory that the int8 GEMM takes at least.
+
+    These are the steps of both operands that are on their way.
+    """
     steps = tile.num_stages - 1 + (capability == HOPPER)
     return steps * (tile.block_m + tile.block_n) * tile.tile_k

@@ -1,36 +1,39 @@
-"""Time functions against each other: interleaved repeats, medians, on a GPU with events and on a CPU with a wall clock."""
+"""Time functions against each other, on a GPU with events and on a CPU with a wall clock."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from statistics import quantiles
+from typing import TypeVar
 
 import torch
 
 from .gpu_clock import GpuClock, Replay, no_capture
 
 Work = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 _LEAST_REPLAYS = 3
-_LEAST_FLUSH = 1 << 26  # bytes
+# Bytes.
+_LEAST_FLUSH = 1 << 26
 
 
 def interleaved(
-    functions: Mapping[str, Work],
+    functions: Mapping[Key, Work],
     repeats: int,
     device: torch.device,
     before: Work = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Run every function `repeats` times in turn, after one warm-up each; return milliseconds of each run.
 
-    The order changes from turn to turn (`balanced_order`): what runs right after a heavy function finds cold caches, and sometimes
-    threads that still spin. With one order it would always be the same function that pays for it. `before` runs ahead of
-    every run, untimed: what empties a cache, for example. On CUDA the times are the GPU's alone (gpu_clock.py).
+    The order changes from turn to turn (`balanced_order`): what runs right after a heavy function finds cold caches, and
+    sometimes threads that still spin. With one order it would always be the same function that pays for it. `before` runs ahead
+    of every run, untimed: what empties a cache, for example. On CUDA the times are the GPU's alone (gpu_clock.py).
     """
     for function in functions.values():
         function()
     measured = _clock(device)
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Key, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(repeats):
         for name in (names[index] for index in balanced_order(len(names), turn)):
@@ -44,28 +47,32 @@ def graph_replayed(
     device: torch.device,
     before: Work = lambda: None,
 ) -> dict[str, list[float] | None]:
-    """Return milliseconds of each function's replays as a CUDA graph; None where it cannot be captured, and a log line why.
+    """Return milliseconds of each function's replays as a CUDA graph.
 
-    One function after the other, so that only one graph holds memory. `before` runs ahead of every replay: many replays in a row
-    would find in the L2 cache what a model reads from memory. Not on CUDA: None for each.
+    None where it cannot be captured, with a log line why, and for each where the device is not CUDA's. One function runs after
+    the other, so that only one graph holds memory. `before` runs ahead of every replay: many replays in a row would find in the
+    L2 cache what a model reads from memory.
     """
     if device.type != "cuda":
         return dict.fromkeys(functions)
-    clock, times = GpuClock(device), {}
+    clock = GpuClock(device)
+    times: dict[str, list[float] | None] = {}
     for name, function in functions.items():
         try:
             with Replay(function, device) as replay:
                 times[name] = [clock.milliseconds(replay, before) for _ in range(max(repeats, _LEAST_REPLAYS))]
-        except Exception as error:  # noqa: BLE001  whatever a function does that a capture forbids
+        # Whatever a function does that a capture forbids.
+        except Exception as error:  # noqa: BLE001
             no_capture(name, error)
             times[name] = None
     return times
 
 
 def cache_flusher(device: torch.device) -> Work:
-    """Return what empties a GPU's L2 cache, by writing twice its size; on a CPU, whose caches the operands outgrow, nothing.
+    """Return what empties a GPU's L2 cache, by writing twice its size.
 
-    Inside a step each weight comes from memory. Repeats of one call would find it in the cache of a large card.
+    On a CPU, whose caches the operands outgrow, it does nothing. Inside a step each weight comes from memory. Repeats of one
+    call would find it in the cache of a large card.
     """
     if device.type != "cuda":
         return lambda: None
@@ -74,16 +81,17 @@ def cache_flusher(device: torch.device) -> Work:
 
 
 def balanced_order(count: int, turn: int) -> list[int]:
-    """Return in which order `count` things run in a turn: each comes after every other equally often, and never after itself.
+    """Return the order in which `count` functions run in a turn.
 
-    The turns are the rows of a Williams design: it is complete after `count` turns, or twice as many where `count` is odd. Two things
-    alternate, which is balanced already.
+    Each comes after every other equally often, and never after itself. The turns are the rows of a Williams design: it is
+    complete after `count` turns, or twice as many where `count` is odd. Two functions alternate, which is balanced already.
 
     Source: Williams 1949, Experimental designs balanced for the estimation of residual effects of treatments.
     """
     if count < 3:
         return list(range(count))
-    zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(count)]  # 0, 1, -1, 2, -2, ...
+    # 0, 1, -1, 2, -2, ...
+    zigzag = [(step + 1) // 2 if step % 2 else -(step // 2) for step in range(count)]
     if count % 2 and turn % 2:
         zigzag.reverse()
     return [(turn + step) % count for step in zigzag]
@@ -98,7 +106,7 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def _clock(device: torch.device) -> Callable[[Work, Work], float]:
-    """Return what times one run: function, and what runs untimed ahead of it."""
+    """Return what times one run of a function, after what runs untimed ahead of it."""
     return GpuClock(device).milliseconds if device.type == "cuda" else _wall_milliseconds
 
 

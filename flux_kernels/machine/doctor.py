@@ -1,4 +1,4 @@
-"""Gather what `doctor` shows: versions, devices, what would run on them and why, what is missing and how to get it."""
+"""Gather what `doctor` shows: versions, devices, what would run on them, what is missing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from ..errors import BackendUnavailable
 from ..formats import FORMATS, get_format
 from ..install_hints import install_command
 from ..version import installed_version, own_version
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class DeviceFact:
 
 @dataclass(frozen=True)
 class CallFact:
-    """Tell what one call of a FLUX.1-dev step would run: x [M, K] times w [N, K], `calls` times a step."""
+    """Describe what a call of a FLUX.1-dev step would run: x [M, K] times w [N, K], `calls` times a step."""
 
     where: str
     m: int
@@ -97,7 +95,7 @@ class CallFact:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Hold everything `doctor` found; `driver` is the CUDA driver's version where a GPU is seen."""
+    """Hold all that `doctor` shows; `driver` is the CUDA driver's version where a GPU is seen."""
 
     flux_kernels: str
     python: str
@@ -127,19 +125,26 @@ def diagnose() -> Diagnosis:
 def planned_calls(
     format: str, compute: str, device: torch.device | None = None, capability: tuple[int, int] | None = None
 ) -> list[CallFact]:
-    """List what each call of a 1024 x 1024 step runs on a GPU: as measured for `device`, or by default for a `capability`."""
+    """List what each call of a 1024 x 1024 step runs on a GPU.
+
+    Args:
+        format: ggml type of the weights.
+        compute: mode of the model.
+        device: whose measured choices count; None takes the defaults.
+        capability: of the card whose defaults are listed.
+    """
     from ..compute import mode_of_call
     from ..flux.calls import step_calls
     from ..kernels.choice import choose, default_choice
 
-    fmt, found = get_format(format), []
+    fmt, facts = get_format(format), []
     for call in step_calls():
         mode = mode_of_call(compute, call.m)
         shape = (call.m, call.n, call.k)
         choice = default_choice(mode, fmt, *shape, capability) if device is None else choose(mode, fmt, *shape, device)
         tile = str(choice.tile or "")
-        found.append(CallFact(call.where, call.m, call.k, call.n, call.calls, choice.algorithm, tile, choice.why))
-    return found
+        facts.append(CallFact(call.where, call.m, call.k, call.n, call.calls, choice.algorithm, tile, choice.why))
+    return facts
 
 
 def tuning_record(device: str) -> str | None:
@@ -151,17 +156,18 @@ def tuning_record(device: str) -> str | None:
 
 
 def _package_fact(package: Package) -> PackageFact:
-    found = installed_version(package.name)
-    if found is None and package.name == "triton":
-        found = installed_version("triton-windows")
-    return PackageFact(package.name, found, package.purpose, package.needed, package.command)
+    version = installed_version(package.name)
+    if version is None and package.name == "triton":
+        version = installed_version("triton-windows")
+    return PackageFact(package.name, version, package.purpose, package.needed, package.command)
 
 
 def _driver() -> str | None:
     """Return the CUDA version that the driver supports, or None without a driver."""
     if not torch.cuda.is_available() or torch.version.hip:
         return None
-    number = torch._C._cuda_getDriverVersion()
+    # Builds for CUDA have it.
+    number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -177,7 +183,7 @@ def _device_fact(device: torch.device) -> DeviceFact:
             refusal = backend.refusal(device, fmt, "exact")
             if refusal and refusal not in reasons.setdefault(backend.name, []):
                 reasons[backend.name].append(refusal)
-    reasons = {name: found for name, found in reasons.items() if found}
+    reasons = {name: refusals for name, refusals in reasons.items() if refusals}
     if device.type != "cuda":
         return DeviceFact(str(device), platform.processor() or platform.machine(), runs=runs, reasons=reasons)
     properties = torch.cuda.get_device_properties(device)
@@ -197,7 +203,7 @@ def _advice(packages: list[PackageFact]) -> list[str]:
 
 
 def _compiler_advice() -> list[str]:
-    """Warn of a Triton whose code for the card at hand is known to lack something (docs/decisions/ptx-interpreter.md)."""
+    """Warn of a Triton whose code for Hopper lacks a fence (docs/decisions/ptx-interpreter.md)."""
     triton = installed_version("triton")
     if triton is None or torch.version.hip or not torch.cuda.is_available():
         return []
@@ -205,7 +211,7 @@ def _compiler_advice() -> list[str]:
     if torch.cuda.get_device_capability()[0] != 9 or major_minor >= _FENCED_TRITON:
         return []
     line = (
-        f"Triton {triton} leaves out a memory fence that Hopper asks for between a copy and a product, so results could be wrong there: "
-        "install 3.7.1 or newer with the torch that goes with it."
+        f"Triton {triton} leaves out a memory fence that Hopper asks for between a copy and a product, so results could be "
+        "wrong there: install 3.7.1 or newer with the torch that goes with it."
     )
     return [line]

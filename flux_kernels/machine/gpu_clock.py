@@ -1,11 +1,13 @@
 """Time what a CUDA device takes for a function, and not what Python takes to issue it.
 
-A call of this library issues its kernels in tens of microseconds and may run in ten. Two events around it would measure the host.
-So a sleep is queued on the device first; while it lasts, all launches of the function and both events are queued behind it, and the
-device runs them back to back. The start event tells whether that worked: it must not have been reached when the last launch is issued.
+A call of this library issues its kernels in tens of microseconds and may run in ten. Two events around it would measure the
+host. So a sleep is queued on the device first; while it lasts, all launches of the function and both events are queued behind
+it, and the device runs them back to back. The start event shows whether that worked: it must not have been reached when the
+last launch is issued.
 
-A driver's queue has an end: on an H200, an eager step of 3,342 launches had 1,022 outstanding at most and waited 160 times ("Command
-Buffer Full" in its profile), so none of its launches beyond can be issued before the device begins, whatever the sleep.
+A driver's queue has an end: on an H200, an eager step of 3,342 launches had 1,022 outstanding at most and waited 160 times
+("Command Buffer Full" in its profile), so none of its launches beyond can be issued before the device begins, whatever the
+sleep.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from typing import Self
 import torch
 from torch import cuda
 
-_SLEEP = 1.0  # milliseconds at first
-_LONGEST = 64.0  # beyond, a function waits for the device or fills the driver's launch queue, and no sleep is long enough
-_RETRIES = 2  # each behind twice the issuing of the run before: if the device overtakes them too, issuing waits for the device
-_WARM_UPS = 3  # before a capture: compiling, and the lazy initialisation of libraries, cannot be captured
+# Milliseconds of the first sleep.
+_SLEEP = 1.0
+# Beyond, a function waits for the device or fills the driver's launch queue, and no sleep is long enough.
+_LONGEST = 64.0
+# Each behind twice the issuing of the run before: if the device overtakes them too, issuing waits for the device.
+_RETRIES = 2
+# Before a capture: compiling, and the lazy initialisation of libraries, cannot be captured.
+_WARM_UPS = 3
 _PROBE_CYCLES = 1_000_000
-_RATES = (2e5, 4e6)  # cycles a millisecond of any GPU's clock
+# Cycles a millisecond of any GPU's clock.
+_RATES = (2e5, 4e6)
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +48,12 @@ class GpuClock:
             self._cycles = _cycles_a_millisecond()
 
     def milliseconds(self, function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-        """Return the device's time of one run of `function`; `before` runs between the sleep and the start event.
+        """Return the device's milliseconds of one run of `function`.
 
-        A run whose start event was reached before the last launch is repeated behind a longer sleep. A function that no sleep
-        serves is timed without one, with a log line: its time may include the host's. A replay that none serves is timed behind
-        the longest: it is one launch, which no longer waits for the host once it has begun.
+        `before` runs between the sleep and the start event. A run whose start event was reached before the last launch is
+        repeated behind a longer sleep. A function that no sleep serves is timed without one, with a log line: its time may
+        include the host's. A replay that none serves is timed behind the longest: it is one launch, which no longer waits for
+        the host once it has begun.
         """
         with cuda.device(self._device):
             for retry in range(_RETRIES + 1):
@@ -62,19 +70,21 @@ class GpuClock:
 
     def _give_up(self, function: Callable[[], object], issuing: float, sleep: float) -> None:
         self._unserved.add(function)
-        told = issuing, sleep
+        milliseconds = issuing, sleep
         if isinstance(function, Replay):
-            log.info("A graph is not queued ahead of the device: it took %.1f ms to issue behind a sleep of %.1f ms", *told)
+            log.info(
+                "A graph is not queued ahead of the device: it took %.1f ms to issue behind a sleep of %.1f ms", *milliseconds
+            )
             return
         self._sleeps[function] = 0.0
         log.warning(
-            "A function is not queued ahead of the device (issuing it took %.1f ms behind a sleep of %.1f ms): its time may include "
-            "the host's",
-            *told,
+            "A function is not queued ahead of the device (issuing it took %.1f ms behind a sleep of %.1f ms): its time may "
+            "include the host's",
+            *milliseconds,
         )
 
     def _run(self, function: Callable[[], object], before: Callable[[], object], sleep: float) -> tuple[float, float, bool]:
-        """Return milliseconds on the device, milliseconds of issuing, and whether all was issued before the device began."""
+        """Return milliseconds on the device, those of issuing, and whether issuing was done before it began."""
         start, end = (cuda.Event(enable_timing=True) for _ in range(2))
         if sleep:
             cuda._sleep(int(sleep * self._cycles))
@@ -102,10 +112,16 @@ def _cycles_a_millisecond() -> float:
 
 
 class Replay:
-    """Hold a function as a captured CUDA graph; calling it replays the graph. Used as a context, which frees the graph's memory."""
+    """Hold a function as a captured CUDA graph; calling it replays the graph.
+
+    It is used as a context, which frees the graph's memory.
+    """
 
     def __init__(self, function: Callable[[], object], device: torch.device):
-        """Warm up on a side stream, then capture one run there; raise what the function raises where it cannot be captured."""
+        """Warm up on a side stream, then capture one run there.
+
+        What the function raises where it cannot be captured is raised.
+        """
         with cuda.device(device):
             cuda.synchronize()
             side = cuda.Stream()
@@ -117,7 +133,8 @@ class Replay:
             cuda.synchronize()
             self._graph = cuda.CUDAGraph()
             with cuda.graph(self._graph, stream=side):
-                self._made = function()  # kept: the graph writes to this memory
+                # Kept: the graph writes to this memory.
+                self._output = function()
 
     def __call__(self) -> None:
         self._graph.replay()
@@ -128,7 +145,7 @@ class Replay:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         cuda.synchronize()
         self._graph.reset()
-        self._made = None
+        self._output = None
 
 
 def no_capture(name: str, error: Exception) -> None:

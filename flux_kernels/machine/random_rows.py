@@ -1,4 +1,7 @@
-"""Packed rows for timing and warm-up: random codes with the scales of a plausible weight, made in no time for any format."""
+"""Make packed rows for timing and warm-up: random codes with the scales of a plausible weight.
+
+It takes no time, for any format.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..formats import BlockFormat, Packed
+from ..formats import BlockFormat, Field, Packed
 from ..torch_backend.reference import decode_rows
 
-RMS = 1 / 16  # of the decoded weights, within a factor of two; large enough that no half-precision scale is subnormal
+# Of the decoded weights, within a factor of two; large enough that no half-precision scale is subnormal.
+RMS = 1 / 16
 _PROBE_BLOCKS = 256
-# Scales that are not half-precision fields. Field: for each of its bytes in turn, the bits that stay random and those that are set.
-_ODD_SCALES = {
-    "MXFP4": ("e", ((0x01, 0x78),)),  # exponents of 2^-8 and 2^-7, of values whose RMS is 5.9
-    "NVFP4": ("d", ((0x07, 0x08),)),  # E4M3 from 2^-6 to 2^-5
-    "IQ1_M": ("scales", ((0xFF, 0x00), (0x0F, 0x00)) * 3 + ((0xFF, 0x00), (0x0F, 0x20))),  # top nibbles: the half 2^-7
-}
 
 
 def random_rows(fmt: BlockFormat, n: int, k: int, planes: bool = False, seed: int = 0) -> Tensor:
-    """Make uint8 [n, row bytes] on the CPU: every byte random but the scales, so that weights have a mean near 0 and an RMS near RMS.
+    """Make uint8 [n, row bytes] on the CPU, every byte random but those of scales.
 
-    Random bytes (not zeros) keep a GPU's power draw, and so its clock, as real weights would.
+    The decoded weights have a mean near 0 and an RMS near RMS. A scale is an f16 field, or one whose `scale_bits` say what it may
+    be. Random bytes (not zeros) keep a GPU's power draw, and so its clock, as real weights would.
     """
     data = _random(fmt, n, fmt.row_bytes(k), seed)
     _set_scales(data, fmt, _half_scales(fmt))
@@ -33,15 +32,15 @@ def random_rows(fmt: BlockFormat, n: int, k: int, planes: bool = False, seed: in
 def _random(fmt: BlockFormat, n: int, row_bytes: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     data = torch.randint(0, 256, (n, row_bytes), dtype=torch.uint8, generator=generator)
-    if fmt.name in _ODD_SCALES:
-        name, rule = _ODD_SCALES[fmt.name]
-        field = next(field for field in fmt.layout.fields if field.name == name)
-        keep, bits = torch.tensor(rule, dtype=torch.uint8).repeat(field.size // len(rule), 1).unbind(1)
-        _field(data, fmt, field).bitwise_and_(keep).bitwise_or_(bits)
+    for field in fmt.layout.fields:
+        if field.scale_bits:
+            pairs = torch.tensor(field.scale_bits, dtype=torch.uint8).repeat(field.size // len(field.scale_bits), 1)
+            any_value, is_set = pairs.unbind(1)
+            _field(data, fmt, field).bitwise_and_(any_value).bitwise_or_(is_set)
     return data
 
 
-def _field(data: Tensor, fmt: BlockFormat, field) -> Tensor:
+def _field(data: Tensor, fmt: BlockFormat, field: Field) -> Tensor:
     start = fmt.layout.offsets[field.name]
     return data.view(data.shape[0], -1, fmt.type_size)[..., start : start + field.size]
 
@@ -54,7 +53,10 @@ def _set_scales(data: Tensor, fmt: BlockFormat, halves: tuple[float, ...]) -> No
 
 @cache
 def _half_scales(fmt: BlockFormat) -> tuple[float, ...]:
-    """Find the half-precision scale, and the minimum's where there is one, that give mean 0 and the RMS: both act linearly."""
+    """Find the half-precision scale, and that of the minimum, which give mean 0 and the RMS.
+
+    Both act linearly.
+    """
     count = max((field.count for field in fmt.layout.fields if field.dtype == "f16"), default=0)
     if not count:
         return ()

@@ -1,4 +1,7 @@
-"""Compile what `tune` will time, in processes of their own: what cannot be compiled falls out there, even if it kills its compiler."""
+"""Compile what `tune` will time, in processes of their own.
+
+What cannot be compiled falls out there, even if it kills its compiler.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,23 @@ from ..kernels.split_k import split_k_kernel
 
 _PRODUCTS = (fused_gemm_kernel, split_k_kernel, small_m_kernel, small_m_codes_kernel, fp16_gemm_kernel, int8_gemm_kernel)
 KILLED = "the process that compiled it was killed, or took too long"
-LONGEST = 300  # seconds that one may compile; the slowest kernel known took 50, on a busy core
+# Seconds that one may compile; the slowest kernel known took 50, on a busy core.
+LONGEST = 300
 
 
 class Compilers:
     """Hold processes that compile; used as a context, which ends them."""
 
     def __init__(self, processes: int, executor: Callable[[int], Executor] | None = None, longest: int = LONGEST):
-        """Start no process yet; `executor` makes what runs tasks in so many processes, `longest` are the seconds of one."""
-        spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+        """Start no process yet.
+
+        Args:
+            processes: how many.
+            executor: makes what runs tasks in so many processes.
+            longest: seconds of one task.
+        """
+        # A CUDA context does not survive a fork.
+        spawn = multiprocessing.get_context("spawn")
         self._processes, self._longest = processes, longest
         self._executor = executor or partial(ProcessPoolExecutor, mp_context=spawn)
         self._pool: Executor | None = None
@@ -41,22 +52,23 @@ class Compilers:
         A task that kills its process, or takes so long that its process is ended, takes the others of the pool along. Those are
         run again, one at a time in a new pool, and only what ends that one has failed.
         """
-        found = self._together(function, tasks)
-        for index, outcome in enumerate(found):
+        outcomes = self._together(function, tasks)
+        for index, outcome in enumerate(outcomes):
             if outcome == KILLED and len(tasks) > 1:
-                (found[index],) = self._together(function, [tasks[index]])
-        return found
+                (outcomes[index],) = self._together(function, [tasks[index]])
+        return outcomes
 
     def _together(self, function: Callable[..., str], tasks: Sequence[tuple]) -> list[str]:
         try:
             self._pool = self._pool or self._executor(self._processes)
             futures = [self._pool.submit(_within, self._longest, function, *task) for task in tasks]
-            found = [_outcome(future) for future in futures]
-        except BrokenProcessPool:  # a process died while tasks were still being handed over
-            found = [KILLED] * len(tasks)
-        if KILLED in found:
+            outcomes = [_outcome(future) for future in futures]
+        # A process died while tasks were still being handed over.
+        except BrokenProcessPool:
+            outcomes = [KILLED] * len(tasks)
+        if KILLED in outcomes:
             self._end()
-        return found
+        return outcomes
 
     def _end(self) -> None:
         if self._pool is not None:
@@ -71,8 +83,12 @@ class Compilers:
 
 
 def _within(seconds: int, function: Callable[..., str], *task: object) -> str:
-    """Run function(*task); the process ends where that takes longer (a compiler that hangs in C++ answers no exception)."""
-    if not hasattr(signal, "alarm"):  # Windows
+    """Run function(*task); the process ends where that takes longer.
+
+    A compiler that hangs in C++ would answer no exception.
+    """
+    # Windows.
+    if not hasattr(signal, "alarm"):
         return function(*task)
     before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
@@ -88,17 +104,18 @@ def _outcome(future: Future[str]) -> str:
         return future.result()
     except BrokenProcessPool:
         return KILLED
-    except Exception as error:  # noqa: BLE001  such as one that could not be pickled
-        return said(error)
+    # Such as one that could not be pickled.
+    except Exception as error:  # noqa: BLE001
+        return one_line(error)
 
 
-def said(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def device_is_lost(device: torch.device) -> bool:
-    """Tell whether an earlier error, such as an illegal address, has ended this process's use of the device."""
+    """Return whether an earlier error, such as an illegal address, has ended the use of the device."""
     if device.type != "cuda":
         return False
     try:
@@ -109,7 +126,10 @@ def device_is_lost(device: torch.device) -> bool:
 
 
 class Spills:
-    """Know which launches spill registers, as the driver tells Triton when it loads a kernel (nothing in the interpreter)."""
+    """Count the registers that launches spill, as the driver reports them when Triton loads a kernel.
+
+    In the interpreter there are none.
+    """
 
     def __init__(self) -> None:
         """Know nothing yet."""

@@ -1,4 +1,7 @@
-"""Compile the kernels a model needs before its first image, into Triton's cache on disk, so that the image does not stall."""
+"""Compile the kernels a model needs, so that its first image does not stall.
+
+They go into Triton's cache on disk.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,13 @@ class Signature:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Tell what a signature runs, and how long it took until it ran (seconds; far below one where it was compiled before)."""
+    """Hold what a signature runs, and how long it took until it ran.
+
+    Attributes:
+        signature: the call.
+        choice: algorithm and tile.
+        seconds: until it ran; far below one where it was compiled before.
+    """
 
     signature: Signature
     choice: Choice
@@ -80,7 +89,7 @@ def warmup(
         raise ValueError("warmup found no packed layers. Call flux_kernels.swap_linear(model) or load_flux first.")
     target = _target(layers) if device is None else torch.device(device)
     counts = sorted(set(_rows(sizes, batch, text_tokens) if rows is None else rows))
-    wanted = [found for found in _signatures(layers, counts, dtype) if _runs_triton(found, target)]
+    wanted = [signature for signature in _signatures(layers, counts, dtype) if _runs_triton(signature, target)]
     done = []
     for signature in wanted:
         done.append(_compile(signature, target))
@@ -95,15 +104,18 @@ def _target(layers: list[GGUFLinear]) -> torch.device:
 
 def _rows(sizes: Iterable[tuple[int, int]], batch: int, text_tokens: int) -> set[int]:
     """Return the M of a Flux's calls: modulation, text, image, and both together."""
-    found = {batch, batch * text_tokens}
+    counts = {batch, batch * text_tokens}
     for height, width in sizes:
         image = batch * image_tokens(width, height)
-        found |= {image, image + batch * text_tokens}
-    return found
+        counts |= {image, image + batch * text_tokens}
+    return counts
 
 
 def _signatures(layers: list[GGUFLinear], counts: list[int], dtype: torch.dtype | None) -> Iterator[Signature]:
-    """Yield each distinct call once; a kernel's code depends on N and M only through the tile and divisibility by 16."""
+    """Yield each distinct call once.
+
+    A kernel's code depends on N and M only through the tile and divisibility by 16.
+    """
     seen = set()
     for layer in layers:
         for m in counts:

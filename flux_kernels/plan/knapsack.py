@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from math import gcd
 
 from ..errors import FormatError
+from ..machine.silence import STDOUT, silenced
 from .choices import Group, Solution, total, useful
 from .greedy import greedy, steps
 
@@ -58,7 +58,8 @@ def _milp(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: i
     typical = _bound(groups, kept, unit, room)
     scaled = costs * (_SCALE / typical) if typical > 0 else costs
     one_each = coo_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(groups), len(owner)))
-    with _quiet():
+    # The solver's notes would go where `--json` has its place.
+    with silenced(STDOUT):
         result = milp(
             scaled,
             integrality=np.ones(len(owner)),
@@ -88,32 +89,6 @@ def _fallback(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, roo
 def _proved(found: Solution, lower: float) -> Solution:
     """State how far a choice may be from the best, by the bound of plans that may mix two options of a group."""
     return replace(found, gap=max(0.0, 1 - lower / found.cost)) if found.cost else found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the solver's notes off standard output, where `--json` has its place; it prints them past Python."""
-    import ctypes
-    import os
-    import sys
-
-    if os.name != "posix":
-        yield
-        return
-    flush = ctypes.CDLL(None).fflush
-    sys.stdout.flush()
-    flush(None)
-    own = os.dup(1)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            try:
-                yield
-            finally:
-                flush(None)
-                os.dup2(own, 1)
-    finally:
-        os.close(own)
 
 
 def _bound(groups: Sequence[Group], kept: Sequence[list[int]], unit: int, room: int) -> float:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ..files import write_whole
 from ..mixed.file_layout import KEY_VALUE_BYTES
-from ..report.html_page import document, image
+from ..report.html_page import document, image, table
+from ..report.plot_style import png
+from ..report.sizes import size_text
 from .budget import ROOM
 from .report_data import ReportData
-from .report_plots import all_plots, png
+from .report_plots import all_plots
 
-GB, MB = 1e9, 1e6
 _CAPTIONS = {
     "curve": (
         "Size and error",
@@ -78,10 +79,11 @@ def _name(data: ReportData) -> str:
 
 def _heading(data: ReportData) -> str:
     plan = data.plan
-    size = f"{plan.bytes / GB:,.3f} GB" if plan.bytes >= GB else f"{plan.bytes / MB:,.3f} MB"
     bits = data.layout.bits_per_weight(data.options)
     left = f", {data.budget - plan.bytes:,} bytes under what was asked for" if data.budget else ""
-    lines = [f'<p class="key"><b>{size}</b> ({plan.bytes:,} bytes{left}), <b>{bits:.2f} bits per weight</b>.</p>']
+    lines = [
+        f'<p class="key"><b>{size_text(plan.bytes, 3)}</b> ({plan.bytes:,} bytes{left}), <b>{bits:.2f} bits per weight</b>.</p>'
+    ]
     lines.append(f"<p>{_compared(data)}</p>")
     return f"<h1>{html.escape(_name(data))}</h1>{''.join(lines)}"
 
@@ -108,15 +110,12 @@ def _measured_table(data: ReportData) -> str:
             '<p class="faint">Nothing was measured as a whole yet: errors of single matrices do not simply add up. '
             "<code>flux-kernels measure --plan</code> measures a plan.</p>"
         )
-    rows = "".join(
-        f"<tr><td>{html.escape(found.label)}</td><td class=n>{found.bytes:,}</td><td class=n>{found.cost:.4g}</td>"
-        f"<td class=n>{_interval(found.low, found.high)}</td></tr>"
-        for found in sorted(data.joint, key=lambda found: (found.bytes, found.cost))
+    heads = ("file", "bytes", "error", "95 % interval")
+    rows = (
+        (measured.label, f"{measured.bytes:,}", f"{measured.cost:.4g}", _interval(measured.low, measured.high))
+        for measured in sorted(data.joint, key=lambda measured: (measured.bytes, measured.cost))
     )
-    return (
-        "<h2>Measured as a whole</h2><table><tr><th>file</th><th class=n>bytes</th><th class=n>error</th>"
-        f"<th class=n>95 % interval</th></tr>{rows}</table>"
-    )
+    return f"<h2>Measured as a whole</h2>{table(heads, rows, heads[1:])}"
 
 
 def _interval(low: float | None, high: float | None) -> str:
@@ -125,15 +124,11 @@ def _interval(low: float | None, high: float | None) -> str:
 
 def _details(data: ReportData) -> str:
     """List every tensor's type, and how the plan was made."""
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(data.options[name])}</td>"
-        f"<td class=n>{data.layout.option_bytes(name, data.options[name]):,}</td></tr>"
-        for name in data.costs
-    )
+    rows = ((name, data.options[name], f"{data.layout.option_bytes(name, data.options[name]):,}") for name in data.costs)
     facts = {**data.plan.options, "costs sha256": data.plan.costs_sha256, **data.plan.versions, "date": data.plan.date}
     counted = f'<p class="faint">What --fits counts: {html.escape(ROOM)}.</p>' if data.plan.options.get("fits") else ""
     told = "; ".join(f"{key} {value}" for key, value in facts.items() if value not in ("", None))
     return (
-        f"<details><summary>Type of every chosen tensor</summary><table><tr><th>tensor</th><th>type</th><th class=n>bytes</th>"
-        f'</tr>{rows}</table></details><p class="faint">{html.escape(told)}</p>{counted}'
+        f"<details><summary>Type of every chosen tensor</summary>{table(('tensor', 'type', 'bytes'), rows, ('bytes',))}</details>"
+        f'<p class="faint">{html.escape(told)}</p>{counted}'
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from math import prod
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -12,25 +11,24 @@ from typing import TYPE_CHECKING
 from ..flux.names import tensor_class
 from ..flux.types import BLOCK, LEFTOVER, VECTOR, tensor_kind
 from ..mixed.file_layout import FileLayout, option_bits
+from ..report.plot_style import BLUE, FAINT, GREEN, INK, ORANGE, RED, panel
+from ..report.sizes import unit_of
 from .report_data import Measured, ReportData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT = "#222222", "#8a8a8a"
-PLAN, GREEDY, UNIFORM, JOINT = "#c2255c", "#e8890c", "#2f6db3", "#2b8a3e"
-GB = 1e9
+PLAN, GREEDY, UNIFORM, JOINT = RED, ORANGE, BLUE, GREEN
 _LABELLED_ROWS = 64  # tensors up to which every row of the heat map has its name; above, every class of tensors
-_DPI = 130
 _NAME_WIDTH, _NAME_HEIGHT = 0.06, 0.034  # of a type's name on the curve, as shares of the axes
 _PLACES = {BLOCK: "", LEFTOVER: ", outside the blocks", VECTOR: ", biases and norms"}
 
 
 def size_against_cost(data: ReportData) -> Figure:
     """Draw file size against predicted cost: uniform files, the greedy baseline, the best plans, this plan, joint measurements."""
-    figure, axes = _figure(9.5, 5.6)
-    unit, name = _unit(data.plan.bytes)
+    figure, axes = panel(9.5, 5.6)
+    unit, name = unit_of(data.plan.bytes)
     _line(axes, data.best, unit, PLAN, "the best plan of every size, tensor by tensor", "-")
     _line(axes, data.greedy, unit, GREEDY, "whole blocks, greedy choice (the earlier method)", "--")
     for label, size, cost in data.uniform:
@@ -162,7 +160,7 @@ def heat_map(data: ReportData) -> Figure:
     grid[grid <= 0] = np.nan
     few = len(names) <= _LABELLED_ROWS
     row = 0.24 if few else 0.055
-    figure, axes = _figure(2.9 + 0.52 * len(options), 1.9 + row * len(names))
+    figure, axes = panel(2.9 + 0.52 * len(options), 1.9 + row * len(names))
     finite = grid[np.isfinite(grid)]
     norm = LogNorm(finite.min(), max(finite.max(), finite.min() * 1.001)) if finite.size else None
     drawn = axes.imshow(grid, aspect="auto", cmap="YlGnBu_r", norm=norm, interpolation="nearest")
@@ -222,9 +220,9 @@ def bytes_by_type(data: ReportData) -> Figure:
         entry[0] += data.layout.option_bytes(name, option)
         entry[1] += 1
         entry[2] += prod(shape)
-    unit, unit_name = _unit(data.plan.bytes)
+    unit, unit_name = unit_of(data.plan.bytes)
     keys = sorted(sizes, key=lambda key: (", " in key, _wide_last(key.split(",")[0])))
-    figure, axes = _figure(9.5, 1.6 + 0.36 * len(keys))
+    figure, axes = panel(9.5, 1.6 + 0.36 * len(keys))
     values = [sizes[key][0] / unit for key in keys]
     axes.barh(range(len(keys)), values, color=[FAINT if ", " in key else UNIFORM for key in keys], height=0.7)
     for y, key in enumerate(keys):
@@ -240,29 +238,6 @@ def bytes_by_type(data: ReportData) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    held = BytesIO()
-    figure.savefig(held, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
-    return held.getvalue()
-
-
 def all_plots(data: ReportData) -> Mapping[str, Figure]:
     """Draw every figure of the report, by the suffix of its PNG file."""
     return {"curve": size_against_cost(data), "heat_map": heat_map(data), "bytes": bytes_by_type(data)}
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _unit(size: int) -> tuple[float, str]:
-    return (GB, "GB") if size >= GB else (1e6, "MB")

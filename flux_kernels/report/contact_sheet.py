@@ -1,4 +1,4 @@
-"""Compose small pictures into one sheet: a column a variant, a row a prompt, text readable, pixels enlarged as they are."""
+"""Compose small pictures into one sheet: a column a variant, a row a prompt, pixels enlarged whole."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def contact_sheet(
 
 
 def _tile_size(picture: Picture) -> tuple[int, int]:
-    """Enlarge by a whole factor, so that every pixel of the model stays a square; shrink what is larger than a tile."""
+    """Enlarge by a whole factor, so that pixels stay squares; shrink what is larger than a tile."""
     longest = max(picture.size)
     factor = TILE // longest if longest <= TILE else TILE / longest
     return round(picture.width * factor), round(picture.height * factor)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
-from ..backends import check_names
-from ..formats import get_format
+from ..layers.fuse import offer_fusing
 from ..layers.linear import GGUFLinear
-from ..packing import quantizer
-from .guard import guard
-from .plan import Request, Step, linear_layers, matches, plan_layer
+from ..layers.takeover import carry_over
+from .model_quantizer import attach_quantizer
+from .plan import Step, plan_swap
 from .report import SwapReport, SwapRow
+from .request import Patterns, Request
 from .runs import runs_as
-
-Patterns = str | Sequence[str] | None
 
 
 def swap_linear(
@@ -54,57 +52,46 @@ def swap_linear(
         ValueError: where a layer was offloaded or cast by hooks before the swap.
         TypeError: where `model` is not a module that contains layers.
     """
-    request = _check_request(model, backend, compute, format, include, exclude)
-    steps = [plan_layer(*layer, request) for layer in linear_layers(model)]
-    names = [name for step in steps for name in step.names]
-    unmatched = [pattern for pattern in request.patterns() if pattern != "*" and not matches(names, pattern)]
-    try:
-        _carry_out(steps)
-    finally:
-        guard(model)
-    return SwapReport([_with_runs(step) for step in steps], unmatched)
-
-
-def _with_runs(step: Step) -> SwapRow:
-    """Return a step's row, with what runs the layer that is there now."""
-    layer = step.places[0][0]._modules[step.places[0][1]]
-    return (
-        replace(step.row, runs=runs_as(layer)) if isinstance(layer, GGUFLinear) and step.row.action == "swapped" else step.row
-    )
-
-
-def _check_request(model, backend, compute, format, include, exclude) -> Request:
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_linear takes a torch module such as pipe.transformer, got {type(model).__name__}.")
-    if isinstance(model, nn.Linear):
-        raise TypeError("swap_linear replaces layers inside a model; use GGUFLinear.from_linear for a single nn.Linear.")
-    for mode in compute.values() if isinstance(compute, Mapping) else (compute,):
-        check_names(backend, mode)
-    for name in format.values() if isinstance(format, Mapping) else (format,):
-        if name is not None:
-            quantizer(get_format(name))
-    return Request(backend, compute, format, _as_tuple(include, ("*",)), _as_tuple(exclude, ()))
+    plan = plan_swap(model, Request(backend, compute, format, include, exclude))
+    try:
+        _carry_out(plan.steps)
+    finally:
+        offer_fusing(model)
+        attach_quantizer(model)
+    return SwapReport([*map(_row_now, plan.steps), *plan.others], plan.unmatched)
 
 
 def _carry_out(steps: list[Step]) -> None:
-    """Make and install the new layers one at a time, and let go of each old one; shared weights stay shared."""
-    weights = [step.old._parameters.get("weight") for step in steps]
+    """Install the new layers one at a time, and let go of each old one; shared weights stay shared."""
+    weights = [step.layer.module._parameters.get("weight") for step in steps]
     count = Counter(map(id, weights))
     shared = {id(weight): weight for weight in weights if count[id(weight)] > 1}
     del weights
     packed: dict[tuple[int, str], nn.Parameter] = {}
     for step in steps:
-        if step.make is None:
-            continue
-        new, key = step.make(), (id(step.old._parameters.get("weight")), step.row.format)
-        if key[0] in shared and isinstance(new, GGUFLinear) and not isinstance(step.old, GGUFLinear):
-            new.qweight = packed.setdefault(key, new.qweight)
-        for parent, attribute in step.places:
+        _install(step, shared, packed)
+
+
+def _install(step: Step, shared: Mapping[int, object], packed: dict[tuple[int, str], nn.Parameter]) -> None:
+    """Put a step's new layer, where it has one, in all places of the old one, which is let go."""
+    if step.make is None:
+        return
+    old, new = step.layer.module, step.make()
+    if isinstance(new, GGUFLinear):
+        new.arrange()
+    if new is not old:
+        carry_over(old, new)
+        weight = id(old._parameters.get("weight"))
+        if weight in shared and isinstance(new, GGUFLinear):
+            new.qweight = packed.setdefault((weight, new.format), new.qweight)
+        for parent, attribute in step.layer.places:
             parent._modules[attribute] = new
-        step.forget()
+    step.layer.module, step.make = new, None
 
 
-def _as_tuple(patterns: Patterns, default: tuple[str, ...]) -> tuple[str, ...]:
-    if patterns is None:
-        return default
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _row_now(step: Step) -> SwapRow:
+    """Return a step's row, with what runs the layer that is there now."""
+    layer = step.layer.module
+    return replace(step.row, runs=runs_as(layer)) if step.row.action == "swapped" else step.row

@@ -1,222 +1,260 @@
-"""Decide what swap_linear does with each linear layer, and check that it can, before anything is changed."""
+"""Decide what swap_linear does with each layer, and check that it can, before anything is changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backends import check_runnable
-from ..compute import compute_of_layer, dtype_name
+from ..compute import dtype_name
 from ..errors import FormatError
 from ..formats import BlockFormat, get_format
-from ..layers.fused_linear import FusedLinear, FusedPart
+from ..layers.adapters import adapter_parts, is_merged_into, without_adapters
+from ..layers.fused_linear import FusedPart
 from ..layers.linear import GGUFLinear
-from ..layers.takeover import carry_over, is_diffusers_gguf, packed_type, quantize_layer, take_over, unpack_plain
+from ..layers.takeover import is_diffusers_gguf, packed_type, quantize_layer, take_over, unpack_plain
 from .report import SwapRow
+from .request import Request, Wish
 
-Places = list[tuple[nn.Module, str]]
+# Modules that hold a matrix `weight` and multiply nothing by it.
+_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass
+class LinearLayer:
+    """Hold one linear layer of a model with its names and places.
+
+    Attributes:
+        module: the layer; after the swap the one in its place.
+        of_adapter: whether it is a part of an adapter.
+        names: those it has in the model, without what adapters add.
+        part_names: of the layers whose rows a fused layer holds.
+        places: (parent, attribute) wherever it hangs.
+    """
+
+    module: Any
+    of_adapter: bool
+    names: list[str] = field(default_factory=list)
+    part_names: list[str] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def stored(self) -> Tensor:
+        """The weight as it is stored."""
+        return self.module.qweight if isinstance(self.module, GGUFLinear) else self.module.weight
 
 
 @dataclass
 class Step:
-    """Hold what is to happen to one layer, decided before anything happens."""
+    """Hold what is to happen to one layer.
 
+    Attributes:
+        layer: the layer and its places.
+        row: what the report says of it.
+        make: gives the layer that comes in its place; None where it stays.
+    """
+
+    layer: LinearLayer
     row: SwapRow
-    names: list[str]
-    places: Places
-    old: Any
     make: Callable[[], nn.Module] | None = None
-
-    def forget(self) -> None:
-        """Let go of the old layer, so that its memory is free before the next one is made."""
-        self.old = self.make = None
 
 
 @dataclass(frozen=True)
-class Request:
-    """Hold the arguments of swap_linear."""
+class SwapPlan:
+    """Hold what a swap is going to do.
 
-    backend: str
-    compute: str | Mapping[str, str]
-    format: str | Mapping[str, str] | None
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
+    Attributes:
+        steps: one for each linear layer.
+        others: rows of modules that no step is for.
+        unmatched: the user's patterns that match no layer.
+    """
 
-    def format_of(self, names: list[str]) -> str | None:
-        """Return the type to quantize a layer of these names to, or None."""
-        return first_match(self.format, names, None)
-
-    def compute_of(self, names: list[str]) -> str:
-        """Return the compute mode of a layer of these names; one mode for a whole model spares WEIGHT_ONLY_LAYERS."""
-        if isinstance(self.compute, str):
-            return compute_of_layer(self.compute, names)
-        return first_match(self.compute, names, "exact")
-
-    def refusal(self, names: list[str]) -> str | None:
-        """Return why the patterns leave a layer of these names out, or None."""
-        if not any(matches(names, pattern) for pattern in self.include):
-            return "not in include="
-        matched = [pattern for pattern in self.exclude if matches(names, pattern)]
-        return f'exclude="{matched[0]}"' if matched else None
-
-    def patterns(self) -> list[str]:
-        """List all patterns the user wrote."""
-        maps = [key for value in (self.format, self.compute) if isinstance(value, Mapping) for key in value]
-        return [*self.include, *self.exclude, *maps]
+    steps: list[Step]
+    others: list[SwapRow]
+    unmatched: list[str]
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[list[str], nn.Linear, Places, bool]]:
-    """Yield every linear layer once: its names (and its fused parts'), itself, all places that hold it, whether it is an adapter's."""
-    adapters = _adapter_modules(model)
-    found: dict[int, tuple[list[str], nn.Linear, Places]] = {}
-    parts: dict[int, list[str]] = {}
+def plan_swap(model: nn.Module, request: Request) -> SwapPlan:
+    """Decide what happens to each linear layer and check that it can; nothing is changed.
+
+    Raises:
+        FormatError, BackendUnavailable, ValueError, TypeError: as `swap_linear`.
+    """
+    layers = linear_layers(model)
+    wishes, unmatched = request.wishes((layer.names, layer.part_names) for layer in layers)
+    if isinstance(model, nn.Linear):
+        raise TypeError(
+            'swap_linear replaces layers inside a model; for a single nn.Linear use GGUFLinear.from_linear(layer, "Q8_0").'
+        )
+    steps = [_plan_layer(layer, wish) for layer, wish in zip(layers, wishes, strict=True)]
+    _note_ties(model, steps)
+    return SwapPlan(steps, _other_products(model), unmatched)
+
+
+def _note_ties(model: nn.Module, steps: list[Step]) -> None:
+    """Write into the rows which modules stay as they are and hold the weight of a layer that is quantized."""
+    swapped = {step.layer.module for step in steps if step.make is not None}
+    stay = {name: module for name, module in model.named_modules() if module not in swapped}
+    holders = {id(weight): name for name, module in stay.items() for weight in module._parameters.values()}
+    for step in steps:
+        if step.make is not None and type(step.layer.module) is nn.Linear:
+            step.row = replace(step.row, tied=holders.get(id(step.layer.module.weight), ""))
+
+
+def linear_layers(model: nn.Module) -> list[LinearLayer]:
+    """List every nn.Linear of a model once, in the order of the model.
+
+    Parts of a fused layer go with the layer.
+    """
+    adapters = adapter_parts(model)
+    layers: dict[nn.Module, LinearLayer] = {}
+    part_names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FusedPart):  # goes with the layer that holds its rows
-            parts.setdefault(id(module.whole), []).append(path.replace(".base_layer", ""))
+        if isinstance(module, FusedPart):
+            part_names.setdefault(module.whole, []).append(without_adapters(path))
         elif isinstance(module, nn.Linear):
-            names, _, places = found.setdefault(id(module), ([], module, []))
-            names.append(path.replace(".base_layer", ""))
+            layer = layers.setdefault(module, LinearLayer(module, module in adapters))
             prefix, _, attribute = path.rpartition(".")
-            places.append((model.get_submodule(prefix), attribute))
-    for names, module, places in found.values():
-        yield names + parts.get(id(module), []), module, places, id(module) in adapters
+            layer.names.append(without_adapters(path))
+            layer.places.append((model.get_submodule(prefix), attribute))
+    for module, layer in layers.items():
+        layer.part_names += part_names.get(module, [])
+    return list(layers.values())
 
 
-def _adapter_modules(model: nn.Module) -> set[int]:
-    """Return the ids of modules that belong to an adapter: all that peft's layers hold beside their base layer."""
-    owners = [module for module in model.modules() if "base_layer" in module._modules]
-    parts = [part for owner in owners for key, part in owner._modules.items() if key != "base_layer" and part is not None]
-    return {id(module) for part in parts for module in part.modules()}
+def _other_products(model: nn.Module) -> list[SwapRow]:
+    """Describe the modules that multiply by a matrix and are no nn.Linear, such as GPT-2's Conv1D."""
+    rows = []
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight", module._parameters.get("in_proj_weight"))
+        if weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Linear, *_NO_PRODUCTS)):
+            about, shape = _class_of(module), (weight.shape[0], weight.shape[1])
+            rows.append(SwapRow(without_adapters(name), "skipped", about, dtype_name(weight.dtype), shape, _nbytes(weight)))
+    return rows
 
 
-def plan_layer(names: list[str], module: nn.Linear, places: Places, adapter: bool, request: Request) -> Step:
-    """Decide what happens to one layer and check that it can; nothing is changed."""
-    step = Step(_describe(names[0], module), names, places, module)
-    reason = request.refusal(names) or ("weights of an adapter" if adapter else _foreign(module, places))
+def _plan_layer(layer: LinearLayer, wish: Wish) -> Step:
+    module = layer.module
+    reason = wish.refusal or ("weights of an adapter" if layer.of_adapter else _foreign(layer))
     if reason is not None:
-        step.row = replace(step.row, detail=reason)
-        return step
+        return _skip(layer, reason)
     if isinstance(module, GGUFLinear):
-        return _plan_update(step, module, request)
+        return _plan_update(layer, wish)
     if is_diffusers_gguf(module):
-        return _plan_take_over(step, module, request)
-    return _plan_quantize(step, module, request)
+        return _plan_take_over(layer, wish)
+    return _plan_quantize(layer, wish)
 
 
-def _describe(name: str, module: nn.Linear) -> SwapRow:
-    """Describe a layer as it is now."""
-    weight = module.qweight if isinstance(module, GGUFLinear) else module.weight
-    if isinstance(module, GGUFLinear):
-        format = module.format
-    else:
-        format = packed_type(weight, name).name if hasattr(weight, "quant_type") else dtype_name(weight.dtype)
-    shape = (module.out_features, module.in_features)
-    return SwapRow(name, "skipped", "", format, shape, weight.numel() * weight.element_size())
-
-
-def _foreign(module: nn.Linear, places: Places) -> str | None:
+def _foreign(layer: LinearLayer) -> str | None:
     """Return why a layer of somebody else is left alone, or None."""
-    if not (isinstance(module, GGUFLinear) or is_diffusers_gguf(module) or type(module) is nn.Linear):
-        return f"a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
-    if "weight" not in module._parameters and not isinstance(module, GGUFLinear):
+    module = layer.module
+    if isinstance(module, GGUFLinear):
+        # Adapters that are merged into it are in its branch.
+        return None
+    if not is_diffusers_gguf(module) and type(module) is not nn.Linear:
+        return _class_of(module)
+    if "weight" not in module._parameters:
         return "its weight is computed (weight_norm, pruning)"
-    merged = any(attribute == "base_layer" and getattr(parent, "merged", False) for parent, attribute in places)
-    if merged and not isinstance(module, GGUFLinear):  # a packed layer keeps merged adapters in its branch
+    if any(is_merged_into(module, parent) for parent, _ in layer.places):
         return "an adapter is merged into it"
     return None
 
 
-def _mode_of_packed(names: list[str], module: GGUFLinear, request: Request) -> str:
-    """Return the mode asked for; a fused layer, whose parts' names come last, is exact where its parts would differ."""
-    if not isinstance(module, FusedLinear):
-        return request.compute_of(names)
-    count = len(module.parts)
-    modes = {request.compute_of([*names[:-count], part]) for part in names[-count:]}
-    return modes.pop() if len(modes) == 1 else "exact"
+def _class_of(module: nn.Module) -> str:
+    return f"a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
 
 
-def _plan_update(step: Step, module: GGUFLinear, request: Request) -> Step:
-    compute = _mode_of_packed(step.names, module, request)
-    check_runnable(request.backend, compute, module.qweight.device, get_format(module.format), module.in_features)
-
-    def make() -> nn.Module:
-        module.backend, module.compute = request.backend, compute
-        return module.arrange()
-
+def _plan_update(layer: LinearLayer, wish: Wish) -> Step:
+    module = layer.module
+    step = _swap(layer, wish, get_format(module.format), "already packed", _update)
+    row = step.row
     step.row = replace(
-        step.row,
-        was_compute=module.compute if compute == "exact" != module.compute else "",
-        was_backend=module.backend if request.backend == "auto" != module.backend else "",
+        row,
+        was_compute=module.compute if row.compute == "exact" != module.compute else "",
+        was_backend=module.backend if wish.backend == "auto" != module.backend else "",
     )
-    return _swapped(step, make, "already packed", request, compute)
-
-
-def _plan_take_over(step: Step, module: nn.Linear, request: Request) -> Step:
-    name = step.row.name
-    _check_untouched(name, module)
-    if not hasattr(module.weight, "quant_type"):
-        step.row = replace(step.row, detail="diffusers holds its weight unpacked")
-        return step
-    row = packed_type(module.weight, name)
-    if not isinstance(row, BlockFormat):
-        step.row = replace(step.row, detail=f"{row.name} is not a block type: now a plain nn.Linear")
-        step.make = lambda: carry_over(module, unpack_plain(module))
-        return step
-    compute = request.compute_of(step.names)
-    check_runnable(request.backend, compute, module.weight.device, row, module.in_features)
-    row.row_bytes(module.in_features, name)
-    return _swapped(step, lambda: take_over(module, request.backend, compute).arrange(), "taken over", request, compute)
-
-
-def _plan_quantize(step: Step, module: nn.Linear, request: Request) -> Step:
-    name = step.row.name
-    format = request.format_of(step.names)
-    if format is None:
-        reason = "no pattern of format= matches" if request.format else "not quantized; format= would quantize it"
-        step.row = replace(step.row, detail=reason)
-        return step
-    _check_untouched(name, module)
-    fmt, weight, compute = get_format(format), module.weight, request.compute_of(step.names)
-    size = fmt.row_bytes(module.in_features, name) * module.out_features
-    check_runnable(request.backend, compute, weight.device, fmt, module.in_features)
-    if weight.device.type != "meta" and not torch.isfinite(weight).all():
-        raise FormatError(f'{name} holds NaN or infinity and cannot be quantized. Leave it out with exclude="{name}".')
-    step.row = replace(step.row, format=fmt.name, bytes=size)
-    return _swapped(
-        step, lambda: quantize_layer(module, format, request.backend, compute).arrange(), "quantized", request, compute
-    )
-
-
-def _swapped(step: Step, make: Callable[[], nn.Module], detail: str, request: Request, compute: str) -> Step:
-    old = step.old
-    step.make = lambda: make() if isinstance(old, GGUFLinear) else carry_over(old, make())
-    asked = request.format_of(step.names)
-    unmet = "" if asked is None or get_format(asked).name == step.row.format else get_format(asked).name
-    step.row = replace(step.row, action="swapped", detail=detail, backend=request.backend, compute=compute, unmet=unmet)
     return step
 
 
-def _check_untouched(name: str, module: nn.Linear) -> None:
+def _update(module: GGUFLinear, backend: str, compute: str) -> GGUFLinear:
+    module.backend, module.compute = backend, compute
+    return module
+
+
+def _plan_take_over(layer: LinearLayer, wish: Wish) -> Step:
+    module = layer.module
+    _check_untouched(layer)
+    if not hasattr(module.weight, "quant_type"):
+        return _skip(layer, "diffusers holds its weight unpacked")
+    fmt = packed_type(module.weight, layer.names[0])
+    if not isinstance(fmt, BlockFormat):
+        step = _skip(layer, f"{fmt.name} is not a block type: now a plain nn.Linear")
+        step.make = partial(unpack_plain, module)
+        return step
+    return _swap(layer, wish, fmt, "taken over", take_over)
+
+
+def _plan_quantize(layer: LinearLayer, wish: Wish) -> Step:
+    module, name = layer.module, layer.names[0]
+    if wish.format is None:
+        return _skip(layer, "no pattern of format= matches" if wish.any_format else "not quantized; format= would quantize it")
+    _check_untouched(layer)
+    step = _swap(layer, wish, wish.format, "quantized", partial(quantize_layer, format=wish.format.name))
+    if not module.weight.is_meta and not torch.isfinite(module.weight).all():
+        raise FormatError(f'{name} holds NaN or infinity and cannot be quantized. Leave it out with exclude="{name}".')
+    return step
+
+
+def _swap(layer: LinearLayer, wish: Wish, fmt: BlockFormat, detail: str, make: Callable[..., nn.Module]) -> Step:
+    """Plan to replace a layer by `make(module, backend=, compute=)`.
+
+    Raises:
+        FormatError, BackendUnavailable: where the new layer could not run.
+    """
+    module = layer.module
+    size = fmt.row_bytes(module.in_features, layer.names[0]) * module.out_features
+    check_runnable(wish.backend, wish.compute, layer.stored.device, fmt, module.in_features)
+    asked = fmt if wish.format is None else wish.format
+    row = replace(
+        _describe(layer, "swapped", detail),
+        format=fmt.name,
+        bytes=size,
+        backend=wish.backend,
+        compute=wish.compute,
+        unmet="" if asked is fmt else asked.name,
+    )
+    return Step(layer, row, partial(make, module, backend=wish.backend, compute=wish.compute))
+
+
+def _skip(layer: LinearLayer, reason: str) -> Step:
+    return Step(layer, _describe(layer, "skipped", reason))
+
+
+def _describe(layer: LinearLayer, action: str, detail: str) -> SwapRow:
+    """Describe a layer as it is now."""
+    module, weight, name = layer.module, layer.stored, layer.names[0]
+    if isinstance(module, GGUFLinear):
+        format = module.format
+    else:
+        format = packed_type(weight, name).name if hasattr(weight, "quant_type") else dtype_name(weight.dtype)
+    return SwapRow(name, action, detail, format, (module.out_features, module.in_features), _nbytes(weight))
+
+
+def _nbytes(weight: Tensor) -> int:
+    return weight.numel() * weight.element_size()
+
+
+def _check_untouched(layer: LinearLayer) -> None:
     """Raise ValueError where offloading or casting hooks already own the layer's weight."""
-    offloaded = hasattr(module, "_hf_hook") and any(parameter.device.type == "meta" for parameter in module.parameters())
+    module = layer.module
+    offloaded = hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters())
     if offloaded or hasattr(module, "_diffusers_hook"):
         raise ValueError(
-            f"{name} is under offloading or casting hooks. Call swap_linear first, then enable offloading or layerwise casting."
+            f"{layer.names[0]} is under offloading or casting hooks. Call swap_linear first, then enable offloading or layerwise "
+            "casting."
         )
-
-
-def matches(names: list[str], pattern: str) -> bool:
-    """Tell whether an fnmatch pattern matches one of a layer's names."""
-    return any(fnmatchcase(name, pattern) for name in names)
-
-
-def first_match(value, names: list[str], default):
-    """Return `value`, or in a map of patterns the value of the first pattern that matches."""
-    if not isinstance(value, Mapping):
-        return value
-    return next((found for pattern, found in value.items() if matches(names, pattern)), default)

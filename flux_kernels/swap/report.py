@@ -26,6 +26,7 @@ class SwapRow:
         unmet: type that format= names, where the layer was packed already and kept another; else "".
         was_compute: mode it had, where the call set it back to "exact", the default; else "".
         was_backend: backend it had, where the call set it back to "auto", the default; else "".
+        tied: name of a module left as it was that shared the weight, and now holds it alone; else "".
     """
 
     name: str
@@ -40,6 +41,7 @@ class SwapRow:
     unmet: str = ""
     was_compute: str = ""
     was_backend: str = ""
+    tied: str = ""
 
     @property
     def bytes_16bit(self) -> int:
@@ -90,7 +92,7 @@ class SwapReport:
         lines = _align([header, *body])
         lines.insert(1, "-" * max(len(line) for line in lines))
         lines.append(
-            f"{totals['swapped']} layers swapped, {_megabytes(totals['bytes'])} MB "
+            f"{_count(totals['swapped'], 'layer')} swapped, {_megabytes(totals['bytes'])} MB "
             f"({_megabytes(totals['bytes_16bit'])} MB in 16 bit); {totals['skipped']} skipped."
         )
         lines += _surprises(self.swapped)
@@ -104,23 +106,33 @@ def _surprises(rows: list[SwapRow]) -> list[str]:
     modes = Counter((row.was_compute, row.compute, "compute") for row in rows if row.was_compute)
     backends = Counter((row.was_backend, row.backend, "backend") for row in rows if row.was_backend)
     lines = [
-        f"{_layers(count)} packed already and stayed {has}, format= asked for {asked}: it quantizes plain layers only. Pack the "
+        f"{_layers_were(count)} packed already and stayed {has}, format= asked for {asked}: it quantizes plain layers only. Pack the "
         f"16-bit model to get {asked}."
         for (has, asked), count in kept.items()
     ]
     lines += [
-        f"{_layers(count)} {was} and went back to {now}, the default of {argument}=; {argument}={was!r} keeps them."
+        f"{_layers_were(count)} {was} and went back to {now}, the default of {argument}=; {argument}={was!r} keeps them."
         for (was, now, argument), count in (modes + backends).items()
+    ]
+    lines += [
+        f"{row.name} shared its weight with {row.tied}, which stays as it was: the weight is in memory packed and plain now. "
+        f'exclude="{row.name}" keeps it shared.'
+        for row in rows
+        if row.tied
     ]
     return lines
 
 
-def _layers(count: int) -> str:
-    return "1 layer was" if count == 1 else f"{count} layers were"
+def _layers_were(count: int) -> str:
+    return f"{_count(count, 'layer')} {'was' if count == 1 else 'were'}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
-    """Group rows whose names differ only in their numbers and which are alike otherwise, in first-seen order."""
+    """Group rows that differ only in the numbers of their names, in first-seen order."""
     groups: dict[SwapRow, list[SwapRow]] = {}
     for row in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)

@@ -1,4 +1,7 @@
-"""Tell in words what a packed layer runs where it is, or will be moved to: backend, algorithm and tile by number of rows."""
+"""Say in words what computes a packed layer: backend, algorithm and tile by number of rows.
+
+A layer that may be moved to an accelerator is described as it will run there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..layers.linear import GGUFLinear
 
-SHOWN_ROWS = (1, 512, 4608)  # modulation, text, and image plus text of a 1024 x 1024 Flux step
+# Modulation, text, and image plus text of a 1024 x 1024 Flux step.
+SHOWN_ROWS = (1, 512, 4608)
 
 
 def runs_as(layer: GGUFLinear) -> str:
@@ -26,13 +30,16 @@ def runs_as(layer: GGUFLinear) -> str:
 
     n, k = layer.out_features, layer.in_features
     modes = [(m, mode_of_call(layer.compute, m)) for m in SHOWN_ROWS]
-    found = [(m, str(choose(mode, fmt, m, n, k, device, layer.compute_dtype))) for m, mode in modes]
-    parts = [f"{what} at M={m}" for at, (m, what) in enumerate(found) if at == 0 or what != found[at - 1][1]]
+    choices = [(m, str(choose(mode, fmt, m, n, k, device, layer.compute_dtype))) for m, mode in modes]
+    parts = [f"{choice} at M={m}" for at, (m, choice) in enumerate(choices) if at == 0 or choice != choices[at - 1][1]]
     return f"triton on {device}: {', '.join(parts)}"
 
 
 def _execution_device(layer: GGUFLinear) -> torch.device:
-    """Return where the layer computes: its hook's device, an accelerator it may be moved to, or where it is."""
+    """Return where the layer computes.
+
+    Its hook's device, an accelerator that it may be moved to, or where it is.
+    """
     hooked = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     if hooked is not None:
         return torch.device(hooked)

@@ -1,4 +1,7 @@
-"""Infer the config of a T5 encoder from a file's tensors; its key-values are asked only for what no tensor tells."""
+"""Infer the config of a T5 encoder from a file's tensors.
+
+Its key-values are asked only for what no tensor says.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from ..errors import GGUFError
 from .names import TABLE
 
 Shapes = Mapping[str, tuple[int, ...]]
-ARCHITECTURES = ("t5encoder", "t5")  # prefixes of llama.cpp's key-values
-EPSILON = 1e-6  # of every T5, where the file does not say
+# Prefixes of llama.cpp's key-values.
+ARCHITECTURES = ("t5encoder", "t5")
+# Layer norm epsilon of every T5, where the file does not say.
+EPSILON = 1e-6
 _BLOCK = "encoder.block.{}."
 _BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 _EPSILON_KEYS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-_CHECKED_KEYS = {  # key-value -> argument of T5Config that the tensors give: they must agree
+# Key-value -> argument of T5Config that the tensors give: they must agree.
+_CHECKED_KEYS = {
     "embedding_length": "d_model",
     "feed_forward_length": "d_ff",
     "block_count": "num_layers",
@@ -23,7 +29,8 @@ _CHECKED_KEYS = {  # key-value -> argument of T5Config that the tensors give: th
     "attention.key_length": "d_kv",
     "attention.relative_buckets_count": "relative_attention_num_buckets",
 }
-_MAX_BLOCKS = 256  # far above T5 XXL's 24: bounds the time that a hostile header can ask for
+# Far above T5 XXL's 24: bounds the time that a hostile header can ask for.
+_MAX_BLOCKS = 256
 _LOADS = "flux_kernels loads the T5 encoders of FLUX.1 pipelines (T5 v1.1 XXL and its relatives)."
 
 
@@ -63,7 +70,7 @@ def infer_config(shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_others(shapes: Shapes, metadata: Mapping[str, Any]) -> None:
-    """Raise GGUFError for what is no T5 encoder, naming it where it can be told."""
+    """Raise GGUFError for what is no T5 encoder, with its name where tensors show it."""
     declared = metadata.get("general.architecture")
     if TABLE in shapes and _BIAS.format(1) in shapes:
         raise GGUFError(f"This is UMT5, the text encoder of Wan: every block has its own relative attention bias. {_LOADS}")
@@ -102,11 +109,12 @@ def _epsilon(metadata: Mapping[str, Any]) -> float:
     epsilon = next((value for value in given if value is not None), EPSILON)
     if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
         raise GGUFError(f"The key-values give a layer norm epsilon of {epsilon!r}; legal is a number between 0 and 1.")
-    return float(f"{epsilon:.7g}")  # a key-value is float32: 1e-6 comes back as 9.999999974752427e-07
+    # A key-value is float32: 1e-6 comes back as 9.999999974752427e-07.
+    return float(f"{epsilon:.7g}")
 
 
 def _compare(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     for key, name in _CHECKED_KEYS.items():
-        said = _key_value(metadata, key)
-        if said is not None and said != config[name]:
-            raise GGUFError(f"The key-value {key!r} says {said}, the tensors have {config[name]}. The file is damaged.")
+        value = _key_value(metadata, key)
+        if value is not None and value != config[name]:
+            raise GGUFError(f"The key-value {key!r} says {value}, the tensors have {config[name]}. The file is damaged.")

@@ -1,4 +1,7 @@
-"""Build transformers' T5EncoderModel from a GGUF file: matrices and the token table stay packed and memory-mapped."""
+"""Build transformers' T5EncoderModel from a GGUF file.
+
+Matrices and the token table stay packed and memory-mapped.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..layers.embedding import GGUFEmbedding
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over
-from ..swap.guard import guard
+from ..swap.model_quantizer import attach_quantizer
 from ..torch_backend.reference import dequantize
 from .config import infer_config
 from .names import TABLE, parameter_names
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredT5:
-    """Hold what is known about a T5 encoder's file before any weight is read: config, and parameter -> tensor."""
+    """Hold what is known about a T5 encoder's file before any weight is read."""
 
     file: GGUFFile
     config: dict
@@ -82,7 +85,7 @@ def load_t5(
             _fill(name, module, stored, own, place)
     model.set_input_embeddings(_table(stored, dtype, place, backend))
     model.config.dtype = dtype
-    guard(model)
+    attach_quantizer(model)
     return model
 
 
@@ -100,7 +103,11 @@ def open_t5(path: str | os.PathLike) -> StoredT5:
 
 
 def understand_t5(file: GGUFFile) -> StoredT5:
-    """Locate every parameter of the encoder in an opened file, or raise GGUFError saying why it cannot be loaded."""
+    """Locate every parameter of the encoder in an opened file.
+
+    Raises:
+        GGUFError: where it cannot be loaded, with the reason.
+    """
     tensors = {parameter: file.tensors[name] for parameter, name in parameter_names(file.tensors).items()}
     shapes = {parameter: tuple(tensor.shape) for parameter, tensor in tensors.items()}
     config = infer_config(shapes, file.metadata)
@@ -128,7 +135,10 @@ def empty_t5(config: dict) -> T5EncoderModel:
 
 
 def _stay_tied(*args, **kwargs) -> None:
-    """Stand in for `tie_weights`: the table is one module under both names, and a packed one has no parameter `weight`."""
+    """Stand in for `tie_weights`: the table is one module under both names.
+
+    A packed one has no parameter `weight`.
+    """
 
 
 def _decoded(tensor: GGUFTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -138,7 +148,10 @@ def _decoded(tensor: GGUFTensor, dtype: torch.dtype, device: torch.device) -> Te
     return dequantize(Packed(tensor.data, tensor.block_format)).to(device, dtype)
 
 
-def _linear(name: str, module: nn.Linear, stored: StoredT5, dtype, device, backend: str, compute: str) -> nn.Module:
+def _linear(
+    name: str, module: nn.Linear, stored: StoredT5, dtype: torch.dtype, device: torch.device, backend: str, compute: str
+) -> nn.Module:
+    """Return `module` filled with plain weights, or the GGUFLinear over its packed rows."""
     tensor = stored.tensors[f"{name}.weight"]
     if tensor.format not in FORMATS:
         return _fill(name, module, stored, dtype, device)

@@ -1,4 +1,4 @@
-"""Names of a T5 encoder's tensors as data: llama.cpp's, transformers', and the prefixes of single-file checkpoints.
+"""Names of a T5 encoder's tensors as data: llama.cpp's, transformers', prefixes of checkpoints.
 
 Source: gguf-py's tensor_mapping.py (MODEL_ARCH.T5ENCODER), and the modules of transformers' T5EncoderModel.
 """
@@ -12,7 +12,8 @@ from ..errors import GGUFError
 
 PREFIXES = ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "text_encoder_2.")
 TABLE = "shared.weight"
-_TABLE_TWIN = "encoder.embed_tokens.weight"  # the same table under its second name, in some files beside the first
+# The same table under its second name; some files have it under both.
+_TABLE_TWIN = "encoder.embed_tokens.weight"
 _ATTENTION, _FEED_FORWARD = "layer.0.SelfAttention", "layer.1.DenseReluDense"
 # llama.cpp's module inside a block -> transformers'. An encoder without gate has one input projection, `wi`.
 _IN_BLOCK = {
@@ -41,7 +42,7 @@ def strip_prefix(name: str) -> str:
 
 
 def block_name(name: str) -> str | None:
-    """Return the name of a tensor inside a block of the encoder with "*" for the block's index; None for any other."""
+    """Return the name of a tensor inside a block with "*" for the block's index, None for any other."""
     match = _IN_ANY_BLOCK.fullmatch(strip_prefix(name))
     return match and f"{match[1]}.*.{match[2]}"
 
@@ -55,16 +56,17 @@ def parameter_names(names: Collection[str]) -> dict[str, str]:
         GGUFError: where two tensors are one parameter.
     """
     gated = any(f".{_GATE}." in name for name in names)
-    found: dict[str, str] = {}
+    names_by_parameter: dict[str, str] = {}
     for name in names:
         bare = strip_prefix(name)
         if _NOT_ENCODER.match(bare) or (bare == _TABLE_TWIN and TABLE in map(strip_prefix, names)):
             continue
         parameter = _parameter(bare, gated)
-        if parameter in found:
-            raise GGUFError(f"Tensors {found[parameter]!r} and {name!r} are both {parameter!r}. A file must hold each once.")
-        found[parameter] = name
-    return found
+        if parameter in names_by_parameter:
+            twins = f"{names_by_parameter[parameter]!r} and {name!r}"
+            raise GGUFError(f"Tensors {twins} are both {parameter!r}. A file must hold each once.")
+        names_by_parameter[parameter] = name
+    return names_by_parameter
 
 
 def _parameter(bare: str, gated: bool) -> str:

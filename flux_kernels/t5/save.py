@@ -1,4 +1,7 @@
-"""Write a T5 encoder as a GGUF file under llama.cpp's names: packed rows as they are, plain matrices quantized on the way."""
+"""Write a T5 encoder as a GGUF file under llama.cpp's names.
+
+Packed rows are written as they are, plain matrices are quantized on the way.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,12 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
 ARCHITECTURE = "t5encoder"
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION, the only one there is for these types
-_CONTEXT = 512  # tokens FLUX.1 and T5 v1.1 use; readers that ask for it only reserve memory by it
-_EXACT = "F32"  # norm scales and the relative bias, as llama.cpp's converter writes them
+# GGML_QNT_VERSION, the only one there is for these types.
+_QUANTIZATION_VERSION = 2
+# Tokens that FLUX.1 and T5 v1.1 use; readers that ask for it only reserve memory by it.
+_CONTEXT = 512
+# Type of norm scales and the relative bias, as llama.cpp's converter writes them.
+_EXACT = "F32"
 _PLAIN_NAMES = {PLAIN_TYPES[name].dtype: name for name in ("F32", "F16", "BF16")}
 
 
@@ -95,7 +101,7 @@ def _data(parameter: str, layer: Any, kind: str) -> Tensor:
 
 
 def _metadata(config: Any) -> dict[str, tuple[str, Any]]:
-    """Return the key-values that llama.cpp's converter writes for the model (those of the tokenizer left out)."""
+    """Return the key-values that llama.cpp's converter writes for the model, without the tokenizer's."""
     keys = {
         "context_length": ("UINT32", _CONTEXT),
         "embedding_length": ("UINT32", config.d_model),

@@ -1,4 +1,4 @@
-"""tests/aot/compiled needs kernels that can be compiled: test_compiled.py runs it in processes of its own."""
+"""Leave out tests/aot/compiled, whose kernels are compiled in processes of test_compiled.py."""
 
 from flux_kernels._triton import interpreting
 

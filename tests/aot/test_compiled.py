@@ -1,4 +1,4 @@
-"""Run tests/aot/compiled: compiled kernels executed without a GPU, each part in a process whose kernels can be compiled."""
+"""Run tests/aot/compiled, each part in a process whose kernels can be compiled."""
 
 from __future__ import annotations
 

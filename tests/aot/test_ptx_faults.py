@@ -1,4 +1,4 @@
-"""What the PTX interpreter must refuse: each rule is broken once by a small kernel, and the fault says which and where."""
+"""Test what the PTX interpreter refuses: small kernels break each rule once, the fault says where."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_an_exchange_runs_in_any_order():
     [(0, "reads what another warp wrote|nobody wrote"), (1, "overwrites what another warp read|reads what another")],
 )
 def test_a_missing_barrier(which, fault):
-    """Planted race: without the first barrier a warp reads early, without the second it writes early. Both orders show it."""
+    """Without the first barrier a warp reads early, without the second it writes early, in both orders."""
     parts = EXCHANGE.split("bar.sync 0;")
     body = [parts[0] + parts[1] + "bar.sync 0;" + parts[2], parts[0] + "bar.sync 0;" + parts[1] + parts[2]][which]
     for order in (None, *map(np.random.default_rng, range(4))):
@@ -159,7 +159,8 @@ def run_async(body: str) -> np.ndarray:
 
 def test_asynchronous_copies_land_at_their_wait():
     assert (run_async(ASYNC) == 8 * np.arange(N)).all()
-    assert (run_async(ASYNC.replace("0x4, %r3", "0x4, 0")) == 4 * np.arange(N)).all()  # a source of 0 bytes: zeros
+    # A source of 0 bytes: zeros.
+    assert (run_async(ASYNC.replace("0x4, %r3", "0x4, 0")) == 4 * np.arange(N)).all()
 
 
 @pytest.mark.parametrize(

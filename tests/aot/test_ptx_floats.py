@@ -1,4 +1,4 @@
-"""Floating-point instructions of the PTX interpreter against exact arithmetic with fractions, rounded by hand."""
+"""Test the PTX interpreter's floating point against exact fractions, rounded by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def rounded(value: Fraction, name: str) -> int:
         exponent += 1
     while exponent > smallest and magnitude < Fraction(2) ** exponent:
         exponent -= 1
-    units = round(magnitude / Fraction(2) ** (exponent - precision + 1))  # Python rounds ties to even
+    # Python rounds ties to even.
+    units = round(magnitude / Fraction(2) ** (exponent - precision + 1))
     if units == 1 << precision:
         units, exponent = units >> 1, exponent + 1
     if exponent - smallest + 1 >= (1 << exponent_bits) - 1:
@@ -57,7 +58,7 @@ def finite(name: str, seed: int, n: int = 512) -> np.ndarray:
 
 
 def narrow(name: str, instruction: str, sources: int) -> str:
-    """Return PTX that runs a 16-bit instruction on the low halves of %r1, %r2, ...; the result is zero-extended."""
+    """Return PTX of a 16-bit instruction on the low halves of %r1, %r2, ...; the result is zero-extended."""
     if name == "f32":
         return instruction
     into = [f"cvt.u16.u32 %rs{i}, %r{i};" for i in range(1, sources + 1)]
@@ -71,7 +72,8 @@ def narrow(name: str, instruction: str, sources: int) -> str:
 def test_sums_and_products_are_rounded_once(name, operation, compute):
     a, b = finite(name, 1), finite(name, 2)
     if operation != "mul":
-        b[::3] = a[::3] ^ np.uint32(1)  # nearly cancels or doubles
+        # Nearly cancels or doubles.
+        b[::3] = a[::3] ^ np.uint32(1)
     got = each_thread(narrow(name, f"{operation}.{name} %r0, %r1, %r2;", 2), a, b)
     expected = [rounded(compute(exactly(int(x), name), exactly(int(y), name)), name) for x, y in zip(a, b, strict=True)]
     zero = np.array(expected) == 0
@@ -89,8 +91,10 @@ def test_fma_is_rounded_once(name):
         product = [exactly(int(x), name) * exactly(int(y), name) for x, y in zip(a[:64], b[:64], strict=True)]
         tie = [round(one * 2**23) / Fraction(2**23) + Fraction(1, 2**24) for one in product]
         c[:64] = [rounded(half - one, name) for half, one in zip(tie, product, strict=True)]
-        c[64:128], a[64:128], b[64:128] = 0x3F800000, 0x33800000, 0x3F800000  # 1 + 2^-24: a tie
-        a[96:128], b[96:128] = 0x33800001, 0x3F7FFFFF  # and a hair from it
+        # 1 + 2^-24: a tie.
+        c[64:128], a[64:128], b[64:128] = 0x3F800000, 0x33800000, 0x3F800000
+        # And a hair from it.
+        a[96:128], b[96:128] = 0x33800001, 0x3F7FFFFF
     got = each_thread(narrow(name, f"fma.rn.{name} %r0, %r1, %r2, %r3;", 3), a, b, c)
     rows = zip(a, b, c, strict=True)
     expected = np.array(
@@ -101,10 +105,12 @@ def test_fma_is_rounded_once(name):
 
 
 def test_fma_where_float64_rounds_to_the_tie():
-    """(1 + 2^-12)^2 lies half-way between two float32 numbers; 2^-80 more decides, but float64 has no room for it."""
-    a, b = f32(*[1 + 2.0**-12] * 32), f32(*[1 + 2.0**-12] * 32)  # product 1 + 2^-11 + 2^-24: a tie of float32
+    """(1 + 2^-12)^2 is half-way between float32 numbers; 2^-80 decides, which float64 cannot hold."""
+    # Product 1 + 2^-11 + 2^-24: a tie of float32.
+    a, b = f32(*[1 + 2.0**-12] * 32), f32(*[1 + 2.0**-12] * 32)
     c = f32(*[2.0**-80] * 32)
-    assert np.float32(np.float64(1 + 2.0**-12) ** 2 + 2.0**-80) == np.float32(1 + 2.0**-11)  # what two roundings give
+    # What two roundings give.
+    assert np.float32(np.float64(1 + 2.0**-12) ** 2 + 2.0**-80) == np.float32(1 + 2.0**-11)
     assert (each_thread("fma.rn.f32 %r0, %r1, %r2, %r3;", a, b, c) == f32(1 + 2.0**-11 + 2.0**-23)[0]).all()
     assert (each_thread("fma.rn.f32 %r0, %r1, %r2, %r3;", a, b, c ^ np.uint32(1 << 31)) == f32(1 + 2.0**-11)[0]).all()
 
@@ -114,7 +120,8 @@ def test_float32_to_16_bit_rounds_ties_to_even(name):
     precision = _FORMATS[name][0]
     values = finite("f32", 6, 2048)
     keep = 24 - precision
-    values[:1024] = values[:1024] >> np.uint32(keep) << np.uint32(keep) | np.uint32(1 << keep - 1)  # every one a tie
+    # Every one a tie.
+    values[:1024] = values[:1024] >> np.uint32(keep) << np.uint32(keep) | np.uint32(1 << keep - 1)
     got = each_thread(f"cvt.rn.{name}.f32 %rs1, %r1;\n\tcvt.u32.u16 %r0, %rs1;", values)
     expected = np.array([rounded(exactly(int(bits), "f32"), name) for bits in values])
     some = expected & 0x7FFF != 0
@@ -158,7 +165,8 @@ def test_float_to_integer_truncates_clamps_and_takes_nan_for_zero():
 
 def test_integers_to_float_round_once():
     integers = np.random.default_rng(7).integers(0, 1 << 32, 512, dtype=np.uint32)
-    integers[:2] = 0x01000001, 0x01000003  # ties
+    # Ties.
+    integers[:2] = 0x01000001, 0x01000003
     assert (each_thread("cvt.rn.f32.u32 %r0, %r1;", integers) == [rounded(Fraction(int(i)), "f32") for i in integers]).all()
     got = each_thread("cvt.rn.f32.s32 %r0, %r1;", integers)
     assert (got == [rounded(Fraction(int(i) - (int(i) >> 31 << 32)), "f32") for i in integers]).all()

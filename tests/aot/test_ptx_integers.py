@@ -46,7 +46,8 @@ def test_bfe_sign_extends_and_ends_at_the_word(kind):
         a, position, length = signed(a) if kind == "s" else a, position & 255, length & 255
         if not length:
             return 0
-        value = a >> position & (1 << length) - 1  # Python's >> of a negative number brings in the sign, for ever
+        # Python's >> of a negative number brings in the sign, for ever.
+        value = a >> position & (1 << length) - 1
         return value - (1 << length) if kind == "s" and value >> length - 1 else value
 
     a, position, length = words(4), words(5) % 40, words(6) % 36

@@ -1,4 +1,4 @@
-"""Matrix instructions of the PTX interpreter: fragments as the PTX ISA spells them out, element by element, and numpy's matmul."""
+"""Test the PTX interpreter's matrix instructions against the ISA's fragments and numpy's matmul."""
 
 from __future__ import annotations
 
@@ -142,7 +142,10 @@ def test_ldmatrix_and_stmatrix(transposed):
 
 
 def swizzled(address: int, width: int) -> int:
-    """Return where a byte stands: bits 4 to 6 of its address are exclusive-ored with bits 7 to 9, fewer for narrower patterns."""
+    """Return where a byte stands: bits 4 to 6 of its address exclusive-ored with bits 7 to 9.
+
+    Narrower patterns have fewer such bits.
+    """
     return address ^ (address >> 3 & {128: 0x70, 64: 0x30, 32: 0x10}[width])
 
 
@@ -186,7 +189,8 @@ def wgmma_body(width: int, left_in_registers: bool, fence: str, wait: str, proxy
 def wgmma_run(width: int, left_in_registers: bool, fence=FENCE, wait=WAIT, proxy=PROXY, fill="store", **options):
     """Return (got, expected) [64, 16] of twice a product."""
     random = np.random.default_rng(5)
-    a, b = random.integers(-8, 9, (64, 16)), random.integers(-8, 9, (16, 16))  # b is [N, K]
+    # B is [N, K].
+    a, b = random.integers(-8, 9, (64, 16)), random.integers(-8, 9, (16, 16))
     shared = np.zeros(16384, np.uint8)
     for matrix, start in ((a, 0), (b, 8192)):
         for row in range(matrix.shape[0]):
@@ -229,7 +233,7 @@ def test_wgmma_without_its_fences():
 
 
 def test_wgmma_reads_asynchronous_copies():
-    """Triton 3.6 leaves the proxy fence between cp.async and wgmma out, which is a fault unless it is said to be allowed."""
+    """Triton 3.6 leaves out the fence between cp.async and wgmma: a fault unless it is allowed."""
     with pytest.raises(Fault, match=r"written after the last fence\.proxy"):
         wgmma_run(128, False, proxy="", fill="async")
     for options in (dict(proxy="", copies_need_fence=False), {}):

@@ -38,7 +38,7 @@ def run(body: str, *arrays: np.ndarray | Buffer, threads: int = 32, shared: int 
 
 
 def each_thread(instruction: str, *operands: np.ndarray) -> np.ndarray:
-    """Run one instruction on 32-bit words: sources %r1, %r2, ... of `operands` uint32 [threads], result %r0."""
+    """Run one instruction: sources %r1, %r2, ... of `operands` uint32 [threads], result %r0."""
     threads = len(operands[0])
     out = Buffer.empty(threads, np.uint32)
     lines = []

@@ -46,7 +46,7 @@ def test_no_grid_ends_before_the_call_does(algorithm):
 
 
 def test_a_program_for_every_row_is_for_few_rows():
-    """The small-M kernel of tables and float32 has rows on its second axis: a driver refuses what nobody chooses."""
+    """The small-M kernel of tables and float32 has rows on its second axis: a driver refuses so many."""
     with stand_in(CARDS["RTX 4090"], counting_compiler(Counter())):
         x, data, bias, y, fmt = tensors("IQ4_NL", TALL)
         chosen = Choice("small_m", tile_of("small_m", fmt, TALL, 256, 256, CAPABILITY), "")
@@ -55,7 +55,7 @@ def test_a_program_for_every_row_is_for_few_rows():
 
 
 def test_no_grid_ends_before_the_weight_does():
-    """2.2 million output features decode (a grid's second axis is along K); nothing that large is multiplied at a time."""
+    """2.2 million output features decode (a grid's second axis is along K); no such weight is multiplied."""
     with stand_in(CARDS["RTX 4090"], counting_compiler(Counter())) as card:
         fmt = FORMATS["Q8_0"]
         two_stage.unpack(Packed(torch.empty(2_200_000, fmt.row_bytes(32), dtype=torch.uint8), fmt, fmt.planes), torch.float16)
@@ -90,7 +90,10 @@ def test_tables_are_uploaded_when_a_layer_moves():
 
 @pytest.mark.parametrize("compute", ["exact", "fp16_accumulate", "int8"])
 def test_ranks_of_a_branch_share_their_kernels(compute):
-    """1, 16, 17 and 64: the rank is not compiled in (Triton would take 1 and multiples of 16 for kernels of their own)."""
+    """Ranks 1, 16, 17 and 64 share kernels: the rank is not compiled in.
+
+    Triton would take 1 and multiples of 16 for kernels of their own.
+    """
     names: Counter[str] = Counter()
     with stand_in(CARDS["RTX 4090"], counting_compiler(names)):
         x, data, bias, _, fmt = tensors("Q4_K", 64)
@@ -103,7 +106,7 @@ def test_ranks_of_a_branch_share_their_kernels(compute):
 @pytest.mark.parametrize("m", [1, 16, 17, 4608])
 @pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "IQ4_XS", "Q5_0"])  # all formats: bench/results/aot.csv
 def test_float32_fits_every_geforce(format, m):
-    """The library's own choice and launch on a card of 99 KiB shared memory; wide tiles needed up to 170 KiB."""
+    """The library's own launch fits a card of 99 KiB shared memory; wide tiles took up to 170 KiB."""
     with stand_in(CARDS["RTX 3090"]) as card, torch.no_grad():
         x, data, bias, _, fmt = tensors(format, m, dtype=torch.float32)
         fk.linear(x, data, format, bias, planes=fmt.planes)

@@ -1,4 +1,7 @@
-"""Cases of test_stand_in.py, for a process in which kernels can be compiled: `pytest --noconftest tests/bench/stand_in_cases.py`."""
+"""Hold the cases of test_stand_in.py, for a process in which kernels can be compiled.
+
+Run `pytest --noconftest tests/bench/stand_in_cases.py`.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ def test_another_card_makes_its_own_choices(name, kernel):
 def test_distinct_kernels_are_counted_without_compiling():
     names: Counter[str] = Counter()
     with stand_in(CARDS["RTX 3090"], counting_compiler(names)) as card:
-        for m in (128, 256, 257):  # two that 16 divides are one kernel, 257 is another
+        # Two that 16 divides are one kernel, 257 is another.
+        for m in (128, 256, 257):
             product(m)
         assert names == {"fused_gemm_kernel": 2}
         assert card.launches["fused_gemm_kernel"] == 3 and not card.loaded

@@ -74,8 +74,8 @@ def test_a_stopped_run_keeps_what_it_measured_under_another_name(tmp_path, monke
     assert result.exit_code == code
     assert [path.name for path in tmp_path.iterdir()] == ["card.csv.part"]
     assert f"Not complete. What was measured is in {tmp_path / 'card.csv.part'}." in result.stderr
-    kept, found = read_csv(tmp_path / "card.csv.part"), json.loads(result.stdout)
-    assert found["interrupted"] and len(found["linears"]) == len(kept) > 3 and found["steps"] == []
+    kept, document = read_csv(tmp_path / "card.csv.part"), json.loads(result.stdout)
+    assert document["interrupted"] and len(document["linears"]) == len(kept) > 3 and document["steps"] == []
     monkeypatch.setattr(session, "measure", measured)
     result = bench(*command)
     assert result.exit_code == 0 and [path.name for path in tmp_path.iterdir()] == ["card.csv"]
@@ -90,19 +90,22 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
 
 
 def test_a_run_for_machines_with_its_page_and_the_whole_step(tmp_path, monkeypatch):
-    """JSON alone on standard output, the page beside it, whole steps in a table of their own (without pictures, for time)."""
+    """JSON alone is on standard output, the page in its file, whole steps in a table of their own.
+
+    There are no pictures, for time.
+    """
     steps = session.measure_steps
     monkeypatch.setattr(session, "measure_steps", lambda *names, **options: steps(*names, **options | dict(denoising=False)))
     result = bench("--repeats", 1, "--json", "--report", tmp_path / "a.html", "--contribute", tmp_path / "card.csv")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert len(found["verdict"]) == 5 and "tiny embedded model" in found["verdict"][1]
-    assert len(found["linears"]) == len(read_csv(tmp_path / "card.csv"))
-    assert found["not_run"] == dict(linear_calls=0, whole_runs=[])
+    document = json.loads(result.stdout)
+    assert len(document["verdict"]) == 5 and "tiny embedded model" in document["verdict"][1]
+    assert len(document["linears"]) == len(read_csv(tmp_path / "card.csv"))
+    assert document["not_run"] == dict(linear_calls=0, whole_runs=[])
     steps = read_csv(tmp_path / "card-step.csv")
-    assert len(steps) == len(found["steps"]) and {row["what"] for row in steps} == {"embedded step"}
+    assert len(steps) == len(document["steps"]) and {row["what"] for row in steps} == {"embedded step"}
     page = (tmp_path / "a.html").read_text()
-    assert found["verdict"][0] in page and page.count("<img") == 4 and "Report in" in result.stderr
+    assert document["verdict"][0] in page and page.count("<img") == 4 and "Report in" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "card-step.csv", "card.csv"]
 
 
@@ -115,7 +118,7 @@ def test_a_missing_folder_is_told_before_anything_is_measured(tmp_path, monkeypa
 
 
 def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monkeypatch):
-    """Three types, each of 40 s on a clock of ours; 119 s: the third would end too late, pictures of 30 s would not."""
+    """Three types take 40 s each on a clock of ours: of 119 s the third has no room, pictures of 30 s do."""
     clock, pipelines = [0.0], []
 
     def measured(names, *_, denoising, **__):
@@ -131,14 +134,14 @@ def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monke
     monkeypatch.setattr(session, "measure_ceilings", lambda *_: None)
     monkeypatch.setattr(session, "_PICTURE_SECONDS", 30.0)
     plan = Plan(["Q4_K", "IQ1_S", "Q6_K", "Q8_0"], ["torch"], minutes=119 / 60)
-    told = []
-    found = session.measure_all(
-        plan, torch.device("cpu"), torch.float32, lambda words, done: told.append(done), lambda kind, row: None
+    pieces = []
+    run = session.measure_all(
+        plan, torch.device("cpu"), torch.float32, lambda words, done: pieces.append(done), lambda kind, row: None
     )
-    assert [row["format"] for row in found.steps] == ["Q4_K", "Q6_K", "Q4_K"]
-    assert found.not_run == [
+    assert [row["format"] for row in run.steps] == ["Q4_K", "Q6_K", "Q4_K"]
+    assert run.not_run == [
         "whole step, IQ1_S, 1024x1024 (nothing quantizes it)",
         "whole step, Q8_0, 1024x1024 (no time was left)",
     ]
     assert pipelines == [False, False, True]
-    assert sum(told) == plan.work(torch.device("cpu")) - 1
+    assert sum(pieces) == plan.work(torch.device("cpu")) - 1

@@ -15,7 +15,8 @@ def test_a_small_run_writes_its_cells_and_a_table(tmp_path, monkeypatch, capsys)
     path = tmp_path / "ratios.csv"
     small = "--formats Q6_K,Q8_0 --dtypes float32 --m 2 --n 64 --k 256 --threads 1 --least 3 --most 4"
     monkeypatch.setattr("sys.argv", ["cpu_ratio", *small.split(), "--write", str(path)])
-    assert cpu_ratio.main() in (0, 1)  # at this size either may be faster
+    # At this size either may be faster.
+    assert cpu_ratio.main() in (0, 1)
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["format"], row["m"], row["n"], row["k"], row["threads"]) for row in rows] == [
@@ -29,7 +30,7 @@ def test_a_small_run_writes_its_cells_and_a_table(tmp_path, monkeypatch, capsys)
 
 
 def test_a_steady_cell_ends_early_and_a_noisy_one_goes_on(monkeypatch):
-    """Three functions that take fixed times on a made-up clock: the second case swings by a factor of two from turn to turn."""
+    """Three functions take fixed times on a made-up clock; in the second case one swings by two."""
     now, turn = [0.0], [0]
 
     def take(seconds):

@@ -1,4 +1,4 @@
-"""The GPU session: a bare machine can run it, it goes on where it stopped, and what it prints fits and is true."""
+"""Test the GPU session: it runs on a bare machine, goes on where it stopped, prints what is true."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def python(*arguments: str, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory) -> tuple[Path, str]:
-    """Return the folder and the output of a short dry run where only torch, triton, numpy and pytest can be imported."""
+    """Return folder and output of a short dry run with torch, triton, numpy and pytest alone."""
     folder = tmp_path_factory.mktemp("session")
     (folder / "sitecustomize.py").write_text(BLOCK.format(blocked=BLOCKED))
     out = folder / "rows"
@@ -103,7 +103,7 @@ def rehearsed(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_every_section_runs_on_a_bare_machine(rehearsed):
-    """No section fails for a file, an import or an option, and each tells the seconds and kernels it expects."""
+    """No section fails for a file, an import or an option; each tells its expected seconds and kernels."""
     out, text = rehearsed
     assert [line for line in text.splitlines() if line.endswith(": done")] == [f"{one.name}: done" for one in SECTIONS]
     for name in (
@@ -126,8 +126,10 @@ def test_every_section_runs_on_a_bare_machine(rehearsed):
     lines = [line.split() for line in text.splitlines() if len(line.split()) > 3 and not line.startswith(("in all", "section"))]
     expected = {name: (int(kernels), float(gpu), float(limit)) for name, kernels, _, gpu, _, _, limit, *_ in lines}
     assert len(expected) == len(SECTIONS) and sum(kernels for kernels, _, _ in expected.values()) > 100
-    assert expected["correctness"][0] <= 45  # those of one type
-    assert all(0 <= gpu < limit for _, gpu, limit in expected.values())  # the host's seconds depend on what else runs here
+    # Those of one type.
+    assert expected["correctness"][0] <= 45
+    # The host's seconds depend on what else runs here.
+    assert all(0 <= gpu < limit for _, gpu, limit in expected.values())
 
 
 def test_the_summary_fits_the_last_lines(rehearsed, tmp_path):
@@ -138,12 +140,13 @@ def test_the_summary_fits_the_last_lines(rehearsed, tmp_path):
         dict(name=str(i), p50_ms="1", measured_over_predicted=ratio, note="") for i, ratio in enumerate(("1.1", "0.2", "3.0"))
     ]
     shown = summary.table("some", [*rows, rows[0] | dict(p50_ms="", note="it broke")], 2).splitlines()
-    assert [line.split()[0] for line in shown[1:3]] == ["1", "2"]  # the largest misses
+    # The largest misses.
+    assert [line.split()[0] for line in shown[1:3]] == ["1", "2"]
     assert "3 timed, 1 not" in shown[0] and shown[-1] == "! it broke"
 
 
 def test_kernels_are_compiled_ahead_and_found_again(rehearsed, tmp_path):
-    """A kernel collected by the dry run, compiled under another build's key and carried to another folder, is a hit there.
+    """A kernel compiled ahead under another build's key and carried to another folder is a hit there.
 
     The Triton that compiles has its libdevice at a path that is not there any more when the archive is taken over.
     """
@@ -165,21 +168,25 @@ with cache.keyed("a key", folder / "triton"):
     assert compile_all(kernels, 1) == (1, [])
     cache.pack(kernels, folder, dict(key="a key", commit="abc", triton="3"), archive)
 """
-    made, there, build = tmp_path / "cache.tar.xz", tmp_path / "elsewhere", tmp_path / "build"
+    archive_path, there, build = tmp_path / "cache.tar.xz", tmp_path / "elsewhere", tmp_path / "build"
     build.mkdir()
     own = Path(triton.__file__).parent / "backends" / "nvidia" / "lib" / "libdevice.10.bc"
     shutil.copy(own, build / "libdevice.bc")
-    python("-c", script, str(rehearsed[0]), str(build), str(made), TRITON_LIBDEVICE_PATH=str(build / "libdevice.bc"))
+    python("-c", script, str(rehearsed[0]), str(build), str(archive_path), TRITON_LIBDEVICE_PATH=str(build / "libdevice.bc"))
     shutil.rmtree(build)
-    with tarfile.open(made) as tar:
+    with tarfile.open(archive_path) as tar:
         assert any(name.endswith(".cubin") for name in tar.getnames()) and not any(
             name.endswith(".ptx") for name in tar.getnames()
         )
         pickled = tar.extractfile("kernels.pickle")
         assert pickled is not None and b"libdevice" not in pickled.read()
-    said = python("-c", TAKE_OVER, str(made), str(there))
-    assert "1 of 1 kernels found" in said and "0 compiled here" in said
-    assert [line.split(":")[0] for line in said.splitlines() if line.endswith(" s")] == ["unpacked", "looked for", "compiled"]
+    printed = python("-c", TAKE_OVER, str(archive_path), str(there))
+    assert "1 of 1 kernels found" in printed and "0 compiled here" in printed
+    assert [line.split(":")[0] for line in printed.splitlines() if line.endswith(" s")] == [
+        "unpacked",
+        "looked for",
+        "compiled",
+    ]
     group = json.loads(next((there / "triton").glob("*/__grp__*.json")).read_text())
     assert all(Path(path).parent.parent == there / "triton" for path in group["child_paths"].values())
     metadata = json.loads(next((there / "triton").glob("*/dequantize_kernel.json")).read_text())
@@ -189,9 +196,9 @@ with cache.keyed("a key", folder / "triton"):
 def test_an_archive_that_is_of_no_use_does_not_end_the_session(tmp_path):
     """Whatever is wrong with it is printed, and kernels compile as they are launched."""
     (tmp_path / "cache.tar.xz").write_bytes(b"half an archive")
-    said = python("-c", TAKE_OVER, str(tmp_path / "cache.tar.xz"), str(tmp_path / "there"))
-    assert "ReadError" in said and said.splitlines()[-2].startswith("the archive is not used any further")
-    assert said.splitlines()[-1] == "{}"
+    printed = python("-c", TAKE_OVER, str(tmp_path / "cache.tar.xz"), str(tmp_path / "there"))
+    assert "ReadError" in printed and printed.splitlines()[-2].startswith("the archive is not used any further")
+    assert printed.splitlines()[-1] == "{}"
 
 
 def test_processes_that_a_session_starts_use_the_archives_key(tmp_path):
@@ -210,7 +217,7 @@ def test_a_wheels_key_is_the_one_its_triton_computes():
 
 
 def test_a_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    """What was done is not run again; what was not reached comes before what failed; rows that are there are kept."""
+    """What was done is not run again, what was not reached precedes what failed, rows are kept."""
     ran = tmp_path / "ran"
 
     def note(name: str):
@@ -231,10 +238,12 @@ def test_a_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "take_over", lambda *_, **__: {})
     arguments = ["--out", str(tmp_path / "rows"), "--results", str(tmp_path)]
     monkeypatch.setenv("FLUX_KERNELS_TUNING", str(tmp_path))
-    assert command.main(arguments) == 2 and not ran.exists() and not (tmp_path / "rows" / "state.json").exists()  # no GPU here
+    # No GPU here.
+    assert command.main(arguments) == 2 and not ran.exists() and not (tmp_path / "rows" / "state.json").exists()
     assert "No GPU is seen" in capsys.readouterr().out
     monkeypatch.setattr(command, "gpu_is_here", lambda: True)
-    assert command.main([*arguments, "--minutes", "0.1"]) == 0  # too little for anything
+    # Too little for anything.
+    assert command.main([*arguments, "--minutes", "0.1"]) == 0
     assert "good: no time left" in capsys.readouterr().out
     assert command.main(arguments) == 1
     assert "bad: failed: ValueError: it broke" in capsys.readouterr().out
@@ -255,7 +264,7 @@ def test_a_section_out_of_time_ends_with_what_it_started(tmp_path):
 
 
 def test_a_section_that_hangs_is_told_from_a_slow_one_and_says_where(tmp_path):
-    """One that wrote rows, or outcomes of tests, before its time was up was slow; the log of either has its stack."""
+    """A section that wrote rows or outcomes of tests was slow; the log of either has its stack."""
 
     def hang(session):
         time.sleep(9)
@@ -283,18 +292,19 @@ def test_a_section_computes_where_its_parent_computed_on_several_threads(tmp_pat
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux's /proc")
 def test_importing_what_a_session_runs_starts_no_threads():
-    """Where one of torch's operations runs in parallel at import, its team is in every process that imported the library."""
+    """An operation of torch that runs in parallel at import leaves its team in every process."""
     assert python("-c", THREADS, OMP_NUM_THREADS="4").strip() == "0"
 
 
 def test_nine_minutes_reach_everything():
-    """By what sections took on an H200, and by their limits where none is known; all may take a third longer."""
+    """Count by what sections took on an H200, else by their limits; all may take a third longer."""
     seconds = 20.0 + sum(
         section.took or section.seconds for section in SECTIONS[: NAMES.index("racecheck") + 1]
     )  # 20: to start
     assert seconds <= 9 * 60
     assert all(section.seconds >= 1.35 * section.took for section in SECTIONS if section.took)
-    assert sum(section.seconds for section in SECTIONS if section.took) <= 8 * 60  # though each hung
+    # Though each hung.
+    assert sum(section.seconds for section in SECTIONS if section.took) <= 8 * 60
 
 
 def test_the_archive_leaves_out_what_does_not_fit(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the library launches on a card that is not here: grids, captures, distinct kernels, and the cost of a launch in Python."""
+"""Test what the library launches on an absent card: grids, captures, kernels, cost in Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_launches_on_the_stand_in():
 
 @pytest.mark.parametrize("card", ["H100", "RTX 3090"])
 def test_python_costs_little_more_than_nn_linear(card, tmp_path):
-    """The least of the rounds, which other work on the machine disturbs least; 504 calls a step make 1 us half a millisecond."""
+    """Compare the least of the rounds; 504 calls a step make 1 us half a millisecond."""
     path = tmp_path / "costs.csv"
     run("bench.launch_cost", "--card", card, "--rounds", "25", "--repeats", "40", "--write", str(path))
     rows = {row["case"]: row for row in read_csv(path) if row["us"]}

@@ -1,4 +1,4 @@
-"""The model that predicts from compiled code: its rates are the vendors', its calls the library's own, its error known."""
+"""Test the model that predicts from compiled code: its rates, its calls, and its error."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from bench.aot.model import (
     tile_from,
     torch_ms,
 )
-from bench.calibrate import RECORD, TABLES, calibrate, fitted_wait, measured_card, summarize
-from flux_kernels.benchmark.record import read_csv
+from bench.calibrate import TABLES, calibrate, fitted_wait, measured_card, summarize
+from bench.record import AOT, RESULTS, read_csv
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, tile_of
 from flux_kernels.kernels.tiles import _UNPACKED_FROM, Tile
 
-H200 = RECORD.parent / "nvidia-h200"
+H200 = RESULTS / "nvidia-h200"
 LINEAR = Call(4608, 12288, 3072, 1, "single proj_mlp")
 BY_NAME = {model.name: model for model in MODELS}
 
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return Record(read_csv(RECORD))
+    return Record(read_csv(AOT))
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -87,19 +87,20 @@ def test_a_loop_that_waits_for_its_products_adds_up():
     assert clocks(row, 64) == 788
     assert clocks(row | dict(mma_waits="1"), 64) == 1300
     assert clocks(row, 16) == 2048
-    assert clocks(row | dict(mma_waits="1"), 16) == 2560  # conversions are part of what comes after the products
+    # Conversions are part of what comes after the products.
+    assert clocks(row | dict(mma_waits="1"), 16) == 2560
     assert busiest_pipe(row, 64) == "issue"
     assert busiest_pipe(row | dict(mma_waits="1"), 16) == "tensor + convert"
 
 
 def test_conversions_run_at_their_measured_rate_where_there_is_one(record):
-    """An H200 ran I2F and F2I at 16 a clock, so no case may assume more for capability 90; elsewhere both rates are cases."""
+    """An H200 ran I2F and F2I at 16 a clock: no case assumes more there; elsewhere both rates are cases."""
     for name, rates in (("H200", (16, 16)), ("RTX 4090", (64, 16))):
         assert tuple(case.converts for case in both_cases(BY_NAME[name], record, "Q4_K")) == rates
 
 
 def test_programs_share_pipes_and_wait_together(record):
-    """Two programs of a multiprocessor take the pipes twice and wait once; one after the other they wait twice."""
+    """Two programs of a multiprocessor take the pipes twice and wait once, in turn they wait twice."""
     case = Case(BY_NAME["H200"], record, "Q8_0", waits=True)
     row = case.row("fused_gemm", "128x128x128 warps 8 stages 2 ldmatrix")
     assert row["programs_per_sm"] == "2"
@@ -119,7 +120,8 @@ def test_loads_of_mma_sync_operands_are_no_waits(record):
     assert record.waits(geforce) == record.waits(hopper) == int(hopper["loop_shared"])
     narrower = Case(BY_NAME["RTX 4090"], record, "Q8_0").row("fp16_gemm", "128x64x128 warps 8 stages 2 ldmatrix")
     wide = Case(BY_NAME["H200"], record, "Q8_0").row("fused_gemm", "128x128x128 warps 8 stages 2 ldmatrix")
-    assert record.waits(narrower) < record.waits(wide)  # half as many weights a warp
+    # Half as many weights a warp.
+    assert record.waits(narrower) < record.waits(wide)
 
 
 def test_products_and_decoding_in_turn_are_the_far_end_of_a_range(record):
@@ -137,7 +139,7 @@ def test_a_tile_is_read_as_it_is_written(tile: Tile):
 
 
 def test_the_call_that_really_runs_is_predicted(record):
-    """Modulation is exact in every mode; the text's call of exact mode is two-stage on an H200 and fused on an RTX 4090."""
+    """Modulation is exact in every mode; exact mode's text call is two-stage on an H200, else fused."""
     small, text = Call(1, 18432, 3072, 1, ""), Call(512, 12288, 3072, 1, "")
     for model, algorithm in (("H200", "two_stage"), ("RTX 4090", "fused")):
         case = Case(BY_NAME[model], record, "Q4_K")
@@ -149,7 +151,10 @@ def test_the_call_that_really_runs_is_predicted(record):
 
 
 def _worst_regrets(model: Model, record: Record, m: int) -> tuple[float, float]:
-    """Return how much longer unpacking and decoding in the product take than the other, at worst, over types and shapes of FLUX.1."""
+    """Return by how much unpacking and decoding in the product each lose to the other, at worst.
+
+    Over types and shapes of FLUX.1.
+    """
     unpacking, decoding = [], []
     for name in ("Q4_K", "Q6_K", "Q8_0"):
         cases = both_cases(model, record, name)
@@ -175,7 +180,7 @@ def test_cards_unpack_from_the_rows_at_which_that_is_the_smaller_worst_regret(re
 
 
 def test_waves_are_counted_over_the_chunks(record):
-    """128 rows at a time are 36 tiles on an RTX 3090's 82 multiprocessors: 96 waves where the whole weight has 43."""
+    """128 rows at a time are 36 tiles on 82 multiprocessors: 96 waves where the whole weight has 43."""
     case = Case(BY_NAME["RTX 3090"], record, "Q4_K")
     whole = choice_of(case, "int8", LINEAR)[1]
     assert whole.rows is None
@@ -185,7 +190,7 @@ def test_waves_are_counted_over_the_chunks(record):
 
 
 def test_the_scratch_is_paid_for(record):
-    """Two-stage takes longer than torch's product by at least what writing the unpacked weight and reading the packed one takes."""
+    """Two-stage exceeds torch's product by at least writing the unpacked and reading the packed weight."""
     case = Case(BY_NAME["H200"], record, "Q4_K")
     traffic = 2 * LINEAR.n * LINEAR.k + case.packed(LINEAR)
     extra = call_ms(case, "exact", LINEAR) - torch_ms(case, LINEAR)
@@ -193,7 +198,7 @@ def test_the_scratch_is_paid_for(record):
 
 
 def test_no_mode_beats_its_peak(record):
-    """A step is never predicted to be faster than all its products at the peak rate of the unit that does them."""
+    """A step is never predicted to be faster than its products at the peak rate of their unit."""
     for model in MODELS:
         for mode, peak in (("exact", model.bf16_tflops), ("fp16_accumulate", model.fp16_tflops), ("int8", model.int8_tops)):
             try:
@@ -213,18 +218,18 @@ MEASURED = dict(format="Q4_K", m="4608", n="3072", k="3072", calls="1", where="a
 
 
 def test_like_is_calibrated_with_like():
-    """On an H200 exact mode is compared with two-stage at M = 4608, on an RTX 4090 with the fused kernel at 512, torch with torch."""
+    """Exact mode at M = 4608 on an H200 is two-stage, at 512 on an RTX 4090 fused; torch is torch."""
     names = ("ours exact", "ours fused", "ours int8", "torch", "ours two_stage", "bitsandbytes NF4")
     rows = [MEASURED | dict(provider=name) for name in names]
-    found = {row["provider"]: row for row in calibrate(rows, BY_NAME["H200"], read_csv(RECORD))}
-    assert set(found) == set(names) - {"bitsandbytes NF4"}
-    assert found["ours exact"]["ran"] == found["ours two_stage"]["ran"] == "two_stage"
-    assert found["ours exact"]["bound_ms"] == found["ours two_stage"]["bound_ms"]
-    assert found["ours fused"]["ran"].startswith("fused 128x128")
-    assert found["ours int8"]["ran"].startswith("int8 row_scales")
-    few = calibrate([MEASURED | dict(provider="ours exact", m="512")], BY_NAME["RTX 4090"], read_csv(RECORD))
+    by_provider = {row["provider"]: row for row in calibrate(rows, BY_NAME["H200"], read_csv(AOT))}
+    assert set(by_provider) == set(names) - {"bitsandbytes NF4"}
+    assert by_provider["ours exact"]["ran"] == by_provider["ours two_stage"]["ran"] == "two_stage"
+    assert by_provider["ours exact"]["bound_ms"] == by_provider["ours two_stage"]["bound_ms"]
+    assert by_provider["ours fused"]["ran"].startswith("fused 128x128")
+    assert by_provider["ours int8"]["ran"].startswith("int8 row_scales")
+    few = calibrate([MEASURED | dict(provider="ours exact", m="512")], BY_NAME["RTX 4090"], read_csv(AOT))
     assert few[0]["ran"].startswith("fused 128x128")
-    assert not calibrate([MEASURED | dict(provider="ours exact", p50_ms="")], BY_NAME["H200"], read_csv(RECORD))
+    assert not calibrate([MEASURED | dict(provider="ours exact", p50_ms="")], BY_NAME["H200"], read_csv(AOT))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +239,7 @@ def measured() -> dict[str, list[dict]]:
 
 
 def test_the_card_is_what_its_session_measured(measured):
-    """Without a GPU: the ceilings behind the shares of linear.csv, and the clock that the profiler saw in long kernels."""
+    """Read the ceilings from the shares of linear.csv, and the clock from the profiler's long kernels."""
     card = measured_card(measured["linear"], measured["ncu"])
     assert card.bf16_tflops == H200_MEASURED.bf16_tflops
     assert card.memory_gb_s == pytest.approx(H200_MEASURED.memory_gb_s, rel=0.002)
@@ -244,33 +249,35 @@ def test_the_card_is_what_its_session_measured(measured):
 
 def test_the_wait_is_the_one_that_was_measured(measured):
     """Fitted to one format, shape and tile; where a kernel has changed since, it is to be measured again."""
-    assert fitted_wait(measured["sweep"], H200_MEASURED, read_csv(RECORD)) == pytest.approx(SHARED_WAIT, rel=0.05)
+    assert fitted_wait(measured["sweep"], H200_MEASURED, read_csv(AOT)) == pytest.approx(SHARED_WAIT, rel=0.05)
 
 
 @pytest.mark.parametrize(
     "table, kernel", [("sweep", "fused"), ("sweep", "split_k"), ("int8", "int8_gemm"), ("int8", "int8_gemm_rows")]
 )
 def test_what_the_wait_was_not_fitted_to_is_within_a_third(measured, table: str, kernel: str):
-    """The bound is missed by up to 4.1; with waits no row of another format, tile, shape or kernel is off by a third."""
-    rows = [
-        row for row in calibrate(measured[table], H200_MEASURED, read_csv(RECORD), table) if row["ran"].split()[0] == kernel
-    ]
+    """The bound is missed by up to 4.1; with waits no other row is off by a third.
+
+    Rows of another format, tile, shape or kernel.
+    """
+    rows = [row for row in calibrate(measured[table], H200_MEASURED, read_csv(AOT), table) if row["ran"].split()[0] == kernel]
     fitted = ("Q4_K", 3072, 3072) if kernel == "fused" else None
     ratios = [float(row["over_waiting"]) for row in rows if (row["format"], row["n"], row["k"]) != fitted]
     assert len(ratios) >= 3
     assert max(*ratios, *(1 / ratio for ratio in ratios)) < 4 / 3
-    assert median(float(row["over_bound"]) for row in rows) > 1.25  # so the term is needed
+    # So the term is needed.
+    assert median(float(row["over_bound"]) for row in rows) > 1.25
 
 
 def test_a_session_s_tables_are_summed_up_by_kernel_and_format(measured):
-    """Rows of what the model does not know (no scales at all, other chunks, torch's int8 product) are left out."""
-    found = calibrate(measured["int8"], H200_MEASURED, read_csv(RECORD), "int8")
-    summary = {row["ran"]: row for row in summarize(found)}
+    """Leave out rows that the model does not know: no scales, other chunks, torch's int8 product."""
+    times = calibrate(measured["int8"], H200_MEASURED, read_csv(AOT), "int8")
+    summary = {row["ran"]: row for row in summarize(times)}
     kernels = {"quantize_activation", "unpack_int8", "unpack_int8_rows", "int8_gemm", "int8_gemm_rows"}
     assert set(summary) == {*kernels, "int8", "torch"}
-    assert sum(row["rows"] for row in summary.values()) == len(found) < len(measured["int8"])
+    assert sum(row["rows"] for row in summary.values()) == len(times) < len(measured["int8"])
     for row in summary.values():
         for side in ("over_bound", "over_waiting"):
             assert float(row[f"{side}_least"]) <= float(row[f"{side}_median"]) <= float(row[f"{side}_most"])
-    chunks = calibrate(measured["two_stage"], H200_MEASURED, read_csv(RECORD), "two_stage")
+    chunks = calibrate(measured["two_stage"], H200_MEASURED, read_csv(AOT), "two_stage")
     assert {row["ran"] for row in chunks} == {"torch", "two_stage"}

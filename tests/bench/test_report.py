@@ -47,28 +47,28 @@ def test_overlapping_spreads_are_no_difference():
 
 @pytest.mark.parametrize("more", [dict(spread=0), dict(repeats=1), dict(repeats="2")])
 def test_fewer_than_three_repeats_have_no_spread_and_support_no_claim(more):
-    """Nor is "no difference seen" said, of 0.50 times the speed; ratios have the sense of the rows above them."""
+    """Nor is "no difference seen" said of 0.50 times the speed; ratios are speeds as in the rows."""
     rows = [row("torch", "2", **more), row("ours exact", "4", **more)]
     lines = verdict(rows)
     assert "Q4_K 0.50 (spread unknown with fewer than 3 repeats)" in lines[1] and "Speed of exact mode" in lines[1]
     assert "0.50 times the speed of torch (spread unknown" in lines[2] and "Fastest" not in lines[2]
     assert "no difference" not in " ".join(lines) and "2.00" not in " ".join(lines)
-    said = summary([one | dict(m=1) for one in rows]).splitlines()
-    assert "?0.50 x torch" in said[1] and "?1.00" not in said[0] and said[2].startswith("? spread unknown")
+    text = summary([one | dict(m=1) for one in rows]).splitlines()
+    assert "?0.50 x torch" in text[1] and "?1.00" not in text[0] and text[2].startswith("? spread unknown")
 
 
 def test_terminal_rows_are_marked_as_in_the_readme():
-    said = summary([row("torch", "3.3", 0.1), row("ours exact", "3.0", 0.1), row("ours int8", "9", 0.1)]).splitlines()
+    text = summary([row("torch", "3.3", 0.1), row("ours exact", "3.0", 0.1), row("ours int8", "9", 0.1)]).splitlines()
     assert (
-        "~1.10 x torch" in said[1]
-        and " 0.37 x torch" in said[2]
-        and said[3].startswith("~ no difference seen")
-        and len(said) == 4
+        "~1.10 x torch" in text[1]
+        and " 0.37 x torch" in text[2]
+        and text[3].startswith("~ no difference seen")
+        and len(text) == 4
     )
 
 
 def test_what_is_like_torch_is_like_the_best_that_is_slower_than_torch():
-    """Q6_K at 0.78 with a spread that reaches torch's, Q8_0 at 0.90 with a narrow one: which is faster nobody can say."""
+    """Of Q6_K at 0.78, whose spread reaches torch's, and Q8_0 at 0.90 nobody can say which is faster."""
     sides = [("Q6_K", "torch", "10", 0.15), ("Q6_K", "ours exact", "12.8", 0.15), ("Q8_0", "torch", "10", 0.01)]
     rows = [row(side, time, spread, format=name) for name, side, time, spread in [*sides, ("Q8_0", "ours exact", "11.1", 0.01)]]
     lines = verdict(rows)

@@ -36,7 +36,7 @@ def test_a_stopped_run_goes_on_row_by_row(tmp_path):
 
 
 def test_the_roof_is_the_nearer_ceiling():
-    """100 GFLOP and 1 GB in 2 s, where the device does 100 GFLOP/s and 1 GB/s, are half of the operations' roof and of the copy's."""
+    """100 GFLOP and 1 GB in 2 s are half of both roofs where a device does 100 GFLOP/s and 1 GB/s."""
     shares = Ceilings(1.0, 0.1, "float32").shares(2000.0, 100e9, 0.5e9)
     assert shares == dict(share_of_matmul=0.5, share_of_copy=0.25)
     row = MEASURED | dict(provider="ours exact", device="a", dtype="float32", commit="b", date="c")

@@ -14,10 +14,11 @@ from bench.run import one_of_each_height_first
 from flux_kernels.benchmark import linears
 from flux_kernels.benchmark.linears import is_broken, make_problem, measure, relative_errors, summary
 from flux_kernels.benchmark.providers import PROVIDERS, Provider, default_providers
-from flux_kernels.benchmark.shapes import whole_step
 from flux_kernels.errors import BackendUnavailable
 from flux_kernels.flux.calls import STEPS, Call, step_calls
 from flux_kernels.machine.clock import balanced_order, interleaved, percentiles
+
+from ..benchmark.whole_step_calls import whole_step
 
 CPU = torch.device("cpu")
 NAMES = [name for name in PROVIDERS if "compiled" not in name and "torchao" not in name]  # those compile for a minute
@@ -47,7 +48,7 @@ def test_every_provider_gives_a_row_and_those_that_run_a_time():
 
 
 def test_both_errors_are_shares_of_the_right_outputs_rms():
-    """An output off by 1 in one place of n, where the right outputs have RMS r: 1/r at most, 1/r/sqrt(n) in RMS."""
+    """An output off by 1 in one of n places of RMS r has errors 1/r at most and 1/r/sqrt(n) in RMS."""
     problem = make_problem("Q8_0", SMALL, CPU, torch.float32)
     x = torch.randn(SMALL.m, SMALL.k)
     right = PROVIDERS["torch"].make(problem)(x)
@@ -82,7 +83,7 @@ def test_a_side_of_ours_that_fails_is_a_row_and_a_status_and_the_others_stay(mon
 
 
 def test_a_mode_that_a_card_refuses_is_no_failure(monkeypatch):
-    """fp16_accumulate on A100 and H100: it is in the default list, and ended the run with a traceback there."""
+    """A100 and H100 refuse fp16_accumulate, which is in the default list: no traceback ends the run."""
     refused = raising(BackendUnavailable("This card has no such unit."))
     monkeypatch.setitem(PROVIDERS, "ours fp16_accumulate", Provider("ours fp16_accumulate", refused, 0.02, "ours"))
     row, other = measure("Q8_0", SMALL, ["ours fp16_accumulate", "torch"], CPU, torch.float32, repeats=2)
@@ -91,18 +92,18 @@ def test_a_mode_that_a_card_refuses_is_no_failure(monkeypatch):
 
 
 def test_a_side_that_some_calls_leave_out_has_no_time_of_a_step():
-    """The small-M kernel is timed at M = 1 alone: its sum beside torch's of all calls would read as a hundred times as fast."""
+    """The small-M kernel, timed at M = 1 alone, would read as a hundred times as fast as all calls."""
 
     def row(provider: str, m: int) -> dict:
         times = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), "1.0")
         return dict(format="Q4_K", size="", provider=provider, m=m, calls=1, repeats=3) | times
 
-    said = summary([row("torch", 1), row("torch", 512), row("ours small_m", 1)])
-    assert "torch" in said and "small_m" not in said
+    text = summary([row("torch", 1), row("torch", 512), row("ours small_m", 1)])
+    assert "torch" in text and "small_m" not in text
 
 
 def test_every_other_library_cites_whose_call_it_is_and_rows_say_the_version():
-    """Also those that are not installed: where the documented call is to be read, and whose version counts."""
+    """Each says where its call is documented and whose version counts, installed or not."""
     others = [one for one in PROVIDERS.values() if one.group == "peer" or one.name.startswith("diffusers")]
     assert len(others) > 10 and all(one.source.startswith("https://") and one.package for one in others)
     ours, theirs = measure("Q8_0", SMALL, ["ours exact", "diffusers"], CPU, torch.float32, repeats=1)
@@ -110,7 +111,7 @@ def test_every_other_library_cites_whose_call_it_is_and_rows_say_the_version():
 
 
 def test_sides_that_run_the_same_code_are_timed_once_and_say_so():
-    """Up to 16 rows the modes are exact mode's call: three times for it were three places in the order, not three speeds."""
+    """Up to 16 rows the modes are exact mode's call: three times of it would be no three speeds."""
     names = ["torch", "ours exact", "ours fp16_accumulate", "ours int8"]
     few, many = (list(measure("Q8_0", Call(m, 64, 256, 1, "a test"), names, CPU, torch.float32, repeats=3)) for m in (16, 17))
     assert len({row["p50_ms"] for row in few[1:]}) == 1 and few[0]["p50_ms"] != few[1]["p50_ms"]
@@ -122,7 +123,7 @@ def test_sides_that_run_the_same_code_are_timed_once_and_say_so():
 
 @pytest.mark.parametrize("count", range(3, 9))
 def test_every_side_runs_after_every_other_equally_often(count):
-    """What runs after a heavy side pays for it. Turns are complete after `count`, twice that where it is odd."""
+    """What runs after a heavy side pays for it. Turns are complete after `count`, or twice an odd one."""
     turns = [balanced_order(count, turn) for turn in range(count * (1 + count % 2))]
     assert all(sorted(order) == list(range(count)) for order in turns)
     after = Counter(pair for order in turns for pair in pairwise(order))
@@ -136,13 +137,14 @@ def test_every_side_runs_after_every_other_equally_often(count):
 def test_runs_alternate_and_percentiles_are_ordered():
     order = []
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
-    assert "".join(order) == "ab" * 4  # one warm-up each
-    assert {len(found) for found in times.values()} == {3}
+    # One warm-up each.
+    assert "".join(order) == "ab" * 4
+    assert {len(runs) for runs in times.values()} == {3}
     assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0])[1] == 3.0
 
 
 def test_the_column_of_graphs_is_the_median_of_replays(monkeypatch):
-    """No graph on a CPU; on a GPU the sides that share a call share it, and one that cannot be captured has none."""
+    """A CPU has no graph; on a GPU sides of one call share it, one that cannot be captured has none."""
     (row,) = measure("Q8_0", SMALL, ["torch"], CPU, torch.float32, repeats=2)
     assert row["graph_ms"] == "" and list(row).index("graph_ms") == list(row).index("p80_ms") + 1
     replays = {"torch": None, "ours exact": [3.0, 1.0, 2.0]}

@@ -1,4 +1,4 @@
-"""The stand-in driver and the launch costs measured on it, in processes of their own: a kernel of this one cannot be compiled."""
+"""Test the stand-in driver and launch costs on it, in processes whose kernels are compiled."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def run(*command: str) -> str:
 
 
 def test_the_library_runs_on_the_stand_in_as_on_a_card():
-    """Launches are counted; shared memory, grids and captures are refused as by a driver (see stand_in_cases.py)."""
+    """Launches are counted; memory, grids and captures are refused as by a driver (stand_in_cases.py)."""
     assert "13 passed" in run("pytest", "--noconftest", "-q", "-p", "no:cacheprovider", "tests/bench/stand_in_cases.py")
 
 
 def test_launch_costs_are_written_beside_nn_linear(tmp_path):
-    """A small run writes a row for each mode with the kernels it launched; nn.Linear is above itself by nothing."""
+    """A small run writes a row for each mode with its kernels; nn.Linear is 0 above itself."""
     path = tmp_path / "costs.csv"
     run(
         "bench.launch_cost",

@@ -1,4 +1,4 @@
-"""`bench.verify`: the worktree goes in every case, a wrong side gets no speed, and the interval is around the ratio."""
+"""Test `bench.verify`: the worktree goes, a wrong side has no speed, the interval holds the ratio."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = Call(16, 32, 256, 1, "a test")
 
 @pytest.fixture
 def trees(tmp_path, monkeypatch):
-    """The worktrees this test made: other tests make some at the same time, so those under its own temporary folder count."""
+    """List this test's worktrees, those under its own temporary folder: other tests make some as well."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
@@ -69,7 +69,7 @@ def test_the_worktree_goes_when_the_command_is_terminated(tmp_path, trees):
 
 @GIT
 def test_git_ends_what_it_began_before_a_signal_counts(monkeypatch, trees):
-    """Killed while it writes a worktree, git left children behind that went on writing while the folder was removed."""
+    """Killed while it writes a worktree, git left children that wrote on while the folder was removed."""
     run, ended = subprocess.run, []
 
     def signalled(command, **options):

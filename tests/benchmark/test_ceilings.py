@@ -1,4 +1,4 @@
-"""The limits that calls are held against: the best that was seen, of every size, with the operations and bytes that it moved."""
+"""Test the limits of calls: the best of every size, with the operations and bytes that it moved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flux_kernels.benchmark.ceilings import Ceilings, measure_ceilings
 
 
 def test_the_best_run_of_the_best_size_counts(monkeypatch):
-    """A product of 512 in 2 ms is faster than one of 1024 in 20 ms; slow runs of either do not lower the limit."""
+    """A product of 512 in 2 ms is faster than one of 1024 in 20 ms; slow runs do not lower the limit."""
     times = {
         "copy": [9.0, 4.0],
         "512": [3.0, 2.0],
@@ -20,8 +20,8 @@ def test_the_best_run_of_the_best_size_counts(monkeypatch):
     }
     seen = []
     monkeypatch.setattr(ceilings, "interleaved", lambda work, repeats, device: (seen.append(work), times)[1])
-    found = measure_ceilings(torch.device("cpu"), torch.bfloat16)
-    assert found == Ceilings(pytest.approx(2 * 2**26 / 4e6), pytest.approx(2 * 512**3 / 2e9), "bfloat16")
+    best = measure_ceilings(torch.device("cpu"), torch.bfloat16)
+    assert best == Ceilings(pytest.approx(2 * 2**26 / 4e6), pytest.approx(2 * 512**3 / 2e9), "bfloat16")
     products = {name: call() for name, call in seen[0].items() if name != "copy"}
     assert {name: (tuple(y.shape), y.dtype) for name, y in products.items()} == {
         name: ((int(name.split()[0]),) * 2, torch.bfloat16) for name in times if name != "copy"

@@ -1,4 +1,4 @@
-"""The peak of a call's memory: what was held at one time, scratch included, and nothing of what was there before."""
+"""Test the peak of a call's memory: what it held at one time, scratch included, nothing from before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of `bench`: one page without a network, verdict first, every row with its origin; and the same for machines."""
+"""Test the report of `bench`: a page without a network, verdict first, rows with origins, and JSON."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def test_a_target_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     target = tmp_path / "a.html"
     write_whole(target, b"mine")
     check_writable(target, "--report")
-    monkeypatch.setattr("os.access", lambda path, mode: path != target)  # the tests may run as root, who may write anywhere
+    # The tests may run as root, who may write anywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: path != target)
     with pytest.raises(FormatError, match="cannot be written"):
         check_writable(target, "--report")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))

@@ -39,7 +39,7 @@ def line(figure: Figure, label: str, panel: int = 0):
 
 
 def check(png: bytes, figure: Figure) -> None:
-    """A PNG, whose words stay inside it and are legible at the width of a page, with labelled axes and an origin."""
+    """Check a PNG: words inside and legible at a page's width, labelled axes, an origin."""
     image = Image.open(BytesIO(png))
     image.verify()
     texts = [figure._suptitle, figure._supxlabel, figure._supylabel, *figure.legends]
@@ -52,7 +52,8 @@ def check(png: bytes, figure: Figure) -> None:
     assert not any(figure._suptitle.get_window_extent().overlaps(panel) for panel in panels)
     words = [figure._supxlabel, figure._supylabel, *figure.legends[0].get_texts(), *figure.axes[0].get_xticklabels()]
     points_to_pixels = figure.dpi / 72 * min(1, PAGE / image.size[0])
-    assert min(one.get_fontsize() for one in words) * points_to_pixels > 12  # a browser's words are 16
+    # A browser's words are 16.
+    assert min(one.get_fontsize() for one in words) * points_to_pixels > 12
     assert ORIGIN["device"] in figure._supxlabel.get_text() and "commit abc" in figure._supxlabel.get_text()
 
 
@@ -68,7 +69,8 @@ def test_throughput_is_operations_over_time(drawn):
 def test_the_roofline_has_both_measured_limits_and_leaves_out_unknown_bytes(drawn):
     check(roofline(linear_rows(), CEILINGS), drawn[0])
     slope, flat = drawn[0].axes[0].get_lines()[:2]
-    assert [y / x for x, y in zip(*slope.get_data())] == pytest.approx([0.9] * 2)  # 900 GB/s: 0.9 TFLOP/s for each FLOP/byte
+    # 900 GB/s: 0.9 TFLOP/s for each FLOP/byte.
+    assert [y / x for x, y in zip(*slope.get_data())] == pytest.approx([0.9] * 2)
     assert list(flat.get_ydata()) == [160, 160]
     labels = drawn[0].axes[0].get_legend_handles_labels()[1]
     assert "bitsandbytes nf4" not in labels and "flux_kernels exact" in labels

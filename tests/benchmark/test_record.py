@@ -1,4 +1,4 @@
-"""Origins of rows: what a CPU's numbers depend on is said, once, in words; older rows without it are still read."""
+"""Test the origins of rows: they say what a CPU's numbers depend on, and older rows are read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CPU = torch.device("cpu")
 def test_rows_of_a_cpu_say_whether_libggml_decodes(monkeypatch, there):
     monkeypatch.setattr(libggml, "available", lambda: there)
     monkeypatch.setattr(record, "version", lambda name: f"1.2 of {name}")
-    made = origin(CPU)
-    assert made["libggml"] == ("1.2 of libggml-python" if there else "none")
-    assert (", libggml 1.2 of" in origin_text(made)) == there and (", no libggml, commit" in origin_text(made)) != there
+    columns = origin(CPU)
+    assert columns["libggml"] == ("1.2 of libggml-python" if there else "none")
+    assert (", libggml 1.2 of" in origin_text(columns)) == there and (", no libggml, commit" in origin_text(columns)) != there
 
 
 def test_the_version_is_that_of_the_package():

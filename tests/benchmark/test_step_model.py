@@ -1,4 +1,4 @@
-"""The step in plain torch is FLUX.1's: the same numbers as diffusers' model, and the calls that the tables list."""
+"""Test that the step in plain torch is FLUX.1's: diffusers' numbers, and the calls of the tables."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import pytest
 import torch
 from torch import nn
 
-from flux_kernels.benchmark.shapes import STEPS, whole_step
 from flux_kernels.benchmark.step.inputs import StepConfig, step_inputs
 from flux_kernels.benchmark.step.model import StepModel
+from flux_kernels.flux.calls import STEPS
 
 from ..conftest import TINY_FLUX
+from .whole_step_calls import whole_step
 
 CPU = torch.device("cpu")
 
 
 def test_the_step_is_that_of_diffusers():
-    """Float64 but for norms' and rotation's float32 parts that both have: what differs is float32 rounding, 57 times over at most."""
+    """Compare in float64, but for float32 parts that both have: norms' and rotation's roundings differ."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.FluxTransformer2DModel(**TINY_FLUX).double().eval()
-    for parameter in theirs.parameters():  # norms' weights are ones and biases small; a swap of two would not be seen
+    # Norms' weights are ones and biases small; a swap of two would not be seen.
+    for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     config = StepConfig.read(TINY_FLUX)
-    ours = StepModel(lambda _, n, k: nn.Linear(k, n), config).double()
+    ours = StepModel(config).double()
     ours.load_state_dict(theirs.state_dict())
     inputs = step_inputs(config, 64, 96, 2, CPU, torch.float64, text=7)
     with torch.no_grad():
@@ -61,13 +63,15 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("size", STEPS)
 def test_the_calls_are_those_of_the_tables(size):
     """Every linear call of FLUX.1-dev at its true size, on the meta device."""
-    made: Counter = Counter()
+    recorded: Counter = Counter()
     meta = torch.device("meta")
     with meta:
-        model = StepModel(lambda _, n, k: Recorder(n, k, made)).to(torch.bfloat16)
+        model = StepModel().to(torch.bfloat16)
+    for name, linear in model.linears().items():
+        model.set_submodule(name, Recorder(linear.out_features, linear.in_features, recorded))
     inputs = step_inputs(StepConfig(), **{"batch": 1, **STEPS[size]}, device=meta, dtype=torch.bfloat16)
     assert model(inputs).shape == (inputs.image.shape[0], inputs.image.shape[1], 64)
     listed: Counter = Counter()
     for call in whole_step(**STEPS[size]):
         listed[call.m, call.n, call.k] += call.calls
-    assert made == listed and made.total() == 504
+    assert recorded == listed and recorded.total() == 504

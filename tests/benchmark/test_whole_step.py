@@ -1,4 +1,4 @@
-"""Whole steps: no time for a wrong output, memory that is counted, models that do not fit, and rows that are not made twice."""
+"""Test whole steps: no time for a wrong output, counted memory, models that do not fit, resuming."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASE = StepCase("step", "64x64", SMALL, 64, 64, 1, 20)
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Run on one thread: the models are so small that further ones wait for each other, long on a busy machine."""
+    """Run on one thread: further ones would wait for each other in models as small as these."""
     with one_thread():
         yield
 
@@ -97,7 +97,7 @@ def test_modes_spare_the_layers_that_swap_linear_spares():
 
 
 def test_a_wrong_output_has_no_time(monkeypatch):
-    """One matrix of 56, times 1.5: far beyond what noise of 1 % a layer does, and found in every 16-bit mode."""
+    """One matrix of 56 times 1.5 is far beyond noise of 1 % a layer, in every 16-bit mode."""
     made = step_timing.build
 
     def wrong(weights, provider, first_blocks_only=False):
@@ -122,7 +122,7 @@ def test_the_gate_is_what_noise_of_each_layer_adds_up_to():
 
 
 def test_a_model_that_does_not_fit_reuses_one_block_of_each_kind(monkeypatch):
-    """The row says so, its bytes are the whole model's, and its output is judged by a reference that reuses them too."""
+    """The row says so, its bytes are the whole model's; a reference that reuses blocks judges it."""
     weights = small_weights()
     reused = build(weights, "torch", first_blocks_only=True)
     assert sum(parameter.nbytes for parameter in reused.parameters()) < 0.6 * weights.nbytes(unquantized=True)
@@ -155,9 +155,9 @@ def test_no_round_is_made_for_what_is_not_installed(monkeypatch, planes):
 
     monkeypatch.setitem(PROVIDERS, "diffusers", replace(PROVIDERS["diffusers"], make=absent))
     monkeypatch.setattr(step_timing, "free_bytes", lambda _: 0)
-    said = []
-    rows = list(measure_format(CASE, "Q8_0", ["torch", "diffusers", "ours exact"], CPU, torch.float32, 1, said.append))
-    assert sum("timing" in text for text in said) == 1
+    words = []
+    rows = list(measure_format(CASE, "Q8_0", ["torch", "diffusers", "ours exact"], CPU, torch.float32, 1, words.append))
+    assert sum("timing" in text for text in words) == 1
     assert [row["note"] for row in rows if row["provider"] == "diffusers"] == ["not installed: diffusers"]
 
 
@@ -178,7 +178,7 @@ def test_a_failure_of_another_library_is_a_note_and_one_of_ours_an_error(monkeyp
 
 
 def test_a_row_is_there_as_soon_as_its_provider_is_timed(monkeypatch):
-    """A run that stops at the second provider has the first one's row; only the first blocks are checked, and those are."""
+    """A run that stops at the second provider has the first one's row; first blocks are checked alone."""
     checked = []
     made = step_timing.build_reference
 
@@ -235,7 +235,7 @@ def test_the_true_size_runs_on_a_cpu_on_demand(monkeypatch):
 
 
 def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
-    """The embedded model's step through the command: every column, an origin; a second call measures what is missing alone."""
+    """The command writes every column of the embedded step; a second call measures what is missing."""
     monkeypatch.setattr(whole_step, "denoising_job", lambda *_: Job((), "", [], {}, lambda *_: []))
     monkeypatch.setattr(
         step_jobs, "origin", lambda _: dict(device="a CPU", commit="abc", date="2026-01-01")
@@ -270,7 +270,7 @@ def test_out_of_time_begins_nothing():
 
 
 def test_a_denoising_run_is_timed_and_says_what_offload_needs(monkeypatch):
-    """Three float32 sides of a run of two steps on the embedded model: where layers agree to float32, so do the steps."""
+    """Three float32 sides of two steps of the embedded model: where layers agree, so do the steps."""
     pytest.importorskip("diffusers")
     monkeypatch.setitem(PIPELINE_KWARGS, "num_inference_steps", 2)
     from flux_kernels.benchmark.step.denoising import measure_denoising

@@ -36,7 +36,8 @@ def test_errors_are_ordered_and_layers_told_apart(model):
     errors = {(row.layer, row.compute): row.relative_error for row in report.rows}
     assert len(errors) == 6
     for layer in ("first", "second"):
-        assert errors[layer, "exact"] < 1e-6  # float32 activations and weights
+        # float32 activations and weights.
+        assert errors[layer, "exact"] < 1e-6
         assert errors[layer, "exact"] < errors[layer, "fp16_accumulate"] < errors[layer, "int8"]
     assert errors["first", "int8"] > 2 * errors["second", "int8"]
     assert len(json.loads(report.to_json())) == 6
@@ -116,19 +117,22 @@ def test_outliers_are_off_by_default_and_never_kept_for_nothing(model):
 
 @pytest.mark.parametrize("pattern", ["one group", "spread", "one channel", "half a percent", "heavy tails", "ramp", "gaussian"])
 @pytest.mark.parametrize("seed", range(2))
-def test_what_is_found_never_makes_int8_worse(pattern, seed):
-    """Whatever the pattern: with the channels found, the error is at most 1.01 times (codes fall otherwise) that without."""
+def test_outlier_channels_never_makes_int8_worse(pattern, seed):
+    """Whatever the pattern: with the chosen channels, the error is at most 1.01 times that without.
+
+    It is not exactly at most that, because codes fall otherwise.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 3072, generator=generator)
-    some = torch.randperm(3072, generator=generator)
+    shuffled = torch.randperm(3072, generator=generator)
     if pattern == "one group":
         x[:, 128:158] *= 40
     elif pattern == "spread":
-        x[:, some[:31]] *= 30
+        x[:, shuffled[:31]] *= 30
     elif pattern == "one channel":
         x[:, 77] *= 1000
     elif pattern == "half a percent":
-        x[:, some[:15]] *= 5
+        x[:, shuffled[:15]] *= 5
     elif pattern == "heavy tails":
         x *= torch.randn(3072, generator=generator).exp().square()
     elif pattern == "ramp":
@@ -177,7 +181,10 @@ def test_a_layer_called_by_keyword_is_measured(model):
 
 
 def test_few_tokens_show_what_the_mode_would_cost(model):
-    """Up to 16 rows run as exact: measured as such, a small sample would make every layer look perfect in int8."""
+    """A small sample shows what int8 costs, although up to 16 rows run as exact.
+
+    Measured as they run, every layer would look perfect.
+    """
     x = activations()
     errors = [{row.compute: row.relative_error for row in fk.fidelity(model.first, tokens).rows} for tokens in (x[:8], x[:32])]
     assert errors[0]["int8"] == pytest.approx(errors[1]["int8"], rel=0.3)

@@ -55,6 +55,7 @@ def generate(gguf_file, out, *more):
             "float32",
             "--out",
             out,
+            "--force",
             "--json",
             *more,
         )
@@ -99,25 +100,27 @@ def test_help_starts_without_diffusers():
 
 
 def test_demo_writes_the_sheet_and_the_files(tmp_path):
-    said = json.loads(ok("demo", "--out", tmp_path / "new" / "sheet.png", "-p", PROMPT, "--steps", 1, "--json"))
-    assert [one["name"] for one in said["variants"]] == ["16 bit", "Q8_0", "Q6_K", "Q4_K", "mixed"]
-    assert all((tmp_path / "new" / one["file"]).is_file() for one in said["variants"])
+    facts = json.loads(ok("demo", "--out", tmp_path / "new" / "sheet.png", "-p", PROMPT, "--steps", 1, "--json"))
+    assert [variant["name"] for variant in facts["variants"]] == ["16 bit", "Q8_0", "Q6_K", "Q4_K", "mixed"]
+    assert all((tmp_path / "new" / variant["file"]).is_file() for variant in facts["variants"])
     assert Image.open(tmp_path / "new" / "sheet.png").width > 5 * 64
 
 
 def test_demo_table_is_for_people(tmp_path):
     text = ok("demo", "--out", tmp_path / "sheet.png", "-p", PROMPT, "--steps", 1)
     assert re.search(r"Q4_K .* 4\.50 ", text) and "1 of 1" in text and "sheet.png" in text
+    # The very picture of the sheet.
+    assert f'--prompt "{PROMPT}" --seed 2' in text
 
 
 def test_generate_draws_and_keeps_the_parameters(gguf_file, tmp_path):
     out = tmp_path / "a.png"
-    said = generate(gguf_file, out, "--seed", 5)
+    facts = generate(gguf_file, out, "--seed", 5)
     image = Image.open(out)
     assert image.size == (PIPELINE_KWARGS["width"], PIPELINE_KWARGS["height"])
     stored = json.loads(image.text["flux_kernels"])
     expected = {"prompt": PROMPT, "seed": 5, "num_inference_steps": 2, "gguf": gguf_file.name, "bits_per_weight": 8.5}
-    assert stored.items() >= expected.items() and said.items() >= expected.items()
+    assert stored.items() >= expected.items() and facts.items() >= expected.items()
 
 
 def test_seed_and_size_and_negative_prompt_matter(gguf_file, tmp_path):
@@ -148,15 +151,36 @@ def test_lora_scales(gguf_file, tmp_path):
     full = pixels("--lora", file)
     assert full != plain
     halves = pixels("--lora", f"{file}:0.5", "--lora", f"{file}:0.5")
-    assert max(abs(a - b) for a, b in zip(halves, full)) <= 1  # the same sum in another order
+    # The same sum in another order.
+    assert max(abs(a - b) for a, b in zip(halves, full)) <= 1
     stored = json.loads(Image.open(tmp_path / "x.png").text["flux_kernels"])
     assert stored["loras"] == [["style.safetensors", 0.5], ["style.safetensors", 0.5]]
 
 
 def test_generate_tells_people_what_it_did(gguf_file, tmp_path):
-    arguments = ("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--steps", 1, "--out", tmp_path / "a.png")
+    arguments = ("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--steps", 1, "--out", tmp_path / "a.png", "--force")
     assert re.search(r"26 layers swapped.*64 x 64, 1 steps in [\d.]+ s", ok(*arguments), re.DOTALL)
     assert "transformer_blocks.0.norm1.linear" in ok(*arguments, "--report")
+
+
+def test_a_picture_is_replaced_only_by_force(gguf_file, tmp_path):
+    """As a GGUF file is, and before anything is loaded."""
+    out = tmp_path / "a.png"
+    out.write_bytes(b"mine")
+    arguments = ("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--steps", 1, "--out", out)
+    refused = invoke(*arguments)
+    assert refused.exit_code == 1 and refused.stderr.endswith("exists. Give --force to replace it, or another name.\n")
+    assert out.read_bytes() == b"mine"
+    ok(*arguments, "--force")
+    assert Image.open(out).size == (64, 64)
+
+
+def test_words_that_the_embedded_model_never_saw_are_noted(gguf_file, tmp_path):
+    arguments = ("generate", "--gguf", gguf_file, "--steps", 1, "--force", "--out", tmp_path / "a.png", "--json")
+    result = invoke(*arguments, "--prompt", "A Cat on a red sofa, in blue.", "--negative", "a dog")
+    assert "it does not know: Cat, on, sofa, dog. --base names the folder of another model." in result.stderr
+    assert json.loads(result.stdout)["prompt"] == "A Cat on a red sofa, in blue."
+    assert "does not know" not in invoke(*arguments, "--prompt", "The digit 4, in blue!").stderr
 
 
 @pytest.mark.parametrize(
@@ -189,13 +213,14 @@ def test_inspect_of_a_refused_file(tmp_path):
 
 
 def test_doctor_prints_commands_that_can_be_copied(monkeypatch):
-    """The extra in square brackets is no markup, and a narrow terminal folds the command instead of cutting it."""
+    """The extra in square brackets is no markup, and a narrow terminal folds the command, uncut."""
     from flux_kernels.machine import doctor
 
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(doctor, "installed_version", lambda name: None)
     column = [line.split("│")[2].strip() for line in ok("doctor").splitlines() if line.count("│") == 4]
-    cells = "".join(column).replace(" ", "")  # a cell's lines are cut anywhere and padded
+    # A cell's lines are cut anywhere and padded.
+    cells = "".join(column).replace(" ", "")
     assert "missing:" + install_command("bench").replace(" ", "") in cells
 
 
@@ -204,7 +229,8 @@ def test_doctor_for_people_and_machines():
     assert json.loads(ok("doctor", "--json"))["packages"][0]["name"] == "torch"
 
 
-ERRORS = [  # arguments after the GGUF file and prompt, exit code, what the line says
+# Arguments after the GGUF file and prompt, exit code, what the line says.
+ERRORS = [
     (("--base", "{tmp}"), 1, r"holds no model_index\.json"),
     (("--base", "{tmp}/none"), 1, r"is not a folder"),
     (("--lora", "{tmp}/none.safetensors:0.5"), 1, r"none\.safetensors is no file"),
@@ -240,6 +266,13 @@ def test_offload_without_a_gpu_is_refused(gguf_file, tmp_path, offload):
     assert result.exit_code == 1 and "torch sees none. Use --offload none." in result.stderr
 
 
+def test_inspect_names_a_refused_file_once(tmp_path):
+    text = tmp_path / "README.md"
+    text.write_text("# flux_kernels")
+    result = invoke("inspect", text)
+    assert result.exit_code == 1 and result.stdout.count("README.md") == 1 and "Refused: header, byte 0" in result.stdout
+
+
 def test_inspect_of_a_missing_file_is_one_line():
     result = invoke("inspect", "nowhere.gguf")
     assert result.exit_code == 1 and result.stderr == "Error: No such file or directory: nowhere.gguf\n"
@@ -250,8 +283,7 @@ def test_traceback_lets_the_error_through():
     assert isinstance(result.exception, GGUFError)
 
 
-def test_missing_package_names_the_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flux_kernels.machine.doctor", None)
-    monkeypatch.setitem(sys.modules, "diffusers.utils", None)
-    result = invoke("inspect", "x.gguf")
+def test_missing_package_names_the_command(monkeypatch, gguf_file):
+    monkeypatch.setitem(sys.modules, "diffusers.models.transformers.transformer_flux", None)
+    result = invoke("inspect", gguf_file)
     assert result.exit_code == 1 and f"diffusers is not installed. Run: {install_command()}" in result.stderr

@@ -37,12 +37,12 @@ def test_a_dry_run_prints_what_writing_would_give(tmp_path):
     assert dry.exit_code == 0, dry.output
     out = tmp_path / "out.gguf"
     wet = invoke(SOURCE, out, "--type", "Q4_K_M", "--json", "--engine", "libggml")
-    planned, made = json.loads(dry.stdout), json.loads(wet.stdout)
-    assert planned["output"] is None and made["output"] == str(out) and made["seconds"] > 0
+    planned, written = json.loads(dry.stdout), json.loads(wet.stdout)
+    assert planned["output"] is None and written["output"] == str(out) and written["seconds"] > 0
     for key in ("bare_bytes", "types", "bits_per_weight", "block_bits_per_weight", "shares"):
-        assert planned[key] == made[key], key
-    assert made["bytes"] == out.stat().st_size
-    assert made["metadata"] == fk.read_gguf(out).metadata
+        assert planned[key] == written[key], key
+    assert written["bytes"] == out.stat().st_size
+    assert written["metadata"] == fk.read_gguf(out).metadata
 
 
 def test_bare_files_have_the_usual_keys_only(tmp_path):
@@ -63,7 +63,7 @@ def test_plans_and_patterns_are_taken(tmp_path):
 
 
 def test_a_type_that_a_whole_plan_leaves_nothing_is_refused(tmp_path):
-    """It would be ignored; beside a plan of some matrices it is the type of the others."""
+    """It would be ignored; with a plan of some matrices it is the type of the others."""
     whole = json.loads(invoke(SOURCE, "--type", "Q8_0", "--dry-run", "--json").stdout)["types"]
     names = [name for name, kind in whole.items() if kind == "Q8_0"]
     for planned, refused in ((names, True), (names[1:], False)):

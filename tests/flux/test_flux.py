@@ -186,7 +186,8 @@ def test_an_impossible_original_shape_is_refused(q8_file, tmp_path, shape):
         load_flux(path)
 
 
-ODD_HEAD = Architecture(head=16, width=64, text=32, pooled=32)  # (2, 7, 7) is what scaling would give
+# (2, 7, 7) is what scaling would give.
+ODD_HEAD = Architecture(head=16, width=64, text=32, pooled=32)
 
 
 def test_heads_that_do_not_scale_need_a_config(tmp_path):
@@ -265,7 +266,8 @@ def test_backend_and_compute_reach_the_layers(q8_file):
     model = load_flux(q8_file[0], backend="torch", compute="int8")
     modes = {name: m.compute for name, m in model.named_modules() if isinstance(m, GGUFLinear)}
     assert modes["transformer_blocks.0.attn.to_q"] == modes["single_transformer_blocks.0.proj_out"] == "int8"
-    assert modes["transformer_blocks.0.norm1.linear"] == "exact"  # modulation stays weight-only
+    # Modulation stays weight-only.
+    assert modes["transformer_blocks.0.norm1.linear"] == "exact"
     with pytest.raises(BackendUnavailable, match="int7"):
         load_flux(q8_file[0], backend="torch", compute="int7")
     with pytest.raises(FormatError, match="float64"):
@@ -282,7 +284,8 @@ def test_linears_stay_linears(q8_file):
     model = load_flux(q8_file[0])
     shapes = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert shapes["single_transformer_blocks.0.proj_out"] == (256, 1280)
-    assert len(shapes) == 30  # 14 in the double block, 6 in the single one, 3 embedders of 2, 4 outside
+    # 14 in the double block, 6 in the single one, 3 embedders of 2, 4 outside.
+    assert len(shapes) == 30
 
 
 MEASURE = """
@@ -306,7 +309,7 @@ for path in sys.argv[2:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc/self/status")
 def test_a_full_size_file_loads_in_little_memory(q8_file, tmp_path):
-    """FLUX.1-dev Q4_K_S, 6.8 GB, as sparse files: beyond the mapped file, at most twice the largest tensor.
+    """FLUX.1-dev Q4_K_S, 6.8 GB, sparse: beyond the mapped file, at most twice the largest tensor.
 
     A new file has its plain matrices in the dtype asked for, so they stay mapped: nothing but the pages that were read
     comes on top. An old one has them in another dtype: the cast tensors, which are the model, come on top too.

@@ -1,4 +1,4 @@
-"""Every layout, naming and variant of FLUX.1 files: the loaded model computes what the decoded file does in float32.
+"""Every layout, naming and variant of FLUX.1 files computes what the decoded file does in float32.
 
 The oracle is not ours: gguf-py writes and decodes the files, diffusers' own key conversion (with its hard-coded width
 replaced) maps the names.
@@ -135,7 +135,8 @@ def test_every_layout_loads_under_both_namings(tmp_path, layout, types, bfl):
     block = types("double_blocks.0.img_mod.lin.weight", (1, 1))
     packed = packed_layers(model)
     assert set(packed.values()) == ({block} if block not in ("F16", "BF16") else set())
-    assert len(packed) in (0, 20)  # 14 linears in a double block, 6 in a single one
+    # 14 linears in a double block, 6 in a single one.
+    assert len(packed) in (0, 20)
     facts = inspect_file(path)
     assert (facts.refused, facts.layout, facts.naming) == (None, layout, "bfl" if bfl else "diffusers")
 
@@ -189,7 +190,10 @@ def test_a_full_size_file_is_named_by_its_variant():
 
 
 def mixed_blocks(name: str, shape: tuple[int, ...]) -> str:
-    """Give every block a type of its own and its biases the same, as MixedQuantFlux does; K-quant blocks have F16 biases."""
+    """Give every block a type of its own and its biases the same, as MixedQuantFlux does.
+
+    K-quant blocks have F16 biases.
+    """
     block = {"double_blocks.0": "Q8_0", "double_blocks.1": "BF16", "single_blocks.0": "Q5_1", "single_blocks.1": "Q4_K"}.get(
         ".".join(name.split(".")[:2])
     )

@@ -17,6 +17,7 @@ from flux_kernels.errors import GGUFError
 from flux_kernels.flux import load_flux, save_gguf
 from flux_kernels.gguf.file import read_gguf
 from flux_kernels.layers.linear import GGUFLinear
+from flux_kernels.swap import swap_linear
 
 from ..flux_files import Architecture, flux_file, layout_types
 
@@ -103,13 +104,40 @@ def test_q_k_v_of_different_types_need_diffusers_names(tmp_path):
     file = flux_file(TINY, types, shapes=diffusers_shapes(TINY))
     model = load_flux(file.write(tmp_path / "in.gguf"))
     with pytest.raises(GGUFError) as error:
-        save_gguf(model, tmp_path / "out.gguf")
+        save_gguf(model, tmp_path / "out.gguf", names="bfl")
     assert "'single_blocks.0.linear1.weight' is one tensor of one type" in str(error.value)
     assert "attn.to_q.weight Q8_0, single_transformer_blocks.0.attn.to_k.weight Q5_1" in str(error.value)
     assert 'Use names="diffusers"' in str(error.value)
     assert not (tmp_path / "out.gguf").exists()
     save_gguf(model, tmp_path / "out.gguf", names="diffusers")
     assert_same_model(load_flux(tmp_path / "out.gguf"), model)
+    save_gguf(model, tmp_path / "default.gguf")
+    assert read_gguf(tmp_path / "default.gguf").tensors.keys() == read_gguf(tmp_path / "out.gguf").tensors.keys()
+    assert_same_model(load_flux(tmp_path / "default.gguf"), model)
+
+
+@pytest.mark.parametrize(("types", "first"), [("*.to_v", "transformer_blocks."), ("nothing", "double_blocks.")])
+def test_default_names_are_those_that_can_hold_the_model(tmp_path, types, first):
+    """The demo's mixed file has attention inputs of two types in one block; it is saved as it came."""
+    model = FluxTransformer2DModel(**config_of(TINY)).eval()
+    swap_linear(model, format={types: "Q8_0", "*": "Q4_K"}, include=["transformer_blocks.*", "single_transformer_blocks.*"])
+    save_gguf(model, tmp_path / "out.gguf")
+    assert any(name.startswith(first) for name in read_gguf(tmp_path / "out.gguf").tensors)
+    assert packed(load_flux(tmp_path / "out.gguf")).keys() == packed(model).keys()
+
+
+def test_what_is_no_flux_is_refused_with_one_sentence(tmp_path):
+    """A config of transformers is no mapping, a model around a model has other names."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(d_model=64, d_kv=16, num_heads=4, d_ff=64, num_layers=1, vocab_size=32)
+    out = tmp_path / "out.gguf"
+    with pytest.raises(TypeError, match="takes a FluxTransformer2DModel such as pipe.transformer, got T5EncoderModel"):
+        save_gguf(transformers.T5EncoderModel(transformers.T5Config(**sizes)), out)
+    around = nn.Sequential(FluxTransformer2DModel(**config_of(TINY)))
+    around.config = around[0].config
+    with pytest.raises(GGUFError, match="The model has no 'x_embedder', which its config promises"):
+        save_gguf(around, out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_can_be_saved_over_itself(tmp_path):
@@ -173,8 +201,9 @@ def test_diffusers_loads_files_with_diffusers_names(tmp_path):
 
 @pytest.mark.slow
 def test_one_block_of_each_kind_at_the_true_width(tmp_path):
-    """Width 3072: diffusers' own conversion, applied to packed bytes, is the oracle of the map; the file then runs and
-    comes back from save_gguf as it was, and diffusers loads it.
+    """Width 3072: diffusers' own conversion, applied to packed bytes, is the oracle of the map.
+
+    The file then runs and comes back from save_gguf as it was, and diffusers loads it.
     """
     wide = Architecture(width=3072, head=128, text=256, pooled=256)
     file = flux_file(wide, layout_types("old", "Q4_K"))

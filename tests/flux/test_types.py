@@ -14,7 +14,8 @@ from ..flux_files import Architecture
 
 DEV = Architecture(19, 38, width=3072, head=128, text=4096, pooled=768)
 SCHNELL = Architecture(19, 38, guidance=False, width=3072, head=128, text=4096, pooled=768)
-PUBLISHED = [  # model, rule, file type, bytes
+# Model, rule, file type, bytes.
+PUBLISHED = [
     (DEV, "old", "Q4_K_S", 6_805_988_640),
     (SCHNELL, "old", "Q4_K_S", 6_783_943_712),
     (SCHNELL, "old", "Q2_K", 4_010_296_352),
@@ -60,7 +61,8 @@ def test_the_rules_reproduce_published_file_sizes(tmp_path, architecture, rule, 
     types = tensor_types(rule, name, architecture.bfl_shapes())
     path = write_sparse(tmp_path / "flux.gguf", architecture, types, NAMED_TYPES[name].file_type)
     assert path.stat().st_size == size
-    facts = inspect_file(path)  # the reader checks that the tensors tile the file
+    # The reader checks that the tensors tile the file.
+    facts = inspect_file(path)
     assert facts.refused is None and facts.layout == rule
 
 

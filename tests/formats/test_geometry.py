@@ -1,4 +1,4 @@
-"""What a format's file states about itself: registration, geometry, and the sentence that opens it."""
+"""What a format's file states about itself: registration, geometry, and the words that open it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from .. import libggml_oracle
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "golden" / "manifest.json").read_text())
 FOLDER = Path(flux_kernels.formats.__file__).parent
-FILES = [path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_") and path.stem != "plain"]
+NO_FORMATS = ("plain", "packed")
+FILES = [path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_") and path.stem not in NO_FORMATS]
 OPENING = re.compile(
-    r"(?P<name>\w+): x = (?P<formula>.+); (?P<type_size>\d+) bytes per (?P<block_size>\d+) weights, (?P<bits>[\d.]+) bits/weight\."
+    r"(?P<name>\w+): x = (?P<formula>[^\n,]+), (?P<codes>[^\n]+)\.\n\n"
+    r"(?P<type_size>\d+) bytes per (?P<block_size>\d+) weights, (?P<bits>[\d.]+) bits/weight\.\n"
 )
 every_format = pytest.mark.parametrize("name", FORMATS)
 
@@ -31,11 +33,12 @@ def test_every_file_is_registered(file):
 
 
 @every_format
-def test_the_opening_sentence_states_the_computed_numbers(name):
+def test_the_opening_states_the_computed_numbers(name):
     fmt = FORMATS[name]
-    sentence = importlib.import_module(f"flux_kernels.formats.{name.lower()}").__doc__.splitlines()[0]
-    stated = OPENING.fullmatch(sentence)
-    assert stated, sentence
+    opening = importlib.import_module(f"flux_kernels.formats.{name.lower()}").__doc__
+    stated = OPENING.fullmatch(opening)
+    assert stated, opening
+    assert fmt.about is opening
     assert stated["name"] == name
     assert (int(stated["type_size"]), int(stated["block_size"])) == (fmt.type_size, fmt.block_size)
     assert stated["bits"] == f"{fmt.bits_per_weight:g}"
@@ -70,3 +73,11 @@ def test_blocks_that_cannot_be_loaded_by_words_ask_for_planes(name):
     """
     fmt = FORMATS[name]
     assert fmt.planes or fmt.type_size % 4 == 0
+
+
+@every_format
+def test_formats_that_gather_say_so(name):
+    """Their decode reads a grid in memory, which decides on their tiles; a table of 16 values is no grid."""
+    source = (FOLDER / f"{name.lower()}.py").read_text()
+    assert FORMATS[name].gathers == ("gather_grid" in source)
+    assert not FORMATS[name].gathers or FORMATS[name].table is not None

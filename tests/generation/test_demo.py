@@ -1,4 +1,4 @@
-"""The main job end to end on the embedded model: quantize, write, load, swap, draw; and what the demo says about it."""
+"""The main job end to end on the embedded model: quantize, write, load, swap, draw, compare."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SAME_DB = 48
 def demo(tmp_path_factory):
     if torch.cuda.is_available():
         pytest.skip("the bounds are those of float32 on the CPU; on a GPU the demo computes in bfloat16")
-    said: list[str] = []
-    drawn = run_demo(tmp_path_factory.mktemp("demo"), prompts=PROMPTS, seed=SEED, steps=STEPS, step=said.append)
-    return {one.name: one for one in drawn}, said
+    statuses: list[str] = []
+    drawn = run_demo(tmp_path_factory.mktemp("demo"), prompts=PROMPTS, seed=SEED, steps=STEPS, step=statuses.append)
+    return {variant.name: variant for variant in drawn}, statuses
 
 
 def draw(transformer):
@@ -63,7 +63,8 @@ def test_sizes_follow_from_the_type(demo, name):
     assert one.bits_per_weight == FORMATS[name].bits_per_weight
     assert one.nbytes == one.file.stat().st_size
     saved = weights * (16 - FORMATS[name].bits_per_weight) / 8
-    assert reference.nbytes - one.nbytes == pytest.approx(saved, abs=4096)  # headers may differ by some alignment
+    # Headers may differ by some alignment.
+    assert reference.nbytes - one.nbytes == pytest.approx(saved, abs=4096)
 
 
 def test_fewer_bits_are_further_off(demo):
@@ -71,7 +72,8 @@ def test_fewer_bits_are_further_off(demo):
     errors = [drawn[name].weight_error for name in ("16 bit", "Q8_0", "Q6_K", "Q4_K")]
     assert errors[0] == 0 and errors == sorted(errors)
     for name in ("Q8_0", "Q6_K", "Q4_K"):
-        assert drawn[name].weight_error <= 1.25 * FORMATS[name].relative_rms  # a bound for gaussian weights; these have tails
+        # A bound for gaussian weights; these have tails.
+        assert drawn[name].weight_error <= 1.25 * FORMATS[name].relative_rms
     quality = [drawn[name].psnr for name in ("16 bit", "Q8_0", "Q6_K", "Q4_K")]
     assert quality[0] == float("inf") and quality == sorted(quality, reverse=True)
     assert drawn["Q4_K"].bits_per_weight < drawn["mixed"].bits_per_weight < drawn["Q8_0"].bits_per_weight
@@ -97,8 +99,8 @@ def test_sheet_holds_every_picture(demo):
     size = TILE // 64 * 64
     assert sheet.width > LABEL_WIDTH + len(drawn) * size and sheet.height > len(PROMPTS) * size
     tile = drawn[0].images[0].resize((size, size), Image.Resampling.NEAREST)
-    found = [y for y in range(sheet.height - size) if sheet.crop((LABEL_WIDTH, y, LABEL_WIDTH + size, y + size)) == tile]
-    assert len(found) == 1
+    places = [y for y in range(sheet.height - size) if sheet.crop((LABEL_WIDTH, y, LABEL_WIDTH + size, y + size)) == tile]
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize(("size", "tile"), [((64, 64), (192, 192)), ((100, 50), (100, 50)), ((768, 384), (192, 96))])
@@ -111,5 +113,6 @@ def test_sheet_enlarges_by_whole_factors_and_shrinks_what_is_large(size, tile):
 
 def test_psnr_of_a_known_difference():
     black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
-    assert psnr([black], [grey]) == pytest.approx(13.979, abs=1e-3)  # 20 log10(255 / 51)
+    # 20 log10(255 / 51).
+    assert psnr([black], [grey]) == pytest.approx(13.979, abs=1e-3)
     assert psnr([grey], [grey]) == float("inf")

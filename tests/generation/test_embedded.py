@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from flux_kernels.generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits
+from flux_kernels.generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS, embedded_model_path, read_digits, words_note
 
 MAX_BYTES = 16_000_000
 SEEDS_PER_DIGIT = 4
@@ -55,7 +55,10 @@ def test_weights_are_stored_in_16_bit(part):
 
 
 def test_clip_is_named_as_every_release_of_transformers_5_reads_it():
-    """transformers 5.0 finds no weight without the prefix, and draws random ones without a word; later ones take both."""
+    """transformers 5.0 finds no weight without the prefix, and draws random ones silently.
+
+    Later releases take both.
+    """
     raw = (embedded_model_path() / "text_encoder" / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert all(name.startswith("text_model.") for name in header if name != "__metadata__")
@@ -90,6 +93,7 @@ def test_listed_prompts_consist_of_known_words(pipeline):
         assert len(pipeline.tokenizer(prompt).input_ids) == len(prompt.split()) + 2, prompt
         assert len(pipeline.tokenizer_2(prompt).input_ids) == len(prompt.split()) + 1, prompt
         assert len(prompt.split()) + 1 <= PIPELINE_KWARGS["max_sequence_length"]
+    assert not words_note(*EMBEDDED_PROMPTS)
 
 
 def test_missing_data_is_reported(monkeypatch, tmp_path):

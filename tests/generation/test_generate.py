@@ -1,4 +1,4 @@
-"""The decisions inside `generate`: LoRA arguments, defaults by model, sizes by picture, what a base folder must hold."""
+"""The decisions inside `generate`: LoRA arguments, defaults by model, sizes by picture, base folders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from PIL import Image
 from flux_kernels import FormatError, GGUFError
 from flux_kernels.generation.base_pipeline import PARTS, base_sizes, check_base, check_fit
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.generation.generate import Job, Lora, Made, Request, call_settings, check_out, save_png
+from flux_kernels.generation.generate import Drawing, Job, call_settings, check_out, save_png
 from flux_kernels.generation.inspect_file import FileFacts
+from flux_kernels.generation.request import Lora, Request
 from flux_kernels.generation.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
 
 
@@ -54,7 +55,8 @@ def test_defaults_follow_the_task(task, guidance, steps):
     assert (settings["guidance_scale"], settings["num_inference_steps"]) == (guidance, steps)
 
 
-SIZES = [  # task, size of the picture, what is asked for -> size of the result
+# Task, size of the picture, what is asked for -> size of the result.
+SIZES = [
     (FILL, (640, 480), {}, (640, 480)),
     (FILL, (4000, 3000), {}, (1184, 880)),
     (KONTEXT, (64, 64), {}, (1024, 1024)),
@@ -147,8 +149,8 @@ def test_where_the_picture_goes_is_checked_before_loading(tmp_path):
 
 def test_a_picture_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
     out = tmp_path / "out.png"
-    made = Made(Image.new("RGB", (16, 16)), {}, None, None, "", 0.0, 0.0)
-    save_png(made, out)
+    drawing = Drawing(Image.new("RGB", (16, 16)), {}, None, None, "", 0.0, 0.0)
+    save_png(drawing, out)
     before = out.read_bytes()
 
     def fails(self, path, *args, **kwargs):
@@ -157,5 +159,5 @@ def test_a_picture_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypa
 
     monkeypatch.setattr(Image.Image, "save", fails)
     with pytest.raises(OSError, match="No space"):
-        save_png(made, out)
+        save_png(drawing, out)
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]

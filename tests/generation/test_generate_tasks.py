@@ -1,4 +1,4 @@
-"""Every task of `generate` through the whole command line: the T5 file, Fill, Canny, Kontext, image to image, refusals."""
+"""Every task of `generate` through the whole command line, and what it refuses."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from flux_kernels.generation import generate as work
 from flux_kernels.generation.base_pipeline import load_pipeline
 from flux_kernels.generation.demo import Variant, write_variant
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from flux_kernels.generation.request import Request
 from flux_kernels.generation.tasks import DEPTH, choose_task
 
 from ..t5_files import decoded_twin
@@ -43,22 +44,25 @@ def files(tmp_path_factory):
 def run(files, gguf, *options):
     filled = [str(option).replace("@", f"{files}/") for option in options]
     arguments = ["--gguf", str(files / f"{gguf}.gguf"), "-p", "a red seven", "--steps", "2", "--dtype", "float32"]
-    return CliRunner().invoke(app, ["generate", *arguments, "--out", str(files / "out.png"), "--json", *filled])
+    return CliRunner().invoke(app, ["generate", *arguments, "--out", str(files / "out.png"), "--force", "--json", *filled])
 
 
 def drawn(files, gguf, *options):
-    """Return (pixels, what was said)."""
+    """Return (picture, facts)."""
     result = run(files, gguf, *options)
     assert result.exit_code == 0, result.output
     return Image.open(files / "out.png").copy(), json.loads(result.stdout)
 
 
 def test_a_t5_file_replaces_the_text_encoder(files, tmp_path):
-    """Equal, pixel by pixel, to the pipeline whose T5 holds the decoded values; the folder's own is not needed."""
+    """The pixels equal those of a pipeline whose T5 holds the decoded values.
+
+    The folder's own encoder is not needed.
+    """
     base = tmp_path / "base"
     shutil.copytree(embedded_model_path(), base, ignore=shutil.ignore_patterns("text_encoder_2", "transformer"))
-    image, said = drawn(files, "digits", "--t5", "@t5.gguf", "--base", base, "--width", 64, "--height", 64, "--guidance", 2.5)
-    assert said["t5"] == "t5.gguf" and said["task"] == "text to image"
+    image, facts = drawn(files, "digits", "--t5", "@t5.gguf", "--base", base, "--width", 64, "--height", 64, "--guidance", 2.5)
+    assert facts["t5"] == "t5.gguf" and facts["task"] == "text to image"
     pipeline = load_pipeline(embedded_model_path(), load_flux(files / "digits.gguf", dtype=torch.float32), torch.float32)
     decoded_twin(pipeline.text_encoder_2, write_embedded_t5(tmp_path / "again.gguf"))
     settings = {**PIPELINE_KWARGS, "num_inference_steps": 2, "max_sequence_length": 512}
@@ -66,7 +70,8 @@ def test_a_t5_file_replaces_the_text_encoder(files, tmp_path):
     assert image.tobytes() == expected.tobytes()
 
 
-TASKS = {  # what it is called -> transformer, options, and one option whose picture must matter
+# What it is called -> transformer, options, and one option whose picture must matter.
+TASKS = {
     "fill": ("fill", ("--image", "@red.png", "--mask", "@mask.png"), "@red.png"),
     "control": ("canny", ("--control-image", "@red.png"), "@red.png"),
     "edit": ("kontext", ("--image", "@red.png"), "@red.png"),
@@ -77,9 +82,9 @@ TASKS = {  # what it is called -> transformer, options, and one option whose pic
 @pytest.mark.parametrize("task", TASKS)
 def test_tasks_draw_from_their_picture(files, task):
     gguf, options, picture = TASKS[task]
-    image, said = drawn(files, gguf, *options)
-    assert said["task"] == task and image.size == (64, 64)
-    assert said["num_inference_steps"] == 2 and said["guidance_scale"] == PIPELINE_KWARGS["guidance_scale"]
+    image, facts = drawn(files, gguf, *options)
+    assert facts["task"] == task and image.size == (64, 64)
+    assert facts["num_inference_steps"] == 2 and facts["guidance_scale"] == PIPELINE_KWARGS["guidance_scale"]
     stored = json.loads(Image.open(files / "out.png").text["flux_kernels"])
     assert {"red.png"} <= {stored.get(name) for name in ("image", "control_image")}
     other = [option if option != picture else "@blue.png" for option in options]
@@ -88,10 +93,11 @@ def test_tasks_draw_from_their_picture(files, task):
 
 def test_the_flag_makes_any_dev_file_a_kontext(files):
     shutil.copy(files / "kontext.gguf", files / "renamed.gguf")
-    named, said = drawn(files, "kontext", "--image", "@wide.png")
+    named, facts = drawn(files, "kontext", "--image", "@wide.png")
     flagged, _ = drawn(files, "renamed", "--image", "@wide.png", "--kontext")
-    assert named.tobytes() == flagged.tobytes() and said["task"] == "edit"
-    assert named.size == (96, 48)  # the embedded model's 64 x 64 pixels in the picture's proportions, in steps of 16
+    assert named.tobytes() == flagged.tobytes() and facts["task"] == "edit"
+    # The embedded model's 64 x 64 pixels in the picture's proportions, in steps of 16.
+    assert named.size == (96, 48)
 
 
 def test_a_negative_prompt_reaches_kontext(files):
@@ -99,7 +105,8 @@ def test_a_negative_prompt_reaches_kontext(files):
     assert drawn(files, "kontext", "--image", "@red.png", "--negative", "a blue one")[0].tobytes() != plain.tobytes()
 
 
-REFUSALS = [  # transformer, options, the sentence
+# Transformer, options, the sentence.
+REFUSALS = [
     ("dev", ("--image", "@red.png"), r"same tensors.*Add --kontext for a Kontext file.*or --strength 0\.6"),
     ("dev", ("--mask", "@mask.png"), r"draws from text.*--mask is not taken\. --mask is for Fill files\."),
     ("dev", ("--image", "@red.png", "--mask", "@mask.png"), r"--image and --mask are not taken.*--mask is for Fill files"),
@@ -148,7 +155,7 @@ def test_a_t5_with_another_vocabulary_is_refused(files, tmp_path):
 
 
 def test_depth_is_told_from_canny_by_name_and_other_stacks_are_refused():
-    request = work.Request(None, None, "", control_image="x.png")
+    request = Request(None, None, "", control_image="x.png")
     config = {"in_channels": 128, "out_channels": 64, "guidance_embeds": True}
     assert choose_task(config, request, "flux1-Depth-dev.gguf") is DEPTH
     assert choose_task(config, request, "flux1-canny-dev.gguf").defaults["guidance_scale"] == 30
@@ -157,7 +164,8 @@ def test_depth_is_told_from_canny_by_name_and_other_stacks_are_refused():
 
 
 def test_people_are_told_about_task_and_offload(files):
-    arguments = ["generate", "--gguf", f"{files}/digits.gguf", "-p", "a seven", "--steps", "1", "--out", f"{files}/out.png"]
-    said = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments).stdout
-    assert "text to image, seed 0" in said
-    assert torch.cuda.is_available() or "Torch sees no GPU: everything runs on the CPU, and nothing is offloaded." in said
+    arguments = ["generate", "--gguf", f"{files}/digits.gguf", "-p", "a seven", "--steps", "1"]
+    arguments += ["--out", f"{files}/out.png", "--force"]
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments).stdout
+    assert "text to image, seed 0" in shown
+    assert torch.cuda.is_available() or "Torch sees no GPU: everything runs on the CPU, and nothing is offloaded." in shown

@@ -33,7 +33,8 @@ def test_facts_of_a_full_size_file(tmp_path):
     assert (facts.layout, facts.naming, facts.nbytes) == ("old", "bfl", 6_805_988_640)
     assert facts.parameters == 11_901_408_320 and facts.block_bits_per_weight == 4.5
     plain = facts.parameters - 11_834_228_736
-    small = 3072 * (64 + 256 + 768 + 256 + 64)  # img_in, three in_layers and final_layer.linear stay in 32 bit
+    # img_in, three in_layers and final_layer.linear stay in 32 bit.
+    small = 3072 * (64 + 256 + 768 + 256 + 64)
     vectors = sum(count.parameters for count in facts.types if count.kind == "vector")
     bits = 4.5 * 11_834_228_736 + 16 * (plain - small - vectors) + 32 * (small + vectors)
     assert facts.bits_per_weight == pytest.approx(bits / facts.parameters, rel=1e-12)
@@ -65,7 +66,8 @@ def test_offload_by_card_and_text_encoder(tmp_path, tiny):
 
 def test_the_overhead_model_is_stated_in_words_with_its_numbers(tiny):
     facts = inspect_file(tiny)
-    largest = 7 * 256 * 256  # the packed linear1, decoded
+    # The packed linear1, decoded.
+    largest = 7 * 256 * 256
     assert facts.overhead_bytes == 0.5 * GIB + round((4096 + 512) * 20 * 256 * 2 * 1.1) + 2 * largest
     for words in ("95% of the card", "0.5 GiB for CUDA", "4096 image and 512 text tokens", "20 hidden widths", "an estimate"):
         assert words in facts.overhead_model

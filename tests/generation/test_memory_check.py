@@ -17,7 +17,8 @@ from flux_kernels.generation.memory_check import Weights, check_pipeline_memory,
 from ..sparse_files import FLUX_DEV, sparse_base, sparse_safetensors
 
 CPU, GPU, GIB = torch.device("cpu"), torch.device("cuda", 0), 2**30
-DEV, COMPANIONS = 11_901_408_320, 123_060_480 + 4_762_310_656 + 83_819_683  # parameters, as published
+# Parameters, as published.
+DEV, COMPANIONS = 11_901_408_320, 123_060_480 + 4_762_310_656 + 83_819_683
 
 
 def test_weights_of_another_dtype_are_held_and_those_of_the_same_stay_mapped(tmp_path):
@@ -48,7 +49,8 @@ with safe_open({str(file)!r}, framework="pt") as opened:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded_weights([file], getattr(torch, dtype), CPU).held == held
-    assert int(done.stdout) == pytest.approx(held, abs=2**24)  # allocator and interpreter; 6 % of the larger number
+    # Allocator and interpreter; 6 % of the larger number.
+    assert int(done.stdout) == pytest.approx(held, abs=2**24)
 
 
 def test_companions_are_the_text_encoders_and_the_vae(tmp_path):
@@ -80,7 +82,8 @@ def test_several_processes_share_what_the_computer_has(monkeypatch):
     require_memory("Work", {"it": 2 * GIB}, CPU, "", processes=2)
     with pytest.raises(FormatError, match=re.escape("and 3 processes on this computer need 6.0 GiB of its 4.0")):
         require_memory("Work", {"it": 2 * GIB}, CPU, "", processes=3)
-    require_memory("Work", {"it": 2 * GIB}, GPU, "", processes=3)  # each on a GPU of its own
+    # Each on a GPU of its own.
+    require_memory("Work", {"it": 2 * GIB}, GPU, "", processes=3)
 
 
 def test_a_system_that_tells_nothing_is_not_asked_further(monkeypatch):
@@ -113,7 +116,7 @@ def test_pinning_copies_what_is_mapped(tmp_path, monkeypatch):
 
 
 def test_generate_checks_before_it_loads(tmp_path, monkeypatch):
-    """With the embedded pipeline and no memory at all; in float32 its own files, which are 16 bit, would be copied."""
+    """In float32 the embedded pipeline's files, which are 16 bit, would be copied to memory."""
     from flux_kernels.generation import generate as module
     from flux_kernels.generation.embedded import embedded_model_path
 

@@ -1,4 +1,4 @@
-"""The choice of offload: true FLUX.1 sizes on cards of 6 to 24 GB, and the activation model against a count of allocations."""
+"""The choice of offload on cards of 6 to 24 GB, and the activation model against counted allocations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from flux_kernels.generation.memory_plan import (
     vae_working,
 )
 
-WIDTH, WIDEST = 3072, 3072 * 18432  # of FLUX.1, and the weights of its largest matrix
+# Of FLUX.1, and the weights of its largest matrix.
+WIDTH, WIDEST = 3072, 3072 * 18432
 # published sizes of the GGUF files in bytes, and the bits of their largest matrix
 FILES = {"Q2_K": (4_010_296_352, 2.625), "Q4_K_S": (6_805_988_640, 4.5), "Q8_0": (12_708_281_504, 8.5)}
 
@@ -35,7 +36,8 @@ def flux_parts(file: str, t5_bits: float, side: int = 1024) -> list[Part]:
     return [Part("transformer", nbytes, int(WIDEST * bits / 8), working), *companions(side, side, t5_bits)]
 
 
-CHOICES = {  # file, bits of the T5 -> the choice on 6, 8, 12, 16, 24 GB at 1024 x 1024
+# File, bits of the T5 -> the choice on 6, 8, 12, 16, 24 GB at 1024 x 1024.
+CHOICES = {
     ("Q2_K", 16): ["group", "group", "model", "model", "none"],
     ("Q2_K", 8.5): ["model", "model", "model", "none", "none"],
     ("Q4_K_S", 16): ["group", "group", "model", "model", "none"],
@@ -53,7 +55,10 @@ def test_true_sizes_on_true_cards(file, t5_bits):
 
 
 def test_companions_have_the_published_sizes():
-    """T5 XXL's encoder is published with 9.52 GB in 16 bit and 5.06 GB in Q8_0, CLIP-L with 246 MB, the VAE with 168 MB."""
+    """The published T5 XXL encoder has 9.52 GB in 16 bit and 5.06 GB in Q8_0.
+
+    CLIP-L has 246 MB, the VAE 168 MB.
+    """
     clip, t5, vae = companions(1024, 1024)
     assert [round(part.weights / 1e6) for part in (clip, t5, vae)] == [246, 9525, 168]
     assert round(companions(1024, 1024, 8.5)[1].weights / 1e7) == 506
@@ -80,12 +85,13 @@ def test_tiles_are_the_last_resort():
     small = plan_memory(parts, free_on_card(8), 2048, 2048)
     assert (small.tile_vae, small.offload, small.fits) == (True, "model", True)
     assert "the VAE decodes in tiles" in small.sentence
-    assert not plan_memory(flux_parts("Q2_K", 8.5), 0, 1024, 1024).tile_vae  # no tiles in a picture of one
+    # No tiles in a picture of one.
+    assert not plan_memory(flux_parts("Q2_K", 8.5), 0, 1024, 1024).tile_vae
 
 
 def test_the_sentence_tells_numbers_and_reason():
-    said = plan_memory(flux_parts("Q4_K_S", 16), free_on_card(12), 1024, 1024).sentence
-    assert said == (
+    predicted = plan_memory(flux_parts("Q4_K_S", 16), free_on_card(12), 1024, 1024).sentence
+    assert predicted == (
         "10.9 GiB of GPU memory are free; everything at once needs 17.8, the largest model alone (text_encoder_2) needs 9.2 "
         "GiB: offload model."
     )
@@ -94,7 +100,7 @@ def test_the_sentence_tells_numbers_and_reason():
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of all storages made under it that are alive; `peak` is the most there were."""
+    """Count the bytes of all storages made under it that are alive; `peak` is their most."""
 
     def __init__(self):
         super().__init__()
@@ -121,18 +127,24 @@ def peak_of(call) -> int:
 
 @pytest.mark.parametrize("tokens", [64, 256])
 def test_transformer_activations_as_counted(tiny_flux, tokens):
-    """Counted: 18.0 hidden widths a token in 16 bit; the model says 20 and a tenth more, at any number of tokens."""
+    """18.0 hidden widths a token are counted in 16 bit, at any number of tokens.
+
+    The model has 20 and a tenth more.
+    """
     from ..conftest import flux_inputs
 
     model = tiny_flux.to(torch.bfloat16)
     inputs = flux_inputs(tokens=tokens, text=tokens // 8, dtype=torch.bfloat16)
-    said = transformer_working(256, tokens + tokens // 8)
-    assert 0.75 * said <= peak_of(lambda: model(**inputs)) <= said
+    predicted = transformer_working(256, tokens + tokens // 8)
+    assert 0.75 * predicted <= peak_of(lambda: model(**inputs)) <= predicted
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_vae_activations_as_counted(batch):
-    """Counted: 3.0 times the channels at full resolution; the model says 4, one of them for a convolution's workspace."""
+    """3.0 times the channels at full resolution are counted.
+
+    The model has 4, one of them for a convolution's workspace.
+    """
     from diffusers import AutoencoderKL
 
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -146,7 +158,9 @@ def test_vae_activations_as_counted(batch):
 def test_text_activations_as_counted():
     from ..t5_files import tiny_t5
 
-    model = tiny_t5(d_model=256, d_ff=640).to(torch.bfloat16)  # T5 XXL's ratio of the two
+    # T5 XXL's ratio of the two.
+    model = tiny_t5(d_model=256, d_ff=640).to(torch.bfloat16)
     peak = peak_of(lambda: model(torch.zeros(1, 512, dtype=torch.long)))
-    said = text_working(256, 4, 512)
-    assert said / 3 <= peak <= said  # between them lie releases of transformers
+    predicted = text_working(256, 4, 512)
+    # Between them lie releases of transformers.
+    assert predicted / 3 <= peak <= predicted

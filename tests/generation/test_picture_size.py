@@ -23,7 +23,8 @@ def test_positions_are_told_apart_up_to_the_longest_side_and_no_further(dtype):
 
 def test_activations_beyond_the_free_memory_are_refused(monkeypatch):
     monkeypatch.setattr(picture_size, "free_bytes", lambda device: 2**30)
-    check_memory([Part("transformer", 10**18, 1, 2**20)], 64, 64)  # weights are mapped from the file
+    # Weights are mapped from the file.
+    check_memory([Part("transformer", 10**18, 1, 2**20)], 64, 64)
     with pytest.raises(
         FormatError, match=r"64 x 48 is too large: the vae would need about 2\.0 GiB .* 1\.0 GiB of memory are free"
     ):

@@ -1,4 +1,4 @@
-"""Placing a pipeline: what is measured of it, offload by measured free memory, pinning, and pictures that stay the same."""
+"""Placing a pipeline: measured sizes, offload by free memory, pinning, pictures that stay the same."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def test_parts_are_measured(pipeline):
     transformer = parts["transformer"]
     held = sum(p.numel() * p.element_size() for p in pipeline.transformer.parameters())
     assert transformer.weights == held
-    assert transformer.layer == 512 * 256 * 4 + 512 * 4  # norm_out.linear, which is plain
+    # norm_out.linear, which is plain.
+    assert transformer.layer == 512 * 256 * 4 + 512 * 4
     assert transformer.working == round((16 + 8) * 20 * 256 * 4 * 1.1) + 6 * 256 * 256 * 4
     assert parts["vae"].working == round(64 * 64 * 4 * 32 * 4 * 1.1)
 

@@ -1,4 +1,4 @@
-"""The tests that diffusers runs on its models and quantizers, pointed at a tiny Flux with packed layers.
+"""The tests of diffusers on its models and quantizers, pointed at a tiny Flux with packed layers.
 
 diffusers keeps them as mixins in tests/models/testing_utils of its repository (quantization, lora, memory, training, compile),
 not in its wheel. The methods here have their names and check the same, so that a maintainer can move a class over and let it
@@ -67,7 +67,8 @@ class FluxKernelsConfigMixin(FluxTesterConfig):
         "Q8_0": {"format": "Q8_0"},
         "mixed": {"format": {"x_embedder": "Q5_1", "*.attn.*": "Q6_K", "*": "Q4_K"}},
     }
-    EXPECTED_MEMORY_REDUCTIONS: ClassVar = {"Q8_0": 1.8, "mixed": 3.0}  # against bfloat16
+    # Against bfloat16.
+    EXPECTED_MEMORY_REDUCTIONS: ClassVar = {"Q8_0": 1.8, "mixed": 3.0}
     modules_to_not_convert_for_test = ("transformer_blocks.0", "norm_out.linear")
 
     def _load_unquantized_model(self, **options):
@@ -85,7 +86,7 @@ class FluxKernelsConfigMixin(FluxTesterConfig):
 
 
 class LoRALayer(nn.Module):
-    """Put a trainable low-rank product beside a layer."""
+    """Add a trainable low-rank product to a layer."""
 
     def __init__(self, module: nn.Linear, rank: int = 4):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The second half of test_diffusers_mixins.py: what diffusers tests on models, done to a tiny Flux after swap_linear."""
+"""What diffusers tests on models (see test_diffusers_mixins.py), on a tiny Flux after swap_linear."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class TestFluxLoRA(FluxTesterConfig):
         model.save_lora_adapter(tmp_path)
         model.unload_lora()
         model.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
-        found = model.peft_config["default_0"].to_dict()
-        assert {key: found[key] for key in ("r", "lora_alpha", "use_dora")} == {
+        loaded = model.peft_config["default_0"].to_dict()
+        assert {key: loaded[key] for key in ("r", "lora_alpha", "use_dora")} == {
             key: expected[key] for key in ("r", "lora_alpha", "use_dora")
         }
-        assert set(found["target_modules"]) == set(expected["target_modules"])
+        assert set(loaded["target_modules"]) == set(expected["target_modules"])
 
     def test_lora_adapter_wrong_metadata_raises_error(self, tmp_path):
         model = self.adapted()

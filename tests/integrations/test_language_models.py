@@ -1,4 +1,7 @@
-"""Causal language models of transformers after swap_linear: they generate, and the tokens are the dequantized model's."""
+"""Causal language models of transformers after swap_linear.
+
+They generate, and the tokens are the dequantized model's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import flux_kernels as fk
 from flux_kernels.layers.linear import GGUFLinear
-from flux_kernels.swap.guard import SwappedModelQuantizer
+from flux_kernels.swap.model_quantizer import SwappedModelQuantizer
 
 SIZES = dict(
     vocab_size=96,
@@ -25,7 +28,8 @@ SIZES = dict(
     bos_token_id=1,
     eos_token_id=None,
 )
-FAMILIES = {  # name -> what its configuration takes beside SIZES
+# Name -> what its configuration takes in addition to SIZES.
+FAMILIES = {
     "Llama": {},
     "Qwen2": {},
     "Qwen3": dict(head_dim=16),
@@ -74,7 +78,8 @@ def test_generate_gives_the_tokens_of_the_dequantized_model(pair, how):
     kept = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=12, **how)
     got, wanted = (each.generate(prompt, **kept) for each in (model, plain))
     assert got.shape == (2, 17)
-    assert got[:, 5:].unique().numel() > 2  # no constant text that any weights would give
+    # No constant text that any weights would give.
+    assert got[:, 5:].unique().numel() > 2
     assert torch.equal(got, wanted)
 
 
@@ -87,7 +92,7 @@ def test_the_stand_in_answers_all_that_a_quantizer_is_asked():
 
 
 def test_a_trainer_takes_a_swapped_model_with_an_adapter(tmp_path):
-    """`Trainer` refuses quantized models that say they cannot be trained; a step through a LoRA changes it."""
+    """`Trainer` refuses quantized models that cannot be trained; a step through a LoRA changes it."""
     from peft import LoraConfig, get_peft_model
 
     model = model_of("Llama")

@@ -1,4 +1,4 @@
-"""Fusing LoRA adapters into packed layers: exact, counted, removable, re-quantized on request, or refused whole."""
+"""Fusing LoRA adapters into packed layers: exact, removable, re-quantized on request, or refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 import flux_kernels as fk
 
-from ..swap.test_operations_table import CLOSE, assert_same, lora_config, lora_state_dict, packed_layers, pipeline, run, twin
+from ..swap.lora import lora_config, lora_state_dict, pipeline
+from ..swap.twins import CLOSE, assert_same, packed_layers, run, twin
 
 peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
@@ -109,7 +110,7 @@ def test_peft_merges_unmerges_and_unloads(packed):
 
 
 def test_fused_adapters_cost_one_low_rank_product_and_no_decode(packed, monkeypatch):
-    """Count what a call does: k adapters, one product with the packed rows, one down projection, no decode of W."""
+    """k adapters cost one product with the packed rows, one down projection and no decode of W."""
     from flux_kernels.layers.lazy_weight import LazyWeight
 
     monkeypatch.setattr(LazyWeight, "decode", lambda self: pytest.fail("decoded"))
@@ -263,7 +264,7 @@ def fused(model):
 
 
 def test_adapters_on_fused_projections_fuse_too(tiny_flux):
-    """The parts of a fused layer take a branch of their own, and are bit for bit what they were afterwards."""
+    """Parts of a fused layer take a branch of their own, and are bit for bit as before afterwards."""
     model = fused(tiny_flux)
     load(model)
     unfused = run(model)

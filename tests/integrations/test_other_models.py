@@ -1,4 +1,4 @@
-"""Packed layers in other transformers of diffusers: nothing in the library knows them, so all of them have to work."""
+"""Packed layers in other transformers of diffusers: the library knows none, so all have to work."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import flux_kernels as fk
 
 from .conftest import assert_same_model
 
-FORMAT = "Q8_0"  # of blocks of 32, so that models can be tiny
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # float32; sums in another order, some outputs are differences of large numbers
+# Blocks of 32, so that models can be tiny.
+FORMAT = "Q8_0"
+# float32; sums in another order, and some outputs are differences of large numbers.
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -187,7 +189,8 @@ def case(request):
     config, inputs = MODELS[request.param]
     torch.manual_seed(0)
     model = getattr(diffusers, request.param)(**config).eval()
-    for parameter in model.parameters():  # some are made without values, or as zeros that would hide errors
+    # Some are made without values, or as zeros that would hide errors.
+    for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     unfit = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.in_features % 32]

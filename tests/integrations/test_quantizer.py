@@ -1,4 +1,4 @@
-"""Loading through diffusers: 16-bit checkpoints quantized on the way, GGUF files kept packed, and what is refused."""
+"""Loading through diffusers: 16-bit checkpoints are quantized, GGUF files stay packed; refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_loading_equals_loading_and_swapping(plain_folder):
     fk.swap_linear(swapped, format=BLOCKS, compute="int8")
     assert {layer[0] for layer in packed(loaded).values()} == {"Q8_0", "Q4_K"}
     assert_same_model(loaded, swapped)
-    torch.testing.assert_close(run(loaded), run(swapped), rtol=0.02, atol=0.02)  # bf16; rows of files lie at odd addresses
+    # bf16; rows of files lie at odd addresses.
+    torch.testing.assert_close(run(loaded), run(swapped), rtol=0.02, atol=0.02)
 
 
 def test_the_first_pattern_counts_and_the_rest_stays(plain_folder):
@@ -108,7 +109,8 @@ def test_without_a_dtype_it_is_float32_as_elsewhere_in_diffusers(plain_folder):
 def test_progress_is_shown_and_diffusers_can_turn_it_off(plain_folder, capsys):
     from diffusers.utils import logging
 
-    logging.enable_progress_bar()  # commands that ran before in this process turn it off
+    # Commands that ran before in this process turn it off.
+    logging.enable_progress_bar()
     load(plain_folder, FluxKernelsConfig("Q8_0"))
     assert "Quantizing: 100%" in capsys.readouterr().err
     logging.disable_progress_bar()
@@ -129,7 +131,8 @@ def test_progress_is_shown_and_diffusers_can_turn_it_off(plain_folder, capsys):
     ],
 )
 def test_refusals(plain_folder, tmp_path, config, options, error, message):
-    if error is None:  # K = 64 is just enough
+    # K = 64 is just enough.
+    if error is None:
         assert packed(load(plain_folder, FluxKernelsConfig(**config), **options))["x_embedder"][1] == "fp16_accumulate"
         return
     with pytest.raises(error) as caught:
@@ -154,7 +157,10 @@ def test_an_incomplete_checkpoint_is_refused(plain_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def gguf_with_bf16(tmp_path_factory):
-    """Write a GGUF file of the tiny Flux with a BF16 matrix and a BF16 vector, which diffusers' own layers cannot run."""
+    """Write a GGUF file of the tiny Flux with a BF16 matrix and a BF16 vector.
+
+    diffusers' own layers cannot run them.
+    """
     folder = tmp_path_factory.mktemp("gguf")
     torch.manual_seed(0)
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "flux")
@@ -266,4 +272,5 @@ def test_the_16_bit_model_is_never_in_memory_as_a_whole(tmp_path):
     assert done.returncode == 0, done.stderr
     peak, packed_bytes = map(int, done.stdout.split())
     assert packed_bytes < 0.3 * whole
-    assert peak < 0.8 * whole  # the packed model, one layer at work, and what importing allocates late; without care 1.3
+    # The packed model, one layer at work, and what importing allocates late; without care 1.3.
+    assert peak < 0.8 * whole

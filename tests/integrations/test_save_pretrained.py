@@ -1,4 +1,4 @@
-"""save_pretrained and back without any argument: bytes, types, compute modes, backends and dtypes as they were."""
+"""save_pretrained and back without any argument: bytes, types, modes, backends and dtypes stay."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_config_json_can_be_read(model, tmp_path):
     assert saved["format"]["single_transformer_blocks.*.proj_mlp"] == "Q4_K"
     assert saved["compute"]["single_transformer_blocks.*.proj_mlp"] == "int8"
     assert saved["compute"]["transformer_blocks.1.attn.to_q"] == "fp16_accumulate"
-    assert len(saved["format"]) < 30  # a pattern for all blocks where all agree
+    # A pattern for all blocks where all agree.
+    assert len(saved["format"]) < 30
     assert FluxKernelsConfig.from_dict(saved).to_dict() == saved
 
 
@@ -106,7 +107,8 @@ def test_models_of_load_flux(tmp_path):
 def test_swapped_models_and_later_changes(plain_folder, tmp_path):
     model = load(plain_folder, torch_dtype=torch.bfloat16)
     fk.swap_linear(model, format="Q8_0", exclude="transformer_blocks.1.*")
-    model.proj_out.compute = "int8"  # by hand
+    # By hand.
+    model.proj_out.compute = "int8"
     model.transformer_blocks[0].norm1.linear = model.transformer_blocks[0].norm1.linear.dequantize()
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
@@ -149,7 +151,10 @@ def change_by_hand(model, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["type", "branch"])
 def test_copies_that_were_changed_by_hand(model, tmp_path, how):
-    """A copy is described as it is; an unpickled model is not known to its config until it is swapped, and says so."""
+    """A copy is described as it is; an unpickled model is unknown to its config until it is swapped.
+
+    Until then it says so.
+    """
     clone = copy.deepcopy(model)
     change_by_hand(clone, how)
     clone.save_pretrained(tmp_path / "copy")
@@ -190,12 +195,14 @@ def test_adapters_and_fused_projections_are_refused_before_anything_is_written(m
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="attn.to_q has an adapter.*save_lora_weights"):
         model.save_pretrained(folder)
-    repr(model.config)  # describes the model all the same
+    # Describes the model all the same.
+    repr(model.config)
     model.delete_adapters("default")
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
     recurse_remove_peft_layers(model)
-    attention = model.transformer_blocks[0].attn  # layers are fused where type, compute mode and backend are the same
+    # Layers are fused where type, compute mode and backend are the same.
+    attention = model.transformer_blocks[0].attn
     attention.to_q, attention.to_v = copy.deepcopy(attention.to_k), copy.deepcopy(attention.to_k)
     fk.fuse_projections(model)
     with pytest.raises(ValueError, match="is a FusedPart.*unfuse_projections"):
@@ -215,7 +222,8 @@ def test_dequantize_forgets_the_config(model, tmp_path):
     before = run(model)
     model.dequantize()
     assert "quantization_config" not in model.config and not hasattr(model, "hf_quantizer") and not packed(model)
-    torch.testing.assert_close(run(model), before, rtol=0.05, atol=0.05)  # int8 layers were among them
+    # int8 layers were among them.
+    torch.testing.assert_close(run(model), before, rtol=0.05, atol=0.05)
     model.to(torch.float32).save_pretrained(tmp_path)
     assert not packed(load(tmp_path)) and "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 

@@ -217,7 +217,8 @@ def test_rows_that_start_at_an_odd_address_are_copied_to_an_aligned_one(device):
     vectors = golden("MXFP4")
     data = vectors["q"][:5, :17].contiguous().to(device)
     assert data[1:].data_ptr() % 16
-    assert aligned(data[1:]).data_ptr() % 16 == 0
-    assert aligned(data) is data
+    whole = Packed(data, FORMATS["MXFP4"])
+    assert aligned(Packed(data[1:], FORMATS["MXFP4"])).data.data_ptr() % 16 == 0
+    assert aligned(whole) is whole
     got = kernels.linear(torch.eye(32, device=device), Packed(data[1:], FORMATS["MXFP4"]), None, "exact").cpu()
     assert torch.equal(got, vectors["y"][1:5, :32].T)

@@ -286,5 +286,5 @@ def test_takes_row_scale_asks_for_every_size_of_call():
         groups, rows = (default_choice("int8", Q4_K, 32, N, K, card) for card in ((8, 9), (9, 0)))
         patched.setattr(int8, "choose", lambda mode, fmt, m, *rest: asked.append(m) or (rows if m == 4096 else groups))
         assert int8.takes_row_scale(Q4_K, N, K, torch.device("cpu"))
-    assert ops.row_scale(packed(), "Q4_K", "triton", "int8", False) is not None
+    assert ops.row_scale(Packed(packed(), Q4_K), "triton", "int8") is not None
     assert 4096 in asked

@@ -65,7 +65,7 @@ def test_adapters_work_on_parts_of_an_offloaded_model(fused, packed_model, offlo
 
 
 def test_adapters_load_and_unload_through_the_pipeline(fused, packed_model, expected):
-    from ..swap.test_operations_table import lora_state_dict, pipeline
+    from ..swap.lora import lora_state_dict, pipeline
 
     plain, outputs = copy.deepcopy(packed_model), []
     for each in (plain, fused):

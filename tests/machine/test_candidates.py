@@ -1,4 +1,4 @@
-"""What is tried: every candidate is legal, none twice, and nothing that the compile-time report rules out."""
+"""What is tried: legal candidates, none twice, and none that the compile-time report rules out."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ def tried(compute: str, name: str, m: int, n: int = 3072, k: int = 3072, card=GE
 @pytest.mark.parametrize("card", [GEFORCE, HOPPER, ((7, 5), 68), (None, 1)], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 18432, 3072), (512, 3072, 3072), (4608, 3072, 15360), (64, 64, 256)])
 def test_every_candidate_would_be_read_back(compute, name, card, m, n, k):
-    """A candidate that won must make a row that `TuningRecord.load` takes; the default comes first, and none twice."""
-    found = tried(compute, name, m, n, k, card)
-    assert found and len(found) == len(set(found))
-    for algorithm, tile, rows in found:
+    """A candidate that won makes a row that `TuningRecord.load` takes.
+
+    The default comes first, and no candidate twice.
+    """
+    listed = tried(compute, name, m, n, k, card)
+    assert listed and len(listed) == len(set(listed))
+    for algorithm, tile, rows in listed:
         data = dict(compute=compute, format=name, m=m, n=n, k=k, algorithm=algorithm, tile=tile and vars(tile), rows=rows)
         record._row(data | dict(ms=1.0, default_ms=1.0, triton="", kernel_hash="", dtype="bfloat16"))
 
@@ -56,7 +59,8 @@ def test_a_data_center_card_spends_little_on_fused_tiles_at_large_m():
     assert 0 < len(fused) <= 4
     assert {"fused", "split_k"} <= {one.algorithm for one in tried("exact", "Q4_K", 128, card=HOPPER)}
     assert "split_k" not in {one.algorithm for one in tried("exact", "Q4_K", 129, card=HOPPER)}
-    assert len(tried("fp16_accumulate", "Q4_K", 4608, card=HOPPER)) == 1  # the mode is refused there
+    # The mode is refused there.
+    assert len(tried("fp16_accumulate", "Q4_K", 4608, card=HOPPER)) == 1
 
 
 def test_float32_tries_no_fused_tile():
@@ -69,8 +73,8 @@ def test_float32_tries_no_fused_tile():
 def test_the_weight_is_tried_whole_and_in_chunks(compute, algorithm):
     """N = 12288: halves of 6144 rows, and at M = 512 chunks of two waves on 132 multiprocessors."""
     card = HOPPER if algorithm == "row_scales" else GEFORCE
-    found = [one.rows for one in tried(compute, "Q4_K", 512, 12288, card=card) if one.algorithm == algorithm]
-    assert None in found and 6144 in found and len(set(found)) == 3
+    rows = [one.rows for one in tried(compute, "Q4_K", 512, 12288, card=card) if one.algorithm == algorithm]
+    assert None in rows and 6144 in rows and len(set(rows)) == 3
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "Q4_0"])
@@ -90,8 +94,8 @@ from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tiles import Tile
 
 def spills(compute, name, capability, algorithm, tile):
-    found = launched(compute, FORMATS[name], (4608, 3072, 3072), "bf16", False, Choice(algorithm, tile, ""))
-    return max(compile_launch(one, capability).code.spills for one in found if "gemm" in one.name)
+    launches = launched(compute, FORMATS[name], (4608, 3072, 3072), "bf16", False, Choice(algorithm, tile, ""))
+    return max(compile_launch(launch, capability).code.spills for launch in launches if "gemm" in launch.name)
 
 print(json.dumps([
     *(spills("int8", "Q4_K", capability, algorithm, Tile(*shape, 128, 8, 3))
@@ -129,13 +133,13 @@ def test_no_tile_needs_more_shared_memory_than_a_program_has(card):
 
 def test_memory_is_never_predicted_above_what_a_kernel_takes():
     """Every recorded kernel of more than one step through K: a tile that fits is never left out."""
-    assert len(RECORDED) > 100  # the record grows and is made anew in parts
+    # The record grows and is made anew in parts.
+    assert len(RECORDED) > 100
     for row in RECORDED:
         sizes = re.match(r"(\d+)x(\d+)x(\d+) warps (\d+) stages (\d+)", row["tile"])
-        capability, scaled = (
-            divmod(int(row["capability"]), 10),
-            row["kernel"].startswith("fp16_gemm"),
-        )  # to fp16, whatever x was
+        capability = divmod(int(row["capability"]), 10)
+        # To fp16, whatever x was.
+        scaled = row["kernel"].startswith("fp16_gemm")
         itemsize = 4 if row["dtype"] == "fp32" and not scaled else 2
         tile = Tile(*map(int, sizes.groups()), ldmatrix="ldmatrix" in row["tile"])
         least = least_shared_bytes(FORMATS[row["format"]], tile, capability, itemsize)
@@ -169,7 +173,10 @@ COMPILED = [
 
 @pytest.mark.parametrize(("name", "capability", "itemsize", "tile", "took"), COMPILED)
 def test_memory_is_predicted_closely_for_large_tiles(name, capability, itemsize, tile, took):
-    """Whether a tile fits is predicted right, and what is not foreseen is a change of layout of one slice (at most 32 KiB)."""
+    """Whether a tile fits is predicted right.
+
+    What is not foreseen is a change of layout of one slice (at most 32 KiB).
+    """
     card = divmod(capability, 10)
     least = least_shared_bytes(FORMATS[name], Tile(*tile, ldmatrix=name == "Q8_0"), card, itemsize)
     limit = shared_limit(card)

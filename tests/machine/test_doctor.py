@@ -17,16 +17,18 @@ from flux_kernels.machine import doctor
 def test_versions_are_those_of_the_imported_packages():
     import diffusers
 
-    found = {package.name: package.version for package in doctor.diagnose().packages}
-    assert found["torch"] == torch.__version__ and found["diffusers"] == diffusers.__version__
+    versions = {package.name: package.version for package in doctor.diagnose().packages}
+    assert versions["torch"] == torch.__version__ and versions["diffusers"] == diffusers.__version__
 
 
 def test_every_type_is_said_to_run_where_it_runs():
     diagnosis = doctor.diagnose()
     assert diagnosis.devices[0].device == "cpu"
     for device in diagnosis.devices:
-        said = {name: backend for backend, names in device.runs.items() for name in names}
-        assert said == {name: resolve("auto", "exact", torch.device(device.device), fmt).name for name, fmt in FORMATS.items()}
+        backends = {name: backend for backend, names in device.runs.items() for name in names}
+        assert backends == {
+            name: resolve("auto", "exact", torch.device(device.device), fmt).name for name, fmt in FORMATS.items()
+        }
 
 
 def test_a_missing_package_comes_with_its_command(monkeypatch):
@@ -42,7 +44,8 @@ def test_a_missing_package_comes_with_its_command(monkeypatch):
     missing = {package.name: package.command for package in diagnosis.packages if package.version is None}
     assert missing.items() >= {"peft": install_command(), "gguf": install_command("bench")}.items()
     assert f"peft is missing (LoRAs): {install_command()}" in diagnosis.advice
-    assert not any(line.startswith("gguf") for line in diagnosis.advice)  # not needed, so no advice
+    # Not needed, so no advice.
+    assert not any(line.startswith("gguf") for line in diagnosis.advice)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is seen here")

@@ -13,7 +13,7 @@ CPU, GIB = torch.device("cpu"), 2**30
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Return what lays out a made-up /proc and /sys/fs/cgroup: 16 GiB of memory, 12 of them available."""
+    """Return a function that writes a fake /proc and /sys/fs/cgroup: 16 GiB, 12 of them available."""
     monkeypatch.setattr(free_memory, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(free_memory, "_CGROUPS", tmp_path / "cgroup")
     (tmp_path / "proc" / "self").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The GPU clock, on a simulated device: what the device takes is measured, whatever the host takes to issue it."""
+"""The GPU clock measures what a simulated device takes, whatever the host takes to issue it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def launching(cuda, count: int, host: float, device: float):
 
 
 def test_a_short_call_is_measured_as_the_device_runs_it(cuda):
-    """Ten launches of 30 us on the host and 5 us on the device: 50 us, not the 300 that two events around them would tell."""
+    """Ten launches of 30 us on the host and 5 us on the device take 50 us.
+
+    Two events around them would measure 300.
+    """
     times = interleaved({"short": launching(cuda, 10, 30, 5)}, 4, GPU)["short"]
     assert times == pytest.approx([0.05] * 4)
     start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
@@ -84,7 +87,10 @@ def test_a_function_too_slow_to_be_queued_is_run_twice_not_seven_times(cuda):
 
 
 def test_a_function_that_waits_for_the_device_is_run_four_times_not_eight(cuda):
-    """Three sleeps, each twice what issuing took before, and a run without: a longer one could not serve either."""
+    """Three sleeps, each twice what issuing took before, are followed by a run without one.
+
+    A longer one could not serve either.
+    """
     clock = GpuClock(GPU)
 
     def run():
@@ -124,7 +130,8 @@ def test_graphs_are_captured_once_and_replayed_behind_a_flush(cuda):
     times = graph_replayed({"one": launching(cuda, 10, 30, 5)}, 4, GPU, before=lambda: cuda.launch(5, 35, "flush"))
     assert times["one"] == pytest.approx([0.05] * 4)
     assert cuda.calls.count("capture") == cuda.calls.count("reset") == 1
-    replayed = cuda.calls[cuda.calls.index("capture") + 11 : -1]  # after the ten launches of the capture
+    # After the ten launches of the capture.
+    replayed = cuda.calls[cuda.calls.index("capture") + 11 : -1]
     assert replayed == ["sleep", "flush", "event", "replay", "event"] * 4
 
 

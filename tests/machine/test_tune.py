@@ -1,53 +1,65 @@
-"""tune: whatever a candidate does, the others are measured; the record is written at once, resumed, and used."""
+"""Tuning measures all other candidates whatever one does; its record is resumed, and used."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import time
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
-from typing import ClassVar
 
 import pytest
 import torch
 
 from flux_kernels._triton import triton
 from flux_kernels.errors import BackendUnavailable
+from flux_kernels.flux.calls import step_calls
 from flux_kernels.kernels import record
 from flux_kernels.kernels.record import TuningRecord
 from flux_kernels.machine import tune as tuning
 from flux_kernels.machine.candidates import Candidate
-from flux_kernels.machine.tune import Job, tune, tune_call
-from flux_kernels.machine.tune_compile import KILLED, Compilers, Spills
+from flux_kernels.machine.tune import tune, tune_call
+from flux_kernels.machine.tune_compile import Spills
+from flux_kernels.machine.tune_jobs import Job, step_jobs
 
 CPU = torch.device("cpu")
-FEW = 4  # candidates: the interpreter takes a second for each
-JOB = Job("exact", "Q4_K", 16, 32, 256)  # of float16: float32 has fused tiles nowhere
+# Candidates: the interpreter takes a second for each.
+FEW = 4
+# Of float16: float32 has fused tiles nowhere.
+JOB = Job("exact", "Q4_K", 16, 32, 256)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(record.FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tuning, "_QUICK", 1)  # the interpreter takes its time, which is not looked at
+    # The interpreter takes its time, which is not looked at.
+    monkeypatch.setattr(tuning, "_QUICK", 1)
     monkeypatch.setattr(tuning, "_REPEATS", 2)
     return tmp_path
 
 
 @pytest.fixture
 def runners(monkeypatch):
-    """Let a test say what a candidate does instead of its work: a function of candidate and branch that may return None."""
-    real, instead, seen = tuning._Operands.runner, [], []
+    """Let a test replace the work of candidates by a function of candidate and branch.
+
+    Where that returns None, the candidate does its work.
+    """
+    real, instead, seen = tuning.Operands.runner, [], []
 
     def runner(self, candidate, branch=False):
         seen.append((candidate, branch))
-        made = instead[0](candidate, branch) if instead else None
-        return made or real(self, candidate, branch)
+        work = instead[0](candidate, branch) if instead else None
+        return work or real(self, candidate, branch)
 
-    monkeypatch.setattr(tuning._Operands, "runner", runner)
+    monkeypatch.setattr(tuning.Operands, "runner", runner)
     return instead, seen
+
+
+def test_jobs_of_a_step_come_heaviest_first_and_once():
+    calls = step_calls(512, 512)
+    jobs = step_jobs([*calls, calls[0]], ["int8", "exact"], ["Q4_K"])
+    assert len(jobs) == len(set(jobs)) and {job.m for job in jobs if job.compute == "exact"} == {call.m for call in calls}
+    assert min(job.m for job in jobs if job.compute == "int8") > 16
+    weight = {(call.m, call.n, call.k): call.flops * call.calls for call in calls}
+    heaviness = [weight[job.m, job.n, job.k] for job in jobs if job.compute == "exact"]
+    assert heaviness == sorted(heaviness, reverse=True)
 
 
 @pytest.mark.parametrize("compute", ["exact", "fp16_accumulate", "int8"])
@@ -62,7 +74,8 @@ def test_tuning_writes_each_row_and_goes_on(folder):
     jobs = [Job("exact", "Q8_0", 17, 32, 256), Job("exact", "Q8_0", 3, 32, 256)]
     seen = []
     path = tune(jobs[:1], CPU, dtype=torch.float32, limit=2, on_row=lambda job, row: seen.append(row))
-    assert path.parent == folder and len(TuningRecord.load(path).rows) == 1  # two-stage has no tile: its row serves branches
+    # Two-stage has no tile: its row serves branches.
+    assert path.parent == folder and len(TuningRecord.load(path).rows) == 1
     tune(jobs, CPU, dtype=torch.float32, limit=2, on_row=lambda job, row: seen.append(row))
     assert [row is None for row in seen] == [False, True, False]
     assert {row.m for row in TuningRecord.load(path).rows.values()} == {17, 3}
@@ -97,7 +110,10 @@ def test_a_wrong_candidate_is_never_recorded(runners, caplog):
 
 
 def test_a_wrong_default_is_not_what_others_are_compared_with(runners):
-    """The default's result was the yardstick before: a default that fails left the next candidate, right or wrong, as one."""
+    """The default's result was the yardstick before.
+
+    A default that fails then left the next candidate, right or wrong, as one.
+    """
     instead, seen = runners
     instead.append(lambda candidate, branch: (lambda: torch.zeros(16, 32)) if candidate == seen[0][0] else None)
     row = tune_call(JOB, CPU, torch.float16, 2)[0]
@@ -171,25 +187,9 @@ def test_a_spilling_candidate_is_taken_where_nothing_else_is_left(spilling, runn
     assert tune_call(JOB, CPU, torch.float16, 2)[0].tile == tried[1].tile
 
 
-def test_spills_are_those_of_the_kernels_that_a_launch_loaded(monkeypatch):
-    """A second launch of the same code loads nothing: what the first told is kept."""
-
-    class Kernel:
-        device_caches: ClassVar[dict] = {}
-
-    class Compiled:
-        n_spills = 7
-
-    monkeypatch.setattr("flux_kernels.machine.tune_compile._PRODUCTS", (Kernel,))
-    spills = Spills()
-    assert spills.after("a", lambda: Kernel.device_caches.setdefault(0, ({}, {}))[0].setdefault("key", Compiled())) == 7
-    assert spills.after("a", lambda: None) == 7
-    assert spills.after("b", lambda: None) == 0
-
-
 def test_the_winner_is_measured_with_a_branch():
-    row, beside = tune_call(JOB, CPU, torch.float16, 1)
-    assert not row.branch and beside.branch and (row.algorithm, row.tile) == (beside.algorithm, beside.tile)
+    row, branched = tune_call(JOB, CPU, torch.float16, 1)
+    assert not row.branch and branched.branch and (row.algorithm, row.tile) == (branched.algorithm, branched.tile)
 
 
 def test_a_winner_that_fails_or_spills_with_a_branch_leaves_the_default_there(runners, spilling, folder):
@@ -204,63 +204,6 @@ def test_a_winner_that_fails_or_spills_with_a_branch_leaves_the_default_there(ru
     assert {row.branch for row in TuningRecord.load(path).rows.values()} == {False}
 
 
-class _Pool:
-    """Run tasks here; one that says so kills the pool, as a dead process does, with all that was handed over and is not done."""
-
-    made: ClassVar[list[_Pool]] = []
-
-    def __init__(self, processes: int):
-        self.dead = False
-        self.made.append(self)
-
-    def submit(self, function, *task):
-        future: Future = Future()
-        if self.dead:
-            raise BrokenProcessPool
-        self.dead = task[-1:] == ("kills",)
-        if self.dead:
-            future.set_exception(BrokenProcessPool())
-        else:
-            future.set_result(function(*task))
-        return future
-
-    def shutdown(self, **options):
-        self.dead = True
-
-
-def test_a_killed_compiler_costs_its_own_candidate_only():
-    _Pool.made.clear()
-    with Compilers(2, _Pool) as compilers:
-        assert compilers.failures(lambda name: "", [("a",), ("kills",), ("b",)]) == ["", KILLED, ""]
-        assert compilers.failures(lambda name: f"{name} failed", [("c",)]) == ["c failed"]
-    assert all(pool.dead for pool in _Pool.made)
-
-
-def _die_or_not(kill: bool) -> str:
-    if kill:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return ""
-
-
-@pytest.mark.slow
-def test_a_process_that_is_really_killed():
-    with Compilers(2) as compilers:
-        assert compilers.failures(_die_or_not, [(False,), (True,), (False,)]) == ["", KILLED, ""]
-
-
-def _take(seconds: float) -> str:
-    time.sleep(seconds)
-    return ""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="this system has no alarms: a compiler that hangs is waited for")
-def test_a_compiler_that_hangs_is_ended():
-    """And costs its own candidate only."""
-    with Compilers(2, longest=2) as compilers:
-        assert compilers.failures(_take, [(0.0,), (60.0,), (0.0,)]) == ["", KILLED, ""]
-
-
 class _Here:
     """Stand for processes that compile: everything here, in order."""
 
@@ -273,7 +216,7 @@ class _Here:
 
 
 def test_processes_compile_the_same_candidates():
-    """They get the code of every candidate that is then timed, once however the weight is cut, on small sizes."""
+    """They compile every candidate that is then timed, once however the weight is cut, on small sizes."""
     here, job = _Here(), Job("int8", "Q8_0", 512, 3072, 256)
     tuning._compile_all(here, job, CPU, torch.float16, 3)
     small, codes = here.tasks[0][0], [candidate for _, candidate, *_ in here.tasks]
@@ -316,27 +259,31 @@ def test_runs_are_timed_from_an_empty_cache(monkeypatch):
     flushed = []
     monkeypatch.setattr(tuning, "cache_flusher", lambda device: lambda: flushed.append(device))
     tune_call(JOB, CPU, torch.float16, 1)
-    assert len(flushed) == 2 * (tuning._QUICK + tuning._REPEATS)  # once without a branch, once with
+    # Once without a branch, once with.
+    assert len(flushed) == 2 * (tuning._QUICK + tuning._REPEATS)
 
 
 def test_a_winner_that_is_slow_with_a_branch_has_no_row_for_it(monkeypatch):
     """With a branch it is not even among the fastest few, which alone are timed again."""
-    best, operands = Candidate("fused", None), tuning._Operands(JOB, CPU, torch.float16)
+    best, operands = Candidate("fused", None), tuning.Operands(JOB, CPU, torch.float16)
     monkeypatch.setattr(tuning, "_working", lambda _, tried, *__, **___: dict.fromkeys(tried))
     monkeypatch.setattr(tuning, "_race", lambda runs, *_: {key: 1.0 for key in runs if key != best})
     assert tuning._with_branch(operands, best, Spills()) is None
 
 
 def test_an_error_outside_a_candidate_costs_its_call_alone(tmp_path, monkeypatch):
-    """No memory for a call's operands: one log line, the other calls are measured; a device that is lost ends the run, its rows saved."""
-    made = tuning._Operands
+    """A call without memory for its operands is logged, and the other calls are measured.
+
+    A device that is lost ends the run, its rows saved.
+    """
+    real = tuning.Operands
 
     def operands(job, *rest):
         if job.m == 17:
             raise torch.OutOfMemoryError("no memory")
-        return made(job, *rest)
+        return real(job, *rest)
 
-    monkeypatch.setattr(tuning, "_Operands", operands)
+    monkeypatch.setattr(tuning, "Operands", operands)
     jobs = [Job("exact", "Q8_0", m, 32, 64) for m in (17, 1)]
     path = tune(jobs, torch.device("cpu"), path=tmp_path / "record.json", dtype=torch.float32, processes=1)
     assert {row.m for row in TuningRecord.load(path).rows.values()} == {1}

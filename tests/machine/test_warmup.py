@@ -1,4 +1,4 @@
-"""warmup: which calls a model needs, each launched once, the model untouched; and what reports say of them."""
+"""warmup launches each call that a model needs once, and leaves the model untouched."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def small_model(backend: str, compute: str = "exact") -> nn.Module:
 def test_each_distinct_call_is_launched_once():
     seen = []
     done = warmup(small_model("triton"), rows=(1, 20), device="cpu", on_compiled=lambda *call: seen.append(call[:2]))
-    shapes = [(found.signature.format, found.signature.m, found.signature.n) for found in done]
+    shapes = [(call.signature.format, call.signature.m, call.signature.n) for call in done]
     assert shapes == [("Q4_K", 1, 64), ("Q4_K", 20, 64), ("Q8_0", 1, 32), ("Q8_0", 20, 32)]
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert [found.choice.algorithm for found in done] == ["small_m", "fused", "small_m", "fused"]
+    assert [call.choice.algorithm for call in done] == ["small_m", "fused", "small_m", "fused"]
 
 
 def test_a_model_of_meta_tensors_can_be_warmed_up():
     """Only shapes and types are read: nothing of the model is needed in memory."""
     model = small_model("triton", "int8").to("meta")
-    assert [found.choice.algorithm for found in warmup(model, rows=[20], device="cpu")] == ["two_stage", "two_stage"]
+    assert [call.choice.algorithm for call in warmup(model, rows=[20], device="cpu")] == ["two_stage", "two_stage"]
 
 
 @pytest.mark.parametrize(("rows", "algorithm"), [(4, "small_m"), (12, "fused"), (20, "two_stage")])
 def test_few_rows_are_named_for_the_exact_kernel_that_runs(rows, algorithm):
     """Up to 16 rows int8 runs as exact: what is named is what was compiled."""
     done = warmup(small_model("triton", "int8"), rows=[rows], device="cpu")
-    assert [found.choice.algorithm for found in done] == [algorithm, algorithm]
+    assert [call.choice.algorithm for call in done] == [algorithm, algorithm]
 
 
 def test_the_rows_of_a_flux_follow_the_picture():
@@ -48,7 +48,7 @@ def test_the_rows_of_a_flux_follow_the_picture():
     model = FluxTransformer2DModel(**TINY_FLUX)
     fk.swap_linear(model, "triton", format="Q8_0", include="*transformer_blocks.0.ff.net.2")
     done = warmup(model, [(64, 96)], batch=2, text_tokens=8, device="cpu", dtype=torch.float16)
-    assert [found.signature.m for found in done] == [2, 16, 48, 64]
+    assert [call.signature.m for call in done] == [2, 16, 48, 64]
 
 
 def test_nothing_is_compiled_for_the_torch_backend():
@@ -61,7 +61,7 @@ def test_a_model_without_packed_layers_is_refused():
 
 
 def test_reports_say_what_runs():
-    """The words of `runs_as` and of SwapReport name backend, device, and each algorithm with the rows it begins at."""
+    """`runs_as` and SwapReport name backend, device, and each algorithm with the rows it begins at."""
     model = small_model("triton")
     assert runs_as(model[0]).startswith("triton on cpu: small_m 8x32x256 warps 1 stages 3 at M=1, fused ")
     report = fk.swap_linear(model, "torch")
@@ -71,6 +71,7 @@ def test_reports_say_what_runs():
 
 def test_the_planned_calls_are_those_of_a_step():
     calls = planned_calls("Q8_0", "int8", capability=(8, 9))
-    assert sum(call.calls for call in calls) == 494  # 504 with the ten of embedders and final layer
+    # 504 with the ten of embedders and final layer.
+    assert sum(call.calls for call in calls) == 494
     assert {call.algorithm for call in calls} == {"two_stage", "small_m"}
     assert {call.algorithm for call in planned_calls("Q8_0", "exact", capability=(9, 0))} == {"two_stage", "small_m"}

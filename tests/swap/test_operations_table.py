@@ -16,43 +16,11 @@ from torch import nn
 
 import flux_kernels as fk
 
-from ..conftest import TINY_FLUX, flux_inputs
+from ..conftest import flux_inputs
+from .twins import CLOSE, assert_same, packed_layers, run, twin
 
 diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
-
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-RANK = 4
-
-
-def run(model, **inputs) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**(inputs or flux_inputs()))[0]
-
-
-def packed_layers(model) -> list[fk.GGUFLinear]:
-    return [module for module in model.modules() if isinstance(module, fk.GGUFLinear)]
-
-
-def twin(model):
-    """Return a deep copy with every packed layer decoded."""
-    return copy.deepcopy(model).dequantize()
-
-
-@pytest.fixture
-def model(swapped_flux):
-    return swapped_flux
-
-
-@pytest.fixture(scope="module")
-def expected(_swapped_flux):
-    return run(twin(_swapped_flux))
-
-
-def assert_same(model, expected):
-    assert packed_layers(model), "the operation lost the packed layers"
-    torch.testing.assert_close(run(model), expected, **CLOSE)
 
 
 def test_forward_equals_the_dequantized_model(model, expected):
@@ -138,7 +106,8 @@ def test_layerwise_casting(model):
         each.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert packed_layers(model)[0].qweight.dtype == torch.uint8
     assert run(model).isfinite().all()
-    for layer in packed_layers(model):  # weights stay exact: only biases and plain layers are stored in 8 bits
+    # Weights stay exact: only biases and plain layers are stored in 8 bits.
+    for layer in packed_layers(model):
         assert layer.compute_dtype == torch.float32
 
 
@@ -254,124 +223,3 @@ def test_save_pretrained(model, expected, tmp_path):
 
 def test_parameter_count_and_footprint(model):
     assert model.get_memory_footprint() == fk.memory_footprint(model)["total"]
-
-
-# LoRA
-
-
-def lora_config(**options):
-    return peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_q", "to_k", "proj_mlp"], **options)
-
-
-def lora_state_dict(seed: int, name: str = "to_q") -> dict[str, torch.Tensor]:
-    """Make a LoRA file for every attention projection `name`, under the names of a pipeline."""
-    generator = torch.Generator().manual_seed(seed)
-    width = TINY_FLUX["attention_head_dim"] * TINY_FLUX["num_attention_heads"]
-    state = {}
-    for stack, count in (("transformer_blocks", 2), ("single_transformer_blocks", 2)):
-        for index in range(count):
-            prefix = f"transformer.{stack}.{index}.attn.{name}"
-            state[f"{prefix}.lora_A.weight"] = torch.randn(RANK, width, generator=generator) * 0.1
-            state[f"{prefix}.lora_B.weight"] = torch.randn(width, RANK, generator=generator) * 0.1
-    return state
-
-
-def pipeline(model):
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    empty = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return diffusers.FluxPipeline(scheduler=scheduler, transformer=model, **empty)
-
-
-def test_add_adapter_and_train(model):
-    plain = twin(model)
-    gradients = []
-    for each in (plain, model):
-        torch.manual_seed(1)
-        each.add_adapter(lora_config(init_lora_weights=False))
-        each.train()
-        each(**flux_inputs())[0].square().mean().backward()
-        gradients.append([value.grad for name, value in each.named_parameters() if "lora" in name])
-    assert gradients[0] and all(gradient is not None for gradient in gradients[1])
-    torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
-
-
-def test_training_an_adapter_lowers_the_loss(model):
-    torch.manual_seed(0)
-    model.add_adapter(lora_config())
-    trained = [value for name, value in model.named_parameters() if value.requires_grad and "lora" in name]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    target, losses = torch.randn(1, 16, 64), []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = (model(**flux_inputs())[0] - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-def test_load_two_adapters_scale_delete_and_unload(model, expected):
-    plain, outputs = twin(model), []
-    for each in (plain, model):
-        pipe = pipeline(each)
-        pipe.load_lora_weights(lora_state_dict(1), adapter_name="one")
-        pipe.load_lora_weights(lora_state_dict(2, "to_k"), adapter_name="two")
-        steps = []
-        for names, weights in ((["one"], [1.0]), (["one", "two"], [0.7, 0.3])):
-            pipe.set_adapters(names, adapter_weights=weights)
-            steps.append(run(each))
-        pipe.delete_adapters("one")
-        steps.append(run(each))
-        pipe.unload_lora_weights()
-        steps.append(run(each))
-        outputs.append(steps)
-    torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
-    assert not torch.allclose(outputs[1][0], outputs[1][1])
-    assert_same(model, expected)
-
-
-def test_hotswap(model):
-    plain, outputs = twin(model), []
-    for each in (plain, model):
-        pipe = pipeline(each)
-        pipe.load_lora_weights(lora_state_dict(1), adapter_name="one")
-        first = run(each)
-        pipe.load_lora_weights(lora_state_dict(3), adapter_name="one", hotswap=True)
-        outputs.append([first, run(each)])
-    torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
-    assert not torch.allclose(outputs[1][0], outputs[1][1])
-
-
-@pytest.mark.parametrize("safe", [False, True])
-def test_fuse_and_unfuse_lora(model, expected, safe):
-    plain, outputs = twin(model), []
-    for each in (plain, model):
-        pipe = pipeline(each)
-        pipe.load_lora_weights(lora_state_dict(1), adapter_name="one")
-        pipe.fuse_lora(lora_scale=0.5, safe_fusing=safe)
-        outputs.append(run(each))
-    torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
-    assert not torch.allclose(outputs[1], expected, **CLOSE)
-    pipe.unfuse_lora()
-    pipe.unload_lora_weights()
-    assert_same(model, expected)
-
-
-def test_dora(model):
-    plain, outputs = twin(model), []
-    for each in (plain, model):
-        torch.manual_seed(1)
-        each.add_adapter(lora_config(use_dora=True, init_lora_weights=False))
-        outputs.append(run(each))
-    torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
-
-
-def test_adapters_that_edit_the_base_weight_refuse(model):
-    with pytest.raises(fk.FormatError, match="packed"):
-        model.add_adapter(lora_config(init_lora_weights="pissa"))
-
-
-def test_lora_and_packed_layers_compile_together(model):
-    model.add_adapter(lora_config(init_lora_weights=False))
-    want = run(model)
-    torch.testing.assert_close(run(torch.compile(model, fullgraph=True, backend="aot_eager")), want, **CLOSE)

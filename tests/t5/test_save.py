@@ -1,4 +1,4 @@
-"""save_t5: the same bytes after a round trip, quantized on the way, read by transformers and by gguf-py."""
+"""save_t5: the same bytes after a round trip, quantizing, files that transformers and gguf-py read."""
 
 from __future__ import annotations
 

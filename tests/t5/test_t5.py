@@ -1,4 +1,4 @@
-"""load_t5: equal to the decoded twin bit for bit, in every naming; refusals; offloading; transformers as second opinion."""
+"""load_t5: bit-equal to the decoded twin in every naming; refusals; offloading; against transformers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_quantized_bias_and_norms_are_decoded(tmp_path):
 
 
 def test_transformers_own_reader_agrees(tmp_path):
-    """transformers decodes such files at load, takes the activation for relu, and needs a vocab_size key: mended here."""
+    """transformers decodes such files, takes the activation for relu, needs a vocab_size: mended here."""
     from transformers import T5EncoderModel
 
     path, expected = written(tmp_path)
@@ -142,7 +142,7 @@ XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_lay
 
 
 def test_a_full_size_file_loads_at_once_and_stays_mapped(tmp_path):
-    """T5 XXL in Q8_0, 5.06 GB as published, its data a hole in the file: nothing is read and nothing is copied."""
+    """T5 XXL in Q8_0, 5.06 GB, its data a hole in the file: nothing is read and nothing is copied."""
     with torch.device("meta"):
         model = tiny_t5(**XXL)
     path = write_header(model, tmp_path / "xxl.gguf")
@@ -150,11 +150,13 @@ def test_a_full_size_file_loads_at_once_and_stays_mapped(tmp_path):
     before = anonymous_bytes()
     started = time.perf_counter()
     loaded = load_t5(path)
-    assert time.perf_counter() - started < 20  # about 0.3 s alone on a core
-    assert anonymous_bytes() - before < 100e6  # less than the largest tensor's 140 MB
+    # It takes about 0.3 s alone on a core, and less memory than the largest tensor's 140 MB.
+    assert time.perf_counter() - started < 20
+    assert anonymous_bytes() - before < 100e6
     footprint = fk.memory_footprint(loaded)
     assert footprint["Q8_0"] > 0.999 * footprint["total"] and loaded.config.num_layers == 24
-    assert footprint["total"] == pytest.approx(companions(1024, 1024, 8.5)[1].weights, rel=1e-3)  # what `inspect` counts with
+    # What `inspect` counts with.
+    assert footprint["total"] == pytest.approx(companions(1024, 1024, 8.5)[1].weights, rel=1e-3)
 
 
 def anonymous_bytes() -> int:
@@ -205,7 +207,8 @@ def test_damaged_headers_raise_one_error(tmp_path):
             load_t5(path)
         except GGUFError:
             refused += 1
-    assert refused > 30  # the rest hit texts that nobody reads, or values that stay legal
+    # The rest hit texts that nobody reads, or values that stay legal.
+    assert refused > 30
 
 
 def test_sixteen_bit_runs_as_in_transformers(tmp_path):
@@ -244,14 +247,15 @@ def test_accelerate_and_group_offload_give_the_same(tmp_path):
 
 
 def test_a_lora_on_every_linear_layer(tmp_path):
-    """T5 casts activations to the dtype of an adapted layer's weight, for which peft would take the packed bytes."""
+    """T5 casts activations to the dtype of an adapted layer's weight; peft would take the packed bytes."""
     from peft import LoraConfig, get_peft_model
 
     path, _ = written(tmp_path)
     model = fk.load_t5(path, dtype=torch.float32)
     before = encode(model)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q", "v", "wi_0", "wo"]))
-    assert torch.equal(encode(adapted), before)  # B starts at zero
+    # B starts at zero.
+    assert torch.equal(encode(adapted), before)
     layer = next(module for name, module in adapted.named_modules() if name.endswith("DenseReluDense.wo"))
     assert layer.weight.dtype == torch.float32 and layer.weight.shape == (layer.out_features, layer.in_features)
 
@@ -301,37 +305,6 @@ def test_a_second_name_of_the_table_is_no_second_table(tmp_path):
     names = {"shared.weight": "encoder.embed_tokens.weight"}
     path, expected = written(tmp_path, tiny_t5(), name=lambda name: names.get(name, name), keys=False)
     assert torch.equal(encode(load_t5(path, dtype=torch.float32)), expected)
-
-
-REFUSALS = [  # what is done to the file, what the error says
-    ({"leave_out": ("encoder.block.1.layer.0.SelfAttention.k.weight",)}, r"1 tensor missing: .*block\.1.*\.k\.weight"),
-    ({"leave_out": ("shared.weight",)}, r"This is no T5 encoder: .*'t5encoder'.*flux_kernels loads the T5 encoders"),
-    ({"leave_out": (REL_BIAS.format(0),)}, r"lacks '.*relative_attention_bias\.weight', which every T5 encoder holds"),
-    ({"extra": [("enc.blk.0.attn_z.weight", np.zeros((2, 2)))]}, r"1 tensor superfluous: enc\.blk\.0\.attn_z\.weight"),
-    ({"extra": [(llama_name(REL_BIAS.format(1)), np.zeros((32, 4)))]}, r"This is UMT5, the text encoder of Wan"),
-    ({"extra": [("enc.blk.3.attn_q.weight", np.zeros((256, 256)))]}, r"blocks up to 3, but none with index 2"),
-    ({"extra": [("shared.weight", np.zeros((2, 2)))]}, r"'token_embd\.weight' and 'shared\.weight' are both 'shared\.weight'"),
-]
-
-
-@pytest.mark.parametrize(("how", "message"), REFUSALS, ids=[message[:30] for _, message in REFUSALS])
-def test_files_that_are_refused(tmp_path, how, message):
-    path, _ = written(tmp_path, **how)
-    with pytest.raises(GGUFError, match=rf"t5\.gguf: .*{message}"):
-        load_t5(path)
-
-
-def test_key_values_that_contradict_the_tensors_are_refused(tmp_path):
-    model = tiny_t5()
-    model.config.d_ff = 1024
-    write_t5(model, tmp_path / "t5.gguf")
-    with pytest.raises(GGUFError, match=r"'feed_forward_length' says 1024, the tensors have 512"):
-        load_t5(tmp_path / "t5.gguf")
-
-
-def test_a_flux_file_is_named_for_what_it_is(tiny_gguf):
-    with pytest.raises(GGUFError, match="This is no T5 encoder: its architecture key says 'flux'"):
-        load_t5(tiny_gguf / "tiny.gguf")
 
 
 def test_names_go_both_ways():

@@ -15,7 +15,7 @@ _LEARNING_RATE = 2e-3
 
 
 class Latents(NamedTuple):
-    """Holds encoded pictures: values float16 [count, 16, 8, 8] normalised, labels and colours int64 [count]."""
+    """Hold encoded pictures: normalised float16 [count, 16, 8, 8], labels and colours int64 [count]."""
 
     values: torch.Tensor
     labels: torch.Tensor
@@ -43,7 +43,7 @@ def build() -> AutoencoderKL:
 def train(
     vae: AutoencoderKL, digits: Digits, *, steps: int, batch: int, seed: int, report: Callable[[int, float], None]
 ) -> float:
-    """Train reconstruction with a light pull to the unit normal; returns the mean loss of the last 50 steps."""
+    """Train reconstruction with a light pull to the unit normal; return the mean loss of 50 last steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.05)
@@ -70,7 +70,7 @@ def train(
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, digits: Digits, *, copies: int, seed: int, report: Callable[[int], None]) -> Latents:
-    """Encode every digit `copies` times in random colours and placements, and set the scale and shift in the config."""
+    """Encode every digit `copies` times in random colours and places; set scale and shift in the config."""
     generator = torch.Generator().manual_seed(seed)
     values, colours = [], []
     for _ in range(copies):

@@ -41,21 +41,21 @@ def rounding_loss(transformer: FluxTransformer2DModel, dtype: torch.dtype) -> fl
 
 
 def save(pipeline: FluxPipeline, weights: dict[str, np.ndarray], dtype: torch.dtype, out: Path) -> None:
-    """Write the pipeline in 16 bit and the digit reader beside `out`, then put them in its place; a README.md stays."""
-    beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=".demo_model_"))
-    beside.chmod(0o755)
-    pipeline.to(dtype).save_pretrained(beside, safe_serialization=True)
-    _name_as_older_readers_do(beside / "text_encoder" / "model.safetensors")
-    save_file(weights, beside / "reader.safetensors")
+    """Write the 16-bit pipeline and the reader to a new folder, then rename it to `out`, README.md kept."""
+    new = Path(tempfile.mkdtemp(dir=out.parent, prefix=".demo_model_"))
+    new.chmod(0o755)
+    pipeline.to(dtype).save_pretrained(new, safe_serialization=True)
+    _name_as_older_readers_do(new / "text_encoder" / "model.safetensors")
+    save_file(weights, new / "reader.safetensors")
     if (out / "README.md").exists():
-        shutil.copy2(out / "README.md", beside / "README.md")
+        shutil.copy2(out / "README.md", new / "README.md")
     if out.exists():
         shutil.rmtree(out)
-    beside.rename(out)
+    new.rename(out)
 
 
 def _name_as_older_readers_do(path: Path) -> None:
-    """Put CLIP's prefix back, which later releases of transformers 5 leave out and read with or without: 5.0 needs it."""
+    """Put CLIP's prefix back: transformers 5.0 needs it, later releases leave it out and read either."""
     weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
 
@@ -86,7 +86,7 @@ def score(pipeline: FluxPipeline, weights: dict[str, np.ndarray], *, rounds: int
 
 
 def contact_sheet(pipeline: FluxPipeline, *, seed: int, settings: dict, zoom: int = 2) -> Image.Image:
-    """Draw ten columns of digits in six rows: five rows of rotating colours, one of colours left to the seed."""
+    """Draw ten columns of digits in six rows: five of rotating colours, one left to the seed."""
     rows = []
     for row in range(6):
         colours = [COLOURS[(digit + 2 * row) % len(COLOURS)] if row < 5 else "" for digit in range(10)]

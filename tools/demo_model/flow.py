@@ -1,4 +1,4 @@
-"""The FluxTransformer2DModel: flow matching on latents, then guidance distilled into the guidance embedding."""
+"""Train the FluxTransformer2DModel: flow matching on latents, then guidance distillation."""
 
 import math
 import time
@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
+
+from flux_kernels.files import written_whole
 
 from .autoencoder import Latents
 from .prompts import Request
@@ -22,7 +24,7 @@ _SAVE_EVERY = 50
 
 
 class Plan(NamedTuple):
-    """Says how long to train: plain flow-matching steps, then steps of guidance distillation, at one batch size."""
+    """Say how long to train: flow-matching steps, then distillation steps, at one batch size."""
 
     base_steps: int
     distil_steps: int
@@ -31,7 +33,7 @@ class Plan(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Holds one step's inputs: noisy and target float32 [b, 16, 64], sigma and guidance [b], prompt rows [b]."""
+    """Hold a step's inputs: noisy, target float32 [b, 16, 64], sigma, guidance [b], prompt rows [b]."""
 
     noisy: torch.Tensor
     target: torch.Tensor
@@ -129,7 +131,7 @@ def draw_batch(latents: Latents, table: PromptTable, size: int, generator: torch
 
 @torch.no_grad()
 def _guided(teacher: FluxTransformer2DModel, batch: Batch, table: PromptTable) -> torch.Tensor:
-    """Compute the teacher's classifier-free guidance [b, 16, 64]; rows of the empty prompt keep the plain prediction."""
+    """Compute the teacher's guided prediction [b, 16, 64]; the empty prompt's rows stay plain."""
     ones = torch.ones_like(batch.guidance)
     nothing = torch.full_like(batch.rows, table.rows[Request(None, None)][0])
     without = velocity(teacher, batch, table, nothing, ones)
@@ -147,7 +149,7 @@ def _rate(step: int, plan: Plan) -> float:
 
 
 class _State:
-    """Holds everything a run needs to go on: model, its running average, teacher, optimizer, step and loss."""
+    """Hold all a run needs to go on: model, running average, teacher, optimizer, step and loss."""
 
     def __init__(self, plan: Plan) -> None:
         self.model, self.average, self.teacher = (build(plan.seed) for _ in range(3))
@@ -158,9 +160,8 @@ class _State:
 
     def save(self, path: Path) -> None:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "teacher", "optimizer")}
-        beside = path.with_suffix(".new")
-        torch.save({**parts, "step": self.step, "loss": self.loss, "seconds": self.seconds}, beside)
-        beside.replace(path)
+        with written_whole(path) as part:
+            torch.save({**parts, "step": self.step, "loss": self.loss, "seconds": self.seconds}, part)
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)
@@ -180,7 +181,7 @@ class _State:
 
 
 def _advance(state: _State, plan: Plan, latents: Latents, table: PromptTable) -> float:
-    """Take one step and return its loss; every step draws from its own seed, so a resumed run repeats itself."""
+    """Take one step and return its loss; steps have seeds of their own, so a resumed run repeats."""
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + state.step)
     batch = draw_batch(latents, table, plan.batch, generator)
     distilling = state.step >= plan.base_steps
@@ -200,7 +201,7 @@ def _advance(state: _State, plan: Plan, latents: Latents, table: PromptTable) ->
 def train(
     plan: Plan, latents: Latents, table: PromptTable, checkpoint: Path, report: Callable[[int, float], None]
 ) -> tuple[FluxTransformer2DModel, float, float]:
-    """Train, going on from `checkpoint` where it exists; returns the averaged model, last base loss and seconds."""
+    """Train, from `checkpoint` where it exists; return the averaged model, last base loss, seconds."""
     state = _State(plan)
     if checkpoint.exists():
         state.load(checkpoint)

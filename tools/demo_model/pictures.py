@@ -35,7 +35,7 @@ def load_digits() -> Digits:
 
 
 def keep_legible(digits: Digits, *, fraction: float = 0.92) -> Digits:
-    """Drop the digits that a cross-validated classifier finds hardest to read, so that the model learns a clear hand."""
+    """Drop the digits that a cross-validated classifier finds hardest: the model learns a clear hand."""
     from sklearn.model_selection import cross_val_predict
     from sklearn.svm import SVC
 
@@ -74,7 +74,10 @@ def _smoothstep(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 
 def draw(pixels: torch.Tensor, colours: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw handwriting [n, 1, 28, 28] as neon signs float32 [n, 3, 64, 64] in -1..1; colours int64 [n] index COLOURS."""
+    """Draw handwriting [n, 1, 28, 28] as neon signs float32 [n, 3, 64, 64] in -1..1.
+
+    Colours int64 [n] index COLOURS.
+    """
     count = pixels.shape[0]
     grid = F.affine_grid(_random_placement(count, generator), [count, 1, SIZE, SIZE], align_corners=False)
     stroke = F.grid_sample(pixels, grid, mode="bicubic", padding_mode="zeros", align_corners=False)

@@ -1,4 +1,4 @@
-"""A tiny digit reader that judges generated pictures; it learns from real handwriting and never sees the model."""
+"""Read digits of generated pictures with a tiny model that learns from real handwriting alone."""
 
 from collections.abc import Callable
 
@@ -48,7 +48,7 @@ def read(weights: dict[str, np.ndarray], pictures: torch.Tensor) -> torch.Tensor
 
 
 def read_colours(pictures: torch.Tensor) -> torch.Tensor:
-    """Name the colours int64 [n] (index into COLOURS) of pictures [n, 3, 64, 64] by the nearest palette direction."""
+    """Name the colours int64 [n] of pictures [n, 3, 64, 64] by the nearest palette direction."""
     light = (pictures + 1) / 2
     weight = light.amax(1, keepdim=True) ** 4
     mean = (light * weight).sum((2, 3)) / weight.sum((2, 3))

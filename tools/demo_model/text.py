@@ -1,4 +1,4 @@
-"""The text side: two tokenizers of a few hundred entries and two one-layer encoders that learn the prompts' meaning."""
+"""Make the text side: two small tokenizers and two one-layer encoders that learn the prompts."""
 
 import json
 import os
@@ -31,7 +31,7 @@ class TextSide(NamedTuple):
 
 
 class PromptTable(NamedTuple):
-    """Holds every prompt's embeddings: tokens float32 [prompts, 8, 256], pooled float32 [prompts, 256], rows by request."""
+    """Hold every prompt's tokens float32 [prompts, 8, 256], pooled [prompts, 256], rows by request."""
 
     tokens: torch.Tensor
     pooled: torch.Tensor
@@ -53,7 +53,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """Build a Unigram tokenizer of the prompts' words, their capitalised forms and single letters as a fallback."""
+    """Build a Unigram tokenizer of the prompts' words, capitalised too, and single letters."""
     words = vocabulary()
     pieces = ["▁" + form for word in words for form in dict.fromkeys((word, word.capitalize()))]
     letters = [chr(code) for code in range(33, 127)]
@@ -102,7 +102,7 @@ def _spellings() -> list[tuple[Request, str]]:
 
 
 def train(text: TextSide, *, steps: int, seed: int, report: Callable[[int, float], None]) -> float:
-    """Teach both encoders to tell digit and colour of a prompt; returns the share of prompts read right, 0..1."""
+    """Teach both encoders to tell a prompt's digit and colour; return the share read right, 0..1."""
     torch.manual_seed(seed)
     spelled = _spellings()
     digits = torch.tensor([len(DIGIT_WORDS) if r.digit is None else r.digit for r, _ in spelled])

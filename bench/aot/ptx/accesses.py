@@ -61,7 +61,7 @@ def _load(instruction: Instruction) -> Step:
 
 
 def _scattered(values: np.ndarray, threads: Threads, mask: Mask) -> np.ndarray:
-    """Return one register value per thread from those of the active threads; a byte goes to a register of at least 16 bits."""
+    """Return a register value per thread from the active ones'; a byte takes a 16-bit register at least."""
     wide = UNSIGNED[max(2, values.dtype.itemsize)]
     if mask is None:
         return values.astype(wide)

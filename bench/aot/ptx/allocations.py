@@ -1,4 +1,4 @@
-"""Tensors as a GPU's memory: each storage is one buffer, of which a kernel may touch the parts it was handed.
+"""Treat tensors as a GPU's memory: each storage is a buffer, of which a kernel may touch its parts.
 
 What `torch.empty` returned counts as never written until a kernel or torch writes it, through all launches of a call.
 """

@@ -32,7 +32,8 @@ def _copy(instruction: Instruction) -> Step:
     if size not in ((16,) if ".cg." in instruction.opcode else (4, 8, 16)):
         raise Fault(f"cannot copy {size} bytes, {instruction}")
     to, origin = address_reader(target), address_reader(source)
-    present = reader(rest[0], "u32") if rest else None  # bytes that are copied, the others become zeros
+    # Bytes that are copied, the others become zeros.
+    present = reader(rest[0], "u32") if rest else None
 
     def step(threads: Threads, mask: Mask) -> None:
         active = slice(None) if mask is None else mask
@@ -53,8 +54,8 @@ def _values(threads: Threads, sources: np.ndarray, length: np.ndarray, size: int
     if not np.isin(length, (0, size)).all():
         raise Fault(f"a copy of a part of {size} bytes")
     values = np.zeros((len(sources), size // 4), np.uint32)
-    some = length > 0
-    values[some] = threads.memory.load(sources[some], 4, size // 4)
+    copied = length > 0
+    values[copied] = threads.memory.load(sources[copied], 4, size // 4)
     return values
 
 

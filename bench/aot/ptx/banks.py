@@ -19,7 +19,7 @@ _WORD = 4  # bytes
 
 
 def count(threads: Threads, what: str, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
-    """Add one instruction's wavefronts to threads.counts.bank_conflicts[what] = [taken, least], where those are counted."""
+    """Add an instruction's wavefronts to threads.counts.bank_conflicts[what] = [taken, least]."""
     if threads.counts.bank_conflicts is None:
         return
     total = threads.counts.bank_conflicts.setdefault(what, [0, 0])

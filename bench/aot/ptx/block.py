@@ -34,7 +34,8 @@ class Executable:
     def __init__(self, program: Program):
         self.program = program
         self.code = [_decoded(program, instruction) for instruction in program.code]
-        self.unit = 128 if any("wgmma" in one.opcode for one in program.code) else 32  # threads that must run in step
+        in_groups = any("wgmma" in instruction.opcode for instruction in program.code)
+        self.unit = 128 if in_groups else 32  # threads that must run in step
 
 
 def _decoded(program: Program, instruction: Instruction) -> _Decoded:
@@ -54,7 +55,7 @@ def _decoded(program: Program, instruction: Instruction) -> _Decoded:
 
 @dataclass(frozen=True)
 class Launch:
-    """Hold what all blocks of a launch share: code, parameter values, bytes of shared memory, global memory, how div.full errs."""
+    """Hold what a launch's blocks share: code, parameters, shared bytes, global memory, div.full's error."""
 
     code: Executable
     parameters: dict[str, np.ndarray]
@@ -91,27 +92,27 @@ def _run(launch: Launch, threads: Threads) -> Iterator[str]:
     """Execute until the exit; yield at every barrier."""
     code, opcodes, at, done = launch.code.code, launch.counts.opcodes, 0, 0
     while at < len(code):
-        one = code[at]
+        decoded = code[at]
         done += 1
         if done > _LONGEST:
-            raise Fault(f"does not end, {one.instruction}")
-        opcodes[one.instruction.opcode] = opcodes.get(one.instruction.opcode, 0) + 1
+            raise Fault(f"does not end, {decoded.instruction}")
+        opcodes[decoded.instruction.opcode] = opcodes.get(decoded.instruction.opcode, 0) + 1
         try:
-            mask = _mask(threads, one.instruction)
-            if one.kind == "step":
-                one.step(threads, mask)
-            elif one.kind != "nothing" and mask is not None and mask.any():
+            mask = _mask(threads, decoded.instruction)
+            if decoded.kind == "step":
+                decoded.step(threads, mask)
+            elif decoded.kind != "nothing" and mask is not None and mask.any():
                 raise Fault("divergent: only a part of the threads takes this way")
         except Fault as fault:
-            raise Fault(f"{fault}, {one.instruction}") from None
+            raise Fault(f"{fault}, {decoded.instruction}") from None
         at += 1
-        if one.kind == "step" or mask is not None:
+        if decoded.kind == "step" or mask is not None:
             continue
-        if one.kind == "branch":
-            at = one.target
-        elif one.kind == "exit":
+        if decoded.kind == "branch":
+            at = decoded.target
+        elif decoded.kind == "exit":
             return
-        elif one.kind == "barrier":
+        elif decoded.kind == "barrier":
             yield "barrier"
     raise Fault("runs past the end of the kernel")
 

@@ -1,4 +1,4 @@
-"""cvt between integer and floating-point types (PTX ISA, "Data Movement and Conversion Instructions: cvt")."""
+"""Convert between integers and floats: cvt (PTX ISA, "Data Movement and Conversion Instructions")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TO_WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
 def _integer_to_integer(source: str, target: str) -> None:
-    """Register cvt that truncates or extends; an 8-bit result is extended in its 16-bit or wider register by its own sign."""
+    """Register cvt that truncates or extends; an 8-bit result is extended by its own sign."""
     kept = target if width_of(target) > 1 else f"{target[0]}16"
     elementwise(f"cvt.{target}.{source}", source, kept, lambda a: a.astype(_NUMPY[target]).astype(_NUMPY[kept]))
     if source != target:
@@ -32,7 +32,8 @@ def _integer_to_integer(source: str, target: str) -> None:
 
 def integer_to_float(values: np.ndarray, target: str) -> np.ndarray:
     """Round integers to the nearest float of a PTX type, ties to even."""
-    near = values.astype(np.float64)  # inexact for 64 bits only
+    # Inexact for 64 bits only.
+    near = values.astype(np.float64)
     if values.dtype.itemsize == 8:
         exact = np.array([int(whole) - int(rounded) for whole, rounded in zip(values, near, strict=True)], np.float64)
         near = odd(near, exact)
@@ -40,7 +41,7 @@ def integer_to_float(values: np.ndarray, target: str) -> np.ndarray:
 
 
 def float_to_integer(values: np.ndarray, target: str, to_whole) -> np.ndarray:
-    """Round to a whole number and clamp to the target's range; NaN gives 0 (below 64 bits, as on sm_80 and up)."""
+    """Round to a whole number, clamp to the target's range; NaN gives 0 below 64 bits (sm_80 and up)."""
     whole = to_whole(values.astype(np.float64))
     limits = np.iinfo(_NUMPY[target])
     clamped = np.clip(np.nan_to_num(whole, nan=0.0), float(limits.min), float(limits.max))

@@ -1,4 +1,4 @@
-"""Shared-memory matrix descriptors of sm_90: which bytes a tile of rows along M or N and columns along K lies in.
+"""Read sm_90's shared-memory matrix descriptors: in which bytes a tile's rows and columns lie.
 
 Bits 0-13 start address, 16-29 leading and 32-45 stride byte offset, each in units of 16 bytes; 49-51 base offset; 62-63 the
 swizzle: 1, 2, 3 for patterns of 128, 64, 32 bytes (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout").

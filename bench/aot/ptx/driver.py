@@ -1,6 +1,6 @@
-"""Be the driver of a card that is not here: the library's own launches compile for it and run in the interpreter.
+"""Be an absent card's driver: the library's own launches compile for it and run in the interpreter.
 
-Triton asks its driver for the target, hands it the compiled code and launches through it. This one says the target it was told,
+Triton asks its driver for the target, hands it the compiled code and launches through it. This one names the target it was made for,
 takes PTX in place of machine code (ptxas is left out, which halves the time) and executes it on the CPU tensors of the call. So
 specialization, argument order, grids, tiles, shared-memory limits and every buffer in between are the library's own.
 """
@@ -69,10 +69,10 @@ class AbsentCard:
 
     def run(self, name: str, code: Executable, grid: tuple, arguments: list, shared_bytes: int) -> None:
         """Execute one launch on CPU tensors and integers."""
-        tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
         pointers = self.allocations.pointers(tensors)
         places = iter(pointers)
-        bound = [next(places) if isinstance(one, torch.Tensor) else one for one in arguments]
+        bound = [next(places) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
         options = dict(count_banks=self.count_banks, copies_need_fence=self.copies_need_fence)
         counts = launch(code, grid, bound, shared_bytes, self.order, self.division_error, **options)
         self.launches.append((name, counts))
@@ -80,7 +80,7 @@ class AbsentCard:
 
 
 class _Launcher:
-    """Stand where Triton's C launcher stands: called with the grid, the loaded code and all arguments of the kernel."""
+    """Stand for Triton's C launcher: called with the grid, the loaded code and all arguments."""
 
     def __init__(self, source, metadata):
         self._runtime = [position for position, kind in enumerate(source.signature.values()) if kind != "constexpr"]
@@ -103,7 +103,7 @@ def _executable(code: bytes) -> Executable:
 
 
 def _ptx_alone(backend=None, stages=None, options=None, language=None, capability=None):
-    """Replace ptxas among Triton's stages; called without arguments, return what tells this pipeline's cache entries apart."""
+    """Replace ptxas among Triton's stages; without arguments, return what tells its cache entries apart."""
     if stages is None:
         return _STAGES_KEY, hashlib.sha256(_STAGES_KEY.encode()).hexdigest()
     stages["cubin"] = lambda ptx, metadata: ptx.encode()

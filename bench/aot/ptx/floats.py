@@ -1,4 +1,4 @@
-"""Floating-point arithmetic in f16, bf16 and f32, each result rounded once (PTX ISA, "Floating-Point Instructions").
+"""Compute in f16, bf16 and f32, each result rounded once (PTX ISA, "Floating-Point Instructions").
 
 Only forms without .ftz are here: Triton compiles ours without. div.full.f32 is an approximation of at most two units in the
 last place; it is exact here unless Threads.division_error says by how many units it shall be off.
@@ -17,13 +17,7 @@ from .numbers import add_odd, fma, round_from_odd
 from .parse import Instruction
 from .threads import Mask, Threads, reader
 
-_ORDERED = {
-    "eq": np.equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
+_ORDERED = {"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 
 
 def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -62,12 +56,14 @@ def _arithmetic(t: str) -> None:
     for rounding in ("", ".rn"):
         elementwise(f"add{rounding}.{t}", pair, t, add)
         elementwise(f"sub{rounding}.{t}", pair, t, lambda a, b: add(a, -b))
-        elementwise(f"mul{rounding}.{t}", pair, t, operator.mul)  # of bfloat16 exact in float32
+        # Of bfloat16 exact in float32.
+        elementwise(f"mul{rounding}.{t}", pair, t, operator.mul)
     elementwise(f"fma.rn.{t}", f"{t} {t} {t}", t, _fma_of(t.removesuffix("x2")))
 
 
 def _selection(t: str) -> None:
-    pair, more = f"{t} {t}", 1 if t == "f32" else 0  # sm_100 and up take three operands
+    # sm_100 and up take three operands.
+    pair, more = f"{t} {t}", 1 if t == "f32" else 0
     for name, choose in (("max", larger), ("min", smaller)):
         elementwise(f"{name}.{t}", pair, t, _of_all(choose), more)
         elementwise(f"{name}.NaN.{t}", pair, t, _of_all(_or_nan(choose)), more)
@@ -126,7 +122,7 @@ def _divide(instruction: Instruction) -> Step:
 
 
 def off_by(values: np.ndarray, units: int) -> np.ndarray:
-    """Move finite non-zero float32 numbers away from zero by so many units in the last place (towards it where negative)."""
+    """Move finite non-zero float32 numbers away from zero by units in the last place (to it if negative)."""
     moved = (values.view(np.int32) + np.int32(units)).view(np.float32)
     return np.where(np.isfinite(values) & (values != 0) & np.isfinite(moved), moved, values)
 

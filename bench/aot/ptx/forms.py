@@ -1,4 +1,4 @@
-"""The table of what can be executed: complete opcode, with every modifier, -> what decodes such an instruction.
+"""Hold what can be executed: complete opcode, with every modifier, -> its decoder.
 
 An opcode that is not in the table faults. Nothing is matched by its first letters, so that a modifier nobody thought of
 cannot be taken for another instruction.

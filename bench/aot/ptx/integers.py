@@ -1,4 +1,4 @@
-"""Integer arithmetic, logic, shifts, comparisons and byte permutation (PTX ISA, "Integer Arithmetic", "Logic and Shift")."""
+"""Compute with integers and bits (PTX ISA, "Integer Arithmetic", "Logic and Shift")."""
 
 from __future__ import annotations
 
@@ -12,14 +12,7 @@ from .forms import elementwise
 _NIBBLES = np.arange(0, 16, 4, dtype=np.uint32)
 _SIZES = (16, 32, 64)
 _WIDER = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
-_COMPARE = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
+_COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -56,7 +49,7 @@ def shift_right(a: np.ndarray, amount: np.ndarray) -> np.ndarray:
 
 
 def permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """Pick four of the eight bytes of b:a by the low nibbles of `selector`; bit 3 of a nibble spreads the byte's sign."""
+    """Pick four of the eight bytes of b:a by nibbles of `selector`, whose bit 3 spreads the byte's sign."""
     a, b, selector = np.broadcast_arrays(a, b, selector)
     choices = np.stack([a, b], axis=-1).view(np.int8)
     nibbles = selector[..., None] >> _NIBBLES & np.uint32(15)
@@ -65,9 +58,10 @@ def permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndar
 
 
 def extract_field(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Extract `length` bits from `position` on (both 0 to 255), sign-extended for signed `a`; past the end comes the sign or 0."""
+    """Extract `length` bits from `position` on, sign-extended for signed `a`; past the end sign or 0."""
     position, length = (value.astype(np.int64) & 255 for value in (position, length))
-    wide = a.astype(np.int64)  # sign-extended for signed a, zero-extended else
+    # Sign-extended for signed a, zero-extended else.
+    wide = a.astype(np.int64)
     field = wide >> np.minimum(position, 63)
     length = np.minimum(length, 63)
     low = field & (np.int64(1) << length) - 1

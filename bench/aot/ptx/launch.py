@@ -1,4 +1,4 @@
-"""Launch a kernel on arrays: give each a place in global memory between guard bytes, run the grid, copy back what was written."""
+"""Launch a kernel on arrays placed between guard bytes, run the grid, copy back what was written."""
 
 from __future__ import annotations
 
@@ -87,7 +87,11 @@ def launch(
         Fault: where a GPU would fault, race, or compute with what nobody wrote.
     """
     check_division_error(division_error)
-    pointers = [one if isinstance(one, Pointer) else Pointer(one) for one in arguments if isinstance(one, Buffer | Pointer)]
+    pointers = [
+        argument if isinstance(argument, Pointer) else Pointer(argument)
+        for argument in arguments
+        if isinstance(argument, Buffer | Pointer)
+    ]
     buffers = list({id(pointer.buffer): pointer.buffer for pointer in pointers}.values())
     memory = _place(buffers)
     counts = Counts(bank_conflicts={} if count_banks else None)

@@ -1,4 +1,4 @@
-"""ldmatrix and stmatrix: 8 x 8 matrices of 16-bit elements between shared memory and the registers of a warp.
+"""Move 8 x 8 matrices of 16 bits between shared memory and a warp's registers: ldmatrix, stmatrix.
 
 Lanes 8 i to 8 i + 7 hold the addresses of matrix i's rows of 16 bytes. Lane l holds row l / 4, columns 2 (l % 4) and the next
 one, of each matrix, or with .trans the same of the transposed matrix (PTX ISA, "Warp Level Matrix Load/Store Instruction").

@@ -13,7 +13,7 @@ _SLACK = 16  # bytes behind the end, so that every width has whole words
 
 
 class Memory:
-    """Hold `size` bytes; accesses are arrays of byte addresses of one width and are checked as a GPU and a sanitizer would.
+    """Hold `size` bytes; check accesses, arrays of byte addresses of one width, as a sanitizer does.
 
     Flags are bytes of 0 and 1 and are looked at in words of the access's width: one gather each.
     """
@@ -48,7 +48,7 @@ class Memory:
         self._written_words[width][at] = _ALL[width]
 
     def peek(self, addresses: np.ndarray, width: int, count: int = 1) -> np.ndarray:
-        """Return words [threads, count] whether written or not; raise Fault where misaligned or outside every buffer."""
+        """Return words [threads, count], written or not; raise Fault where misaligned or outside."""
         return self._values[width][self._words(addresses, width, count)]
 
     def forget(self, addresses: np.ndarray, width: int) -> None:

@@ -50,7 +50,7 @@ def from_bits(bits: np.ndarray, ptx_type: str) -> np.ndarray:
 
 
 def to_bits(values: np.ndarray, ptx_type: str) -> np.ndarray:
-    """Return the unsigned words that hold numbers; bfloat16 numbers come as float32 and are rounded to nearest even."""
+    """Return the unsigned words that hold numbers; bfloat16 comes as float32 and is rounded to even."""
     if ptx_type in _PACKED:
         base = _PACKED[ptx_type]
         parts = np.ascontiguousarray(to_bits(values, base))
@@ -76,7 +76,7 @@ def bf16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def odd(rounded: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Turn float64 results rounded to nearest, with the exact remainder `error` of each, into results rounded to odd."""
+    """Turn float64 results rounded to nearest, with remainders `error`, into results rounded to odd."""
     bits = np.ascontiguousarray(rounded).view(np.int64)
     inexact = (error > 0) | (error < 0)
     away = np.where((error > 0) == (rounded > 0), 1, -1)
@@ -84,7 +84,7 @@ def odd(rounded: np.ndarray, error: np.ndarray) -> np.ndarray:
 
 
 def add_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Add float64 numbers and round to odd (the error of a float64 sum is a float64 number: Knuth's TwoSum)."""
+    """Add float64 numbers and round to odd; the error of a sum is a float64 number (Knuth's TwoSum)."""
     total = a + b
     b_part = total - a
     return odd(total, (a - (total - b_part)) + (b - b_part))

@@ -1,4 +1,4 @@
-"""Read the PTX of one kernel: its parameters, registers, labels and instructions, with the lines they stand in."""
+"""Read the PTX of one kernel: parameters, registers, labels and instructions with their lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LABEL = re.compile(r"^(\$\w+|\w+):$")
 
 @dataclass(frozen=True)
 class Instruction:
-    """Hold one instruction: opcode, operands as text, the guarding predicate, its line of PTX and its line of Python."""
+    """Hold one instruction: opcode, operands as text, guard, its line of PTX and of Python."""
 
     opcode: str
     operands: tuple[str, ...]
@@ -33,7 +33,7 @@ class Instruction:
 
 @dataclass
 class Program:
-    """Hold one parsed kernel: threads per block, parameters by name, instructions, and the index each label stands for."""
+    """Hold one parsed kernel: threads of a block, parameters, instructions, and the index of each label."""
 
     text: str
     name: str
@@ -67,7 +67,7 @@ def _parameters(text: str) -> dict[str, str]:
 
 
 def _read_body(program: Program, body: str, first_line: int) -> None:
-    """Collect instructions up to the brace that closes the kernel; braces of scopes in between are dropped."""
+    """Collect instructions up to the kernel's closing brace; braces of scopes in between are dropped."""
     source, pending, depth = "", "", 1
     for offset, raw in enumerate(body.splitlines()):
         if location := _LOCATION.search(raw):

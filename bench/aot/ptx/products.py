@@ -1,4 +1,4 @@
-"""mma.sync: products of small matrices spread over a warp's registers (PTX ISA, "Matrix Fragments for mma").
+"""Multiply small matrices in a warp's registers: mma.sync (PTX ISA, "Matrix Fragments for mma").
 
 With g = lane / 4 and t = lane % 4: register i of the left matrix holds row g + 8 (i % 2), of the right matrix column g, of the
 accumulator rows g and g + 8. Sums are exact here (float64, int64) and rounded once; a GPU rounds or truncates in an order
@@ -33,7 +33,7 @@ def pack(numbers: np.ndarray, ptx_type: str) -> list[np.ndarray]:
 
 
 def places(role: str, registers: int, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return row and column [32, registers, each] of what a warp's registers hold: "left", "right" or "sum"."""
+    """Return row and column [32, registers, each] of a warp's registers: "left", "right" or "sum"."""
     g, t = _G[:, None, None], _T[:, None, None]
     i, h = np.arange(registers)[None, :, None], np.arange(each)[None, None, :]
     zero = 0 * (g + i + h)
@@ -41,7 +41,8 @@ def places(role: str, registers: int, each: int) -> tuple[np.ndarray, np.ndarray
         return g + 8 * (i % 2) + zero, each * t + h + 4 * each * (i // 2) + zero
     if role == "right":
         return each * t + h + 4 * each * i + zero, g + zero
-    element = each * i + h  # of four: two neighbours in row g, two in row g + 8
+    # Of four: two neighbours in row g, two in row g + 8.
+    element = each * i + h
     return g + 8 * (element // 2) + zero, 2 * t + element % 2 + zero
 
 
@@ -53,7 +54,7 @@ def gather(numbers: np.ndarray, where: tuple[np.ndarray, np.ndarray], shape: tup
 
 
 def product(left: np.ndarray, right: np.ndarray, accumulator: np.ndarray, result: str) -> np.ndarray:
-    """Return left @ right + accumulator of float64 or int64 matrices, rounded (or saturated) to `result` once."""
+    """Return left @ right + accumulator, float64 or int64, rounded (or saturated) to `result` once."""
     total = left @ right + accumulator
     if result == "s32":
         return np.clip(total, -(1 << 31), (1 << 31) - 1).astype(np.int32)

@@ -34,13 +34,14 @@ class Races:
         self._start += _WARPS
 
     def read(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
-        """Note that threads of `warps` read `size` bytes each; raise Fault where another warp wrote them since the barrier."""
+        """Note reads of `size` bytes by threads of `warps`; raise Fault where another warp wrote them."""
         at, tag = self._at(addresses, size), (self._start + warps).astype(np.int32)[:, None]
         self._refuse(self._writer[at], tag, addresses, "reads what another warp wrote since the last barrier")
         before = self._reader[at]
         shared = (before >= self._start) & (before != tag)
         self._reader[at] = np.where(shared, self._start + _SEVERAL, tag)
-        disagree = self._reader[at] != tag  # two warps of this very instruction
+        # Two warps of this very instruction.
+        disagree = self._reader[at] != tag
         self._reader[at[disagree]] = self._start + _SEVERAL
 
     def write(
@@ -51,9 +52,9 @@ class Races:
         unchanged: np.ndarray | None = None,
         agreed: np.ndarray | None = None,
     ) -> None:
-        """Note that threads of `warps` write `size` bytes each; raise Fault where another warp touched them since the barrier.
+        """Note writes of `size` bytes by threads of `warps`; raise Fault where another warp touched them.
 
-        Several warps may write the same value to one place, as Triton does where a layout holds copies: on a GPU as here it does
+        What was before the last barrier does not count. Several warps may write the same value to one place, as Triton does where a layout holds copies: on a GPU as here it does
         not matter which comes first. `unchanged` are writes of what stood there before, `agreed` those whose value stands there
         when all are done.
         """
@@ -76,7 +77,7 @@ class Races:
         self._unfenced[np.isin(self._writer, self._start + np.unique(warps))] = False
 
     def read_by_warpgroup(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
-        """Note a read of wgmma, for `warps`; raise Fault as `read` does, and where no fence made the bytes visible to it."""
+        """Note a read of wgmma; raise Fault as `read` does, and where no fence made the bytes visible."""
         if self._unfenced[self._at(addresses, size)].any():
             raise Fault("a product reads shared memory that was written after the last fence.proxy.async")
         self.read(addresses, size, warps)

@@ -75,7 +75,7 @@ class Threads:
         return values if values.shape == (self.count,) else np.array(np.broadcast_to(values, self.count))
 
     def write(self, name: str, values: np.ndarray, mask: Mask = None) -> None:
-        """Set a register, to bool for a predicate and to unsigned words for the rest, in the threads of `mask`."""
+        """Set a register in the threads of `mask`: bool for a predicate, unsigned words for the rest."""
         if self.reserved and name in self.reserved:
             raise Fault(f"writes {name}, which {self.reserved[name]} still uses")
         values = self.spread(values)
@@ -88,7 +88,7 @@ class Threads:
         self.write(name, to_bits(values, ptx_type), mask)
 
     def move_in_flight(self, source: str, parts: dict[str, Callable[[np.ndarray], np.ndarray]]) -> bool:
-        """Where `source` is an accumulator under way, let `parts` of it land with it in other registers; tell whether it was.
+        """Let `parts` of an accumulator under way land in other registers; tell whether `source` is one.
 
         PTX leaves this undefined. Triton splits fp16 accumulators so before it waits, and ptxas makes no instruction of it, so
         it is counted and the parts stay unreadable until the wait, but it is no fault.
@@ -96,7 +96,7 @@ class Threads:
         if source not in self.in_flight:
             return False
         value = self.in_flight[source]
-        owner = next(one for group in self.products for one in group if one.results.get(source) is value)
+        owner = next(product for group in self.products for product in group if product.results.get(source) is value)
         for name, part in parts.items():
             self.registers.pop(name, None)
             self.in_flight[name] = owner.results[name] = part(value)
@@ -145,7 +145,8 @@ def _register_reader(name: str, ptx_type: str) -> Reader:
     def read(threads: Threads) -> np.ndarray:
         bits = threads.read(name)
         if bits.itemsize != width and bits.dtype != bool:
-            bits = bits.astype(UNSIGNED[width])  # a narrow load left zeros above, a narrow use looks at the low bits
+            # A narrow load left zeros above, a narrow use looks at the low bits.
+            bits = bits.astype(UNSIGNED[width])
         return from_bits(bits, ptx_type)
 
     return read
@@ -156,7 +157,8 @@ def _immediate(text: str, ptx_type: str) -> np.ndarray:
     if text == _SHARED_BASE:
         value = 0
     elif text[:2] in ("0f", "0d", "0F", "0D"):
-        value = int.from_bytes(bytes.fromhex(text[2:]))  # the bits of a float
+        # The bits of a float.
+        value = int.from_bytes(bytes.fromhex(text[2:]))
         if ptx_type == "f64" and text[1] in "fF" or ptx_type == "f32" and text[1] in "dD":
             raise Fault(f"immediate {text} is not of type {ptx_type}")
     else:

@@ -1,4 +1,4 @@
-"""wgmma: products of a warpgroup (128 threads) of sm_90 that run beside it until somebody waits for them.
+"""Multiply as a warpgroup (128 threads) of sm_90 does: wgmma runs on until somebody waits for it.
 
 The left matrix comes from registers or, like the right one, from shared memory through a descriptor. From its start to its
 wait a product owns its registers: its accumulator cannot be read or written (another product may go on adding to it), its left
@@ -36,7 +36,7 @@ class _Tile:
 
 @dataclass(frozen=True)
 class Product:
-    """Hold a product under way: what its accumulator registers will hold, the registers and the memory it reads."""
+    """Hold a product under way: what its accumulator will hold, the registers and memory it reads."""
 
     results: dict[str, np.ndarray]
     sources: tuple[str, ...]
@@ -87,14 +87,14 @@ def _multiply(instruction: Instruction) -> Step:
 
 
 def _refuse_modifiers(instruction: Instruction, modifiers: list[str], left_in_registers: bool, operand: str) -> None:
-    """Know only products without negation (1, 1) of K-major operands (0 for each that lies in shared memory)."""
+    """Know only products without negation (1, 1) of K-major operands (0 for each in shared memory)."""
     known = [] if operand == "s8" else ["1", "1", *["0"] * (1 if left_in_registers else 2)]
     if modifiers != known:
         raise Fault(f"unknown modifiers {modifiers}, {instruction}")
 
 
 def _sum_places(columns: int, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return row and column of the accumulator's registers in a warp's 16 rows: groups of eight columns one after the other."""
+    """Return row and column of the accumulator's registers in 16 rows: groups of eight columns in turn."""
     row, column = places("sum", 4 // each, each)
     groups = np.arange(columns // 8)
     rows = np.tile(row, (1, len(groups), 1))
@@ -143,7 +143,12 @@ def _start(threads: Threads, started: Product) -> None:
 
 def _reserve(threads: Threads) -> None:
     """Note which registers belong to products under way."""
-    threads.reserved = {name: one.label for group in threads.products for one in group for name in (*one.sources, *one.results)}
+    threads.reserved = {
+        name: under_way.label
+        for group in threads.products
+        for under_way in group
+        for name in (*under_way.sources, *under_way.results)
+    }
 
 
 @form("wgmma.fence.sync.aligned")
@@ -172,19 +177,20 @@ def _wait(instruction: Instruction) -> Step:
         landed = []
         while len(threads.products) - 1 > pending:
             landed += threads.products.pop(0)
-        for one in landed:
-            _finish(threads, one)
+        for ended in landed:
+            _finish(threads, ended)
         _reserve(threads)
-        threads.fenced = dict(threads.registers)  # what products delivered is in order with the next ones
+        # What products delivered is in order with the next ones.
+        threads.fenced = dict(threads.registers)
 
     return step
 
 
-def _finish(threads: Threads, one: Product) -> None:
+def _finish(threads: Threads, ended: Product) -> None:
     """Deliver a product's results, unless a later product goes on with them."""
-    for tile in one.tiles:
+    for tile in ended.tiles:
         if not np.array_equal(threads.shared.load(tile.addresses, 4, _PIECE // 4), tile.words):
-            raise Fault(f"shared memory that {one.label} was reading has been overwritten")
-    for name, values in one.results.items():
+            raise Fault(f"shared memory that {ended.label} was reading has been overwritten")
+    for name, values in ended.results.items():
         if threads.in_flight.get(name) is values:
             threads.registers[name] = threads.in_flight.pop(name)

@@ -1,1 +1,1 @@
-"""Run every kernel with every format on cards that are not here, and hold the results to derived bounds."""
+"""Run every kernel with every format on absent cards, and hold the results to derived bounds."""

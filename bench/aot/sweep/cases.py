@@ -1,4 +1,4 @@
-"""What is run: kernels x formats x dtypes x cards, whole or a part in which every kernel meets every format once."""
+"""List what is run: kernels x formats x dtypes x cards, or each kernel with each format once."""
 
 from __future__ import annotations
 

@@ -88,11 +88,12 @@ def _mma_roundings(inputs: Inputs) -> int:
 
 
 def _small_m_roundings(inputs: Inputs) -> int:
-    return K // 32 + 5 + 1 + RANK + 1  # slices of 32 reduced in 5 levels, a product each, branch and bias
+    # Slices of 32 reduced in 5 levels, a product each, branch and bias.
+    return K // 32 + 5 + 1 + RANK + 1
 
 
 def _small_m(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
-    """Codes are multiplied before any rounding: the error is at most that of rounding weights and result, as torch does."""
+    """Bound the error by that of torch, which rounds weights and result: codes are not rounded before."""
     if not codes_serve(inputs.fmt, divmod(case.capability, 10), inputs.dtype):
         return _exact(_small_m_roundings, _shipped)(case, inputs, card)
     y = kernels.linear(inputs.x, inputs.packed, inputs.bias, "exact", inputs.branch)
@@ -130,7 +131,7 @@ def _fp16(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
 
 
 def _no_worse(what: str, y: Tensor, twin: Tensor, expected: Tensor, times: float) -> Check:
-    ours, theirs = (float((one.double() - expected).square().mean().sqrt()) for one in (y, twin))
+    ours, theirs = (float((result.double() - expected).square().mean().sqrt()) for result in (y, twin))
     return Check(what, ours / (times * theirs), ours)
 
 
@@ -151,9 +152,9 @@ def _int8(row_scales: bool):
 
 
 def compare_codes(what: str, codes: Tensor, scale: Tensor, values: Tensor, group: int) -> list[Check]:
-    """Hold int8 codes [N, K] and scales [K // group, N] to the twin, bit for bit: a fused multiply-add is one rounding, as there.
+    """Hold int8 codes [N, K] and scales [K // group, N] to the twin, bit for bit.
 
-    Where a scale is NaN the codes mean nothing.
+    A fused multiply-add is one rounding, as there. Where a scale is NaN the codes mean nothing.
     """
     twin_codes, twin_scale = low_precision.quantize_groups(values, group)
     meant = (~twin_scale.isnan()).expand_as(twin_codes).flatten(-2)

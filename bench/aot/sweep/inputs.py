@@ -1,4 +1,4 @@
-"""Inputs of a case: packed rows, strided and offset activations, bias and branch, in shapes that are whole tiles nowhere."""
+"""Make a case's inputs: packed rows, strided x, bias and branch, in shapes that are no whole tiles."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flux_kernels.formats import FORMATS, BlockFormat, Packed
 from flux_kernels.machine.random_rows import random_rows
 from flux_kernels.torch_backend import reference
 
+from ..launches import DTYPES
 from .cases import Case
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Flux's K are odd multiples of 1024 (3072, 15360) or of 4096: rows of K = 1024 have the alignment of those, 8 bytes for Q6_K.
 K = 1024
 RANK = 20  # of a branch: not a multiple of 16
@@ -32,7 +32,7 @@ _UNPACKED = ((37, 40), (37, 37))
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold x [M, K], packed rows, their float32 weights [N, K], bias [N] and a branch (hidden [M, R], up [N, R]) or None."""
+    """Hold x [M, K], packed rows, float32 weights [N, K], bias [N], branch ([M, R], [N, R]) or None."""
 
     fmt: BlockFormat
     x: Tensor
@@ -52,7 +52,7 @@ class Inputs:
         return self.x.dtype
 
     def exact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return, in float64, y with weights rounded to `dtype`, and the sum of magnitudes that bounds its rounding errors."""
+        """Return, in float64, y of weights rounded to `dtype`, and the magnitudes that bound its errors."""
         x, weight, bias = self.x.double(), self.weight.to(dtype).double(), self.bias.double()
         y, magnitude = x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
         if self.branch is not None:
@@ -80,7 +80,7 @@ def make(case: Case, k: int = K) -> Inputs:
 
 
 def _strided(x: Tensor, offset: int, padding: int) -> Tensor:
-    """Return x [M, K] as columns `offset` and up of rows that are `padding` elements longer, NaN around it."""
+    """Return x [M, K] as columns `offset` and up of rows `padding` elements longer, NaN around it."""
     wide = x.new_full((x.shape[0], x.shape[1] + padding), float("nan"))
     view = wide[:, min(offset, padding) : min(offset, padding) + x.shape[1]]
     return view.copy_(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .inputs import make
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold a case's result: the worst error over its bound, what was worst, and a sentence where it went wrong."""
+    """Hold a case's result: the worst error over its bound, what it was, and what went wrong."""
 
     kernel: str
     format: str
@@ -33,13 +33,9 @@ class Outcome:
     instructions: int
     seconds: float
 
-    def as_dict(self) -> dict:
-        """Return a dict that JSON can hold."""
-        return asdict(self)
-
 
 def run_case(case: Case, warps: bool = False, seed: int = 0, unfenced_copies: bool = False) -> Outcome:
-    """Compile and run one case; `warps` runs the warps of a block one by one, in an order drawn from `seed`.
+    """Compile and run one case; `warps` runs a block's warps one by one, in an order from `seed`.
 
     `unfenced_copies` lets wgmma read what cp.async wrote without a proxy fence: Triton 3.6 leaves the fence out.
     """
@@ -51,7 +47,7 @@ def run_case(case: Case, warps: bool = False, seed: int = 0, unfenced_copies: bo
     with absent_card(case.capability, order) as card:
         card.copies_need_fence = not unfenced_copies
         try:
-            worst = max(check(case, inputs, card), key=lambda one: one.ratio)
+            worst = max(check(case, inputs, card), key=lambda compared: compared.ratio)
             ratio, what = worst.ratio, worst.what
             problem = "" if ratio <= 1 else f"{worst.what}: error {worst.error:.3g} is {ratio:.3g} of its bound"
         except Fault as fault:
@@ -59,17 +55,7 @@ def run_case(case: Case, warps: bool = False, seed: int = 0, unfenced_copies: bo
         except Exception as error:  # noqa: BLE001  (a compiler that fails is a finding about this case, and the others go on)
             problem = f"{type(error).__name__}: {str(error).strip()[:400]}"
     opcodes = {opcode for _, counts in card.launches for opcode in counts.opcodes}
-    return Outcome(
-        case.kernel,
-        case.format,
-        case.dtype,
-        case.capability,
-        triton.__version__,
-        ratio,
-        what,
-        problem,
-        " ".join(name for name, _ in card.launches),
-        tuple(sorted(opcodes)),
-        sum(sum(counts.opcodes.values()) for _, counts in card.launches),
-        round(time.perf_counter() - began, 2),
-    )
+    executed = sum(sum(counts.opcodes.values()) for _, counts in card.launches)
+    launches, seconds = " ".join(name for name, _ in card.launches), round(time.perf_counter() - began, 2)
+    result = (triton.__version__, ratio, what, problem, launches, tuple(sorted(opcodes)), executed, seconds)
+    return Outcome(*astuple(case), *result)

@@ -1,4 +1,4 @@
-"""Give Triton the cache key of another build: $TRITON_KEY_FILE holds it. For processes that this folder's parent starts.
+"""Give Triton another build's cache key, $TRITON_KEY_FILE, in processes that a session starts.
 
 Compiled kernels stay valid where only Triton's own library differs, as between builds for two Pythons.
 """

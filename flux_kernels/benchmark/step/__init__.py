@@ -1,1 +1,1 @@
-"""One whole denoising step of FLUX.1: the model in plain torch or diffusers, its inputs, timing and verdict."""
+"""Time one whole denoising step of FLUX.1: the model in plain torch, its inputs, weights, and timing."""

@@ -1,4 +1,4 @@
-"""Time one denoising run through diffusers' FluxPipeline on the embedded model, with and without model offload."""
+"""Time one denoising run of diffusers' FluxPipeline on the embedded model, also with model offload."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ...layers.memory import memory_footprint
 from ...machine.clock import interleaved
 from ...swap import swap_linear
 from ..memory import extra_peak
-from ..providers import Problem
-from .timing import COLUMNS, DENOISED, DENOISING, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, relative, timed, why
+from ..names import DENOISING, OFFLOADED, wrong
+from ..providers import Problem, why
+from .timing import DENOISED, EMBEDDED_BATCH, LARGEST_GATE, is_ours_to_mend, new_row, relative, timed
 from .weights import make_layer
 
 _NEEDS_GPU = "model offload needs a GPU"
@@ -25,12 +26,7 @@ _NOTE = f"{PIPELINE_KWARGS['num_inference_steps']} steps, text encoders included
 
 
 def measure_denoising(
-    name: str,
-    providers: list[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
-    progress: Callable[[str], None],
+    name: str, providers: list[str], device: torch.device, dtype: torch.dtype, repeats: int, progress: Callable[[str], None]
 ) -> list[dict]:
     """Return a row for each provider, without and with model offload, all timed in turn.
 
@@ -39,15 +35,14 @@ def measure_denoising(
     """
     go_offline_quietly()
     rows: list[dict] = []
-    calls: dict[str, Callable[[], Tensor]] = {}  # by position of the row
+    # By position of the row.
+    calls: dict[str, Callable[[], Tensor]] = {}
     expected: Tensor | None = None
     for provider in providers:
         progress(f"denoising, {name}: checking {provider}")
-        for what in DENOISING:
-            about = dict(format=name, provider=provider, what=what, size=DENOISED, dtype=dtype_name(dtype))
-            row: dict = dict.fromkeys(COLUMNS, "") | about
+        for what in (DENOISING, OFFLOADED):
+            row, offload = new_row(name, provider, what, DENOISED, dtype_name(dtype)), what == OFFLOADED
             rows.append(row)
-            offload = what == DENOISING[1]
             if offload and device.type == "cpu":
                 row["note"] = _NEEDS_GPU
                 continue
@@ -67,7 +62,7 @@ def measure_denoising(
                 calls[str(len(rows) - 1)] = call
                 row["peak_bytes"] = "" if extra is None else extra + (0 if offload else weight_bytes)
             else:
-                row["note"] = f"wrong result: relative error {error:.2g}, at most {LARGEST_GATE:.2g}"
+                row["note"] = wrong(error, LARGEST_GATE)
     progress(f"denoising, {name}: timing")
     for index, times in interleaved(calls, repeats, device).items():
         rows[int(index)] |= timed(times)

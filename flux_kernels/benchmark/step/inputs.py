@@ -15,7 +15,7 @@ from ..shapes import LATENT, POOLED, TEXT_WIDTH
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Hold the sizes of a transformer, under the names of its config in diffusers; the defaults are FLUX.1-dev's."""
+    """Hold a transformer's sizes under the names of its config in diffusers; defaults are FLUX.1-dev's."""
 
     num_layers: int = DOUBLE
     num_single_layers: int = SINGLE
@@ -42,9 +42,9 @@ FLUX_DEV = StepConfig()
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Hold the inputs of one step: image [B, T, latent], text [B, S, text width], pooled [B, pooled], time and guidance [B].
+    """Hold the inputs of one step: image [B, T, latent], text [B, S, width], pooled [B, pooled].
 
-    `positions` is [S + T, 3]: index, row and column of each token; text tokens have zeros.
+    Time and guidance are [B]. `positions` is [S + T, 3]: index, row and column of each token; text tokens have zeros.
     """
 
     image: Tensor
@@ -56,14 +56,14 @@ class StepInputs:
 
     def to(self, dtype: torch.dtype) -> StepInputs:
         """Cast all but the positions."""
-        image, text, pooled = self.image.to(dtype), self.text.to(dtype), self.pooled.to(dtype)
-        return StepInputs(image, text, pooled, self.time.to(dtype), self.guidance.to(dtype), self.positions)
+        cast = {name: tensor.to(dtype) for name, tensor in vars(self).items()}
+        return StepInputs(**cast | dict(positions=self.positions))
 
 
 def step_inputs(
     config: StepConfig, height: int, width: int, batch: int, device: torch.device, dtype: torch.dtype, text: int = TEXT
 ) -> StepInputs:
-    """Make random inputs for a picture of `height` x `width` pixels: unit latents, text features, middle of the schedule."""
+    """Make random inputs for a picture in pixels: unit latents, text features, middle of the schedule."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -12,14 +12,14 @@ import torch
 
 from ...compute import COMPUTE_MODES
 from ...errors import FormatError
-from ...flux.calls import TEXT
+from ...flux.calls import STEPS, TEXT
 from ...generation.base_pipeline import one_thread
 from ...generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from ..names import DENOISING, DIFFUSERS, EMBEDDED_STEP, EXACT, OFFLOADED, OURS, STEP, TORCH
 from ..providers import not_installed
 from ..record import origin
-from ..shapes import STEPS
 from .inputs import FLUX_DEV, StepConfig
-from .timing import COLUMNS, DENOISED, DENOISING, EMBEDDED_BATCH, StepCase, measure_format
+from .timing import DENOISED, EMBEDDED_BATCH, StepCase, measure_format, new_row
 
 Key = tuple[str, str, str, str, str]  # format, provider, what, size, commit
 Progress = Callable[[str], None]
@@ -45,7 +45,7 @@ class Job:
 
     def keys(self, name: str) -> list[Key]:
         """List the rows that it makes for a format."""
-        return [(name, one, what, self.size, self.made_at["commit"]) for one in self.providers for what in self.whats]
+        return [(name, provider, what, self.size, self.made_at["commit"]) for provider in self.providers for what in self.whats]
 
     def rows(self, name: str, progress: Progress) -> Iterator[dict]:
         """Yield the rows of a format, with their origin."""
@@ -53,32 +53,32 @@ class Job:
 
 
 def step_job(size: str, full: bool, device: torch.device, repeats: int) -> Job:
-    """Make the job of one step, of FLUX.1-dev at its true size or of the embedded model, which runs on one thread.
+    """Make the job of one step, FLUX.1-dev's at its true size or the embedded model's on one thread.
 
     Raises:
         FormatError: on an unknown size.
     """
-    case, providers, dtype = true_size(size) if full else embedded(), _providers(), _dtype(device)
+    case, providers = true_size(size) if full else embedded(), _providers()
 
     def measure(name: str, progress: Progress) -> Iterable[dict]:
-        return measure_format(case, name, providers, device, dtype, repeats, progress)
-
-    def on_one_thread(name: str, progress: Progress) -> Iterable[dict]:
+        rows = measure_format(case, name, providers, device, _dtype(device), repeats, progress)
+        if full:
+            return rows
         with one_thread():
-            return list(measure(name, progress))
+            return list(rows)
 
-    made_at = origin(device) if full else _embedded_origin(device)
-    return Job((case.what,), case.size, providers, made_at, measure if full else on_one_thread)
+    return Job((case.what,), case.size, providers, origin(device) if full else _embedded_origin(device), measure)
 
 
 def denoising_job(device: torch.device, repeats: int) -> Job:
-    """Make the job of a denoising run of the embedded model, on one thread; it says so where packages are missing."""
+    """Make the job of the embedded model's denoising run on one thread; its row names missing packages."""
     providers, made_at = [name for name in _providers() if name != "dequantize"], _embedded_origin(device)
     missing = [name for name in ("diffusers", "transformers", "gguf") if not _installed(name)]
     if missing:
         note = str(not_installed(", ".join(missing)))
-        row = dict.fromkeys(COLUMNS, "") | dict(provider="ours exact", what=DENOISING[0], size=DENOISED, note=note)
-        return Job(DENOISING[:1], DENOISED, ["ours exact"], made_at, lambda name, _: [row | dict(format=name)])
+        return Job(
+            (DENOISING,), DENOISED, [EXACT], made_at, lambda name, _: [new_row(name, EXACT, DENOISING, DENOISED, note=note)]
+        )
 
     def measure(name: str, progress: Progress) -> Iterable[dict]:
         from .denoising import measure_denoising
@@ -86,11 +86,12 @@ def denoising_job(device: torch.device, repeats: int) -> Job:
         with one_thread():
             return measure_denoising(name, providers, device, _dtype(device), repeats, progress)
 
-    return Job(DENOISING, DENOISED, providers, made_at, measure)
+    return Job((DENOISING, OFFLOADED), DENOISED, providers, made_at, measure)
 
 
 def _embedded_origin(device: torch.device) -> dict[str, str]:
-    with one_thread():  # as the rows are measured
+    # As the rows are measured.
+    with one_thread():
         return origin(device)
 
 
@@ -106,29 +107,29 @@ def _installed(*names: str) -> bool:
 
 
 def _providers() -> list[str]:
-    """List who is compared; where diffusers is missing, decoding in torch at every call stands for such layers, by its own name."""
+    """List who is compared; where diffusers is missing, decoding in torch stands for it, by its own name."""
     instead = [] if _installed("diffusers", "gguf") else ["dequantize"]
-    return ["torch", "diffusers", *instead, *(f"ours {mode}" for mode in COMPUTE_MODES)]
+    return [TORCH, DIFFUSERS, *instead, *(OURS + mode for mode in COMPUTE_MODES)]
 
 
 def true_size(size: str) -> StepCase:
-    """Describe one step of FLUX.1-dev for a size such as "1024x1024" or "1024x1024 batch 2"; raise FormatError on others."""
-    found = re.fullmatch(r"(\d+)x(\d+)(?: batch (\d+))?", size)
-    height, width, batch = (int(part or 1) for part in found.groups()) if found else (0, 0, 0)
+    """Describe a FLUX.1-dev step of a size such as "1024x1024 batch 2"; raise FormatError on others."""
+    match = re.fullmatch(r"(\d+)x(\d+)(?: batch (\d+))?", size)
+    height, width, batch = (int(part or 1) for part in match.groups()) if match else (0, 0, 0)
     if not (height and width and batch) or height % 16 or width % 16:
         raise FormatError(f"A size is height x width in multiples of 16, got {size!r}. Known: {', '.join(STEPS)}.")
-    return StepCase("step", size, FLUX_DEV, height, width, batch, TEXT, at_once=True)
+    return StepCase(STEP, size, FLUX_DEV, height, width, batch, TEXT, at_once=True)
 
 
 def embedded() -> StepCase:
-    """Describe one step of the embedded model; its weights are random ones of its sizes where safetensors is not installed."""
+    """Describe a step of the embedded model; without safetensors its weights are random ones."""
     folder, stored = embedded_model_path() / "transformer", None
     if _installed("safetensors"):
         from safetensors.torch import load_file
 
         stored = load_file(folder / "diffusion_pytorch_model.safetensors")
     return StepCase(
-        what="embedded step",
+        what=EMBEDDED_STEP,
         size=DENOISED,
         config=StepConfig.read(json.loads((folder / "config.json").read_text())),
         height=PIPELINE_KWARGS["height"],

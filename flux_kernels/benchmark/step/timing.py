@@ -1,4 +1,4 @@
-"""Time one step on one type of packed weights: all sides in turn, each only where its output passes the correctness gate."""
+"""Time one step on one type of packed weights: all sides in turn, each where it passes the gate."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...compute import dtype_name
-from ...errors import BackendUnavailable
 from ...formats import FORMATS
 from ...generation.embedded import PIPELINE_KWARGS
 from ...machine.clock import interleaved, percentiles
 from ...machine.free_memory import free_bytes
+from ...report.sizes import size_text
 from ..memory import extra_peak
-from ..providers import PROVIDERS, Unavailable
+from ..names import OURS, TORCH, wrong
+from ..providers import CANNOT_RUN, PROVIDERS, Unavailable, why
 from .inputs import StepConfig, StepInputs, step_inputs
 from .model import StepModel
 from .weights import StepWeights, build, build_reference, make_layer, make_weights
 
 TIMES = ("p20_ms", "p50_ms", "p80_ms")
 COLUMNS = ("format", "provider", "what", "size", "dtype", "repeats", *TIMES, "peak_bytes", "weight_bytes", "error", "note")
-DENOISING = ("denoising", "denoising, model offload")
 EMBEDDED_BATCH = 4  # of 16 image tokens each: with fewer than 17 rows every mode runs as "exact"
 DENOISED = f"{PIPELINE_KWARGS['height']}x{PIPELINE_KWARGS['width']} batch {EMBEDDED_BATCH}"
 LARGEST_GATE = 0.5  # relative RMS error; unrelated outputs of equal size are 1.4 apart
@@ -34,7 +34,7 @@ _OTHER_ORDER = "in a round of its own: both arrangements of the rows do not fit;
 
 @dataclass(frozen=True)
 class StepCase:
-    """Say what is timed: the model's sizes, the picture's, and the weights to quantize (None: random packed ones).
+    """Say what is timed: the model's sizes, the picture's, and weights to quantize (None: random ones).
 
     With `at_once` each provider is checked on the first double and the first single block alone, whose oracle takes seconds where
     that of 57 blocks takes minutes, and its row is made as soon as it is timed, in turn with the unquantized step.
@@ -67,7 +67,7 @@ class Oracle:
         return relative(y, self.exact(first_blocks_only))
 
     def _gate(self, of_layer: float, first_blocks_only: bool = False) -> float:
-        """Return how far off a step may be: as far as one whose every packed layer is as far off as a single call may be.
+        """Return how far off a step may be: as one whose packed layers are each as far off as a call may be.
 
         That step runs in the dtype of the others, so what else rounds there is allowed too.
         """
@@ -114,57 +114,47 @@ def measure_format(
             continue
         rows = list(measured)
         gc.collect()
-        beside = next(row for row in rows if row["provider"] == "torch")
+        plain = next(row for row in rows if row["provider"] == TORCH)
         for row in rows:
-            if row is not beside:
-                said = _OTHER_ORDER.format(float(beside["p50_ms"])) if row["p50_ms"] and beside["p50_ms"] else row["note"]
-                yield row | dict(note=said)
+            if row is not plain:
+                note = _OTHER_ORDER.format(float(plain["p50_ms"])) if row["p50_ms"] and plain["p50_ms"] else row["note"]
+                yield row | dict(note=note)
 
 
 def _plan(weights: StepWeights, inputs: StepInputs, providers: list[str], device: torch.device) -> tuple[bool, list[list[str]]]:
-    """Tell whether the unquantized model must reuse one block of each kind, and which providers go in which round."""
-    largest = max(one.weight.n * one.weight.k for one in weights.packed.values())
+    """Tell whether the unquantized model must reuse blocks, and which providers go in which round."""
+    largest = max(problem.weight.n * problem.weight.k for problem in weights.packed.values())
     tokens = inputs.positions.shape[0] * inputs.image.shape[0]
-    working = 32 * largest + 160 * tokens * weights.config.width  # decoding's intermediates; activations of about 10 widths
+    # Decoding's intermediates; activations of about 10 widths.
+    working = 32 * largest + 160 * tokens * weights.config.width
     free, whole = free_bytes(device), weights.nbytes(unquantized=True)
     reuse = free is not None and whole + working > free
-    second = [name for name in providers if not name.startswith("ours ") and name not in ("torch", "dequantize")]
-    if not any(_is_there(name, weights) for name in second) or not any(one.weight.planes for one in weights.packed.values()):
+    second = [name for name in providers if not name.startswith(OURS) and name not in (TORCH, "dequantize")]
+    planes = any(problem.weight.planes for problem in weights.packed.values())
+    if not planes or not any(_is_there(name, weights) for name in second):
         return reuse, [providers]
     if free is None or weights.nbytes() + working + (0 if reuse else whole) <= free:
         return reuse, [providers]
-    return reuse, [[name for name in providers if name not in second], ["torch", *second]]
+    return reuse, [[name for name in providers if name not in second], [TORCH, *second]]
 
 
 def _is_there(provider: str, weights: StepWeights) -> bool:
-    """Tell whether a provider makes a layer of the smallest weight: a round for one that is not installed would be wasted."""
+    """Tell whether a provider makes a layer of the smallest weight: else a round for it would be wasted."""
     try:
-        make_layer(provider, min(weights.packed.values(), key=lambda one: one.weight.data.nbytes), "")
+        make_layer(provider, min(weights.packed.values(), key=lambda problem: problem.weight.data.nbytes), "")
     except Unavailable:
         return False
     return True
 
 
 def is_ours_to_mend(provider: str, problem: Exception) -> bool:
-    """Tell whether a failure is an error of this library; that of another one is a result, and becomes the row's note."""
-    expected = (Unavailable, BackendUnavailable, torch.OutOfMemoryError)
-    return provider.startswith("ours ") and not isinstance(problem, expected)
-
-
-def why(problem: Exception) -> str:
-    """Return the note of a provider that could not run."""
-    if isinstance(problem, torch.OutOfMemoryError):
-        return "out of memory"
-    return (
-        str(problem)
-        if isinstance(problem, Unavailable)
-        else f"{type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
-    )
+    """Tell whether a failure is this library's error; another library's is a result, its row's note."""
+    return provider.startswith(OURS) and not isinstance(problem, CANNOT_RUN)
 
 
 def _unquantized(config: StepConfig, stored: Mapping[str, Tensor]) -> StepModel:
     """Return the float32 model of the weights that were quantized."""
-    model = StepModel(lambda _, n, k: nn.Linear(k, n), config)
+    model = StepModel(config)
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     return model
 
@@ -186,7 +176,7 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
         if model is not None:
             progress(f"{case.what}, {weights.fmt.name}: timing {provider}")
             rows[provider] |= timed(interleaved(work, repeats, device)[provider])
-            work = {name: one for name, one in work.items() if name == "torch"}
+            work = {name: call for name, call in work.items() if name == TORCH}
             del model
         yield rows[provider]
     if not case.at_once:
@@ -199,16 +189,10 @@ def _measure_round(case, weights, inputs, providers, reuse, device, repeats, pro
 
 def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, unquantized) -> tuple[dict, StepModel | None]:
     """Return a provider's row, and its model where its output is right."""
-    inputs, first_only = oracle.inputs, reuse and provider == "torch"
-    row = dict.fromkeys(COLUMNS, "") | dict(
-        format=weights.fmt.name,
-        provider=provider,
-        what=case.what,
-        size=case.size,
-        dtype=dtype_name(weights.dtype),
-        weight_bytes=weights.nbytes(unquantized=provider == "torch"),
-        note=f"{weights.nbytes(unquantized=True) / 1e9:.1f} GB {_REUSED}" if first_only else "",
-    )
+    inputs, first_only = oracle.inputs, reuse and provider == TORCH
+    row = new_row(weights.fmt.name, provider, case.what, case.size, dtype_name(weights.dtype))
+    row["weight_bytes"] = weights.nbytes(unquantized=provider == TORCH)
+    row["note"] = f"{size_text(weights.nbytes(unquantized=True))} {_REUSED}" if first_only else ""
     try:
         model = build(weights, provider, first_only)
         y = run(model, inputs)
@@ -222,10 +206,17 @@ def _checked(case, weights, oracle: Oracle, provider: str, reuse: bool, device, 
     row["error"] = f"{error:.3g}"
     if unquantized is not None:
         row["note"] = f"{relative(y, unquantized):.2%} off the unquantized model's output"
-    if not (error <= gate and y.isfinite().all()):  # also for NaN
-        return row | dict(note=f"wrong result: relative error {error:.2g}, at most {gate:.2g}"), None
+    # Also for NaN.
+    if not (error <= gate and y.isfinite().all()):
+        return row | dict(note=wrong(error, gate)), None
     row["peak_bytes"] = "" if extra is None else row["weight_bytes"] + extra
     return row, model
+
+
+def new_row(format: str, provider: str, what: str, size: str, dtype: str = "", note: str = "") -> dict:
+    """Return a row of a whole run whose other columns are empty."""
+    named = dict(format=format, provider=provider, what=what, size=size, dtype=dtype, note=note)
+    return dict.fromkeys(COLUMNS, "") | named
 
 
 def timed(times: list[float]) -> dict:

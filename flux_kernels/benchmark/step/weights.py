@@ -1,4 +1,4 @@
-"""Weights of a whole step, packed or not, and the models that run on them: one for each side of the comparison.
+"""Make the weights of a whole step, packed or not, and the models on them, one for each side.
 
 Packed rows are random where none are given: those of the first double and the first single block are made, every further
 block has a copy with the rows moved on by one, so that its bytes are its own in memory and its matrix another one.
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +18,21 @@ from torch import Tensor, nn
 
 from ...compute import compute_of_layer
 from ...formats import BlockFormat, Packed
-from ...layers.linear import GGUFLinear
 from ...machine.random_rows import random_rows
 from ...packing import quantizer
 from ...torch_backend import reference
-from ..providers import PROVIDERS, Problem
+from ..names import OURS, TORCH, mode_of
+from ..providers import PROVIDERS, Problem, own_layer
 from .inputs import StepConfig
 from .model import StepModel
 
-_OURS = "ours "
+T = TypeVar("T")
 _INDEX = re.compile(r"(?<=blocks\.)\d+")
 
 
 @dataclass(frozen=True)
 class StepWeights:
-    """Hold a transformer's weights: packed ones of the blocks, plain ones around them, and norms, by module name."""
+    """Hold a transformer's weights by module name: packed ones of the blocks, plain ones around, norms."""
 
     config: StepConfig
     fmt: BlockFormat
@@ -42,7 +43,7 @@ class StepWeights:
 
     def nbytes(self, unquantized: bool = False) -> int:
         """Return the bytes of all weights, packed or as they would be unquantized."""
-        blocks = sum(_packed_bytes(one, self.dtype if unquantized else None) for one in self.packed.values())
+        blocks = sum(_packed_bytes(problem, self.dtype if unquantized else None) for problem in self.packed.values())
         around = [*(tensor for pair in self.plain.values() for tensor in pair), *self.norms.values()]
         return blocks + sum(tensor.nbytes for tensor in around)
 
@@ -50,29 +51,26 @@ class StepWeights:
         """Return the weights of a model of the first double and the first single block, the same tensors."""
         config = replace(self.config, num_layers=1, num_single_layers=1)
         names = linear_shapes(config).keys() | _norms(config).keys()
-        packed, plain, norms = (
-            {name: one for name, one in found.items() if name in names} for found in (self.packed, self.plain, self.norms)
-        )
-        return StepWeights(config, self.fmt, self.dtype, packed, plain, norms)
+
+        def kept(weights: dict[str, T]) -> dict[str, T]:
+            return {name: weight for name, weight in weights.items() if name in names}
+
+        return replace(self, config=config, packed=kept(self.packed), plain=kept(self.plain), norms=kept(self.norms))
 
     def to_file_order(self) -> None:
-        """Undo field planes, one weight at a time; models made before must be gone, or both arrangements stay in memory."""
-        for name, one in self.packed.items():
-            self.packed[name] = replace(one, weight=one.weight.in_file_order())
+        """Undo field planes one weight at a time; models made before must be gone, or both stay in memory."""
+        for name, problem in self.packed.items():
+            self.packed[name] = replace(problem, weight=problem.weight.in_file_order())
 
 
-def _packed_bytes(one: Problem, unquantized: torch.dtype | None) -> int:
-    weight = one.weight
+def _packed_bytes(problem: Problem, unquantized: torch.dtype | None) -> int:
+    weight = problem.weight
     weights = weight.data.nbytes if unquantized is None else weight.n * weight.k * unquantized.itemsize
-    return weights + one.bias.nbytes
+    return weights + problem.bias.nbytes
 
 
 def make_weights(
-    config: StepConfig,
-    fmt: BlockFormat,
-    device: torch.device,
-    dtype: torch.dtype,
-    stored: Mapping[str, Tensor] | None = None,
+    config: StepConfig, fmt: BlockFormat, device: torch.device, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None
 ) -> StepWeights:
     """Make the weights of a whole step on `device`.
 
@@ -102,9 +100,8 @@ def _rows(weights: StepWeights, name: str, n: int, k: int, planes: bool, device:
     fmt, first, index = weights.fmt, first_block(name), _INDEX.search(name)
     if stored is not None:
         weight = stored[f"{name}.weight"].float()
-        even = (
-            None if fmt.quantize is not None else torch.ones_like(weight[:1]).expand_as(weight)
-        )  # libggml's quantizers of some types insist on one
+        # libggml's quantizers of some types insist on an importance.
+        even = None if fmt.quantize is not None else torch.ones_like(weight[:1]).expand_as(weight)
         rows = quantizer(fmt)(weight, even)
         return (fmt.layout.to_planes(rows) if planes else rows).to(device)
     if first in weights.packed and index is not None:
@@ -117,23 +114,19 @@ def first_block(name: str) -> str:
     return _INDEX.sub("0", name)
 
 
+def _empty_model(config: StepConfig) -> StepModel:
+    with torch.device("meta"):
+        return StepModel(config)
+
+
 def linear_shapes(config: StepConfig) -> dict[str, tuple[int, int]]:
     """Return name -> (N, K) of every linear layer."""
-    found: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, n: int, k: int) -> nn.Module:
-        found[name] = (n, k)
-        return nn.Identity()
-
-    with torch.device("meta"):
-        StepModel(note, config)
-    return found
+    return {name: (linear.out_features, linear.in_features) for name, linear in _empty_model(config).linears().items()}
 
 
 def _norms(config: StepConfig) -> dict[str, int]:
-    with torch.device("meta"):
-        model = StepModel(lambda *_: nn.Identity(), config)
-    return {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.RMSNorm)}
+    modules = _empty_model(config).named_modules()
+    return {name: module.weight.numel() for name, module in modules if isinstance(module, nn.RMSNorm)}
 
 
 class _Calling(nn.Module):
@@ -148,7 +141,7 @@ class _Calling(nn.Module):
 
 
 def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) -> StepModel:
-    """Build the model of one provider on these weights; only "torch" and, with field planes, "diffusers" need further memory.
+    """Build one provider's model; only "torch" and, with field planes, "diffusers" need more memory.
 
     Args:
         provider: "torch", "ours " and a compute mode, or another one of PROVIDERS.
@@ -157,24 +150,22 @@ def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) 
     Raises:
         Unavailable: where the provider cannot run here.
     """
-    made: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
 
-    def make(name: str, problem: Problem) -> nn.Module:
+    def make(name: str) -> nn.Module:
         key = first_block(name) if first_blocks_only else name
-        if key not in made:
-            made[key] = make_layer(provider, weights.packed[key], name)
-        return made[key]
+        if key not in layers:
+            layers[key] = make_layer(provider, weights.packed[key], name)
+        return layers[key]
 
     return _assemble(weights, make)
 
 
-def _assemble(weights: StepWeights, make: Callable[[str, Problem], nn.Module], dtype: torch.dtype | None = None) -> StepModel:
-    def layer(name: str, n: int, k: int) -> nn.Module:
-        if name in weights.packed:
-            return make(name, weights.packed[name])
-        return _linear(*(tensor.to(dtype or tensor.dtype) for tensor in weights.plain[name]))
-
-    model = StepModel(layer, weights.config)
+def _assemble(weights: StepWeights, make: Callable[[str], nn.Module], dtype: torch.dtype | None = None) -> StepModel:
+    model = _empty_model(weights.config)
+    for name in model.linears():
+        plain = (tensor.to(dtype or tensor.dtype) for tensor in weights.plain.get(name, ()))
+        model.set_submodule(name, make(name) if name in weights.packed else _linear(*plain))
     for name, weight in weights.norms.items():
         model.get_submodule(name).weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
     return model.eval()
@@ -187,30 +178,23 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
-    """Make the layer of one provider for a packed weight; `name` decides whether a compute mode spares the layer.
+    """Make one provider's layer for a packed weight; `name` decides whether a mode spares it.
 
     Raises:
         Unavailable: where the provider cannot run here.
     """
-    if provider == "torch":
+    if provider == TORCH:
         return _linear(reference.dequantize(problem.weight, problem.dtype), problem.bias)
-    if not provider.startswith(_OURS):
+    if not provider.startswith(OURS):
         layer = PROVIDERS[provider].make(problem)
         return layer if isinstance(layer, nn.Module) else _Calling(layer)
-    data, fmt, planes, _ = problem.weight
-    return GGUFLinear.from_packed(
-        *(data, fmt, problem.bias),
-        planes=planes,
-        backend="torch" if data.device.type == "cpu" else "triton",
-        compute=compute_of_layer(provider.removeprefix(_OURS), [name]),
-        compute_dtype=problem.dtype,
-    )
+    return own_layer(problem, compute_of_layer(mode_of(provider), [name]))
 
 
 def build_reference(
     weights: StepWeights, dtype: torch.dtype = torch.float32, noise: float = 0.0, first_blocks_only: bool = False
 ) -> StepModel:
-    """Build the model that decodes its weights without Triton at every call: in float32, what the others are compared with.
+    """Build the model that decodes its weights without Triton at every call: in float32, the oracle.
 
     Args:
         dtype: of activations and decoded weights.
@@ -219,7 +203,7 @@ def build_reference(
     """
     generator = torch.Generator(next(iter(weights.packed.values())).weight.data.device).manual_seed(0)
 
-    def make(name: str, problem: Problem) -> nn.Module:
+    def make(name: str) -> nn.Module:
         problem = weights.packed[first_block(name) if first_blocks_only else name]
 
         def call(x: Tensor) -> Tensor:

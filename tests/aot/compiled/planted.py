@@ -15,7 +15,7 @@ from bench.aot.sweep.inputs import make
 
 
 def run_edited(case: Case, kernel: str, edit: Callable[[str], str], order: np.random.Generator | None = None) -> float:
-    """Return the worst error over its bound of a case in which `kernel` runs as edited PTX; raise Fault where it faults."""
+    """Return the worst error over its bound with `kernel` run as edited PTX; raise Fault where it faults."""
     inputs = make(case)
     with absent_card(case.capability, order) as card:
         edit_launches(card, kernel, edit)

@@ -72,7 +72,10 @@ def test_shared_memory_that_the_card_does_not_have():
 
 
 def test_tiles_are_those_of_the_card():
-    """The library chooses for the absent card: Hopper gets row scales in int8, a GeForce does not; no launch of one meets the other."""
+    """Check the choices for an absent card: Hopper gets row scales in int8, a GeForce does not.
+
+    No launch of one meets the other.
+    """
     fmt = FORMATS["Q4_K"]
     names = {}
     for capability in (90, 89):

@@ -1,4 +1,4 @@
-"""What Triton's interpreter hides: how compiled code treats NaN, ties, alignment and odd ranks, executed in the PTX interpreter."""
+"""Test what Triton's interpreter hides of compiled code: NaN, ties, alignment and odd ranks."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ def test_nan_and_inf_weights_spoil_their_own_scale_alone(capability, value, row_
         codes, scale = int8.unpack_weight(Packed(data, Q4_K, Q4_K.planes), 128, row_scales)
         card.allocations.check(codes), card.allocations.check(scale)
     expected = torch.zeros_like(scale, dtype=torch.bool)
-    expected[: 1 if row_scales else 2, 3] = True  # a superblock is two groups of 128
+    # A superblock is two groups of 128.
+    expected[: 1 if row_scales else 2, 3] = True
     assert torch.equal(scale.isnan(), expected)
 
 
 def test_a_plain_maximum_would_drop_nan():
-    """The check above can fail: with max in place of max.NaN one block of NaN among four of a group is dropped."""
+    """The check above can fail: with max for max.NaN one block of NaN among four is dropped."""
     fmt = FORMATS["Q4_0"]
-    data = random_rows(fmt, 20, K, fmt.planes)  # the first two bytes are a block's d either way
+    # The first two bytes are a block's d either way.
+    data = random_rows(fmt, 20, K, fmt.planes)
     data[3, :2] = torch.tensor([float("nan")], dtype=torch.float16).view(torch.uint8)
     found = []
     for instead in ("max.NaN.f32", "max.f32"):
@@ -106,7 +108,7 @@ def test_weight_codes_against_the_twin_with_divisions_off():
 
 @pytest.mark.parametrize("name, row_bytes, m", [("Q6_K", 2520, 2), ("Q6_K", 2520, 5), ("Q3_K", 1320, 33)])
 def test_rows_that_start_at_8_byte_addresses(name, row_bytes, m):
-    """Every second row of these starts between two 16-byte addresses, and no wide load may assume otherwise."""
+    """Every second row starts between two 16-byte addresses, so no wide load may assume otherwise."""
     fmt, k = FORMATS[name], 3072
     assert fmt.row_bytes(k) == row_bytes and row_bytes % 16 == 8
     data = random_rows(fmt, 133, k, fmt.planes)
@@ -121,7 +123,7 @@ def test_rows_that_start_at_8_byte_addresses(name, row_bytes, m):
 @pytest.mark.parametrize("rank", [1, 3, 16, 33])
 @pytest.mark.parametrize("m", [2, 5])
 def test_branches_of_any_rank(rank, m):
-    """Triton compiles a rank of 1 and ranks that 16 divides for themselves; the last step of the others is padded."""
+    """Triton compiles ranks of 1 and of multiples of 16 for themselves, and pads the others' last step."""
     inputs = make(Case("narrow_branch", "Q8_0", "fp16", 89), K)
     generator = torch.Generator().manual_seed(rank)
     n, x = inputs.data.shape[0], inputs.x[:m]
@@ -129,7 +131,8 @@ def test_branches_of_any_rank(rank, m):
     with absent_card(89) as card:
         y = kernels.linear(x, Packed(inputs.data, inputs.fmt, inputs.fmt.planes), inputs.bias, "exact", branch)
         card.allocations.check(y)
-    weight = (inputs.weight if m <= CODES_M else inputs.weight.half()).double()  # codes are multiplied before any rounding
+    # Codes are multiplied before any rounding.
+    weight = (inputs.weight if m <= CODES_M else inputs.weight.half()).double()
     expected = x.double() @ weight.T + inputs.bias.double() + branch[0].double() @ branch[1].double().T
     magnitude = x.double().abs() @ weight.abs().T + branch[0].double().abs() @ branch[1].double().abs().T + 10
     assert ((y.double() - expected).abs() <= 2.0**-11 * expected.abs() + 2.0**-24 * (K / 16 + 40) * 1.01 * magnitude).all()

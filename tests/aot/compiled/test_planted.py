@@ -1,4 +1,4 @@
-"""Errors planted in the code that Triton compiled: the interpreter must find each of them, in any order of warps."""
+"""Plant errors in code that Triton compiled: the interpreter finds each, in any order of warps."""
 
 from __future__ import annotations
 

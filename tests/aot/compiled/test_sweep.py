@@ -1,4 +1,4 @@
-"""Every kernel with every format once, compiled for cards in turn and run in the PTX interpreter (see bench/aot/sweep)."""
+"""Run every kernel with every format once in the PTX interpreter (see bench/aot/sweep)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_result_is_within_its_bound(case):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_is_left_out(kernel):
-    """Each kernel meets each format, or each dtype where it has no format; the branches every fifth format, on all cards."""
+    """Each kernel meets each format or dtype, the branches every fifth format, on all cards."""
     mine = [case for case in CASES if case.kernel == kernel]
     if kernel in FORMAT_FREE:
         assert {case.dtype for case in mine} == set(FLOATS)

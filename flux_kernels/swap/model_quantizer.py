@@ -9,12 +9,12 @@ from torch import nn
 
 from ..errors import GGUFError
 from ..layers.embedding import GGUFEmbedding
-from ..layers.fuse import offer_fusing, unfuse_projections
+from ..layers.fuse import unfuse_projections
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over
 
-# Functions that give a model of their library its quantizer and return True, or return False; integrations add theirs.
-QUANTIZERS: list[Callable[[nn.Module], bool]] = []
+AttachHook = Callable[[nn.Module], bool]
+_library_hook: AttachHook | None = None
 
 
 class _UnwritableConfig:
@@ -38,9 +38,11 @@ class SwappedModelQuantizer:
     """
 
     is_serializable = False
-    is_compileable = True  # the op has a fake, so a forward compiles without a graph break
-    is_trainable = True  # adapters train through packed layers
-    is_qat_trainable = False  # the packed weights themselves do not
+    # The op has a fake, so a forward compiles without a graph break.
+    is_compileable = True
+    # Adapters train through packed layers; the packed weights themselves do not.
+    is_trainable = True
+    is_qat_trainable = False
     requires_calibration = False
     quantization_config = _UnwritableConfig()
 
@@ -59,7 +61,8 @@ class SwappedModelQuantizer:
 def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace every packed layer by the plain layer it stands for, in place; fused ones come apart first."""
     unfuse_projections(model)
-    plain: dict[nn.Module, nn.Module] = {}  # the token table has two places in a text encoder
+    # The token table has two places in a text encoder.
+    plain: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, GGUFLinear | GGUFEmbedding):
@@ -68,10 +71,22 @@ def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 setattr(parent, name, plain[child])
 
 
-def guard(model: nn.Module) -> None:
-    """Give a model that has save_pretrained and packed layers its quantizer, or the stand-in."""
-    if hasattr(model, "save_pretrained") and any(isinstance(module, GGUFLinear) for module in model.modules()):
-        offer_fusing(model)
-        if not any(attach(model) for attach in QUANTIZERS):
-            model.hf_quantizer = SwappedModelQuantizer()  # type: ignore[assignment]
-            model.is_quantized = False  # type: ignore[assignment]  # .to(dtype) is safe: packed bytes stay uint8
+def set_attach_hook(hook: AttachHook) -> None:
+    """Let a library's own quantizer go before the stand-in; the hook that was set before is forgotten.
+
+    Args:
+        hook: gives a model with packed layers its quantizer and returns True; returns False for a model that is not its library's,
+            which then gets `SwappedModelQuantizer`.
+    """
+    global _library_hook
+    _library_hook = hook
+
+
+def attach_quantizer(model: nn.Module) -> None:
+    """Give a model that has save_pretrained and packed layers its library's quantizer, or the stand-in."""
+    if not hasattr(model, "save_pretrained") or not any(isinstance(module, GGUFLinear) for module in model.modules()):
+        return
+    if _library_hook is None or not _library_hook(model):
+        model.hf_quantizer = SwappedModelQuantizer()  # type: ignore[assignment]
+        # .to(dtype) is safe: packed bytes stay uint8.
+        model.is_quantized = False  # type: ignore[assignment]
