@@ -90,9 +90,13 @@ def test_there_are_three_issue_forms_and_a_short_pull_request_template():
 
 
 def test_pre_commit_has_the_versions_of_make_lint():
+    """ruff by its pin; mypy is the very program, in the environment that make installs from constraints.txt."""
     (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
     pins = {line.strip() for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
-    for hook in repository["hooks"]:
+    *ruff, mypy = repository["hooks"]
+    assert [hook["entry"].split()[:2] for hook in ruff] == [["ruff", "check"], ["ruff", "format"]]
+    for hook in ruff:
         (pin,) = hook["additional_dependencies"]
-        assert pin in pins and pin.partition("==")[0] == hook["entry"].split()[0]
-    assert [hook["id"] for hook in repository["hooks"]] == ["ruff-check", "ruff-format", "mypy"]
+        assert pin in pins and pin.startswith("ruff==")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert mypy["entry"] == ".venv/bin/mypy" and "VENV ?= .venv\n" in makefile and "\t$(BIN)/mypy\n" in makefile
