@@ -104,7 +104,9 @@ def test_imports_make_no_circle():
 
 
 def names_in(path: Path) -> set[str]:
-    """Return every name that a file's code speaks, in capitals: identifiers, attributes, modules, words of strings.
+    """Return every name that a file's code speaks, in capitals.
+
+    Identifiers, attributes, modules, words of strings.
 
     Docstrings may name an example.
     """
@@ -121,7 +123,10 @@ def names_in(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda path: path.name)
 def test_kernels_know_no_format_by_name(path):
-    """Not as an import, a key or a word of a message: what odd formats need stands in odd_tiles.csv, the rest in their rows."""
+    """A format's name is no import, no key and no word of a message in kernels.
+
+    What odd formats need stands in odd_tiles.csv, the rest in their rows.
+    """
     assert not names_in(path) & FORMATS.keys()
 
 

@@ -90,7 +90,7 @@ def test_there_are_three_issue_forms_and_a_short_pull_request_template():
 
 
 def test_pre_commit_has_the_versions_of_make_lint():
-    """ruff by its pin; mypy is the very program, in the environment that make installs from constraints.txt."""
+    """ruff has the pin; mypy is the very program that make installs from constraints.txt."""
     (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
     pins = {line.strip() for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
     *ruff, mypy = repository["hooks"]

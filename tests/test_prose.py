@@ -1,4 +1,4 @@
-"""Prose in the code: the first line of a docstring is short, and a comment that explains stands above the code."""
+"""Docstrings begin with a short line, and a comment that explains stands above the code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def long_first_lines(source: str) -> Iterator[int]:
 
 
 def trailing_comments(source: str) -> Iterator[int]:
-    """Yield the lines of comments that trail code: long ones, and those that hang on the end of a wrapped statement."""
+    """Yield the lines of comments behind code that are long, or hang on the end of a wrapped statement."""
     if not SUSPECT.search(source):
         return
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

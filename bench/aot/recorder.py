@@ -11,7 +11,7 @@ from pathlib import Path
 import triton
 
 from bench.record import AOT, read_csv, write_csv
-from flux_kernels.machine.tune_compile import said
+from flux_kernels.machine.tune_compile import one_line
 
 from .cards import CARDS
 from .launches import ROWS, Launch, launches
@@ -68,7 +68,7 @@ def _one(item: Item) -> dict | str:
     try:
         return row_of(item.launch, item.capability)
     except Exception as error:  # noqa: BLE001  (whatever a compiler raises is a result: it is reported, the others go on)
-        return f"{' '.join(item.key())}: {said(error)}"
+        return f"{' '.join(item.key())}: {one_line(error)}"
 
 
 def _numbers_by_value(row_key: tuple[str, ...]) -> tuple:

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import cache as triton_cache
 from triton.runtime.jit import JITFunction
 
-from flux_kernels.machine.tune_compile import said
+from flux_kernels.machine.tune_compile import one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,5 +135,5 @@ def _compile(index: int) -> str:
     try:
         kernel.compile()
     except Exception as problem:  # noqa: BLE001 - such as a tile that the compiler cannot do: the session's row will say so
-        return f"{kernel.fn.fn.__name__}: {said(problem)}"
+        return f"{kernel.fn.fn.__name__}: {one_line(problem)}"
     return ""

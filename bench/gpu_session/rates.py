@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.aot.cards import CARDS
 from bench.gpu_session.session import Session
 from flux_kernels.machine.gpu_clock import GpuClock
-from flux_kernels.machine.tune_compile import said
+from flux_kernels.machine.tune_compile import one_line
 
 KEY = ("what",)
 _THREADS, _CHAINS, _TURNS = 1024, 8, 512
@@ -110,7 +110,7 @@ def _row(name: str, measure, expected: float) -> dict:
     try:
         rate, milliseconds, note = *measure(), ""
     except RuntimeError as problem:
-        rate, milliseconds, note = None, "", said(problem)
+        rate, milliseconds, note = None, "", one_line(problem)
     return dict(
         what=name,
         rate="" if rate is None else f"{rate:.1f}",

@@ -27,7 +27,7 @@ from flux_kernels.benchmark.step.weights import StepWeights, build, make_weights
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.gpu_clock import GpuClock, Replay
-from flux_kernels.machine.tune_compile import said
+from flux_kernels.machine.tune_compile import one_line
 
 KEY = ("format", "provider", "size", "what")
 _PROVIDERS = ("torch", "ours exact", "ours int8", "dequantize")
@@ -67,7 +67,7 @@ def _format(session: Session, table, format: str, size: str, providers: list[str
         try:
             _provider(session, table, weights, oracle, provider, size)
         except (*CANNOT_RUN, RuntimeError, ValueError) as problem:
-            table.add(_row(_key(format, provider, size, "graph"), [], None, said(problem)))
+            table.add(_row(_key(format, provider, size, "graph"), [], None, one_line(problem)))
         gc.collect()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.gpu_session.session import Session, Table, timed
 from flux_kernels.machine.clock import balanced_order
 from flux_kernels.machine.gpu_clock import GpuClock, Replay
-from flux_kernels.machine.tune_compile import said
+from flux_kernels.machine.tune_compile import one_line
 
 _ROUNDS = 7
 _GRAPH_MS = 2.0  # of work in a graph where it takes several calls to fill it
@@ -61,7 +61,7 @@ def _time_cases(session: Session, table: Table, cases: Iterable[Case], graphs: E
             replay, calls, eager = _captured(session, case, clock)
             ready.append((case, graphs.enter_context(replay), calls, eager))
         except Exception as problem:  # noqa: BLE001 - a failure is a result: it becomes the row's note
-            table.add(_row(case, [], None, said(problem)))
+            table.add(_row(case, [], None, one_line(problem)))
     times: list[list[float]] = [[] for _ in ready]
     for turn in range(_ROUNDS):
         for index in balanced_order(len(ready), turn):

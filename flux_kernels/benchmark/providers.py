@@ -15,7 +15,7 @@ from ..errors import BackendUnavailable
 from ..formats import Packed
 from ..install_hints import install_command
 from ..layers.linear import GGUFLinear
-from ..machine.tune_compile import said
+from ..machine.tune_compile import one_line
 from ..torch_backend import reference
 from .names import EXACT, OURS, TORCH, mode_of
 
@@ -41,7 +41,7 @@ def why(error: Exception) -> str:
     """Return the note of a provider that could not run, or raised."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    return str(error) if isinstance(error, CANNOT_RUN) else said(error)
+    return str(error) if isinstance(error, CANNOT_RUN) else one_line(error)
 
 
 def not_installed(module: str, package: str = "") -> Unavailable:

@@ -1,4 +1,7 @@
-"""Random packed rows: every format's weights are finite and of a plausible size, and the codes are all in use."""
+"""Random packed rows: every format's weights are finite and of a plausible size.
+
+The codes are all in use.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What diffusers and peft do to a model with adapters, done to a swapped one (see test_operations_table.py)."""
+"""What diffusers and peft do to a model with adapters, done to a swapped one.
+
+See test_operations_table.py.
+"""
 
 from __future__ import annotations
 
