@@ -90,7 +90,8 @@ def _pipeline_call(
 
 def _transformer(name: str, provider: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return the embedded transformer with the provider's layers on weights packed as `name`."""
-    transformer: Any = embedded_transformer().to(device, dtype)
+    transformer: Any = embedded_transformer()
+    transformer.to(device, dtype)
     swap_linear(transformer, format=name, include=BLOCKS)
     for path, layer in list(_packed(transformer)):
         problem = Problem(layer.packed._replace(data=layer.qweight.detach()), layer.bias.detach(), dtype)
