@@ -23,7 +23,7 @@ demo: $(VENV)/.installed ## draw with the embedded model, 16 bit against Q8_0, Q
 test: $(VENV)/.installed-test ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-test ## ruff, the type checker on the public API, generated tables up to date
+lint: $(VENV)/.installed-test ## ruff, the type checker, generated tables up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

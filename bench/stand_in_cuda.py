@@ -148,7 +148,8 @@ def _products() -> Iterator[tuple[object, str, object]]:
 
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_FRESH = 1 << 16  # bytes from which memory then comes from the system, which hands out zeros and nothing that was touched
+# Bytes from which memory then comes from the system, which hands out zeros and nothing that was touched
+_FRESH = 1 << 16
 
 
 @contextmanager

@@ -23,14 +23,25 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The file appears under its name only when it is complete, and two writers of one file do not meet: the last one counts.
     A link is followed, so that it stays one.
+
+    Raises:
+        PermissionError: where the system does not let it be renamed, as Windows does while the file there is open or mapped.
     """
     target = Path(os.path.realpath(os.fsdecode(path)))
     part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
-        os.replace(part, target)
+        _rename(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _rename(part: Path, target: Path) -> None:
+    try:
+        os.replace(part, target)
+    except PermissionError as error:
+        reason = f"{error.strerror} (on Windows a file that a model was loaded from cannot be replaced: write another)"
+        raise PermissionError(error.errno, reason, str(target)) from error
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Shared fixtures: packed weights with sane values, and a tiny Flux, as diffusers loads it from a GGUF file."""
+"""Share fixtures: packed weights with sane values, and a tiny Flux as diffusers loads it from GGUF."""
 
 from __future__ import annotations
 
@@ -21,21 +21,26 @@ from .poisoned_memory import poisoned
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bf16_in_interpreter():
-    """Mend the interpreter's bf16 arithmetic for the session (see bf16_interpreter.py)."""
+def triton_interpreter():
+    """Mend the interpreter's bf16 arithmetic, and spare it repeated work, for the session."""
     if not interpreting():
         yield
         return
     from .bf16_interpreter import mend
+    from .interpreter_speed import quicken
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         mend(monkeypatch)
+        quicken(monkeypatch)
         yield
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
-    """Poison and guard every torch.empty of the tests of kernels and of the torch backend (see poisoned_memory.py)."""
+    """Poison and guard every torch.empty of the kernels' and the torch backend's tests.
+
+    See poisoned_memory.py.
+    """
     is_wanted = request.path.parent.name in ("kernels", "torch_backend") and not request.node.get_closest_marker("plain_memory")
     with poisoned() if is_wanted else nullcontext():
         yield
@@ -43,7 +48,10 @@ def poisoned_memory(request):
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Name the device kernels run on: the GPU where there is one, otherwise the CPU through Triton's interpreter."""
+    """Name the device kernels run on: the GPU where there is one, otherwise the CPU.
+
+    On a CPU they run in Triton's interpreter.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -63,7 +71,10 @@ PACKED_TYPES = [name for name in ("Q4_K", "Q8_0", "Q5_0", "Q6_K") if name in FOR
 
 
 def random_packed(format: str, n: int, k: int, seed: int = 0) -> torch.Tensor:
-    """Make packed rows uint8 [n, row bytes] of random codes, scaled so that the weights have an RMS of 0.05."""
+    """Make packed rows uint8 [n, row bytes] of random codes.
+
+    The scales give the weights an RMS of 0.05.
+    """
     fmt = get_format(format)
     generator = torch.Generator().manual_seed(seed)
     data = torch.randint(0, 256, (n, k // fmt.block_size, fmt.type_size), dtype=torch.uint8, generator=generator)
@@ -90,7 +101,10 @@ def packed():
 
 @pytest.fixture
 def tiny_flux():
-    """Build a FluxTransformer2DModel of 7 M parameters in float32 whose block matrices all have K % 256 == 0."""
+    """Build a FluxTransformer2DModel of 7 M parameters in float32.
+
+    All block matrices have K % 256 == 0.
+    """
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     return diffusers.FluxTransformer2DModel(**TINY_FLUX).eval()
@@ -98,7 +112,10 @@ def tiny_flux():
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory):
-    """Write a GGUF file of the tiny Flux under diffusers' names, its block matrices packed in several types."""
+    """Write a GGUF file of the tiny Flux under diffusers' names.
+
+    Its block matrices are packed in several types.
+    """
     gguf = pytest.importorskip("gguf")
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""One of the processes of test_context_parallel.py: python -m tests.context_parallel_worker RANK WORLD RENDEZVOUS_FILE.
+"""Be one of the processes of test_context_parallel.py.
+
+python -m tests.context_parallel_worker RANK WORLD RENDEZVOUS_FILE
 
 It computes a tiny swapped Flux alone and with its tokens split over the processes, in every mode, and prints the relative
 differences as JSON.
@@ -20,7 +22,8 @@ from flux_kernels.compute import COMPUTE_MODES
 
 from .conftest import TINY_FLUX, flux_inputs
 
-INPUTS = {"tokens": 96, "text": 64}  # half of either is more than WEIGHT_ONLY_M, so that every mode runs as itself
+# Half of either is more than WEIGHT_ONLY_M, so that every mode runs as itself
+INPUTS = {"tokens": 96, "text": 64}
 
 
 def variants(packed) -> dict[str, torch.nn.Module]:

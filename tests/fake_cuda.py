@@ -1,4 +1,7 @@
-"""A simulated torch.cuda: a host clock, a device that runs what is queued in order, events, sleeps and graphs. Times are microseconds."""
+"""A simulated torch.cuda: a host clock, and a device that runs what is queued, in order.
+
+It has events, sleeps and graphs. Times are microseconds.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from types import SimpleNamespace
 from flux_kernels.machine import gpu_clock
 
 CYCLES = 1500  # a microsecond
-QUEUE = 1022  # launches outstanding at most, as on an H200; the host waits where one more is issued
+# Launches outstanding at most, as on an H200; the host waits where one more is issued
+QUEUE = 1022
 
 
 class FakeCuda:

@@ -1,4 +1,7 @@
-"""Synthetic FLUX.1 GGUF files for tests, written with gguf-py: shapes, names and types by hand, never from flux_kernels."""
+"""Synthetic FLUX.1 GGUF files for tests, written with gguf-py.
+
+Shapes, names and types are typed by hand, never taken from flux_kernels.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
 HEAD = 64
-WIDTH = 256  # the smallest of which every K inside the blocks is a multiple of 256
+# The smallest of which every K inside the blocks is a multiple of 256
+WIDTH = 256
 TEXT = 256
 POOLED = 256
 FLOATS = {"F32": np.float32, "F16": np.float16}
@@ -81,7 +85,10 @@ class FluxFile:
         return {name: decode(data, kind).reshape(shape) for name, (data, kind, shape) in self.tensors.items()}
 
     def write(self, path: Path, *, architecture: str = "flux", prefix: str = "", keys=(), order=None) -> Path:
-        """Write the file with gguf-py. `keys`: (method of GGUFWriter, key, value); `order`: names in file order."""
+        """Write the file with gguf-py.
+
+        `keys`: (method of GGUFWriter, key, value); `order`: names in file order.
+        """
         writer = gguf.GGUFWriter(None, architecture)
         if not architecture:
             writer.kv_data[0].clear()
@@ -127,7 +134,10 @@ def random_tensor(rng: np.random.Generator, shape: tuple[int, ...], kind: str, s
 
 @cache
 def _golden_blocks(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the golden blocks that are neither tiny nor huge, uint8 [blocks, type_size], and their standard deviations."""
+    """Return the golden blocks that are neither tiny nor huge, and their standard deviations.
+
+    The blocks are uint8 [blocks, type_size].
+    """
     golden = np.load(GOLDEN / f"{kind}.npz")
     deviation = golden["y"].reshape(-1, 256).std(axis=1)
     usable = (deviation > 0.01) & (deviation < 100)

@@ -1,4 +1,7 @@
-"""Build GGUF files by hand, well-formed or not, from struct alone: an oracle that shares nothing with flux_kernels."""
+"""Build GGUF files by hand, well-formed or not, from struct alone.
+
+An oracle that shares nothing with flux_kernels.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ def gguf(
 
 
 def small() -> bytes:
-    """A well-formed file with every kind of value and three tensors, the last 34 bytes long and padded to 64."""
+    """Build a well-formed file with every kind of value and three tensors.
+
+    The last is 34 bytes long and padded to 64.
+    """
     keys = [
         key_value("general.architecture", STRING, string("flux")),
         key_value("a.bool", BOOL, b"\1"),

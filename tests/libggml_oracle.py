@@ -1,4 +1,6 @@
-"""Call libggml (the libggml-python wheel) through ctypes: quantize and dequantize rows of any ggml type.
+"""Call libggml through ctypes: quantize and dequantize rows of any ggml type.
+
+It comes with the wheel of libggml-python.
 
 The oracle of the format tests. It knows nothing of flux_kernels: block geometry comes from libggml's own type traits.
 """
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-TYPE_COUNT = 43  # ggml's enum ends here in 0.20; a lookup past it would read foreign memory
+# ggml's enum ends here in 0.20; a lookup past it would read foreign memory
+TYPE_COUNT = 43
 UNQUANTIZABLE = ("q8_1", "q8_K")  # activation types: ggml_quantize_chunk aborts the process on them
 
 
@@ -53,7 +56,10 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def type_ids() -> dict[str, int]:
-    """Return libggml's type names, in upper case ("Q4_K"), with their enum values; quantizable block types only."""
+    """Return the names of libggml's quantizable block types, with their enum values.
+
+    In upper case: "Q4_K".
+    """
     names = {}
     for ggml_type in range(TYPE_COUNT):
         traits = _library().ggml_get_type_traits(ggml_type).contents
@@ -74,7 +80,10 @@ def requires_importance(type_name: str) -> bool:
 
 
 def quantize(type_name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """Quantize float32 [rows, K] to uint8 [rows, row bytes]; importance float32 [K] (ones where the type requires one)."""
+    """Quantize float32 [rows, K] to uint8 [rows, row bytes].
+
+    importance: float32 [K]; ones where the type requires one.
+    """
     block_size, type_size = geometry(type_name)
     x = np.ascontiguousarray(x, dtype=np.float32)
     rows, k = x.shape
@@ -143,7 +152,10 @@ def _cpu_library() -> ctypes.CDLL:
 
 
 def int8_dot(type_name: str, packed: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Multiply as ggml does on a CPU: activations float32 [M, K] quantized to its int8 type, y float32 [M, N]."""
+    """Multiply as ggml does on a CPU: activations are quantized to the type's int8 partner.
+
+    Activations float32 [M, K], y float32 [M, N].
+    """
     traits = _cpu_library().ggml_get_type_traits_cpu(type_ids()[type_name]).contents
     activation = _library().ggml_get_type_traits(traits.vec_dot_type).contents
     x = np.ascontiguousarray(x, dtype=np.float32)

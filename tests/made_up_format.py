@@ -1,4 +1,7 @@
-"""A block type that ggml does not have, written as a stranger would: layout, torch decode, Triton decode, row."""
+"""A block type that ggml does not have, written as a stranger would.
+
+Layout, torch decode, Triton decode, row.
+"""
 
 from __future__ import annotations
 

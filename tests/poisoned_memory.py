@@ -1,4 +1,7 @@
-"""torch.empty as a kernel should fear it: full of NaN, with guard bytes on both sides that nobody may write."""
+"""torch.empty as a kernel should fear it: full of NaN, with guard bytes on both sides.
+
+Nobody may write the guards.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,20 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-_device_constructors()  # kept by torch from its first call on: it must not be of the torch.empty below
+# Kept by torch from its first call on: it must not be of the torch.empty below
+_device_constructors()
 
-GUARD = 64  # bytes on either side; a multiple of every alignment that kernels assume
+# Bytes on either side; a multiple of every alignment that kernels assume
+GUARD = 64
 POISON = 0xFF  # of every byte: NaN in all floating dtypes, -1 in signed integers
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Make torch.empty return poisoned, guarded memory in the block; raise AssertionError where a guard was written."""
+    """Make torch.empty return poisoned, guarded memory in the block.
+
+    Raises AssertionError where a guard was written.
+    """
     plain, made = torch.empty, []
 
     def empty(*size, dtype=None, device=None, **options):

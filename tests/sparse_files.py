@@ -28,7 +28,10 @@ def sparse_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype:
 
 
 def sparse_base(folder: Path, dtype: str = "BF16") -> Path:
-    """Lay out a FLUX.1-dev pipeline folder whose text encoders and VAE have the published numbers of parameters."""
+    """Lay out a FLUX.1-dev pipeline folder.
+
+    Its text encoders and VAE have the published numbers of parameters.
+    """
     (folder / "model_index.json").parent.mkdir(parents=True)
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     for part in ("scheduler", "tokenizer", "tokenizer_2"):

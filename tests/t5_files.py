@@ -1,4 +1,7 @@
-"""Synthetic T5 encoder files for tests, written with gguf-py under llama.cpp's or transformers' names, typed by hand."""
+"""Synthetic T5 encoder files for tests, written with gguf-py and typed by hand.
+
+Under llama.cpp's or transformers' names.
+"""
 
 from __future__ import annotations
 

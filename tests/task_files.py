@@ -1,4 +1,7 @@
-"""Small files for every task of `generate`, around the embedded pipeline: random transformers, its T5, pictures."""
+"""Small files for every task of `generate`, around the embedded pipeline.
+
+Random transformers, its T5, pictures.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Compiled code of what the library launches, for cards that are not here: `bench.aot` in a process of its own, and its record.
+"""Compiled code of what the library launches, for cards that are not here, and its record.
+
+`bench.aot` runs in a process of its own.
 
 A kernel that was decorated for the interpreter (as in the rest of this session) cannot be compiled.
 """
@@ -18,7 +20,8 @@ import pytest
 pytest.importorskip("triton.backends.nvidia", reason="Triton's NVIDIA backend compiles the kernels")
 
 ROOT = Path(__file__).parents[1]
-OLDEST, PINNED = "3.6.0", "3.7.1"  # Tritons: the oldest that pyproject.toml allows, and that of constraints.txt
+# Tritons: the oldest that pyproject.toml allows, and that of constraints.txt
+OLDEST, PINNED = "3.6.0", "3.7.1"
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -75,14 +78,20 @@ for capability in (86, 90):
 
 
 def test_the_calls_of_a_flux_step_launch_nothing_else():
-    """Of every picture size, the embedders and T5: their kernels and tiles are among those the report lists, whatever M, N and K."""
+    """The calls of a FLUX step launch kernels and tiles that the report lists, whatever M, N and K.
+
+    Of every picture size, the embedders and T5.
+    """
     done = python("-c", CALLS)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not done.stdout, done.stdout
 
 
 def test_recorded_rows_keep_the_invariants():
-    """Every row of both Tritons: no spills, shared memory within the card, tensor cores, one decode per weight, and so on."""
+    """Every row of both Tritons keeps the invariants.
+
+    No spills, shared memory within the card, tensor cores, one decode per weight, and so on.
+    """
     from bench.aot.invariants import problems
     from bench.aot.recorder import read_record
     from bench.aot.report import Row
@@ -90,8 +99,8 @@ def test_recorded_rows_keep_the_invariants():
     kinds = {field.name: dict(int=int, float=float, str=str)[field.type] for field in fields(Row)}
     rows = [Row(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in read_record().values()]
     assert {row.dtype for row in rows} == {"bf16", "fp16", "fp32", "any"}
-    found = [problem for row in rows for problem in problems(row, None)]
-    assert not found, "\n".join(found)
+    broken = [problem for row in rows for problem in problems(row, None)]
+    assert not broken, "\n".join(broken)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +116,10 @@ def test_compiled_rows_are_the_recorded_ones(kernels):
 
 
 def test_float32_activations_have_no_fused_tile():
-    """It would need more shared memory than a GeForce has, or spill; the kernels that are launched instead use no tensor cores."""
+    """A fused tile would need more shared memory than a GeForce has, or spill.
+
+    The kernels that are launched instead use no tensor cores.
+    """
     kernels = "fused_gemm,fused_gemm_branch,split_k,small_m,dequantize"
     report = run("--formats", "Q6_K", "--capabilities", "86,90", "--kernels", kernels, "--dtypes", "fp32")
     assert not report["problems"], "\n".join(report["problems"])
@@ -116,7 +128,10 @@ def test_float32_activations_have_no_fused_tile():
 
 
 def test_a_broken_invariant_is_found():
-    """The gate is able to fail: a spilling, non-tensor-core, twice-decoding row is refused with one sentence each."""
+    """The gate is able to fail: a row that breaks rules is refused with one sentence each.
+
+    It spills, uses no tensor core, and decodes twice.
+    """
     from bench.aot.invariants import problems
     from bench.aot.report import Row
 
@@ -125,8 +140,8 @@ def test_a_broken_invariant_is_found():
     ]
     good = next(row for row in good if row["k"] > 64)
     bad = good | dict(spills=3, mma="", decodes_per_weight=2.0, loop_global=4, shared_bytes=10**6)
-    found = problems(Row(**bad), good | dict(loop_instructions=good["loop_instructions"] / 1.06))
-    assert len(found) == 6
+    broken = problems(Row(**bad), good | dict(loop_instructions=good["loop_instructions"] / 1.06))
+    assert len(broken) == 6
     assert problems(Row(**good), good) == []
     slow = good | dict(kernel="small_m", format="Q8_0", tile="64x256 warps 4", instructions_per_weight=99.0)
     assert "99.0 instructions per weight" in problems(Row(**slow), None)[0]
@@ -160,7 +175,10 @@ def test_a_row_is_out_of_date_when_its_kernel_changes_and_only_then(tmp_path):
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path):
-    """Rows are kept as they come; `--missing` compiles what the file lacks, or has from another state of the source."""
+    """Rows are kept as they come, and `--missing` compiles what the file lacks.
+
+    Or what it has from another state of the source.
+    """
     path = tmp_path / "record.csv"
     options = ("--formats", "Q8_0", "--capabilities", "86", "--kernels", "dequantize", "--k", "3072", "--write", str(path))
     assert len(run(*options, "--dtypes", "bf16")["rows"]) == 1

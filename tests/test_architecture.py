@@ -50,17 +50,17 @@ def module_of(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     """Return the absolute names a file imports, wherever in the file."""
     package = ["flux_kernels", *path.relative_to(PACKAGE).parent.parts]
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             stem = ".".join(part for part in (base, node.module) if part)
             for alias in node.names:
                 whole = f"{stem}.{alias.name}"
-                found.add(whole if not node.module or stem == "flux_kernels" or whole in MODULES else stem)
-    return found
+                names.add(whole if not node.module or stem == "flux_kernels" or whole in MODULES else stem)
+    return names
 
 
 def own(path: Path) -> set[str]:
@@ -104,7 +104,9 @@ def test_imports_make_no_circle():
 
 
 def names_in(path: Path) -> set[str]:
-    """Return every name that a file's code speaks, in capitals: identifiers, attributes, modules, words of strings.
+    """Return every name that a file's code speaks, in capitals.
+
+    Identifiers, attributes, modules, words of strings.
 
     Docstrings may name an example.
     """
@@ -121,7 +123,10 @@ def names_in(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda path: path.name)
 def test_kernels_know_no_format_by_name(path):
-    """Not as an import, a key or a word of a message: what odd formats need stands in odd_tiles.csv, the rest in their rows."""
+    """A format's name is no import, no key and no word of a message in kernels.
+
+    What odd formats need stands in odd_tiles.csv, the rest in their rows.
+    """
     assert not names_in(path) & FORMATS.keys()
 
 

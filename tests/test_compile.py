@@ -1,4 +1,6 @@
-"""Compilation: whole models and repeated blocks in every mode, no more compilations than plain linears, export, AOTInductor.
+"""Compilation of whole models and repeated blocks in every mode, export and AOTInductor.
+
+There are no more compilations than with plain linears.
 
 aot_eager runs the same kernels as eager mode, so results are equal; inductor fuses the arithmetic around packed layers, which
 moves float32 results by rounding (`CLOSE`).
@@ -52,7 +54,10 @@ def forget_compilations():
 
 
 def prepared(packed_flux, kind: str):
-    """Copy the model and put it in a compute mode; "fused" is int8 with the projections fused as far as they can be."""
+    """Copy the model and put it in a compute mode.
+
+    "fused" is int8 with the projections fused as far as they can be.
+    """
     model = copy.deepcopy(packed_flux)
     fk.swap_linear(model, compute="int8" if kind == "fused" else kind)
     if kind == "fused":
@@ -145,7 +150,10 @@ def test_strict_export(packed_flux):
 
 
 def test_export_with_dynamic_lengths(packed_flux, tmp_path):
-    """One exported program serves other resolutions and prompts, from a file too; packed rows stay uint8 in it."""
+    """One exported program serves other resolutions and prompts, from a file too.
+
+    Packed rows stay uint8 in it.
+    """
     model = prepared(packed_flux, "int8")
     image, text = torch.export.Dim("image", min=20, max=4096), torch.export.Dim("text", min=2, max=512)
     shapes = dict.fromkeys(flux_inputs())
@@ -162,7 +170,10 @@ def test_export_with_dynamic_lengths(packed_flux, tmp_path):
 
 @pytest.mark.slow
 def test_ahead_of_time_package(tmp_path):
-    """An AOTInductor package runs packed layers of two modes with other numbers of rows, in a process of its own too."""
+    """An AOTInductor package runs packed layers of two modes with other numbers of rows.
+
+    In a process of its own too.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).eval()
     fk.swap_linear(model, format="Q4_K", compute={"0": "exact", "2": "int8"})

@@ -1,4 +1,7 @@
-"""Several processes: diffusers' context parallelism (Ulysses) on a swapped model, over two gloo processes without a GPU."""
+"""diffusers' context parallelism (Ulysses) on a swapped model, over two processes.
+
+They talk by gloo, without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,10 @@ def test_two_processes_give_the_numbers_of_one_in_every_mode(tmp_path):
             worker.kill()
     for worker, (output, errors) in zip(workers, results, strict=True):
         assert worker.returncode == 0, errors
-        found = json.loads(output.splitlines()[-1])
-        assert set(found["tokens"]) == {96 // WORLD}, "a process worked on all tokens"
-        assert found["differences"].keys() == BOUNDS.keys()
-        assert all(found["differences"][name] <= bound for name, bound in BOUNDS.items()), found
+        measured = json.loads(output.splitlines()[-1])
+        assert set(measured["tokens"]) == {96 // WORLD}, "a process worked on all tokens"
+        assert measured["differences"].keys() == BOUNDS.keys()
+        assert all(measured["differences"][name] <= bound for name, bound in BOUNDS.items()), measured
 
 
 def test_tensor_parallelism_is_refused_by_diffusers_with_a_sentence(swapped_flux):

@@ -1,4 +1,7 @@
-"""The golden-vector tool writes vectors that this library decodes bit for bit, and refuses types ggml does not have."""
+"""The golden-vector tool writes vectors that this library decodes bit for bit.
+
+It refuses types ggml does not have.
+"""
 
 from __future__ import annotations
 

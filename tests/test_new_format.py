@@ -11,7 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_scaffolded_format_works_in_a_copy_of_the_package(tmp_path):
-    """`tools/new_format.py` in a copy: the new type decodes like the Q8_0 it starts from, and a second run refuses."""
+    """`tools/new_format.py`, in a copy, makes a type that decodes like the Q8_0 it starts from.
+
+    A second run refuses.
+    """
     shutil.copytree(
         ROOT / "flux_kernels", tmp_path / "flux_kernels", ignore=shutil.ignore_patterns("demo_model", "__pycache__")
     )

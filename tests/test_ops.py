@@ -164,7 +164,8 @@ def test_old_cards_get_the_torch_backend_from_auto(monkeypatch):
         monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))  # Turing: unpack and cuBLAS, nothing faster
         backends.resolve.cache_clear()
         assert backends.resolve("auto", "exact", card, fmt).name == "triton"
-        for backend in ("triton", "auto"):  # torch's twins of the faster modes are slower than exact: not what was asked for
+        # Torch's twins of the faster modes are slower than exact: not what was asked for
+        for backend in ("triton", "auto"):
             with pytest.raises(fk.BackendUnavailable, match='RTX 30 card or newer.*Use backend="auto" with compute="exact"'):
                 backends.resolve(backend, "int8", card, fmt)
         monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))
@@ -187,7 +188,7 @@ def test_a_card_without_the_unit_is_told_of_when_layers_are_swapped(monkeypatch)
     fk.swap_linear(model, "torch", "int8", format="Q4_K")
     monkeypatch.setattr(torch.version, "hip", "6.0")
     for architecture, runs in (("gfx942:sramecc+:xnack-", True), ("gfx1100", True), ("gfx1030", False), ("gfx906", False)):
-        monkeypatch.setattr(backends, "_architecture", lambda device, found=architecture: found)
+        monkeypatch.setattr(backends, "_architecture", lambda device, name=architecture: name)
         backends.resolve.cache_clear()
         if runs:
             assert backends.resolve("auto", "int8", card, fmt).name == "triton"

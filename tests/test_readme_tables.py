@@ -1,4 +1,7 @@
-"""The README's tables of GPUs: what the rows say and nothing else, from folders made here and from those recorded."""
+"""The README's tables of GPUs: what the rows say and nothing else.
+
+From folders made here and from those recorded.
+"""
 
 from __future__ import annotations
 

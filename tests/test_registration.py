@@ -1,4 +1,7 @@
-"""Adding a format is one row: decode, GEMM, ops, layers and the README table follow without an edit elsewhere."""
+"""Adding a format is one row.
+
+Decode, GEMM, ops, layers and the README table follow without an edit elsewhere.
+"""
 
 from __future__ import annotations
 

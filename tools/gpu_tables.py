@@ -130,9 +130,8 @@ def peak_cells(rows: Rows, size: str, name: str) -> Cell:
 
 
 def _peak_gb(row: dict[str, str]) -> float:
-    return (
-        float(row.get("peak_gb") or 0) or float(row.get("peak_bytes") or 0) / 1e9
-    )  # a session's rows, or those of `whole_step`
+    # A session's rows, or those of `whole_step`
+    return float(row.get("peak_gb") or 0) or float(row.get("peak_bytes") or 0) / 1e9
 
 
 def _is_wrong(row: dict[str, str]) -> bool:

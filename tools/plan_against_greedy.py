@@ -31,7 +31,8 @@ _BITS = (3.10, 3.81, 5.15, 5.25, 5.93, 6.64, 6.85, 7.33, 7.39, 7.60, 8.17, 8.42,
 PUBLISHED = dict(zip(_NAMES, _BITS, strict=True))
 TABLE = Path(__file__).parents[1] / "tests" / "mixed" / "data" / "flux1_dev_casting_cost.csv"
 OUT = Path(__file__).parents[1] / "bench" / "results" / "plan_against_greedy.csv"
-_COUNTED = {"Q6_K": 6.5}  # what MixedQuantFlux's code takes for a type's bits per weight, where it is not what the type has
+# What MixedQuantFlux's code takes for a type's bits per weight, where it is not what the type has
+_COUNTED = {"Q6_K": 6.5}
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,8 @@ _COLUMNS = {
     "tensor clk": "tensor_clocks",
     "issue clk": "issue_clocks",
 }
-_WIDTH = 170  # characters the table takes, also where the output is a file or a narrow terminal
+# Characters the table takes, also where the output is a file or a narrow terminal
+_WIDTH = 170
 
 
 def _print(rows: list[dict]) -> None:

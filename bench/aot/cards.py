@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-QUADRANTS = 4  # schedulers of a multiprocessor, each with a tensor core and one instruction of 32 threads a clock
+# Schedulers of a multiprocessor, each with a tensor core and one instruction of 32 threads a clock
+QUADRANTS = 4
 LANES = 32
 # Results of I2F and F2I a clock and SM: the two rates in circulation. An H200 ran I2F.U8, I2F.F16 and F2I at 16
 # (bench/results/nvidia-h200/rates.csv); what our loops have is I2F.U16, .S16 and .S8, which are taken to be alike. I2FP and F2FP,

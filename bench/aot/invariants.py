@@ -18,7 +18,8 @@ TENSOR_CORE_KERNELS = (
 )
 # Weights of +d and -d as fp16: the compiler flips a sign, no rounding is left to count. fp16_gemm multiplies fp16 whatever x is.
 UNCOUNTED = frozenset({("Q1_0", "fp16")})
-RATCHET = 1.05  # main-loop instructions may grow by this factor before the record must be changed on purpose
+# Main-loop instructions may grow by this factor before the record must be changed on purpose
+RATCHET = 1.05
 # Instructions per decoded weight at most, by kernel and format, for x in 16 bit. Q6_K has two scales to a slice of 32 weights, each
 # with its half of x: selecting the halves of one copy (0.8) costs less than a second copy, whose requests an H200 waited for.
 MOST_INSTRUCTIONS_PER_WEIGHT = {

@@ -29,7 +29,8 @@ ANY = "any"  # the format or dtype of a kernel that is the same for all
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = (*range(1, WEIGHT_ONLY_M + 1), 17, 32, 64, 65, 128, 256, 512, 513, 1024, 4608)  # M
 SHAPES = ((3072, 3072), (3072, 64), (64, 3072))  # N, K
-SPLITS = 4  # what the report compiles split-K with, which tuning alone chooses; it also tries others
+# What the report compiles split-K with, which tuning alone chooses; it also tries others
+SPLITS = 4
 RANK = 16
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -128,7 +129,8 @@ def _either(one: Launch, other: Launch) -> Launch:
     )
 
 
-_COMPILED = defaultdict(lambda: None)  # what a launch returns: with nothing to launch directly, the next one comes here again
+# What a launch returns: with nothing to launch directly, the next one comes here again
+_COMPILED = defaultdict(lambda: None)
 
 
 @contextmanager

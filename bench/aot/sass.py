@@ -22,7 +22,8 @@ PIPES = {
     "fp32": ("FFMA", "FMUL", "FADD", "FSEL", "FMNMX", "IMAD", "HADD2", "HMUL2", "HFMA2"),
     "int": (
         *("LOP3", "SHF", "IADD3", "PRMT", "ISETP", "SEL", "LEA", "SGXT", "MOV", "VIADD", "IMNMX", "VIMNMX", "FSETP", "PLOP3"),
-        *("F2FP", "I2FP"),  # the packing and the 32-bit conversion of capability 8.6 and later, which do not go to "convert"
+        # The packing and the 32-bit conversion of capability 8.6 and later, which do not go to "convert"
+        *("F2FP", "I2FP"),
     ),
     "convert": ("I2F", "F2I", "F2F", "I2I", "MUFU"),
     "shared": ("LDS", "STS", "LDSM", "STSM"),

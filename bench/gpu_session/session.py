@@ -20,7 +20,8 @@ from bench.record import append_csv, origin, read_csv
 from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.machine.random_rows import random_rows
 
-_COLD_BYTES = 160 << 20  # of weights that take turns, so that each comes from memory: beyond twice the largest L2 of a Hopper
+# Of weights that take turns, so that each comes from memory: beyond twice the largest L2 of a Hopper
+_COLD_BYTES = 160 << 20
 _MOST_COPIES = 32
 
 

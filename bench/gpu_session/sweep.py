@@ -24,7 +24,8 @@ KEY = ("format", "m", "n", "k", "algorithm", "tile")
 _ROWS = (17, 32, 64, 128, 256, 512, 1024, 4608)
 _SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288))
 _SPLITS, _MOST_SPLIT_ROWS = (2, 4), 512
-_FUSED = 0.7  # of cuBLAS's speed, where the model has no row: issue slots of the decode on a Hopper
+# Of cuBLAS's speed, where the model has no row: issue slots of the decode on a Hopper
+_FUSED = 0.7
 _FEW_ROWS, _FEW_SHAPE = (1, 2, 4, 8), (18432, 3072)
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from ..report.plot_style import BLUE, GREEN, INK, ORANGE, RED
 
-OURS = "ours "  # begins the name of every side of this library; a compute mode or an algorithm follows
+# Begins the name of every side of this library; a compute mode or an algorithm follows
+OURS = "ours "
 TORCH, DIFFUSERS, EXACT = "torch", "diffusers", "ours exact"
 WRONG, FAILED = "wrong result: ", "failed: "  # begin the notes of sides that gave a wrong result or raised
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _PEER_COLORS = ("#7048a8", "#0b8a8a", "#8a5a44", "#6a6a6a", "#c06090", "#5c7a29")
 _PEER_MARKS = "P*<>p8H"
 _COLUMNS = 3  # panels in a line
-_WIDTH = 9.6  # inches of a figure: at the width of a page its words are as large as the page's
+# Inches of a figure: at the width of a page its words are as large as the page's
+_WIDTH = 9.6
 _HEIGHT = 3.1  # inches of a line of panels
 _WORDS = 9.5  # points
 _TITLE, _GAP = 0.36, 0.08  # inches that the title takes, and between it, legend and panels

@@ -79,7 +79,7 @@ def words_note(*texts: str) -> str:
     Its text encoders were trained on digits, colours and the few words around them: all else is noise to it.
     """
     tokenizer = json.loads((embedded_model_path() / "tokenizer_2" / "tokenizer.json").read_text(encoding="utf-8"))
-    known = {piece.removeprefix("▁") for piece, _ in tokenizer["model"]["vocab"] if piece.startswith("▁")}
+    known = {piece.removeprefix("\u2581") for piece, _ in tokenizer["model"]["vocab"] if piece.startswith("\u2581")}
     words = dict.fromkeys(word.strip(string.punctuation) for text in texts for word in text.split())
     unknown = [word for word in words if word not in known]
     if not unknown:

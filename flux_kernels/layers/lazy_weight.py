@@ -65,7 +65,7 @@ class LazyWeight(torch.Tensor):
         raise FormatError(_read_only(self))
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _VIEWS_OF_ALL:
             source = args[0]

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-TILE = 192  # pixels a picture is enlarged to, at most; always a whole multiple of its size where it is smaller
+# Pixels a picture is enlarged to, at most; always a whole multiple of its size where it is smaller
+TILE = 192
 MARGIN = 14
 LABEL_WIDTH = 190
 TITLE_SIZE, TEXT_SIZE = 22, 15

@@ -298,9 +298,8 @@ def test_importing_what_a_session_runs_starts_no_threads():
 
 def test_nine_minutes_reach_everything():
     """Count by what sections took on an H200, else by their limits; all may take a third longer."""
-    seconds = 20.0 + sum(
-        section.took or section.seconds for section in SECTIONS[: NAMES.index("racecheck") + 1]
-    )  # 20: to start
+    # 20: to start
+    seconds = 20.0 + sum(section.took or section.seconds for section in SECTIONS[: NAMES.index("racecheck") + 1])
     assert seconds <= 9 * 60
     assert all(section.seconds >= 1.35 * section.took for section in SECTIONS if section.took)
     # Though each hung.

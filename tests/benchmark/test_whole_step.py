@@ -237,9 +237,8 @@ def test_the_true_size_runs_on_a_cpu_on_demand(monkeypatch):
 def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
     """The command writes every column of the embedded step; a second call measures what is missing."""
     monkeypatch.setattr(whole_step, "denoising_job", lambda *_: Job((), "", [], {}, lambda *_: []))
-    monkeypatch.setattr(
-        step_jobs, "origin", lambda _: dict(device="a CPU", commit="abc", date="2026-01-01")
-    )  # others may commit
+    # Others may commit
+    monkeypatch.setattr(step_jobs, "origin", lambda _: dict(device="a CPU", commit="abc", date="2026-01-01"))
     path = tmp_path / "step.csv"
     command = ["--write", str(path), "--device", "cpu", "--formats", "Q8_0", "--repeats", "2"]
     assert main(command) == 0

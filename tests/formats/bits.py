@@ -6,7 +6,10 @@ import numpy as np
 
 
 def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
-    """Fail with the first differing position; a NaN equals any NaN (its payload is not part of the promise)."""
+    """Fail with the first differing position; a NaN equals any NaN.
+
+    The payload of a NaN is not part of the promise.
+    """
     assert got.dtype == expected.dtype == np.float32 and got.shape == expected.shape
     same = (got.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(got) & np.isnan(expected))
     if not same.all():

@@ -1,4 +1,7 @@
-"""The torch decode of every format against oracles that do not know our layouts: golden bytes, libggml, gguf-py."""
+"""The torch decode of every format against oracles that do not know our layouts.
+
+They are golden bytes, libggml and gguf-py.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,10 @@ def test_random_bytes_against_libggml(name, libggml):
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith(("IQ1", "IQ2"))])
 def test_quantized_weights_against_libggml(name, libggml):
-    """Weights of many sizes, as libggml quantizes them (for IQ1 and IQ2 it builds tables for up to 20 s: golden bytes do)."""
+    """Weights of many sizes decode as libggml decodes them, quantized by libggml.
+
+    For IQ1 and IQ2 it builds tables for up to 20 s: the golden bytes serve those.
+    """
     generator = np.random.default_rng(2)
     x = generator.standard_normal((12, 1024), dtype=np.float32) * np.logspace(-6, 3, 12, dtype=np.float32)[:, None]
     packed = libggml.quantize(name, x, generator.random(1024, dtype=np.float32))
@@ -75,7 +81,10 @@ def test_quantized_weights_against_libggml(name, libggml):
 
 @every_format
 def test_error_on_gaussian_weights_is_bounded(name):
-    """`relative_rms` bounds libggml's own quantizer, and not idly: the gaussian golden row comes within a quarter of it."""
+    """`relative_rms` bounds libggml's own quantizer, and is no idle bound.
+
+    The gaussian golden row comes within a quarter of it.
+    """
     vectors = golden(name)
     x, y = vectors["x"][0], decoded(name, vectors["q"])[0].numpy()
     rms = float(np.sqrt(np.mean((x - y) ** 2) / np.mean(x**2)))
@@ -116,7 +125,10 @@ def test_leading_dimensions_are_batch(name):
 
 @every_format
 def test_strided_and_odd_rows(name):
-    """Rows that are slices of a wider buffer, from an even offset, as row and column splits of a file make them."""
+    """Rows that are slices of a wider buffer, from an even offset, decode like rows of their own.
+
+    Row and column splits of a file make such rows.
+    """
     fmt, packed = FORMATS[name], torch.from_numpy(golden(name)["q"])
     wide = torch.zeros(packed.shape[0], packed.shape[1] + 34, dtype=torch.uint8)
     wide[:, 2:-32] = packed

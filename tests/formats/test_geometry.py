@@ -67,7 +67,10 @@ def test_geometry_is_that_of_the_manifest_and_libggml(name):
 
 @every_format
 def test_blocks_that_cannot_be_loaded_by_words_ask_for_planes(name):
-    """Blocks that are only 1- or 2-byte aligned admit no 4-byte load, the narrowest an asynchronous copy can be."""
+    """Blocks that are only 1- or 2-byte aligned admit no 4-byte load.
+
+    Four bytes are the narrowest that an asynchronous copy can be.
+    """
     fmt = FORMATS[name]
     assert fmt.planes or fmt.type_size % 4 == 0
 

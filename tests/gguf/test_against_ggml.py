@@ -1,4 +1,7 @@
-"""ggml's own C reader and writer (libggml) as a second oracle: it takes our files and writes the same header."""
+"""ggml's own C reader and writer as a second oracle.
+
+libggml takes our files and writes the same header.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The reader on good files: what gguf-py writes reads identically, mapped, with storages of their own, fast."""
+"""The reader on good files: what gguf-py writes reads identically.
+
+Files are mapped, tensors have storages of their own, and it is fast.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ from flux_kernels.gguf.file import read_gguf
 
 from .. import gguf_bytes as raw
 
+# Fixtures are shared by examples on purpose, and drawing them is slow where the machine is busy.
+HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 ALL_TYPES = {**PLAIN_TYPES, **FORMATS}
 # gguf-py's own table: (weights, bytes) of a block; Q2_0 is newer than the pinned gguf-py
 ORACLE_TYPES = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items() if kind.name in ALL_TYPES}
@@ -57,7 +62,7 @@ METADATA = st.dictionaries(KEYS, st.tuples(element_types(), st.booleans()), max_
 TENSORS = st.lists(st.tuples(st.sampled_from(sorted(ORACLE_TYPES)), st.integers(1, 3), st.integers(1, 3)), max_size=5)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=HEALTH)
 @given(metadata=METADATA, tensors=TENSORS, alignment=st.sampled_from([None, 8, 32, 64, 4096]), seed=st.integers(0, 99))
 def test_reads_what_gguf_py_writes(tmp_path, metadata, tensors, alignment, seed):
     path = tmp_path / "oracle.gguf"
@@ -231,7 +236,10 @@ def test_rows_of_a_quantized_bias_are_whole_blocks(tmp_path):
 
 
 def test_a_million_strings_read_in_seconds(tmp_path):
-    """gguf-py's reader takes 27 s for such a vocabulary. Measured here 0.3 s; the bound leaves room for a busy machine."""
+    """A million strings read in seconds; gguf-py's reader takes 27 s.
+
+    Measured here 0.3 s; the bound leaves room for a busy machine.
+    """
     count = 1_000_000
     words = b"".join([raw.string(f"token{index}") for index in range(count)])
     scores = np.arange(count, dtype="<f4")

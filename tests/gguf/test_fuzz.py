@@ -1,4 +1,7 @@
-"""The reader on mutated files: it returns a file that is sound throughout, or raises one GGUFError, and is quick either way."""
+"""The reader on mutated files: it returns a file that is sound throughout, or raises GGUFError.
+
+It is quick either way.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,23 @@ from flux_kernels.gguf.file import GGUFFile, read_gguf
 
 from .. import gguf_bytes as raw
 
+# Fixtures are shared by examples on purpose, and drawing them is slow where the machine is busy.
+HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 SMALL = raw.small()
 LAST_BYTE = len(SMALL) - 30
-HEADER_END = LAST_BYTE - 162  # the three tensors: 96, 32 and 34 bytes, padding but the last included
+# The three tensors: 96, 32 and 34 bytes, padding but the last included
+HEADER_END = LAST_BYTE - 162
 NUMBERS = [0, 1, 7, 8, 9, 31, 33, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
 NUMBERS += [2**32, 2**40, 2**60, 2**61, 2**62, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 4096, 2**64 - 32, 2**64 - 1]
-SECONDS = 0.5  # of processor time a file; the requirement is 1 s, measured are below 1 ms
+# Of processor time a file; the requirement is 1 s, measured are below 1 ms
+SECONDS = 0.5
 
 
 def outcome(tmp_path, content: bytes) -> GGUFFile | None:
-    """Read `content`; return None where it is refused, else the file with every byte of every tensor touched."""
+    """Read `content`; return None where it is refused, else the file.
+
+    Every byte of every tensor is touched.
+    """
     path = tmp_path / "fuzz.gguf"
     path.unlink(missing_ok=True)  # truncating a file with data takes milliseconds on ext4
     path.write_bytes(content)
@@ -74,7 +84,7 @@ def test_hostile_numbers_everywhere_are_refused_or_sound(tmp_path, size):
             outcome(tmp_path, SMALL[:position] + patch + SMALL[position + size :])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=HEALTH)
 @given(st.binary(max_size=2048), st.integers(0, 3), st.integers(0, 3))
 @example(b"\0" * 2048, 3, 3)
 def test_random_bytes_after_a_good_start_are_refused_or_sound(tmp_path, tail, tensor_count, key_count):
@@ -100,7 +110,7 @@ def edits(draw):
     return bytes(content)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=HEALTH)
 @given(edits())
 def test_edited_files_are_refused_or_sound(tmp_path, content):
     outcome(tmp_path, content)
@@ -115,7 +125,7 @@ INFOS = st.tuples(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=HEALTH)
 @given(st.lists(INFOS, max_size=4), st.integers(0, 1024), st.sampled_from([8, 32, 64]))
 def test_arbitrary_tensor_tables_are_refused_or_sound(tmp_path, infos, size, alignment):
     key = raw.key_value("general.alignment", raw.UINT32, raw.u32(alignment))

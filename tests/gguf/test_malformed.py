@@ -1,4 +1,7 @@
-"""The reader on bad files: each one gives one GGUFError that says what is wrong and where, at once and in little memory."""
+"""The reader on bad files: each gives one GGUFError that says what is wrong and where.
+
+It does so at once, and in little memory.
+"""
 
 from __future__ import annotations
 

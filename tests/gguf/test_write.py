@@ -1,4 +1,7 @@
-"""The writer: the bytes gguf-py writes, bit-exact round trips, one tensor at a time, nothing left behind on failure."""
+"""The writer: the bytes gguf-py writes, and bit-exact round trips.
+
+It takes one tensor at a time, and leaves nothing behind where it fails.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from flux_kernels.gguf.file import planned_size, read_gguf, write_gguf
 
 from .. import gguf_bytes as raw
 
+# Fixtures are shared by examples on purpose, and drawing them is slow where the machine is busy.
+HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 ALL_TYPES = {**PLAIN_TYPES, **FORMATS}
 ONE = ("x", "F32", (8,), torch.arange(8.0))
 
@@ -119,7 +124,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 SHAPES = st.lists(st.integers(0, 4), max_size=4)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=HEALTH)
 @given(
     metadata=st.dictionaries(NAMES.filter(lambda key: key != "general.alignment"), VALUES, max_size=5),
     shapes=st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(PLAIN_TYPES)), SHAPES), max_size=5),
@@ -140,7 +145,10 @@ def test_any_metadata_and_shapes_round_trip(tmp_path, metadata, shapes, alignmen
 
 
 def test_planned_size_follows_the_format(tmp_path):
-    """24 + key-values + 8 + len(name) + 4 + 8 * dimensions + 4 + 8 a tensor, header and tensors padded to the alignment."""
+    """The size is a sum of known parts, header and tensors padded to the alignment.
+
+    24 + key-values + 8 + len(name) + 4 + 8 * dimensions + 4 + 8 a tensor.
+    """
     metadata = {
         "general.architecture": ("STRING", "flux"),
         "general.quantization_version": ("UINT32", 2),
@@ -154,7 +162,7 @@ def test_planned_size_follows_the_format(tmp_path):
 
 def test_one_tensor_is_held_at_a_time_and_progress_is_told(tmp_path):
     alive: list[weakref.ref] = []
-    told = []
+    reports = []
 
     def make():
         gc.collect()
@@ -164,10 +172,10 @@ def test_one_tensor_is_held_at_a_time_and_progress_is_told(tmp_path):
         return tensor
 
     tensors = [(f"t{index}", "F32", (1000,), make) for index in range(3)]
-    write_gguf(tmp_path / "a.gguf", tensors, {}, progress=lambda *told_now: told.append(told_now))
+    write_gguf(tmp_path / "a.gguf", tensors, {}, progress=lambda *report: reports.append(report))
     size = (tmp_path / "a.gguf").stat().st_size
-    assert [name for name, _, _ in told] == ["t0", "t1", "t2"]
-    assert told[-1][1:] == (size, size) and [done for _, done, _ in told] == [size - 8000 - 0, size - 4000, size]
+    assert [name for name, _, _ in reports] == ["t0", "t1", "t2"]
+    assert reports[-1][1:] == (size, size) and [done for _, done, _ in reports] == [size - 8000 - 0, size - 4000, size]
 
 
 def test_strided_data_is_written_in_order(tmp_path):

@@ -1,4 +1,7 @@
-"""What tests on a GPU compare, in one place: a dry run without one replaces `fail`, and then runs everything else."""
+"""Compare results of a GPU, in one place.
+
+A dry run without one replaces `fail`, and then runs everything else.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def error(got: Tensor, oracle: Tensor) -> float:
 
 
 def within(got: Tensor, oracle: Tensor, allowed: float, what: str = "") -> None:
-    """Fail where the error against float64 is larger than `allowed` plus half a rounding of the output; NaN fails."""
+    """Fail where the error against float64 exceeds `allowed` plus half a rounding of the output.
+
+    NaN fails.
+    """
     slack = torch.finfo(got.dtype).eps * oracle.norm().item() / 2
     found = error(got, oracle)
     right(

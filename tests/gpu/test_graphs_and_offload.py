@@ -1,4 +1,7 @@
-"""What a GPU alone can show of compute modes and memory: CUDA graphs, streams, no waits, streamed offload, page-locked memory."""
+"""What a GPU alone can show of compute modes and memory.
+
+CUDA graphs, streams, no waits, streamed offload, page-locked memory.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine"),
 ]
-LIBRARIES = 128 * 2**20  # workspaces of cuBLAS and cuDNN, which stay allocated and do not grow with a model
+# Workspaces of cuBLAS and cuDNN, which stay allocated and do not grow with a model
+LIBRARIES = 128 * 2**20
 SIDE = PIPELINE_KWARGS["width"]
 
 

@@ -1,4 +1,6 @@
-"""What only a real GPU can show: `pytest -m gpu`. Every type and kernel against float64, streams, graphs, devices, size, bits.
+"""What only a real GPU can show: `pytest -m gpu`.
+
+Every type and kernel against float64, streams, graphs, devices, size, bits.
 
 Shapes share K and the divisibility of M and N, which is all that Triton compiles for: the whole file launches few distinct kernels
 (222, as the dry run counts them), which `bench.gpu_session.cache` compiles ahead.
@@ -30,6 +32,7 @@ pytestmark = [
 REPEATS = 6  # golden rows of 512 weights side by side: K = 3072, FLUX.1's width
 K = 512 * REPEATS
 SOME = ["Q4_K", "Q6_K", "Q8_0"]
+# M, N: small M (padded columns and ragged rows, too), narrow, ragged, wide and two-stage on a Hopper
 SHAPES = [
     (1, 256),
     (5, 70),
@@ -38,7 +41,7 @@ SHAPES = [
     (33, 70),
     (512, 256),
     (640, 256),
-]  # M, N: small M (padded columns and ragged rows, too), narrow, ragged, wide and two-stage on a Hopper
+]
 MANY = SHAPES[4:]  # rows for which the other modes are not exact mode
 BF16 = torch.bfloat16
 
@@ -79,7 +82,10 @@ def test_decode_is_bit_equal_to_libggml(name):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_linear_is_within_twice_the_error_of_cublas(name, shape):
-    """Against float64, at most 2x the error of torch's matmul on the decoded weight, plus half an output rounding."""
+    """The error is at most 2x that of torch's matmul on the decoded weight, plus half a rounding.
+
+    Both against float64; the rounding is the output's.
+    """
     x, data, weight, bias, oracle = operands(name, *shape)
     reference = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
     got = kernels.linear(x, Packed(data, FORMATS[name], FORMATS[name].planes), bias, "exact")
@@ -107,7 +113,10 @@ def int8_error(name: str, x, data, bias, oracle) -> float:
 @pytest.mark.parametrize("shape", MANY, ids=str)
 @pytest.mark.parametrize("name", SOME)
 def test_int8_is_as_far_from_float64_as_its_twin(name, shape):
-    """One code in some hundreds is one off (a fused multiply-add rounds a tie otherwise): far less than 5 % of the error."""
+    """One code in some hundreds is one off: a fused multiply-add rounds a tie otherwise.
+
+    That is far less than 5 % of the error.
+    """
     x, data, _, bias, oracle = operands(name, *shape)
     got = kernels.linear(x, Packed(data, FORMATS[name], FORMATS[name].planes), bias, "int8")
     compare.within(got, oracle, 1.05 * int8_error(name, x, data, bias, oracle), name)
@@ -150,7 +159,10 @@ def test_weights_are_unpacked_to_int8_as_by_the_twin(name):
 @pytest.mark.parametrize("m", [1, 33, 640])
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_a_layer_computes_what_the_op_does(compute, m):
-    """Its way past the dispatcher, kept row scales and prepared launches: called twice, captured, replayed, after a load in place."""
+    """The way past the dispatcher gives the same numbers, with kept row scales and prepared launches.
+
+    Called twice, captured, replayed, after a load in place.
+    """
     fmt = FORMATS["Q4_K"]
     x, data, _, bias, _ = operands("Q4_K", m, 256)
     other = packed("Q4_K", 512)[0][256:].contiguous()
@@ -172,7 +184,10 @@ def test_a_layer_computes_what_the_op_does(compute, m):
 
 @pytest.mark.parametrize(("compute", "m"), [("exact", 8), ("exact", 512), ("int8", 640)])
 def test_a_product_repeats_its_bits(compute, m):
-    """A hundred times at N = 3072: what races, or reads before it may (Triton 3.6 on Hopper lacks a fence), shows by chance alone."""
+    """A hundred calls at N = 3072 give the same bits.
+
+    What races, or reads before it may (Triton 3.6 on Hopper lacks a fence), shows by chance alone.
+    """
     fmt = FORMATS["Q4_K"]
     x, data, _, bias, _ = operands("Q4_K", m, 3072)
     first = kernels.linear(x, Packed(data, fmt, fmt.planes), bias, compute)
@@ -206,7 +221,10 @@ def test_a_cuda_graph_replays_every_mode(compute, m):
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("card", ["RTX 3090", "RTX 4090"])
 def test_code_for_geforce_runs_here_through_its_ptx(card, name, compute):
-    """The driver translates the PTX that those cards run: their choices, tiles and decoders, against float64."""
+    """The driver translates the PTX of other cards, and their kernels are right against float64.
+
+    Their choices, tiles and decoders are used.
+    """
     pytest.importorskip("triton", reason="the code is compiled here")
     from bench.stand_in import CARDS
     from bench.stand_in_ptx import compiled_for
@@ -289,7 +307,10 @@ def test_same_bits_on_every_run(name, m):
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_out_of_memory_leaves_a_usable_layer(compute):
-    """A call that finds no memory for its result raises torch's error; the next call with memory gives the same bits."""
+    """A call that finds no memory for its result raises torch's error.
+
+    The next call with memory gives the same bits.
+    """
     data, _ = packed("Q4_K", 4096)
     x = torch.randn(20_000, K, device="cuda", dtype=torch.float16)
     expected = fk.linear(x, data, "Q4_K", backend="triton", compute=compute)
@@ -321,7 +342,10 @@ def test_split_k_is_right_and_repeats(name):
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
 def test_loading_x_by_ldmatrix_only_changes_the_order_of_sums(name):
-    """The opaque move (kernels/ldmatrix.py) changes which K a tensor-core product sums together: results differ by roundings."""
+    """The opaque move changes which K a tensor-core product sums together.
+
+    Results differ by roundings (kernels/ldmatrix.py).
+    """
     x, data, weight, _, _ = operands(name, 512, 256)
     base = replace(fused_tile(FORMATS[name], 64, 256, K, None), num_stages=2)
     results = [

@@ -1,4 +1,7 @@
-"""One step at FLUX.1's true width on a GPU, with two blocks: every mode passes its gate, and its memory is counted."""
+"""One step at FLUX.1's true width on a GPU, with two blocks.
+
+Every mode passes its gate, and its memory is counted.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from flux_kernels.benchmark.step.timing import StepCase, measure_format
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.slow,  # left out of bench.gpu_session, which measures whole steps and checks them itself
+    # Left out of bench.gpu_session, which measures whole steps and checks them itself
+    pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine"),
 ]
 CASE = StepCase("step", "512x512", StepConfig(num_layers=1, num_single_layers=1), 512, 512, 1, 512)

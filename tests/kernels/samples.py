@@ -19,9 +19,13 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 
 
 def finite_rows(name: str, n: int, repeats: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return n packed rows of K = 512 * repeats weights and their float32 values (libggml's), all finite and moderate."""
+    """Return n packed rows of K = 512 * repeats weights and their float32 values, libggml's.
+
+    All are finite and moderate.
+    """
     vectors = golden(name)
-    rows = [0, 1, 3, 4, 5]  # gaussian, Student-t, half zero, all positive, outliers; not the tiny and the huge row
+    # Gaussian, Student-t, half zero, all positive, outliers; not the tiny and the huge row
+    rows = [0, 1, 3, 4, 5]
     picks = torch.arange(n * repeats) * 7 % len(rows)
     order = torch.tensor(rows)[picks].view(n, repeats)
     return vectors["q"][order].flatten(1), vectors["y"][order].flatten(1)

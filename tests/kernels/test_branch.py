@@ -29,7 +29,10 @@ def operands(tokens: int, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("compute", "tokens"), [("int8", 37), ("fp16_accumulate", 37), ("exact", 37), ("exact", 2)])
 def test_the_branch_is_added_before_the_result_is_rounded(compute, tokens, dtype, rank, device, monkeypatch):
-    """Ragged M, N and r, several weight chunks: as accurate as the twin, which rounds once (see test_compute_modes for factors)."""
+    """The branch is as accurate as its twin, which rounds once.
+
+    Ragged M, N and r, several weight chunks; test_compute_modes has the factors.
+    """
     groups = replace(default_choice("int8", FORMATS["Q4_K"], 37, N, K, (8, 9)), rows=48)  # scales of groups, as the twin
     monkeypatch.setattr(int8, "choose", lambda *call: groups)
     fmt = FORMATS["Q4_K"]
@@ -47,7 +50,10 @@ def test_the_branch_is_added_before_the_result_is_rounded(compute, tokens, dtype
 @pytest.mark.parametrize("with_branch", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_outliers_equal_the_twin(dtype, with_branch, device):
-    """Three channels 100 times larger, left out of the int8 product: the twin's error, far below that without."""
+    """Three channels 100 times larger, left out of the int8 product, leave the twin's error.
+
+    It is far below the error with them.
+    """
     fmt = FORMATS["Q8_0"]
     data, weight = finite_rows("Q8_0", N)
     x, bias, hidden, up = operands(37, 5, dtype)

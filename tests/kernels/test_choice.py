@@ -18,8 +18,11 @@ CAPABILITIES = [None, (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_float32_takes_no_fused_tile(name, capability):
-    """Ten formats' wide tiles need more shared memory than a GeForce has when x is float32 (Q4_K: 165,888 of 101,376 bytes), and
-    ten narrow ones spill on A100."""
+    """Float32 activations take no fused tile.
+
+    Ten formats' wide tiles need more shared memory than a GeForce has (Q4_K: 165,888 of 101,376 bytes), and ten narrow ones
+    spill on A100.
+    """
     for m in (3, 16, 17, 64, 65, 512, 4608):
         chosen = default_choice("exact", FORMATS[name], m, 3072, 3072, capability, torch.float32)
         assert (chosen.algorithm, chosen.tile) == ("two_stage", None)
@@ -39,7 +42,10 @@ def test_float32_activations_are_as_right_as_torch(name, device):
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (10, 3), (11, 0)])
 def test_fp16_accumulation_is_refused_where_it_has_no_faster_unit(capability, monkeypatch):
-    """A100, H100 and their kin multiply fp16 at one rate: the fused tile reaches at most half of cuBLAS there."""
+    """A100, H100 and their kin multiply fp16 at one rate, so the mode is refused there.
+
+    The fused tile reaches at most half of cuBLAS.
+    """
     monkeypatch.setattr(backends, "_capability", lambda device: capability)
     backends.resolve.cache_clear()
     try:
@@ -51,7 +57,10 @@ def test_fp16_accumulation_is_refused_where_it_has_no_faster_unit(capability, mo
 
 
 def test_cards_whose_memory_is_no_slow_one_unpack_at_large_m():
-    """Thor (11.0) and Spark (12.1) share their memory with a CPU: writing the unpacked weight there costs more than it saves."""
+    """Thor (11.0) and Spark (12.1) share their memory with a CPU.
+
+    Writing the unpacked weight there costs more than it saves.
+    """
     chosen = {cap: default_choice("exact", FORMATS["Q4_K"], 4608, 3072, 3072, cap).algorithm for cap in CAPABILITIES[1:]}
     assert {cap for cap, algorithm in chosen.items() if algorithm == "two_stage"} == {
         *((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))

@@ -22,14 +22,20 @@ CARDS = {"RTX 3060": 28, "RTX 3090": 82, "RTX 4090": 128, "RTX 5090": 170, "A100
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 def test_no_weight_of_flux_is_cut(itemsize):
-    """Fused projections included, in int8, 16 bit and float32 (a step's largest weight has 66 million weights)."""
+    """No chunk is larger than allowed, fused projections included.
+
+    In int8, 16 bit and float32; a step's largest weight has 66 million weights.
+    """
     shapes = {(call.m, call.n, call.k) for call in step_calls()} | {(4608, 3 * 3072 + 12288, 3072)}
     assert all(bounded_rows(*shape, itemsize, 82) is None for shape in shapes)
 
 
 @pytest.mark.parametrize("processors", CARDS.values(), ids=CARDS)
 def test_a_step_keeps_the_multiprocessors_busy(processors):
-    """At M >= 4096 at least 89 % of the tiles' time is work: chunks of a third of L2 left 59 % on an RTX 3090."""
+    """At M >= 4096 at least 89 % of the tiles' time is work.
+
+    Chunks of a third of L2 left 59 % on an RTX 3090.
+    """
     calls = [call for call in step_calls() if call.m >= 4096]
     work = sum(call.m * call.n * call.k * call.calls for call in calls)
     spent = 0.0
@@ -73,14 +79,17 @@ def test_chunks_are_balanced_within_memory_and_cover_every_row_once(m, n, k, ite
 
 @given(**SIZES)
 def test_candidates_differ_begin_with_the_default_and_fit(m, n, k, itemsize, processors):
-    found = candidate_rows(m, n, k, itemsize, processors)
-    assert found[0] == bounded_rows(m, n, k, itemsize, processors)
-    assert len(set(found)) == len(found)
-    assert all(rows is None or 0 < rows <= max(n, 128) for rows in found)
+    candidates = candidate_rows(m, n, k, itemsize, processors)
+    assert candidates[0] == bounded_rows(m, n, k, itemsize, processors)
+    assert len(set(candidates)) == len(candidates)
+    assert all(rows is None or 0 < rows <= max(n, 128) for rows in candidates)
 
 
 def test_a_weight_that_must_be_cut_is_cut_where_waves_are_whole():
-    """FLUX.2-dev's fused linear1, 55296 x 6144 in 16 bit (648 MiB): no other allowed number of chunks makes fewer waves."""
+    """No other allowed number of chunks makes fewer waves of FLUX.2-dev's fused linear1.
+
+    It is 55296 x 6144 in 16 bit (648 MiB).
+    """
     m, n, k = 4608, 55296, 6144
     rows = bounded_rows(m, n, k, 2, 132)
     assert rows is not None

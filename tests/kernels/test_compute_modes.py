@@ -24,7 +24,9 @@ def relative(got: torch.Tensor, oracle: torch.Tensor) -> float:
 
 
 def assert_codes(codes: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, twin: torch.Tensor) -> None:
-    """Compiled codes are the twin's. Triton's interpreter rounds the product before the sum, by at most half a unit of 127 * 2^-24.
+    """Compiled codes are the twin's; interpreted ones differ at ties.
+
+    Triton's interpreter rounds the product before the sum, by at most half a unit of 127 * 2^-24.
 
     There a code may be the twin's neighbour where the exact product is that near to a tie.
     """
@@ -82,7 +84,10 @@ def test_weight_unpack_with_row_scales_equals_its_twin(name, device):
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_0", "IQ2_XS"])
 def test_row_scales_are_as_accurate_as_their_twin(name, device, monkeypatch):
-    """Ragged M and N, bias, branch, several weight chunks: the error against float64 is the twin's up to ties (2 %)."""
+    """The error against float64 is the twin's, up to ties (2 %).
+
+    Ragged M and N, bias, branch, several weight chunks.
+    """
     torch.manual_seed(0)
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 150)
@@ -99,7 +104,10 @@ def test_row_scales_are_as_accurate_as_their_twin(name, device, monkeypatch):
 
 
 def test_row_scales_are_for_coarse_formats_on_hopper():
-    """Elsewhere, on A100 too, the scales of groups hide behind the tensor cores, and Q6_K and Q8_0 need them."""
+    """Row scales are for coarse formats on Hopper.
+
+    Elsewhere, on A100 too, the scales of groups hide behind the tensor cores, and Q6_K and Q8_0 need them.
+    """
     chosen = {
         (name, capability): default_choice("int8", FORMATS[name], 4608, 3072, 3072, capability).algorithm
         for name in ("Q4_K", "Q5_1", "Q6_K", "Q8_0")
@@ -150,7 +158,10 @@ def test_kernel_is_as_accurate_as_its_twin(name, compute, dtype, device, monkeyp
 @pytest.mark.parametrize("bits", [0x7E00, 0x7C00], ids=["NaN", "Inf"])
 @pytest.mark.parametrize("block", [0, 3])
 def test_a_nan_or_inf_scale_reaches_the_int8_output(block, bits, device):
-    """One block of a group of four poisons its output column and no other: a GPU's maximum drops NaN unless told not to."""
+    """One block of a group of four poisons its output column and no other.
+
+    A GPU's maximum drops NaN unless it is asked not to.
+    """
     fmt = FORMATS["Q8_0"]
     data, _ = finite_rows("Q8_0", 4)
     data = data.clone()

@@ -1,4 +1,7 @@
-"""The GEMM kernels (fused, and small-M up to two rows) against the decoded weight itself and against float64."""
+"""The GEMM kernels against the decoded weight itself and against float64.
+
+Fused, and small-M up to two rows.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ def test_identity_activations_give_the_decoded_weight(name, dtype, planes, devic
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
 def test_error_is_at_most_twice_that_of_torch(name, dtype, m, device):
-    """Any M and a ragged N, with bias: the error against float64 is at most 2x that of torch's matmul in the same dtype.
+    """The error against float64 is at most 2x that of torch's matmul in the same dtype.
+
+    Any M and a ragged N, with bias.
 
     Both round each output once to the dtype; the kernel adds its float32 accumulation, in another order than torch. The
     two error norms are random sums over M * N outputs, so for few outputs the bound gets one output rounding of slack.
@@ -99,7 +104,10 @@ def test_no_rows_of_x(device):
 
 
 def test_every_element_of_y_is_written(device):
-    """torch.empty is poisoned in these tests: a store that is missed leaves NaN, one too many breaks a guard."""
+    """A store that is missed leaves NaN, one too many breaks a guard.
+
+    torch.empty is poisoned in these tests.
+    """
     fmt = FORMATS["Q8_0"]
     data, _ = finite_rows("Q8_0", 19)
     assert torch.empty(1).isnan().all()
@@ -133,7 +141,10 @@ def test_one_row_selects_one_column_of_the_weight(name, dtype, device):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ3_S"])
 def test_the_two_stage_algorithm_equals_torch(name, bias, device, monkeypatch):
-    """Unpacking chunk by chunk and torch's matmul give what dequantize-then-linear gives, ragged last chunk included."""
+    """Unpacking chunk by chunk and torch's matmul give what dequantize-then-linear gives.
+
+    A ragged last chunk included.
+    """
     monkeypatch.setattr(exact, "choose", lambda *call: Choice("two_stage", None, "", rows=16))
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 37)
@@ -145,7 +156,10 @@ def test_the_two_stage_algorithm_equals_torch(name, bias, device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "splits"), [("Q4_K", 2), ("Q8_0", 4), ("Q6_K", 4), ("IQ3_S", 2)])
 def test_split_k_equals_one_program_per_tile(name, splits, dtype, device, monkeypatch):
-    """K shared by several programs and added in order: the error against float64 is at most twice the fused GEMM's."""
+    """The error of split K against float64 is at most twice the fused GEMM's.
+
+    Several programs share K, and their parts are added in order.
+    """
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 37, repeats=2)
     x, bias = torch.randn(19, 1024).to(dtype), torch.randn(37).to(dtype)
@@ -162,7 +176,10 @@ def test_split_k_equals_one_program_per_tile(name, splits, dtype, device, monkey
 
 
 def test_the_algorithm_is_chosen_by_rows_and_card():
-    """Few rows: small-M. Turing has no tensor-core code. From some rows, by card, unpacking costs less than a decode that is waited for."""
+    """Few rows take small-M, many take unpacking.
+
+    Turing has no tensor-core code. From some rows, by card, unpacking costs less than a decode that is waited for.
+    """
     choices = {(1, (8, 6)): "small_m", (64, (7, 5)): "two_stage", (4608, None): "fused", (4608, (11, 0)): "fused"}
     for card, rows in {(8, 0): 256, (8, 6): 512, (8, 9): 1024, (9, 0): 17, (10, 0): 512, (12, 0): 512}.items():
         choices |= {(rows - 1, card): "fused", (rows, card): "two_stage"}

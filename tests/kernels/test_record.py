@@ -1,4 +1,7 @@
-"""Tuning records: what is chosen from them, what is refused, and that old ones are used with a warning."""
+"""Tuning records: what is chosen from them, and what is refused.
+
+Old ones are used with a warning.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def row(**changes) -> TuningRow:
 
 
 def of(*rows: TuningRow, name: str = CARD, capability=(8, 9)) -> TuningRecord:
-    return TuningRecord(dict(name=name, capability=list(capability)), {}, "2026-11-21", {found.key: found for found in rows})
+    return TuningRecord(dict(name=name, capability=list(capability)), {}, "2026-11-21", {row.key: row for row in rows})
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_a_record_survives_the_file(tmp_path):
     path = tmp_path / "deeper" / "card.json"
     of(row(), row(m=4096, algorithm="two_stage", tile=None)).save(path)
     assert TuningRecord.load(path) == of(row(), row(m=4096, algorithm="two_stage", tile=None))
-    assert [found.name for found in path.parent.iterdir()] == ["card.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["card.json"]
 
 
 def test_a_measured_choice_wins_over_the_default_near_its_m_only(card):
@@ -70,16 +73,16 @@ def test_a_measured_choice_wins_over_the_default_near_its_m_only(card):
 
 
 def test_the_nearest_row_serves():
-    found = of(row(m=4096), row(m=4608, algorithm="fused"))
-    assert [nearest(found, "exact", "Q4_K", m, 3072, 3072).m for m in (4080, 4096, 4592, 5000)] == [4096, 4096, 4608, 4608]
-    assert nearest(found, "int8", "Q4_K", 4096, 3072, 3072) is None
+    record = of(row(m=4096), row(m=4608, algorithm="fused"))
+    assert [nearest(record, "exact", "Q4_K", m, 3072, 3072).m for m in (4080, 4096, 4592, 5000)] == [4096, 4096, 4608, 4608]
+    assert nearest(record, "int8", "Q4_K", 4096, 3072, 3072) is None
 
 
 def test_a_record_of_the_same_capability_serves_after_the_cards_own(card):
     kin, other = of(row(), name="RTX 4060"), of(row(), name="RTX 3090", capability=(8, 6))
     own = of(row(algorithm="fused"))
-    found = order_records([other, kin, own], CARD, (8, 9))
-    assert [first for first, _ in found] == [own, kin]
+    ordered = order_records([other, kin, own], CARD, (8, 9))
+    assert [first for first, _ in ordered] == [own, kin]
     kin.save(card / "kin.json")
     choice.forget()
     assert chosen().why.startswith("measured on RTX 4060")
@@ -201,9 +204,12 @@ def test_the_kernel_hash_follows_mode_and_format():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_kernels_call_is_hashed_with_them(mode):
-    """A change of a function that a kernel inlines makes its measurements old; where a tile lies on the grid does not count."""
+    """A change of a function that a kernel inlines makes its measurements old.
+
+    Where a tile lies on the grid does not count.
+    """
     folder, listed = record._PACKAGED.parent, MODES[mode].sources
     for name in listed:
-        for found in re.finditer(r"^from \.(\w+) import (.+)$", (folder / f"{name}.py").read_text(), re.MULTILINE):
-            inlined = "@jit" in (folder / f"{found[1]}.py").read_text() and not found[2].endswith("_kernel")
-            assert not inlined or found[1] in listed or found[2] == "tile_position", (name, found[0])
+        for imported in re.finditer(r"^from \.(\w+) import (.+)$", (folder / f"{name}.py").read_text(), re.MULTILINE):
+            inlined = "@jit" in (folder / f"{imported[1]}.py").read_text() and not imported[2].endswith("_kernel")
+            assert not inlined or imported[1] in listed or imported[2] == "tile_position", (name, imported[0])

@@ -1,4 +1,7 @@
-"""Scales of weight rows are found once and kept by the layer: launches counted, results unchanged, never stale."""
+"""Scales of weight rows are computed once and kept by the layer.
+
+Launches are counted; results are unchanged and never stale.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,9 @@ def rows_have_one_scale(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch) -> list:
     """Collect the kernels that are launched."""
-    found, original = [], Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *given: found.append(self.kernel) or original(self, *given))
-    return found
+    launched, original = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *given: launched.append(self.kernel) or original(self, *given))
+    return launched
 
 
 def packed(seed: int = 0) -> torch.Tensor:

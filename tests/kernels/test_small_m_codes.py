@@ -1,4 +1,7 @@
-"""Small M on tensor cores: integer codes multiplied exactly, scales on the sums, for every format that has code tiles."""
+"""Small M on tensor cores: integer codes multiplied exactly, scales on the sums.
+
+For every format that has code tiles.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ def test_which_formats_have_code_tiles():
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_result_is_rounded(name, dtype, planes, device):
-    """Against float64 with the weights as decoded, unrounded: half a unit in the last place of y, and float32 sums below it.
+    """The error against float64 is half a unit in the last place of y, and float32 sums below it.
+
+    The weights are as decoded, unrounded.
 
     Those are off by some 2^-24 for each of K/16 products and K/16 scales, times what the excess of a code (128 + 32 at most) is
     larger than a code: under a hundredth of fp16's 2^-11.
@@ -60,7 +65,10 @@ def test_only_the_result_is_rounded(name, dtype, planes, device):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_are_those_of_float32(name, dtype, mean, device):
-    """Written as float32 the result keeps sixteen bits at least, also where x has a mean that the codes' excess multiplies."""
+    """Written as float32 the result keeps sixteen bits at least.
+
+    Also where x has a mean that the codes' excess multiplies.
+    """
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 37, repeats=2)
     torch.manual_seed(0)
@@ -79,7 +87,10 @@ def test_sums_are_those_of_float32(name, dtype, mean, device):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rows_do_not_depend_on_each_other(dtype, device):
-    """One kernel for 1 to 8 rows: each row has the bits that it has alone, whatever stands in the other columns."""
+    """One kernel serves 1 to 8 rows: each row has the bits that it has alone.
+
+    Whatever stands in the other columns.
+    """
     fmt = FORMATS["Q4_K"]
     data, _ = finite_rows("Q4_K", 40)
     x = torch.randn(CODES_M, 512, device=device).to(dtype)
@@ -124,7 +135,10 @@ def test_the_warps_that_share_k_divide_its_steps(k, splits, device):
 
 
 def test_where_codes_are_multiplied():
-    """16-bit x, tensor cores, a format of codes and at most eight rows; the kernel for one or two rows serves the others."""
+    """It takes 16-bit x, tensor cores, a format of codes and at most eight rows.
+
+    The kernel for one or two rows serves the others.
+    """
 
     def chosen(name: str, m: int, capability, dtype=torch.bfloat16) -> tuple[str, int]:
         choice = default_choice("exact", FORMATS[name], m, 3072, 3072, capability, dtype)

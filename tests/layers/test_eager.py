@@ -1,4 +1,7 @@
-"""The way past torch's dispatcher: the op's results and errors, and not taken where anything could see the op."""
+"""The way past torch's dispatcher: the op's results and errors.
+
+It is not taken where anything could see the op.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ OP = torch.ops.flux_kernels.linear
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """Collect which way each call of a layer takes."""
-    found: list[str] = []
+    ways: list[str] = []
 
     dispatched = eager.dispatched
 
     def op(*arguments):
-        found.append("op")
+        ways.append("op")
         return dispatched(*arguments)
 
     monkeypatch.setattr(eager, "dispatched", op)
@@ -37,14 +40,14 @@ def calls(monkeypatch) -> list[str]:
         run = prepare(problem, compute)
 
         def count(*tensors):
-            found.append("direct")
+            ways.append("direct")
             run(*tensors)
 
         return count
 
     monkeypatch.setattr(kernels, "prepare", spying)
     eager.prepared.cache_clear()
-    yield found
+    yield ways
     eager.prepared.cache_clear()
 
 
@@ -61,7 +64,10 @@ def layer(format: str = "Q4_K", n: int = 24, k: int = 512, bias: bool = True, co
 @pytest.mark.parametrize("compute", ["exact", "fp16_accumulate", "int8"])
 @pytest.mark.parametrize("format", ["Q4_K", "Q6_K", "IQ4_NL"])
 def test_the_result_is_the_ops_bit_for_bit(format, compute, dtype, shape, calls):
-    """First call (which compiles) and second (which launches what was compiled), 1 to 3 dimensions, with bias."""
+    """The first call, which compiles, and the second, which launches, give the op's result.
+
+    1 to 3 dimensions, with bias.
+    """
     made, x = layer(format, compute=compute), torch.randn(shape).to(dtype)
     with torch.no_grad():
         first, second = made(x), made(x)

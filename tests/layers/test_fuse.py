@@ -1,4 +1,6 @@
-"""fuse_projections: the same numbers and bytes in fewer products, under everything users do to a fused model.
+"""fuse_projections: the same numbers and bytes in fewer products.
+
+Under everything users do to a fused model.
 
 Rows of one product are independent, so fusing changes at most the order of a sum, and on the CPU nothing: outputs are
 compared exactly wherever the same rows go through the same matmul shape, and within `CLOSE` elsewhere.
@@ -222,7 +224,8 @@ def test_moving_and_casting(fused):
     assert fused.transformer_blocks[0].attn.to_q.weight.device.type == "meta"
 
 
-MAPS = [  # of patterns, and the mode of to_qkv under it: one mode for all parts, or the safe one
+# Of patterns, and the mode of to_qkv under it: one mode for all parts, or the safe one
+MAPS = [
     ({"*.to_qkv": "int8"}, "int8"),
     ({"*.to_qkv": "int8", "*": "exact"}, "int8"),
     ({"*.to_[qkv]": "int8"}, "int8"),

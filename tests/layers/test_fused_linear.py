@@ -1,4 +1,7 @@
-"""FusedLinear and FusedPart at work: adapters, branches and outliers on parts, what int8 quantizes, in every mode."""
+"""FusedLinear and FusedPart at work, in every mode.
+
+Adapters, branches and outliers on parts, and what int8 quantizes.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +159,10 @@ def count_quantizations(monkeypatch, model, compute: str = "int8") -> list[int]:
 
 
 def test_int8_quantizes_each_distinct_x_once(model, monkeypatch):
-    """Distinct x of a double block: q/k/v, attention output, MLP input and MLP output, of two streams; of a single block: 2."""
+    """A double block has 4 distinct x for each of two streams, a single block 2.
+
+    Of q/k/v, attention output, MLP input and MLP output.
+    """
     assert count_quantizations(monkeypatch, model) == [12, 12, 5, 5]
     fk.fuse_projections(model)
     assert count_quantizations(monkeypatch, model) == [8, 8, 3, 3]
@@ -176,7 +182,10 @@ def test_every_compute_mode_gives_the_same_numbers_fused(model, kind, compute):
 
 
 class Attention(nn.Module):
-    """Stand in for an attention module of diffusers with narrow projections, which the interpreter can compute in time."""
+    """Stand in for an attention module of diffusers with narrow projections.
+
+    The interpreter can compute those in time.
+    """
 
     def __init__(self):
         super().__init__()
@@ -187,7 +196,10 @@ class Attention(nn.Module):
 
 
 def test_the_triton_kernels_quantize_once_for_a_fused_layer(monkeypatch):
-    """In Triton's interpreter: one run of the activation quantizer for to_qkv where its three parts need three."""
+    """The activation quantizer runs once for to_qkv where its three parts need three.
+
+    In Triton's interpreter.
+    """
     from flux_kernels._triton import interpreting
     from flux_kernels.kernels.activations import quantize_activation_kernel
     from flux_kernels.kernels.launching import Launch

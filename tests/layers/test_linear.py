@@ -194,7 +194,10 @@ def test_repr_says_what_runs(layer):
 
 
 def test_rows_are_rearranged_when_a_layer_is_moved(monkeypatch):
-    """A layer whose backend wants field planes on the device it is moved to gets them, once, and still computes the same."""
+    """A layer gets field planes once where its backend wants them on the device it is moved to.
+
+    It still computes the same.
+    """
     layer = fk.GGUFLinear.from_linear(nn.Linear(64, 8), "Q8_0", backend="torch")
     file_order, x = layer.qweight.clone(), torch.randn(3, 64)
     before = layer(x)

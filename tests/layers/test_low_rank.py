@@ -51,7 +51,9 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("compute", MODES)
 def test_the_branch_is_added_in_every_mode(layer, compute, dtype, tokens):
-    """The branch costs no accuracy: the error against float64 is at most 1.1 times the layer's own without it.
+    """The branch costs no accuracy: the error is at most 1.1 times the layer's own without it.
+
+    Both against float64.
 
     The branch is as large as the packed product here, and its own errors (two roundings to x's dtype) are independent of it.
     """
@@ -65,7 +67,10 @@ def test_the_branch_is_added_in_every_mode(layer, compute, dtype, tokens):
 
 
 def test_sixteen_bit_results_are_rounded_once(layer):
-    """bf16: at most 1.25 times the RMS of one rounding (2^-8 / sqrt(12) of values spread over a binade), not sqrt(2) times."""
+    """bf16 has at most 1.25 times the RMS of one rounding, not sqrt(2) times.
+
+    One rounding: 2^-8 / sqrt(12) of values spread over a binade.
+    """
     x = torch.randn(64, K).bfloat16()
     branched = with_branch(layer, dtype=torch.bfloat16)
     branched.low_rank_up.data *= 0.1
@@ -230,7 +235,9 @@ def outlying(pattern: str, k: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("pattern", "bound"), [("1 % x 30", 0.003), ("0.1 % x 100", 0.003), ("1 % x 300", 0.00035)])
 def test_outlier_channels_leave_a_tenth_of_the_error(pattern, bound, seed):
-    """Relative to the whole output, most of which the outliers carry: under 0.3 % where plain int8 has about 2 %.
+    """The error is under 0.3 % of the whole output where plain int8 has about 2 %.
+
+    The outliers carry most of that output.
 
     The other channels are quantized with an error of 0.65 % (activations) and 0.64 % (Q8_0 to int8), together 0.91 % of their own
     share of the output, which is 1 / sqrt(1 + share * factor^2) of the whole: 0.32 for the first two patterns, 0.033 for the last.

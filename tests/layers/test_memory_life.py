@@ -1,4 +1,6 @@
-"""Where packed bytes live: moves and offloading neither decode nor copy them, loading maps them, processes share them.
+"""Where packed bytes live: moves and offloading neither decode nor copy them.
+
+Loading maps them, processes share them.
 
 Sequential and group offloading, copies and state dicts as such are in test_operations_table.py; here is what they cost.
 """
@@ -114,7 +116,10 @@ def test_moves_neither_decode_nor_copy(model, move):
 
 
 def test_sequential_offload_keeps_the_rows_where_they_were(model, expected):
-    """The hooks keep the original tensors; each product sees those, and they are not copied on the device they are on."""
+    """The hooks keep the original tensors, and each product sees those.
+
+    They are not copied on the device they are on.
+    """
     before = set(addresses(model).values())
     with CountOps() as counted:
         offload_sequentially(model)
@@ -229,7 +234,7 @@ class Watch(threading.Thread):
 
 model = fk.load_flux(small)  # imports, and what is allocated once
 fk.save_gguf(model, again)
-found = {}
+peaks = {}
 for name, work in {
     "load": lambda: fk.load_flux(wide),
     "load fused": lambda: fk.load_flux(wide, fuse="linear1"),
@@ -238,10 +243,10 @@ for name, work in {
 }.items():
     with Watch() as watch:
         model = work() or model
-    found[name] = (watch.peak, watch.final)
+    peaks[name] = (watch.peak, watch.final)
     if name != "load in float32":
         model = None
-print(json.dumps(found))
+print(json.dumps(peaks))
 """
 SLACK = 12 << 20  # bytes: 500 modules, Python objects, arenas of the allocator
 
@@ -259,7 +264,10 @@ class Wide:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> Wide:
-    """Write a double and a single block at the true width, Q4_K with F32 embedders, zeros throughout; measure in a process."""
+    """Write a double and a single block at the true width; measure in a process.
+
+    Q4_K with F32 embedders, zeros throughout.
+    """
     gguf = pytest.importorskip("gguf")
     import numpy as np
 
@@ -292,7 +300,10 @@ def wide(tmp_path_factory) -> Wide:
 
 @pytest.mark.parametrize("how", ["load", "load fused"])
 def test_loading_peaks_below_twice_the_largest_tensor(wide, how):
-    """270 MB of packed rows are loaded, apart or fused, and none is in memory of the process; plain F32 becomes bfloat16."""
+    """270 MB of packed rows are loaded, apart or fused, and none is in memory of the process.
+
+    Plain F32 becomes bfloat16.
+    """
     assert wide.path.stat().st_size > 300 << 20
     peak, final = wide.measured[how]
     assert final < wide.plain / 2 + SLACK
@@ -323,7 +334,10 @@ def test_pinning_without_a_gpu_is_refused_with_a_sentence(model, monkeypatch):
 
 
 def test_pinning_replaces_every_host_tensor_once(model, monkeypatch):
-    """With a stand-in for page-locked memory: parameters stay the same objects, shared ones are pinned once."""
+    """Parameters stay the same objects, and shared ones are pinned once.
+
+    With a stand-in for page-locked memory.
+    """
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append(tensor.nbytes) or tensor.clone())

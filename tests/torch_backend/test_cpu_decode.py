@@ -1,5 +1,7 @@
-"""The decode on the CPU, by libggml or by a format's own unpacking: the bits of the torch reference, for every type, dtype
-and thread count."""
+"""The decode on the CPU gives the bits of the torch reference.
+
+By libggml or by a format's own unpacking, for every type, dtype and thread count.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def threads(request):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_bits_are_those_of_the_reference(name, dtype, threads, monkeypatch):
-    """Every format, in several chunks and spans with short last ones; 16 bit is the float32 value rounded once."""
+    """Every format decodes in several chunks and spans, with short last ones.
+
+    16 bit is the float32 value rounded once.
+    """
     fmt = FORMATS[name]
     data, _ = finite_rows(name, 37)
     monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 4 * fmt.row_weights(data.shape[1]))
@@ -62,7 +67,10 @@ def test_overflow_infinity_and_subnormals_round_alike(dtype):
 @with_libggml
 @pytest.mark.parametrize("name", UNPACKED)
 def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
-    """Random bytes, with NaN and infinity among the scales, every code and sub-scale: the bits of libggml, signed zeros included."""
+    """Random bytes decode to the bits of libggml, signed zeros included.
+
+    With NaN and infinity among the scales, every code and sub-scale.
+    """
     fmt = FORMATS[name]
     data = torch.randint(0, 256, (61, fmt.row_bytes(1024)), dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
     infinities = torch.tensor([[float("inf")], [-float("inf")]]).half().view(torch.uint8)
@@ -73,7 +81,8 @@ def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
     want = torch.from_numpy(oracle.dequantize(name, data.numpy(), 1024))
     assert want.isnan().any() and want.isinf().any()
     monkeypatch.setattr(cpu_decode, "_routine", lambda fmt: pytest.fail("libggml decoded instead"))
-    for dtype in DTYPES:  # a NaN stays one; which one depends in torch on the place in a vector register
+    # A NaN stays one; which one depends in torch on the place in a vector register
+    for dtype in DTYPES:
         got, rounded = cpu_decode.dequantize(Packed(data, fmt), dtype), want.to(dtype)
         assert torch.equal(got.isnan(), rounded.isnan())
         assert torch.equal(bits(got.masked_fill(got.isnan(), 0)), bits(rounded.masked_fill(rounded.isnan(), 0)))
@@ -81,7 +90,10 @@ def test_unpacking_gives_libggmls_bits_on_any_bytes(name, threads, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Q6_K", "Q8_0"])
 def test_a_users_defaults_and_inference_mode_change_nothing(name, threads, monkeypatch):
-    """Memory is kept from call to call: what is made under other defaults, or in inference mode, must serve outside of it."""
+    """Memory that is kept from call to call serves under other defaults and in inference mode.
+
+    Whatever it was made under.
+    """
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 40)
     monkeypatch.setattr(cpu_decode, "CHUNK_WEIGHTS", 1024)
@@ -107,7 +119,10 @@ def test_no_rows_decode_to_none(name, threads):
 
 
 def test_a_result_does_not_change_with_the_next_call():
-    """The product is computed from a scratch that calls share; results and decoded weights are memory of their own."""
+    """The product is computed from a scratch that calls share.
+
+    Results and decoded weights are memory of their own.
+    """
     (first, weight), (second, _) = finite_rows("Q4_K", 8), finite_rows("Q4_K", 16)
     x = torch.randn(3, 512)
     y = torch_backend.linear(x, Packed(first, FORMATS["Q4_K"]), None, "exact")

@@ -1,4 +1,7 @@
-"""The product on the CPU by the threads that decode: the bits of one product with the whole decoded weight."""
+"""The product by the threads that decode has the bits of one product with the whole weight.
+
+On the CPU.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ def threads(request):
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Chunks of 64 rows and a thread's share of 128: several of each, and short last ones, in a small layer."""
+    """Make several chunks of 64 rows and shares of 128, with short last ones, in a small layer.
+
+    A share is a thread's.
+    """
     monkeypatch.setattr(cpu_linear, "CHUNK_WEIGHTS", 64 * 768 + 5)
     monkeypatch.setattr(cpu_threads, "LEAST_WEIGHTS", 1)
     return 448, 768
@@ -57,7 +63,10 @@ def test_bits_are_those_of_one_product(name, m, bias, dtype, threads, chunks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", TYPES)
 def test_error_is_that_of_sums_in_float32(name, dtype, threads, chunks):
-    """Against float64: K rounded additions of float32 in any order (Higham 2002, 3.1), then the rounding to 16 bits."""
+    """The error against float64 is K rounded additions of float32 in any order, and one rounding.
+
+    Higham 2002, 3.1; the rounding is to 16 bits.
+    """
     (n, k), m = chunks, 9
     x, data, b, weight = made(name, m, dtype, True, n, k)
     y = torch_backend.linear(x, Packed(data, FORMATS[name]), b, "exact").double()

@@ -45,7 +45,10 @@ def test_every_row_is_done_once(way, n, multiple):
 
 
 def test_threads_compute_alone_and_meet(way):
-    """All of them are inside work at once, each with a scratch of its own, and torch's operations use one thread there."""
+    """All workers are inside work at once, each with a scratch of its own.
+
+    torch's operations use one thread there.
+    """
     met, scratches, counts = threading.Barrier(3, timeout=20), set(), []
 
     def work(first, end, scratch):
@@ -102,7 +105,10 @@ def test_errors_reach_the_caller(way, error):
 @pytest.mark.skipif(TEAM is None, reason="this torch has no OpenMP runtime that can be reached by name")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_before_work_begins_is_not_lost():
-    """A signal's handler may raise in the callback outside of what catches; ctypes prints that and goes on."""
+    """A signal's handler may raise in the callback outside of what catches.
+
+    ctypes prints that and goes on.
+    """
     caller = threading.get_ident()
 
     def worker():

@@ -1,4 +1,7 @@
-"""Fidelity contract of the compute modes: errors against float64, on the torch twins, with exact weights."""
+"""Fidelity contract of the compute modes: errors against float64, with exact weights.
+
+On the torch twins.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ Q8_0 = FORMATS["Q8_0"]
 
 
 def largest_of(count: int) -> float:
-    """Return the root mean square of the largest of `count` gaussian magnitudes: what an int8 scale of a group follows."""
+    """Return the root mean square of the largest of `count` gaussian magnitudes.
+
+    An int8 scale of a group follows it.
+    """
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2000, count, generator=generator).abs().amax(1).square().mean().sqrt().item()
 
@@ -55,7 +61,10 @@ def test_int8_activations_cost_what_the_contract_allows(k, seed):
 
 
 def test_whole_int8_linear():
-    """Weights re-quantized too: errors add in squares (0.7 % activations, Q8_0's own groups at most 0.9 %)."""
+    """Where weights are re-quantized too, errors add in squares.
+
+    0.7 % activations, Q8_0's own groups at most 0.9 %.
+    """
     data, weight = gaussian_rows(192, 3072, 7)
     x = activations(64, 3072, 0.0, 107)
     oracle = x.double() @ weight.T
@@ -66,7 +75,9 @@ def test_whole_int8_linear():
 @pytest.mark.parametrize("k", [3072, 12288])
 @pytest.mark.parametrize("name", ["Q2_K", "Q4_0", "Q4_K", "Q5_1", "Q5_K"])
 def test_row_scales_add_what_the_largest_of_a_row_implies(name, k):
-    """Rounding errors are uniform within steps of amax / 127: amax / 127 / sqrt(12) of a row's RMS (5 % scatter).
+    """Rounding errors are uniform within steps of amax / 127.
+
+    amax / 127 / sqrt(12) of a row's RMS (5 % scatter).
 
     On gaussian weights that is 0.8 to 0.9 %, a quarter of what even Q5_K has of its own, and adds to that in squares.
     """
@@ -82,7 +93,10 @@ def test_row_scales_add_what_the_largest_of_a_row_implies(name, k):
 
 
 def test_fp8_activations_break_the_contract_that_int8_keeps():
-    """Why Hopper gets int8: e4m3 with a scale per token, as torch._scaled_mm takes it, has 3 bits after the point for every value."""
+    """Hopper gets int8 because e4m3 with a scale per token has 3 bits after the point.
+
+    torch._scaled_mm takes it so; every value has them.
+    """
     _, weight = gaussian_rows(64, 3072, 0)
     x = activations(64, 3072, 0.0, 100)
     scale = x.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
@@ -122,7 +136,9 @@ def test_bad_and_empty_tokens_show(twin):
 @pytest.mark.parametrize("k", [3072, 12288])
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
 def test_int8_errors_are_those_of_ggml_but_for_the_group_width(name, k):
-    """ggml's vec_dot quantizes gaussian activations in groups of 32 (Q8_0) or 256 (Q8_K), we in groups of 128.
+    """ggml's vec_dot quantizes gaussian activations in groups of 32 or 256, we in groups of 128.
+
+    32: Q8_0, 256: Q8_K.
 
     The error is uniform within steps of amax / 127, so it goes with the largest of a group: 1.23 times ggml's error against
     groups of 32, 0.93 times against 256. ggml keeps the weights' own codes; ours are rounded to int8 in groups of 128 as well, an

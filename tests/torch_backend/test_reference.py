@@ -1,4 +1,7 @@
-"""The torch backend against libggml's golden vectors; the result must not depend on chunks, batches or planes."""
+"""The torch backend against libggml's golden vectors.
+
+The result must not depend on chunks, batches or planes.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from .numbers import width_of
 from .threads import Counts
 
 _GUARD = 4096  # bytes around each buffer that nothing may touch
-_LONGEST_AXIS = 65535  # blocks along y and z (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")
+# Blocks along y and z (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")
+_LONGEST_AXIS = 65535
 _ALIGNMENT = 512  # bytes, of what a GPU's allocator returns
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from .faults import Fault
 
-POISON = 0xCB  # what memory holds before it is written: a large negative number in every float type
+# What memory holds before it is written: a large negative number in every float type
+POISON = 0xCB
 WIDTHS = (1, 2, 4, 8)
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SLACK = 16  # bytes behind the end, so that every width has whole words
