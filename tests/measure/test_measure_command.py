@@ -84,7 +84,6 @@ def test_few_states_for_a_rank_are_noted(whole, tmp_path, count, noted):
     [
         (["--types", "Q9"], "Unknown type 'Q9'"),
         (["--sizes", "1000x1000"], "multiples of 16"),
-        (["--dtype", "int8"], "--dtype is float32"),
         (["--device", "warp"], "'warp' cannot be used here"),
         (["--gguf", "no.gguf"], "no.gguf does not exist"),
         (["--out", "none/costs.csv"], "--out none/costs.csv: there is no folder none. Make it"),
