@@ -38,7 +38,7 @@ def one_of(names: Iterable[str], help: str, **settings: Any) -> Any:
 
 def comma_separated(text: str) -> list[str]:
     """Return the names of a comma-separated list, each once, without the spaces around them."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def own_device() -> torch.device:
