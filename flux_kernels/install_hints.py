@@ -23,7 +23,7 @@ _DISTRIBUTION = "flux_kernels"
 def install_command(extra: str = "") -> str:
     """Return the pip command that installs what this package needs.
 
-    With the packages of an extra where one is named.
+    The packages of an extra are included where one is named.
 
     Args:
         extra: of pyproject.toml: "cpu", "plan", "bench", "test" or "train".
@@ -38,7 +38,7 @@ def install_command(extra: str = "") -> str:
 def _requirements(extra: str) -> list[str]:
     """List the requirements of the installed distribution.
 
-    Those of other extras that an extra names are included.
+    Requirements of other extras that an extra names are included.
     """
     try:
         lines = requires(_DISTRIBUTION) or []

@@ -74,7 +74,7 @@ def check_linear(
 def _check_branch(x: Tensor, n: int, hidden, up, outlier_index, outlier_weight) -> None:
     """Check the low-rank branch and the outlier channels of a call.
 
-    hidden [..., r] and up [N, r]; index [k] and weight [N, k].
+    They are hidden [..., r] and up [N, r], index [k] and weight [N, k].
     """
     if (hidden is None) != (up is None) or (outlier_index is None) != (outlier_weight is None):
         raise FormatError("hidden and up, and outlier_index and outlier_weight, are given together or not at all.")
@@ -182,7 +182,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     """Return the gradients of x, bias, hidden and up; the packed bytes get none.
 
-    That of x is grad @ W, W decoded in x's dtype.
+    The gradient of x is grad @ W, with W decoded in x's dtype.
 
     Outlier channels and row scales are part of W, so they need no gradient of their own.
     """

@@ -16,6 +16,7 @@ from math import ceil
 from flux_kernels.compute import DATACENTER, WEIGHT_ONLY_M, group_width, mode_of_call
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
+from flux_kernels.kernels import modes
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 from flux_kernels.kernels.chunks import chunk_sizes, wave_efficiency
 from flux_kernels.kernels.tiles import Tile
@@ -23,7 +24,7 @@ from flux_kernels.kernels.tiles import Tile
 from .cards import CARDS, CONVERT_RATES, MEASURED_CONVERT_RATES, SHARED_WAIT
 from .launches import ANY, DTYPES
 
-MODES = ("exact", "fp16_accumulate", "int8")
+MODES = tuple(modes.MODES)
 _LEAST_K = 128  # rows of no more weights leave no loop to predict from
 _KERNELS = {"fused": "fused_gemm", "split_k": "split_k"}
 # Kernels whose operands both pass shared memory, and what decodes alike on the capability that was measured.

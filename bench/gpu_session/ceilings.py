@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from bench.gpu_session.predict import moved_ms, product_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.timing import Case, time_groups
+from flux_kernels.compute import WEIGHT_ONLY_M
 from flux_kernels.flux.calls import step_calls
 
 _BYTES = 1 << 30
@@ -16,7 +17,7 @@ KEY = ("what", "m", "n", "k")
 
 def shapes() -> list[tuple[int, int, int]]:
     """Return (M, N, K) of a 1024 x 1024 step's calls of many rows, each once."""
-    return list(dict.fromkeys((call.m, call.n, call.k) for call in step_calls() if call.m > 16))
+    return list(dict.fromkeys((call.m, call.n, call.k) for call in step_calls() if call.m > WEIGHT_ONLY_M))
 
 
 def run(session: Session) -> None:

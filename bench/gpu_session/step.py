@@ -24,6 +24,7 @@ from flux_kernels.benchmark.step.jobs import true_size
 from flux_kernels.benchmark.step.timing import Oracle
 from flux_kernels.benchmark.step.timing import run as run_step
 from flux_kernels.benchmark.step.weights import StepWeights, build, make_weights
+from flux_kernels.compute import WEIGHT_ONLY_M
 from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.gpu_clock import GpuClock, Replay
@@ -133,7 +134,7 @@ def _call_ms(rates: Model, format: str, provider: str, call: Call) -> float:
     shape = call.m, call.n, call.k
     if provider == "torch":
         return product_ms(rates, *shape)
-    if call.m <= 16:
+    if call.m <= WEIGHT_ONLY_M:
         return read_ms(rates, format, call.n, call.k)
     modelled = None if provider == "dequantize" else modelled_ms(rates, mode_of(provider), format, *shape)
     if modelled is not None:

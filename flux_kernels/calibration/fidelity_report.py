@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..compute import compute_of_layer
 from ..errors import FormatError
+from ..files import written_whole
 
 FASTEST_FIRST = ("int8", "fp16_accumulate", "exact")
 # Layers of a printed report, and the relative error above which its sentences count layers.
@@ -82,7 +83,7 @@ class FidelityReport:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write all rows as CSV; errors are fractions. Raises OSError where the file cannot be written."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with written_whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(field.name for field in fields(LayerError))
             writer.writerows(map(astuple, self.rows))

@@ -12,6 +12,9 @@ from ._format import BlockFormat
 class Packed(NamedTuple):
     """Name a weight [..., N, K] in a block format; what kernels, backends and layers hand to each other.
 
+    It is a tuple, because making one is part of every call and a frozen dataclass takes more than twice as long (0.52 us instead of 0.22 on a
+    CPU). Two of them cannot be compared with ==: tensors cannot.
+
     Attributes:
         data: uint8 [..., N, row bytes].
         fmt: the row of the block type.

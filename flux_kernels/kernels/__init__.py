@@ -18,6 +18,7 @@ Triton's cache key covers the source of a constexpr function, but not of a Pytho
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,12 +26,14 @@ from torch import Tensor
 
 from ..compute import Branch, mode_of_call
 from ..formats import Packed
-from . import exact, fp16_accumulate, int8, two_stage
+from . import int8, two_stage
 from .choice import choose
 from .launching import aligned, device_of
+from .modes import MODES
 from .problem import Problem, Run
 
-MODULES: dict[str, Any] = {"exact": exact, "fp16_accumulate": fp16_accumulate, "int8": int8}
+MODULES: dict[str, Any] = {mode: import_module(f".{mode}", __name__) for mode in MODES}
+"""Compute mode -> the module that runs it, which has its name."""
 
 
 def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """Prepare activations for the faster matrix units.
 
-int8 with group scales, or fp16 with a power-of-two scale per token.
+They become int8 with group scales, or fp16 with a power-of-two scale per token.
 
 Torch twins of both stand in flux_kernels/torch_backend/low_precision.py. Compiled code has the twins' bits: a code is one fused multiply-add,
 which rounds the exact product once, and the only division is IEEE's. Triton's interpreter rounds the product first, so there
@@ -78,7 +78,7 @@ def quantize_activation_kernel(
 def power_of_two_below(amax):
     """Return (s, 1 / s), s the power of two that brings amax into [1, 2).
 
-    Within float32's normal range.
+    Both stay within float32's normal range.
     """
     exponent = (amax.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)

@@ -15,7 +15,7 @@ STEP = tl.constexpr(16)
 def add_branch(acc, left_ptr, right_ptr, rows_left, rows_right, R):
     """Return acc + left[rows_left] @ right[rows_right].T.
 
-    left and right are hidden [M, R] and up [N, R], both contiguous, in acc's order.
+    The two are hidden [M, R] and up [N, R], both contiguous, in acc's order.
     """
     left_row = left_ptr + rows_left.to(tl.int64)[:, None] * R
     right_row = right_ptr + rows_right.to(tl.int64)[:, None] * R

@@ -1,6 +1,6 @@
 """Choose what a call runs: algorithm and tile.
 
-Those measured for it on this card, or the default table's.
+A measurement on this card decides, or else the default table.
 """
 
 from __future__ import annotations

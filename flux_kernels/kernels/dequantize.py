@@ -21,7 +21,7 @@ def dequantize_kernel(
 ):
     """Decode a [BLOCK_N, TILE_K] tile of w to y [N, K], contiguous.
 
-    float32 values are rounded once to y's dtype.
+    The float32 values are rounded once, to y's dtype.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.program_id(1)

@@ -123,7 +123,7 @@ def _quantizing(
 def _scaling(problem: Problem) -> Callable[[Packed], Tensor]:
     """Return what finds the scale of each packed row.
 
-    float32 [N], its largest magnitude / 127, NaN for NaN and Inf.
+    The scales are float32 [N], the largest magnitude / 127, NaN for NaN and Inf.
     """
     n, tile_k = problem.n, largest_tile_k(problem.fmt, problem.k)
     parts = problem.k // tile_k
@@ -145,7 +145,7 @@ def _scaling(problem: Problem) -> Callable[[Packed], Tensor]:
 def _unpacking(problem: Problem, rows: int, group: int, rowwise: bool) -> Callable[[Packed], tuple]:
     """Return what unpacks packed rows to int8 codes [rows, K] and their scales.
 
-    float32 [K // group, rows], or the rows' own.
+    Scales are float32 [K // group, rows], or the rows' own.
     """
     k = problem.k
     tile_k = max(group, largest_tile_k(problem.fmt, k))
@@ -200,7 +200,7 @@ def unpack_weight(weight: Packed, group: int, row_scales: bool = False) -> tuple
 def row_scale(weight: Packed) -> Tensor:
     """Return the int8 scale of each packed row: float32 [N].
 
-    Its largest magnitude / 127, NaN where it holds NaN or Inf.
+    That is its largest magnitude / 127, NaN where it holds NaN or Inf.
     """
     return _scaling(Problem.of_rows(weight, torch.float32))(weight)
 

@@ -16,7 +16,7 @@ from .._triton import jit, tl
 def hide_origin(w, LDMATRIX: tl.constexpr):
     """Return float32 w unchanged.
 
-    With LDMATRIX through a move that Triton does not look through (NVIDIA only).
+    With LDMATRIX it passes a move that Triton does not look through (NVIDIA only).
     """
     if LDMATRIX:
         w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=tl.float32, is_pure=False, pack=1)

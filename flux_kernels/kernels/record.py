@@ -204,7 +204,7 @@ def _known() -> list[TuningRecord]:
 def _rows_for(device: torch.device) -> tuple[tuple[TuningRecord, str], ...]:
     """List the records for a device, the best first.
 
-    Of this very card, then of cards of the same capability.
+    Those of this very card come first, then those of cards of the same capability.
     """
     if device.type != "cuda":
         return ()

@@ -61,7 +61,7 @@ def sum_of_x(x_even, x_odd, TIMES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: 
 def pairs_to_x(pairs, HALF: tl.constexpr, HALVES: tl.constexpr, DTYPE: tl.constexpr):
     """Return x of the even and of the odd weights of a slice, [SPLITS, 16, COLUMNS] each.
 
-    Zeros for the half with another scale.
+    They are zeros for the half with another scale.
     """
     if HALVES > 1:
         pairs = tl.where((tl.arange(0, 16) // 8 == HALF)[None, None, :], pairs, 0)

@@ -37,7 +37,7 @@ def split_k_kernel(
 ):
     """Write the partial sums of one tile over one of SPLITS equal K ranges (grid axis 1).
 
-    To float32 [SPLITS, M, N].
+    They go to float32 [SPLITS, M, N].
     """
     pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N)
     split = tl.program_id(1)

@@ -1,6 +1,6 @@
 """Unpack packed rows to int8 codes.
 
-With one float32 scale per row and group of K, or per row.
+There is one float32 scale per row and group of K, or per row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def row_largest_kernel(
 ):
     """Write the largest magnitude of TILE_K weights of each row.
 
-    To largest [K // TILE_K, N] float32.
+    They go to largest [K // TILE_K, N] float32.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     step = tl.program_id(1)

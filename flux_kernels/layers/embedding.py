@@ -20,7 +20,7 @@ class GGUFEmbedding(PackedRows, nn.Embedding):  # type: ignore[override]
     """Look rows up in a table packed in a ggml block format.
 
     A table of 32,128 x 4,096 as the T5 of FLUX.1 has it takes 139 MB in Q8_0 and 263 MB in 16 bit; a prompt looks up at
-    most 512 of its rows. The rows keep the order of the file on every device.
+    most 512 of its rows. The rows keep the order of the file on every device, unless a saved table arranged in planes is loaded.
 
     Attributes:
         qweight: uint8 [num_embeddings, row bytes], not trainable.

@@ -37,7 +37,7 @@ class Rows:
 class FusedLinear(GGUFLinear):
     """Compute several packed layers on one input at once.
 
-    [..., K] -> [..., sum of their N], in their order.
+    It maps [..., K] to [..., sum of their N], in their order.
 
     Attributes:
         parts: the rows of each layer.
@@ -82,7 +82,7 @@ class FusedLinear(GGUFLinear):
             return super().forward(input)
         hidden = F.linear(input, torch.cat([branch[0].to(input.dtype) for branch in branches if branch]))
         up = [branch[1] if branch else input.new_empty(part.out_features, 0) for branch, part in zip(branches, parts)]
-        weight = self.packed._replace(row_scale=self._kept_row_scale())
+        weight = self._packed_with_scale()
         branch = hidden, torch.block_diag(*up).to(hidden.dtype)
         return eager.dispatched(input, weight, self.bias, self.backend, self.compute, branch)
 

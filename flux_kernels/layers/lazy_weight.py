@@ -20,7 +20,7 @@ _VIEWS_OF_ALL = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 def decode_whole(packed: Packed, dtype: torch.dtype, backend: str, branch: Branch | None) -> Tensor:
     """Decode packed rows and add the branch (down [r, K], up [N, r]) where there is one.
 
-    Rounded to `dtype` once.
+    The sum is rounded to `dtype` once.
     """
     decoded_to = dtype if branch is None else torch.float32
     weight = torch.ops.flux_kernels.dequantize(packed.data, packed.fmt.name, decoded_to, backend, packed.planes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..backends import ACTIVATION_DTYPES, check_names, resolve, wants_planes
 from ..errors import BackendUnavailable, FormatError
-from ..formats import FORMATS, BlockFormat, Packed, get_format
+from ..formats import BlockFormat, get_format
 from ..packing import quantize
 from . import eager
 from .low_rank import LowRankLayer, check_outliers
@@ -136,9 +136,9 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
     def forward(self, input: Tensor) -> Tensor:
         """Compute x @ W.T + bias + branch.
 
-        [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype.
+        It maps [..., K] of float16, bfloat16 or float32 to [..., N] of the same dtype.
         """
-        weight = Packed(self.qweight, FORMATS[self.format], self.planes, self._kept_row_scale())
+        weight = self._packed_with_scale()
         if self.low_rank_down is None and self.outlier_index is None:
             return eager.linear(input, weight, self.bias, self.backend, self.compute)
         hidden = self._hidden(input)
@@ -168,9 +168,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
     def arrange(self) -> GGUFLinear:
         """Rearrange the packed rows, in place, as the backend wants them where the layer is now.
 
-        In file order or as field planes.
-
-        Called when a layer is swapped in, loaded or moved; offloading hooks that move parameters themselves leave rows as they are.
+        That is in file order or as field planes. It is called when a layer is swapped in, loaded or moved; offloading hooks that move parameters themselves leave rows as they are.
         """
         fmt = get_format(self.format)
         wanted = wants_planes(self.backend, self.qweight.device, fmt)
@@ -232,7 +230,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
 def _upload_table(fmt: BlockFormat, qweight: Tensor) -> None:
     """Put a format's lookup table where the rows are.
 
-    Now, not at a first call inside a CUDA graph's private pool.
+    A first call may be inside a CUDA graph's private pool: too late.
     """
     if fmt.table is not None and qweight.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         fmt.table_on(qweight.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backends import ACTIVATION_DTYPES
 from ..compute import Branch
 from ..errors import FormatError
-from ..formats import FORMATS, BlockFormat, Packed, get_format, types_by_number
+from ..formats import FORMATS, BlockFormat, Packed, types_by_number
 from .lazy_weight import LazyWeight, decode_whole
 
 
@@ -139,5 +139,4 @@ class PackedRows(nn.Module):
 
         `qweight` itself unless planes.
         """
-        data = self.qweight.detach()
-        return get_format(self.format).layout.from_planes(data) if self.planes else data
+        return self.packed._replace(data=self.qweight.detach()).in_file_order().data

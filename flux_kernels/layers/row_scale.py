@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import BackendUnavailable
+from ..formats import FORMATS, Packed
 from .packed_rows import PackedRows
 
 
@@ -57,10 +58,17 @@ class KeepsRowScale(PackedRows):
         """Move or cast; the scales move with the rows and stay float32, whatever the model is cast to."""
         kept = self.row_scale
         self._set_row_scale(None)
-        super()._apply(fn, recurse)
-        if kept is not None and kept.device == self.qweight.device:
-            self._set_row_scale(kept)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            # Also where the move was refused or failed: the rows are what they were.
+            if kept is not None and kept.device == self.qweight.device:
+                self._set_row_scale(kept)
         return self
+
+    def _packed_with_scale(self) -> Packed:
+        """Return the rows with the scales that are kept of them, for a call."""
+        return Packed(self.qweight, FORMATS[self.format], self.planes, self._kept_row_scale())
 
     def _kept_row_scale(self) -> Tensor | None:
         """Return the scales of the rows as they are now; None where the kernel computes them.

@@ -89,7 +89,7 @@ def quantize_layer(module: nn.Linear, format: str, backend: str, compute: str) -
 def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
     """Carry hooks, the training flag and foreign attributes of `old` over to `new`.
 
-    Such as `_tp_packed_row_blocks`.
+    An attribute of diffusers' is `_tp_packed_row_blocks`.
     """
     own = set(new.__dict__) - {key for key in new.__dict__ if "_hooks" in key}
     for key, value in old.__dict__.items():

@@ -31,7 +31,7 @@ Routine = Callable[[int, int, int], None]
 def serves(weight: Packed, dtype: torch.dtype) -> bool:
     """Tell whether rows can be decoded here.
 
-    In file order, on the CPU, to a dtype products are computed in.
+    They have to be in file order, on the CPU, and decoded to a dtype products are computed in.
     """
     on_cpu = weight.data.device.type == "cpu"
     return on_cpu and not weight.planes and dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -67,7 +67,7 @@ class Scratch:
 def scratch(worker: int = 0) -> Scratch:
     """Return the scratch of a worker for the calling thread.
 
-    Not for signal handlers, which may interrupt its use.
+    Signal handlers must not ask for it: they may interrupt its use.
     """
     kept = _local.__dict__.setdefault("scratches", [])
     while len(kept) <= worker:
@@ -78,7 +78,7 @@ def scratch(worker: int = 0) -> Scratch:
 def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> None:
     """Do work(first row, end, scratch) for all of n rows, chunk by chunk.
 
-    On as many threads as torch uses.
+    It works on as many threads as torch uses.
 
     Args:
         k: weights of a row.

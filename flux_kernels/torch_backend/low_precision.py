@@ -67,7 +67,7 @@ def linear_int8(
 def scale_to_fp16(x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale tokens of x [M, K] by a power of two to |x| < 2.
 
-    float16 [M, K], and the undoing scale float32 [M, 1].
+    The results are float16 [M, K], and the undoing scale float32 [M, 1].
     """
     amax = x.float().abs().amax(-1, keepdim=True)
     exponent = (amax.view(torch.int32) >> 23 & 0xFF).clamp(1, 253)

@@ -182,6 +182,14 @@ def test_rows_loaded_in_place_refill_the_same_memory_at_once():
     assert made.row_scale is before and torch.equal(before, found_anew(made))
 
 
+def test_they_stay_where_a_cast_is_refused():
+    made = layer().arrange()
+    before = made.row_scale
+    with pytest.raises(fk.FormatError, match="stay uint8"):
+        made.type(torch.float16)
+    assert before is not None and made.row_scale is before and made._kept_row_scale() is before
+
+
 def test_they_are_in_no_state_dict_and_stay_float32():
     made = layer().arrange()
     kept = made.row_scale.clone()
