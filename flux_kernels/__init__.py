@@ -23,8 +23,8 @@ from .swap.report import SwapReport
 if TYPE_CHECKING:
     from .flux import load_flux, save_gguf
     from .gguf.file import GGUFFile, read_gguf
-    from .integrations.config import FluxKernelsConfig
     from .integrations.lora import fuse_lora, unfuse_lora
+    from .integrations.public_config import FluxKernelsConfig
     from .machine.warmup import warmup
     from .t5 import load_t5, save_t5
 
@@ -36,7 +36,7 @@ after_import(
 
 # Names whose modules need more than torch, or are wanted by few: imported when first asked for.
 _LAZY = {
-    "FluxKernelsConfig": "integrations.config",
+    "FluxKernelsConfig": "integrations.public_config",
     "fuse_lora": "integrations.lora",
     "unfuse_lora": "integrations.lora",
     "GGUFFile": "gguf.file",

@@ -220,8 +220,10 @@ def wants_planes(backend: str, device: torch.device, fmt: BlockFormat) -> bool:
     )
 
 
-def check_activation_dtype(dtype: torch.dtype, what: str) -> None:
+def check_activation_dtype(dtype: torch.dtype, what: str, hint: str = "") -> None:
     """Raise FormatError where `dtype` is not one the kernels compute in."""
     if dtype not in ACTIVATION_DTYPES:
         legal = ", ".join(dtype_name(legal) for legal in ACTIVATION_DTYPES)
-        raise FormatError(f"{what} must be one of {legal}, got {dtype_name(dtype)}. Cast it first.")
+        if not isinstance(dtype, torch.dtype):
+            raise FormatError(f"{what} must be a torch.dtype, one of {legal}, got {dtype!r}.")
+        raise FormatError(f"{what} must be one of {legal}, got {dtype_name(dtype)}.{hint}")

@@ -56,7 +56,7 @@ def check_linear(
     weight = check_data(data, format, planes)
     if data.dim() != 2:
         raise FormatError(f"linear needs packed data of shape [N, row bytes], got {list(data.shape)}.")
-    check_activation_dtype(x.dtype, "The activation dtype")
+    check_activation_dtype(x.dtype, "The activation dtype", " Cast it first.")
     if x.dim() < 1 or x.shape[-1] != weight.k:
         rows = f"{weight.fmt.name} data {list(data.shape)} holds rows of K={weight.k} weights"
         raise FormatError(f"{rows}, got x of shape {list(x.shape)}.")

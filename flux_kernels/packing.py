@@ -49,6 +49,10 @@ def quantize(
     fmt = get_format(format)
     search = quantizer(fmt, engine)
     what = f"{name} " if name else ""
+    if not isinstance(weight, Tensor):
+        raise FormatError(
+            f"quantize needs a torch.Tensor, got {what}a {type(weight).__name__}. torch.from_numpy makes one of an array."
+        )
     if not weight.dtype.is_floating_point:
         raise FormatError(f"quantize needs a floating dtype, got {what}{weight.dtype}. Packed weights are dequantized first.")
     if weight.dim() < 1:

@@ -6,6 +6,8 @@ from_pretrained and from_single_file take it, save_pretrained writes it.
 from __future__ import annotations
 
 import copy
+import json
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -18,6 +20,7 @@ from torch import nn
 from ..backends import ACTIVATION_DTYPES, check_names
 from ..compute import dtype_name
 from ..errors import FormatError
+from ..files import write_whole
 from ..formats import get_format
 from ..swap.request import first_match, mode_of, names_in
 from .layer_table import describe
@@ -107,6 +110,17 @@ class FluxKernelsConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the fields that differ from the defaults, and the method."""
         return {key: value for key, value in self.to_dict().items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return the fields as JSON, patterns in their order.
+
+        The first pattern that matches counts, and diffusers' own writer sorts them.
+        """
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write all fields as JSON, patterns in their order. Raises OSError where the file cannot be written."""
+        write_whole(json_file_path, self.to_json_string(use_diff=False).encode())
 
     @property
     def model(self) -> nn.Module | None:

@@ -168,9 +168,11 @@ def plan_within(
     groups, fixed = problem.groups(), problem.fixed_bytes
     smallest = fixed + sum(min(group.sizes) for group in groups)
     if smallest > budget:
+        picks = tuple(group.sizes.index(min(group.sizes)) for group in groups)
+        least = problem.layout.bits_per_weight(problem.chosen(Solution(picks, smallest, 0.0)))
         raise FormatError(
             f"No plan fits {budget:,} bytes: the smallest file that the measured types and the constraints allow has {smallest:,} "
-            f"bytes. Give more room, loosen the constraints, or measure smaller types."
+            f"bytes ({least:.2f} bits per weight). Give more room, loosen the constraints, or measure smaller types."
         )
     solution = solve(groups, budget - fixed, time_limit=time_limit)
     return as_plan(problem, problem.chosen(solution), {"budget": budget, "gap": solution.gap, **(about or {})})
