@@ -19,6 +19,7 @@ from .ops import dequantize, linear
 from .packing import quantize
 from .swap import swap_linear
 from .swap.report import SwapReport
+from .version import own_version
 
 if TYPE_CHECKING:
     from .flux import load_flux, save_gguf
@@ -84,6 +85,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a lazy public name on first use."""
+    if name == "__version__":
+        return own_version()
     if name not in _LAZY:
         raise AttributeError(f"module 'flux_kernels' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

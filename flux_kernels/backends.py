@@ -165,8 +165,9 @@ def usable_device(name: torch.device | str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise BackendUnavailable(
-            f"The device {str(name)!r} cannot be used here: {str(error).splitlines()[0]} `flux-kernels doctor` tells what is there."
+            f"The device {str(name)!r} cannot be used here: {reason}. `flux-kernels doctor` tells what is there."
         ) from error
     return device
 

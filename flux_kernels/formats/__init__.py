@@ -51,7 +51,8 @@ def get_format(name: str | BlockFormat) -> BlockFormat:
     if isinstance(name, BlockFormat):
         return name
     if name not in FORMATS:
-        raise FormatError(f"Unknown block format {name!r}. Known: {', '.join(FORMATS)}.")
+        hint = f" {name} names a kind of file; its block format is {name[:-2]}." if name[:-2] in FORMATS else ""
+        raise FormatError(f"Unknown block format {name!r}. Known: {', '.join(FORMATS)}.{hint}")
     return FORMATS[name]
 
 

@@ -101,6 +101,10 @@ def choose_task(config: Mapping[str, Any], request: Request, title: str) -> Task
     given = [name for name in IMAGE_OPTIONS if getattr(request, name) is not None]
     missing = [IMAGE_OPTIONS[name] for name in task.inputs if name not in given]
     superfluous = [IMAGE_OPTIONS[name] for name in given if name not in task.inputs]
+    if request.strength is not None and task is TEXT:
+        raise GGUFError(
+            "--strength is how much of --image is drawn anew: give a picture with --image, or leave --strength out."
+        )
     if request.strength is not None and "strength" not in task.takes:
         superfluous.append("--strength")
     if request.negative is not None and "negative" not in task.takes:

@@ -48,7 +48,11 @@ def test_one_type_by_any_case_shows_formula_drawing_and_odd_tiles():
 
 def test_an_unknown_type_is_one_line_with_the_known_ones():
     text = output_of("Q4_K_M", width=400, code=1)
-    assert "Unknown block format 'Q4_K_M'. Known: Q4_0" in text and len(text.splitlines()) == 1
+    assert (
+        "Unknown block format 'Q4_K_M'. Known: Q4_0" in text
+        and "its block format is Q4_K" in text
+        and len(text.splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize(

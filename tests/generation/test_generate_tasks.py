@@ -112,7 +112,7 @@ REFUSALS = [
     ("dev", ("--image", "@red.png", "--mask", "@mask.png"), r"--image and --mask are not taken.*--mask is for Fill files"),
     ("dev", ("--control-image", "@red.png"), r"--control-image is for Canny and Depth files"),
     ("dev", ("--kontext",), r"A Kontext file edits --image by the prompt; --image is missing\."),
-    ("dev", ("--strength", "0.5"), r"--strength is not taken"),
+    ("dev", ("--strength", "0.5"), r"give a picture with --image"),
     ("schnell", ("--image", "@red.png"), r"a schnell file, which draws from text alone; --image is not taken"),
     ("schnell", ("--image", "@red.png", "--kontext"), r"--image and --kontext are not taken"),
     ("fill", (), r"a Fill file: .*; --image and --mask are missing\."),
