@@ -155,6 +155,11 @@ def _mode_refusal(compute: str, device: torch.device) -> str | None:
     return None
 
 
+def own_device() -> torch.device:
+    """Return the device to work on where none is named: the GPU where torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def usable_device(name: torch.device | str) -> torch.device:
     """Return the device of a name.
 

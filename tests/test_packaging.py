@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import flux_kernels
+from flux_kernels.version import own_version
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGE = ROOT / "flux_kernels"
@@ -58,6 +61,10 @@ def test_every_package_that_is_needed_has_a_pin():
     for need in [*needs, *map(Requirement, PROJECT["build-system"]["requires"])]:
         (pin,) = pins[need.name.lower()].specifier
         assert pin.operator == "==" and need.specifier.contains(pin.version), need
+
+
+def test_the_module_says_its_version():
+    assert flux_kernels.__version__ == own_version()
 
 
 def test_the_changelog_begins_with_the_version():

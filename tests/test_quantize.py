@@ -299,6 +299,8 @@ def test_nan_and_inf_are_refused_by_name_and_row(bad, format):
         ((torch.randn(2, 100), "Q4_K"), r"Q4_K needs K % 256 == 0, got K=100"),
         ((torch.ones(2, 256, dtype=torch.uint8), "Q4_K"), "needs a floating dtype, got torch.uint8"),
         ((torch.tensor(1.0), "Q4_K"), "got a scalar"),
+        ((torch.ones(2, 256).numpy(), "Q4_K"), "needs a torch.Tensor, got a ndarray. torch.from_numpy"),
+        ((torch.randn(2, 256), "Q4_K_S"), "Q4_K_S names a kind of file; its block format is Q4_K"),
         ((torch.randn(2, 256), "Q4_J"), "Unknown block format 'Q4_J'"),
         ((torch.randn(2, 256), "Q4_K", torch.ones(2)), r"must have shape \[256\] or \[2, 256\], got \[2\]"),
         ((torch.randn(2, 256), "Q4_K", -torch.ones(256)), "finite and non-negative"),

@@ -26,6 +26,7 @@ from bench.gpu_session.sections import SECTIONS, Section
 from bench.gpu_session.session import Session
 from bench.record import ROOT
 from bench.stand_in import CARDS
+from flux_kernels.files import written_whole
 
 _MARGIN, _LEAST_SECONDS, _LATE = 2.0, 12.0, 3
 _STACK_SECONDS = 1.0  # before its limit, a section that did not stop by itself writes where it is
@@ -133,14 +134,13 @@ def _note(section: Section, session: Session, seconds: float) -> None:
 
 def archive(out: Path, path: Path) -> None:
     """Pack the rows, logs and reports, the smallest first, as long as they fit."""
-    part, left = path.with_suffix(".part"), _ARCHIVE_BYTES
+    left = _ARCHIVE_BYTES
     files = sorted((file for file in out.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
-    with tarfile.open(part, "w:gz") as tar:
+    with written_whole(path) as part, tarfile.open(part, "w:gz") as tar:
         for file in files:
             left -= file.stat().st_size if file.suffix == ".gz" else file.stat().st_size // 8
             if left > 0:
                 tar.add(file, file.relative_to(out))
-    part.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:

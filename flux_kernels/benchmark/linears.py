@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
 import torch
@@ -16,6 +15,7 @@ from ..formats import FORMATS, Packed
 from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
 from ..machine.random_rows import random_rows
 from ..torch_backend import reference
+from ..version import installed_version
 from . import peers  # noqa: F401 - registers the other libraries
 from .ceilings import Ceilings
 from .names import FAILED, OURS, TORCH, WRONG, wrong
@@ -92,10 +92,10 @@ def measure(
 
 def _version(package: str) -> str:
     """Name a distribution with its version, for the note of a row that was measured with it."""
-    try:
-        return f"{package} {version(package)}" if package else ""
-    except PackageNotFoundError:
-        return f"{package}, version not known"
+    if not package:
+        return ""
+    version = installed_version(package)
+    return f"{package} {version}" if version else f"{package}, version not known"
 
 
 def is_broken(row: Mapping[str, object]) -> bool:

@@ -148,7 +148,7 @@ _VLLM = "https://github.com/vllm-project/vllm-gguf-plugin, quantization/linear.p
 
 def _packed_call(multiply, problem: Problem):
     """Call theirs on the packed bytes in file order; it has no bias, which is added."""
-    data = problem.weight.in_file_order().data
+    data = problem.weight.arranged(planes=False).data
     ggml_type, bias = int(problem.weight.fmt.ggml_type), problem.bias.to(problem.dtype)
     return lambda x: multiply(data, x, ggml_type, data.shape[0]) + bias
 

@@ -123,7 +123,7 @@ def _diffusers(problem: Problem):
     ggml_type = packed.fmt.ggml_type
     if ggml_type not in {int(known) for known in theirs.dequantize_functions}:
         raise Unavailable(f"diffusers does not support {packed.fmt.name}")
-    data = packed.in_file_order().data
+    data = packed.arranged(planes=False).data
     k = packed.k
     layer = theirs.GGUFLinear(k, data.shape[0], bias=True, compute_dtype=problem.dtype, device=data.device)
     layer.weight = theirs.GGUFParameter(data, quant_type=gguf.GGMLQuantizationType(ggml_type))

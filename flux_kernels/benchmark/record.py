@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from .._triton import TRITON_VERSION
 from ..files import written_whole
 from ..torch_backend import libggml
+from ..version import installed_version
 
 CHECKOUT = Path(__file__).parents[2]
 ORIGIN = ("device", "capability", "driver", "torch", "triton", "libggml", "commit", "date")  # columns of every row
@@ -103,10 +103,7 @@ def _libggml() -> str:
     """Return the version of what decodes most types on a CPU, where it is installed."""
     if not libggml.available():
         return _NONE
-    try:
-        return version("libggml-python")
-    except PackageNotFoundError:
-        return "of unknown version"
+    return installed_version("libggml-python") or "of unknown version"
 
 
 def _output(*command: str) -> str:

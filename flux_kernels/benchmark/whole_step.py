@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..backends import own_device
 from ..errors import FormatError
 from ..formats import get_format
 from .names import OURS, WRONG
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, measure, write every row as it comes; return 1 where one of ours was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="CSV to append to; rows of this commit that it has are not measured again")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(own_device()))
     parser.add_argument("--formats", default=",".join(FORMATS), help="ggml types, comma-separated")
     parser.add_argument("--size", default="1024x1024", help='of the true size, such as "1024x1024" or "1024x1024 batch 2"')
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, in turn; the median counts")

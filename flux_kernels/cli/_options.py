@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from ..backends import ACTIVATION_DTYPES
@@ -39,8 +38,3 @@ def one_of(names: Iterable[str], help: str, **settings: Any) -> Any:
 def comma_separated(text: str) -> list[str]:
     """Return the names of a comma-separated list, each once, without the spaces around them."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def own_device() -> torch.device:
-    """Return the device to work on: the GPU where torch sees one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
-from ._options import comma_separated, own_device
+from ..backends import own_device
+from ._options import comma_separated
 from ._progress import progress
 
 if TYPE_CHECKING:

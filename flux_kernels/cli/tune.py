@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
-from ._options import DTYPES, Batch, Height, Width, comma_separated, one_of, own_device
+from ..backends import own_device
+from ._options import DTYPES, Batch, Height, Width, comma_separated, one_of
 from ._progress import progress
 
 _COMPUTES = "exact,int8,fp16_accumulate"

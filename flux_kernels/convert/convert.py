@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..backends import usable_device
+from ..backends import own_device, usable_device
 from ..errors import BackendUnavailable, FormatError, GGUFError
 from ..flux.low_rank_tensors import correction_names
 from ..flux.names import block_of
@@ -254,7 +254,7 @@ def check_target(source: SourceModel, path: str | os.PathLike[str], nbytes: int,
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_device()
     place = usable_device(name)
     if place.type not in ("cpu", "cuda"):
         raise BackendUnavailable(f'Quantizing runs on "cpu", "cuda" or "auto", got {name!r}.')

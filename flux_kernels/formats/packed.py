@@ -12,8 +12,8 @@ from ._format import BlockFormat
 class Packed(NamedTuple):
     """Name a weight [..., N, K] in a block format; what kernels, backends and layers hand to each other.
 
-    It is a tuple, because making one is part of every call and a frozen dataclass takes more than twice as long (0.52 us instead of 0.22 on a
-    CPU). Two of them cannot be compared with ==: tensors cannot.
+    It is a tuple, because making one is part of every call and a frozen dataclass takes twice as long
+    (docs/decisions/launch-cost.md). Two of them cannot be compared with ==: tensors cannot.
 
     Attributes:
         data: uint8 [..., N, row bytes].
@@ -42,9 +42,12 @@ class Packed(NamedTuple):
         scale = None if self.row_scale is None else self.row_scale.contiguous()
         return self._replace(data=self.data.contiguous(), row_scale=scale)
 
-    def in_file_order(self) -> Packed:
-        """Return the weight as a GGUF file stores it: itself, unless its rows are planes."""
-        return Packed(self.fmt.layout.from_planes(self.data), self.fmt) if self.planes else self
+    def arranged(self, planes: bool) -> Packed:
+        """Return the weight with its rows as planes or as a GGUF file stores them: itself where they are so."""
+        if planes == self.planes:
+            return self
+        rearrange = self.fmt.layout.to_planes if planes else self.fmt.layout.from_planes
+        return self._replace(data=rearrange(self.data), planes=planes)
 
     def rows(self, chosen: slice) -> Packed:
         """Return some rows, as views."""

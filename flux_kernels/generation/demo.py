@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import resolve
+from ..backends import own_device, resolve
 from ..flux import load_flux, save_gguf
 from ..formats import get_format
 from ..layers.linear import GGUFLinear
@@ -128,7 +128,7 @@ def run_demo(
 
 
 def _run(folder, prompts, seed, backend, steps, variants, step) -> list[Drawn]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipeline = load_pipeline(embedded_model_path(), None, dtype).to(device)
     folder.mkdir(parents=True, exist_ok=True)

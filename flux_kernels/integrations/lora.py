@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import FormatError
-from ..formats import get_format
+from ..formats import Packed, get_format
 from ..layers.fused_linear import FusedPart
 from ..layers.linear import GGUFLinear
 from ..ops import dequantize
@@ -153,8 +153,8 @@ def _requantize(name: str, layer: Any) -> float:
     merged = dequantize(packed, base.format, torch.float32, backend="torch") + added
     rows = quantize(merged, base.format, name=name)
     difference = dequantize(rows, base.format, torch.float32, backend="torch") - merged
-    fmt = get_format(base.format)
-    base.qweight = nn.Parameter(fmt.layout.to_planes(rows) if base.planes else rows, requires_grad=False)
+    arranged = Packed(rows, get_format(base.format)).arranged(base.planes)
+    base.qweight = nn.Parameter(arranged.data, requires_grad=False)
     if keep:
         base.set_low_rank(down[:keep], up[:, :keep].contiguous())
     else:

@@ -168,14 +168,14 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
     def arrange(self) -> GGUFLinear:
         """Rearrange the packed rows, in place, as the backend wants them where the layer is now.
 
-        That is in file order or as field planes. It is called when a layer is swapped in, loaded or moved; offloading hooks that move parameters themselves leave rows as they are.
+        That is in file order or as field planes. It is called when a layer is swapped in, loaded or moved; offloading hooks
+        that move parameters themselves leave rows as they are.
         """
-        fmt = get_format(self.format)
-        wanted = wants_planes(self.backend, self.qweight.device, fmt)
-        _upload_table(fmt, self.qweight)
-        if wanted != self.planes and self.qweight.device.type != "meta":
-            rearrange = fmt.layout.to_planes if wanted else fmt.layout.from_planes
-            self.qweight = nn.Parameter(rearrange(self.qweight.detach()), requires_grad=False)
+        weight = self.packed
+        wanted = wants_planes(self.backend, weight.data.device, weight.fmt)
+        _upload_table(weight.fmt, weight.data)
+        if wanted != self.planes and weight.data.device.type != "meta":
+            self.qweight = nn.Parameter(weight.arranged(wanted).data.detach(), requires_grad=False)
             self.planes = wanted
         # Now, so that a graph or a compiled model finds it there.
         self._kept_row_scale()

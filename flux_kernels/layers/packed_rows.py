@@ -124,8 +124,8 @@ class PackedRows(nn.Module):
                 "same formats, or into one on the meta device with assign=True."
             )
         elif bool(planes) != self.planes and prefix + "qweight" in state_dict:
-            rearrange = row.layout.to_planes if self.planes else row.layout.from_planes
-            state_dict[prefix + "qweight"] = rearrange(state_dict[prefix + "qweight"])
+            saved = Packed(state_dict[prefix + "qweight"], row, bool(planes))
+            state_dict[prefix + "qweight"] = saved.arranged(self.planes).data
         return None
 
     def _adopt(self, fmt: BlockFormat, planes: bool) -> None:
@@ -139,4 +139,4 @@ class PackedRows(nn.Module):
 
         `qweight` itself unless planes.
         """
-        return self.packed._replace(data=self.qweight.detach()).in_file_order().data
+        return self.packed._replace(data=self.qweight.detach()).arranged(planes=False).data

@@ -26,7 +26,7 @@ def random_rows(fmt: BlockFormat, n: int, k: int, planes: bool = False, seed: in
     """
     data = _random(fmt, n, fmt.row_bytes(k), seed)
     _set_scales(data, fmt, _half_scales(fmt))
-    return fmt.layout.to_planes(data) if planes else data
+    return Packed(data, fmt).arranged(planes).data
 
 
 def _random(fmt: BlockFormat, n: int, row_bytes: int, seed: int) -> Tensor:

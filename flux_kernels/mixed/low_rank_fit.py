@@ -9,7 +9,8 @@ channel or with all their correlations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -42,18 +43,24 @@ def corrected(
         decoded + up @ down is what the layer computes with.
     """
     root = root_of(torch.ones_like(weight[0]) if seen is None else seen.to(weight.device))
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    least = float("inf")
+    _, *best = min(_attempts(weight, round_trip, rank, root), key=itemgetter(0))
+    decoded, down, up = best
+    return decoded, down, up
+
+
+def _attempts(
+    weight: Tensor, round_trip: Callable[[Tensor], Tensor], rank: int, root: Tensor
+) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
+    """Yield (error, decoded, down, up) of each turn.
+
+    There are two starts: no correction, and that of the whole weight.
+    """
     for product in (torch.zeros_like(weight), _product(*_stored(weight, rank, root))):
         for _ in range(TURNS):
             decoded = round_trip(weight - product)
             down, up = _stored(weight - decoded, rank, root)
             product = _product(down, up)
-            error = _weighted(weight - decoded - product, root).square().sum().item()
-            if best is None or error < least:
-                best, least = (decoded, down, up), error
-    assert best is not None
-    return best
+            yield _weighted(weight - decoded - product, root).square().sum().item(), decoded, down, up
 
 
 def root_of(seen: Tensor) -> Tensor:

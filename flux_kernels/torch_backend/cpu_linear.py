@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import FormatError
 from ..formats import Packed
 from . import cpu_decode
 from .cpu_threads import Scratch, share_rows
@@ -26,9 +27,14 @@ def serves(x: Tensor, weight: Packed) -> bool:
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    """Compute x [M, K] @ weight.T + bias [N] -> [M, N] of x's dtype."""
+    """Compute x [M, K] @ weight.T + bias [N] -> [M, N] of x's dtype.
+
+    Raises:
+        FormatError: where `serves` says that no decoder is there.
+    """
     decode, k, n = cpu_decode.decoder(weight.fmt), x.shape[1], weight.n
-    assert decode is not None  # `serves` has said so
+    if decode is None:
+        raise FormatError(f"{weight.fmt.name} has no decoder here that runs on one thread.")
     x, y = x.contiguous(), torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
 
     def rows(first: int, end: int, scratch: Scratch) -> None:

@@ -94,7 +94,7 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
     left = iter(range(0, n, step))
     workers = iter([scratch(i) for i in range(threads)])
     lock = threading.Lock()
-    raised: list[BaseException | None] = []
+    raised: list[BaseException] = []
 
     def take_chunks() -> None:
         try:
@@ -118,8 +118,7 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
         _run(take_chunks, threads, raised)
     if raised:
         # Still true, for workers that come late; and no cycle that keeps tensors alive.
-        error, raised[:] = raised[0], [None]
-        assert error is not None
+        error, raised[:] = raised[0], [BaseException()]
         try:
             raise error
         finally:

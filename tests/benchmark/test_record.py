@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("there", [True, False])
 def test_rows_of_a_cpu_say_whether_libggml_decodes(monkeypatch, there):
     monkeypatch.setattr(libggml, "available", lambda: there)
-    monkeypatch.setattr(record, "version", lambda name: f"1.2 of {name}")
+    monkeypatch.setattr(record, "installed_version", lambda name: f"1.2 of {name}")
     columns = origin(CPU)
     assert columns["libggml"] == ("1.2 of libggml-python" if there else "none")
     assert (", libggml 1.2 of" in origin_text(columns)) == there and (", no libggml, commit" in origin_text(columns)) != there

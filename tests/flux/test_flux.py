@@ -334,7 +334,13 @@ def test_gguf_py_reads_what_it_should_of_the_synthetic_files(q8_file):
         assert (tensors[name].tensor_type.name, tuple(tensors[name].shape[::-1])) == (kind, shape)
 
 
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", "must be a torch.dtype, one of"), (torch.float64, "got float64.$")])
+def test_a_dtype_that_is_none_is_said_first(dtype, said, tmp_path):
+    with pytest.raises(FormatError, match=said):
+        load_flux(tmp_path / "never-read.gguf", dtype=dtype)
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
 def test_a_device_that_is_not_there_is_said_first(device, tmp_path):
-    with pytest.raises(BackendUnavailable, match=f"'{device}' cannot be used here"):
+    with pytest.raises(BackendUnavailable, match=rf"'{device}' cannot be used here: .*[^.]\. `flux-kernels doctor`"):
         load_flux(tmp_path / "never-read.gguf", device=device)

@@ -60,7 +60,7 @@ class StepWeights:
     def to_file_order(self) -> None:
         """Undo field planes one weight at a time; models made before must be gone, or both stay in memory."""
         for name, problem in self.packed.items():
-            self.packed[name] = replace(problem, weight=problem.weight.in_file_order())
+            self.packed[name] = replace(problem, weight=problem.weight.arranged(planes=False))
 
 
 def _packed_bytes(problem: Problem, unquantized: torch.dtype | None) -> int:
@@ -102,8 +102,7 @@ def _rows(weights: StepWeights, name: str, n: int, k: int, planes: bool, device:
         weight = stored[f"{name}.weight"].float()
         # libggml's quantizers of some types insist on an importance.
         even = None if fmt.quantize is not None else torch.ones_like(weight[:1]).expand_as(weight)
-        rows = quantizer(fmt)(weight, even)
-        return (fmt.layout.to_planes(rows) if planes else rows).to(device)
+        return Packed(quantizer(fmt)(weight, even), fmt).arranged(planes).data.to(device)
     if first in weights.packed and index is not None:
         return weights.packed[first].weight.data.roll(int(index[0]), 0)
     return random_rows(fmt, n, k, planes, seed=len(weights.packed)).to(device)
