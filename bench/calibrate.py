@@ -28,10 +28,10 @@ from bench.aot.model import MODELS, MODES, Case, Model, Record, both_cases, call
 from bench.record import AOT, read_csv, write_csv
 from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import least_bytes
-from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import modes
 from flux_kernels.kernels.choice import Choice, tile_of
+from flux_kernels.models.calls import Call
 
 TABLES = ("linear", "sweep", "two_stage", "int8", "small_m")  # of a session, those whose rows the model predicts
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

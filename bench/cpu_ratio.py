@@ -26,7 +26,7 @@ from bench.record import append_csv, origin
 from flux_kernels.benchmark.linears import make_problem, relative_errors
 from flux_kernels.benchmark.providers import PROVIDERS
 from flux_kernels.compute import dtype_name
-from flux_kernels.flux.calls import Call
+from flux_kernels.models.calls import Call
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 SIDES = {"diffusers": "diffusers", "ours": "ours exact", "plain": "torch"}

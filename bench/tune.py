@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from flux_kernels.backends import resolve
-from flux_kernels.flux.calls import STEPS, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.tune import tune
 from flux_kernels.machine.tune_jobs import step_jobs
+from flux_kernels.models.calls import STEPS, step_calls
 
 
 def main() -> None:

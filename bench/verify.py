@@ -30,9 +30,9 @@ import torch
 from bench.record import ROOT, append_csv, origin
 from flux_kernels.benchmark.providers import GATE_EXACT, GATE_INT8
 from flux_kernels.benchmark.shapes import reduced
-from flux_kernels.flux.calls import STEPS, Call, step_calls
 from flux_kernels.formats import Packed, get_format
 from flux_kernels.machine.random_rows import random_rows
+from flux_kernels.models.calls import STEPS, Call, step_calls
 from flux_kernels.torch_backend import reference
 
 _CHECKED = 32  # rows of the output that are compared with float64

@@ -22,11 +22,11 @@ from .swap.report import SwapReport
 from .version import own_version
 
 if TYPE_CHECKING:
-    from .flux import load_flux, save_gguf
     from .gguf.file import GGUFFile, read_gguf
     from .integrations.lora import fuse_lora, unfuse_lora
     from .integrations.public_config import FluxKernelsConfig
     from .machine.warmup import warmup
+    from .models import load_flux, save_gguf
     from .t5 import load_t5, save_t5
 
 after_import("diffusers.quantizers.auto", lambda: importlib.import_module(f"{__name__}.integrations.registration").register())

@@ -54,7 +54,7 @@ from itertools import product
 
 from bench.aot.launches import DTYPES, launched, launches
 from flux_kernels.compute import WEIGHT_ONLY_M
-from flux_kernels.flux.calls import STEPS, step_calls
+from flux_kernels.models.calls import STEPS, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import default_choice
 

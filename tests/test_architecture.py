@@ -22,7 +22,7 @@ MODULES = {
 # From the bottom up; a module imports from its own folder and from those before it.
 LAYERS = (
     *("errors", "version", "_triton", "files", "report", "formats", "gguf", "compute", "kernels", "torch_backend", "backends"),
-    *("ops", "packing", "layers", "swap", "calibration", "flux", "t5", "install_hints", "machine", "source"),
+    *("ops", "packing", "layers", "swap", "calibration", "models", "t5", "install_hints", "machine", "source"),
 )
 # What users meet: any of them may import any of LAYERS, and these from those before them.
 USES = ("integrations", "generation", "mixed", "convert", "plan", "measure", "benchmark", "cli", "__main__")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 
 from bench.record import write_csv
-from flux_kernels.flux.calls import STEPS, step_calls
 from flux_kernels.formats import FORMATS
+from flux_kernels.models.calls import STEPS, step_calls
 from tools import gpu_tables
 from tools.gpu_tables import gpu_section
 

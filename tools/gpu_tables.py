@@ -9,8 +9,8 @@ from typing import NamedTuple
 from flux_kernels.benchmark.record import origin_text, read_csv
 from flux_kernels.benchmark.totals import MARKS, Total, by_step, marked, totals
 from flux_kernels.compute import COMPUTE_MODES
-from flux_kernels.flux.calls import STEPS, step_calls
 from flux_kernels.formats import get_format
+from flux_kernels.models.calls import STEPS, step_calls
 
 Rows = list[dict[str, str]]
 Cell = Callable[[str], str]

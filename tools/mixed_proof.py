@@ -20,7 +20,6 @@ import typer
 
 from bench.record import origin, write_csv
 from flux_kernels.errors import FormatError
-from flux_kernels.flux.names import block_of, tensor_class
 from flux_kernels.formats import FORMATS
 from flux_kernels.generation.base_pipeline import go_offline_quietly, load_pipeline, one_thread
 from flux_kernels.generation.demo import PROMPTS, SEED
@@ -33,6 +32,7 @@ from flux_kernels.measure.states import State
 from flux_kernels.mixed.cost import CostTable
 from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
 from flux_kernels.mixed.option import Option
+from flux_kernels.models.names import block_of, tensor_class
 from flux_kernels.plan.choices import Group
 from flux_kernels.plan.constraints import Constraints
 from flux_kernels.plan.greedy import greedy

@@ -14,12 +14,12 @@ from itertools import pairwise
 from math import ceil
 
 from flux_kernels.compute import DATACENTER, WEIGHT_ONLY_M, group_width, mode_of_call
-from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import modes
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
 from flux_kernels.kernels.chunks import chunk_sizes, wave_efficiency
 from flux_kernels.kernels.tiles import Tile
+from flux_kernels.models.calls import Call, step_calls
 
 from .cards import CARDS, CONVERT_RATES, MEASURED_CONVERT_RATES, SHARED_WAIT
 from .launches import ANY, DTYPES

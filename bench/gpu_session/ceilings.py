@@ -9,7 +9,7 @@ from bench.gpu_session.predict import moved_ms, product_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.timing import Case, time_groups
 from flux_kernels.compute import WEIGHT_ONLY_M
-from flux_kernels.flux.calls import step_calls
+from flux_kernels.models.calls import step_calls
 
 _BYTES = 1 << 30
 KEY = ("what", "m", "n", "k")

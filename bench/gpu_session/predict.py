@@ -11,10 +11,10 @@ from functools import cache
 from bench.aot import model as compile_time
 from bench.aot.model import Model
 from bench.record import AOT, read_csv
-from flux_kernels.flux.calls import Call
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.chunks import wave_efficiency
+from flux_kernels.models.calls import Call
 
 # What a card reaches, not what its vendor states. An H100's is assumed: none was measured.
 _H200 = replace(compile_time.H200_MEASURED, name="H200")

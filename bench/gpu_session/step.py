@@ -25,10 +25,10 @@ from flux_kernels.benchmark.step.timing import Oracle
 from flux_kernels.benchmark.step.timing import run as run_step
 from flux_kernels.benchmark.step.weights import StepWeights, build, make_weights
 from flux_kernels.compute import WEIGHT_ONLY_M
-from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.machine.gpu_clock import GpuClock, Replay
 from flux_kernels.machine.tune_compile import one_line
+from flux_kernels.models.calls import Call, step_calls
 
 KEY = ("format", "provider", "size", "what")
 _PROVIDERS = ("torch", "ours exact", "ours int8", "dequantize")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..compute import dtype_name
-from ..flux.calls import Call
 from ..formats import FORMATS, Packed
 from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
 from ..machine.random_rows import random_rows
+from ..models.calls import Call
 from ..torch_backend import reference
 from ..version import installed_version
 from . import peers  # noqa: F401 - registers the other libraries

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from ..flux.calls import Call
+from ..models.calls import Call
 from ..report.plot_style import FAINT, INK
 from ..report.sizes import unit_of
 from .ceilings import Ceilings

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import FormatError
-from ..flux.calls import STEPS, Call, step_calls
 from ..generation.base_pipeline import one_thread
+from ..models.calls import STEPS, Call, step_calls
 from .ceilings import Ceilings, measure_ceilings
 from .linears import measure
 from .record import origin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..flux.calls import Call
+from ..models.calls import Call
 
 LATENT, TEXT_WIDTH, POOLED, SINUSOID = 64, 4096, 768, 256  # packed latent, T5, CLIP, timestep embedding: input widths
 

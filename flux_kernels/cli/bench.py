@@ -145,8 +145,8 @@ def _plan(
     from ..benchmark import linears  # noqa: F401 - registers every side
     from ..benchmark.providers import PROVIDERS
     from ..benchmark.session import MAIN_SIZE, Plan
-    from ..flux.calls import STEPS
     from ..formats import FORMATS, get_format
+    from ..models.calls import STEPS
 
     groups = ("base", "ours", "peer") if peers else ("base", "ours")
     wanted = [side.name for side in PROVIDERS.values() if side.group in groups and (peers or "compiled" not in side.name)]

@@ -237,7 +237,7 @@ def _print(console: Console, problem: Problem, chosen: Plan, table: Any, metric:
 
 def _types_table(layout: FileLayout, chosen: Plan, problem: Problem) -> Table:
     """Give each class of matrices a row, with how many tensors got each type."""
-    from ..flux.names import tensor_class
+    from ..models.names import tensor_class
 
     options = chosen.by_tensor()
     kinds = sorted({options[name] for name in problem.costs}, key=lambda option: (option.bits, option))

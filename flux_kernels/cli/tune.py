@@ -41,10 +41,10 @@ def tune(
     """
     from ..backends import BACKENDS, check_names, resolve
     from ..errors import BackendUnavailable
-    from ..flux.calls import step_calls
     from ..formats import get_format
     from ..machine.tune import tune
     from ..machine.tune_jobs import step_jobs
+    from ..models.calls import step_calls
 
     device = own_device()
     names, modes = [get_format(name).name for name in comma_separated(formats)], comma_separated(computes)

@@ -32,8 +32,8 @@ def warmup(
 
       flux-kernels warmup --gguf flux1-dev-Q4_K_S.gguf --compute int8
     """
-    from ..flux import load_flux
     from ..machine.warmup import warmup
+    from ..models import load_flux
 
     model = load_flux(gguf, dtype=DTYPES[dtype], compute=compute)
     console = Console(highlight=False, stderr=as_json)

@@ -10,13 +10,13 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from ..errors import FormatError
-from ..flux.conventions import main_file_type
-from ..flux.names import block_of
-from ..flux.types import BLOCK, NAMED_TYPES, RULES, VECTOR, tensor_kind, tensor_types
 from ..formats import PLAIN_TYPES, block_format
 from ..gguf.check import listed
 from ..mixed.option import Option
 from ..mixed.plan_file import Plan, check_tensors
+from ..models.conventions import main_file_type
+from ..models.names import block_of
+from ..models.types import BLOCK, NAMED_TYPES, RULES, VECTOR, tensor_kind, tensor_types
 from ..packing import Engine, quantizer
 from ..source.source import SourceModel, SourceTensor
 from ..torch_backend import libggml

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ..backends import own_device, usable_device
 from ..errors import BackendUnavailable, FormatError, GGUFError
-from ..flux.low_rank_tensors import correction_names
-from ..flux.names import block_of
 from ..formats import FORMATS
 from ..gguf.conventions import KeyValues
 from ..gguf.file import planned_size, write_gguf
@@ -24,6 +22,8 @@ from ..gguf.spec import shown_path
 from ..mixed.covariance import load_covariance
 from ..mixed.imatrix import load_imatrix
 from ..mixed.option import Option
+from ..models.low_rank_tensors import correction_names
+from ..models.names import block_of
 from ..packing import Engine
 from ..source.source import SourceModel, SourceTensor, understand_source
 from ..source.stored_tensor import FP8

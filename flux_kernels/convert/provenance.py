@@ -8,9 +8,9 @@ import os
 from collections.abc import Sequence
 
 from ..files import file_sha256
-from ..flux.config import CONFIG_KEY
-from ..flux.conventions import ARCHITECTURE
 from ..gguf.conventions import ORIGINAL_SHAPE_KEY, KeyValues, architecture_of, general_keys
+from ..models.config import CONFIG_KEY
+from ..models.conventions import ARCHITECTURE
 from ..source.source import SourceModel
 from ..version import own_version
 from .choose_types import Choice, Request

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import own_device, resolve
-from ..flux import load_flux, save_gguf
 from ..formats import get_format
 from ..layers.linear import GGUFLinear
+from ..models import load_flux, save_gguf
 from ..report.contact_sheet import contact_sheet
 from ..swap import swap_linear
 from .base_pipeline import load_pipeline, one_thread

@@ -18,7 +18,7 @@ from ..backends import check_names
 from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..files import check_writable, written_whole
-from ..flux import load_flux
+from ..models import load_flux
 from ..swap import swap_linear
 from ..swap.report import SwapReport
 from ..t5 import load_t5

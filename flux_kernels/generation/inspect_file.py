@@ -9,14 +9,14 @@ from math import prod
 from typing import Any
 
 from ..errors import GGUFError
-from ..flux.calls import image_tokens
-from ..flux.names import block_of, strip_prefix, tensor_class
-from ..flux.stored import understand
-from ..flux.types import BLOCK, tensor_kind
-from ..flux.variant import layout_of, variant_name
 from ..formats import FORMATS
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..gguf.spec import shown_path
+from ..models.calls import image_tokens
+from ..models.names import block_of, strip_prefix, tensor_class
+from ..models.stored import understand
+from ..models.types import BLOCK, tensor_kind
+from ..models.variant import layout_of, variant_name
 from ..t5.load import understand_t5
 from ..t5.names import block_name as t5_block_name
 from .memory_plan import (

@@ -8,8 +8,8 @@ import torch
 
 from ..compute import dtype_name
 from ..errors import FormatError
-from ..flux.calls import PIXELS_A_TOKEN
 from ..machine.free_memory import free_bytes
+from ..models.calls import PIXELS_A_TOKEN
 from .memory_plan import GIB, Part
 
 

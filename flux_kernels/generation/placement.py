@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import BackendUnavailable
-from ..flux.calls import image_tokens
 from ..layers.linear import GGUFLinear
 from ..layers.memory import memory_footprint, pin_memory
+from ..models.calls import image_tokens
 from .memory_plan import OFFLOADS, MemoryPlan, Part, plan_memory, text_working, transformer_working, vae_working
 
 # What reads weights from host memory at every step, and gains by pinning it.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GGUFError
-from ..flux.calls import PIXELS_A_TOKEN
+from ..models.calls import PIXELS_A_TOKEN
 from .request import Request
 
 if TYPE_CHECKING:

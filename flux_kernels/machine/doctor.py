@@ -134,8 +134,8 @@ def planned_calls(
         capability: of the card whose defaults are listed.
     """
     from ..compute import mode_of_call
-    from ..flux.calls import step_calls
     from ..kernels.choice import choose, default_choice
+    from ..models.calls import step_calls
 
     fmt, facts = get_format(format), []
     for call in step_calls():

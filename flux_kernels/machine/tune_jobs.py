@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..compute import mode_of_call
-from ..flux.calls import Call
 from ..formats import FORMATS, Packed
 from ..kernels import MODULES, int8
 from ..kernels.launching import device_of
 from ..kernels.modes import Choice
+from ..models.calls import Call
 from ..torch_backend import reference
 from .candidates import Candidate
 from .random_rows import random_rows

@@ -16,10 +16,10 @@ from .. import ops
 from ..backends import execution_devices, resolve, wants_planes
 from ..compute import mode_of_call
 from ..errors import BackendUnavailable
-from ..flux.calls import TEXT, image_tokens
 from ..formats import FORMATS
 from ..kernels.choice import Choice, choose
 from ..layers.linear import GGUFLinear
+from ..models.calls import TEXT, image_tokens
 from .random_rows import random_rows
 
 

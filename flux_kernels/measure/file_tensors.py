@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..flux.names import BFL, Source, sources
-from ..flux.types import BLOCK, tensor_kind
 from ..formats import Packed, get_format
 from ..mixed.low_rank_fit import corrected
 from ..mixed.option import Option
+from ..models.names import BFL, Source, sources
+from ..models.types import BLOCK, tensor_kind
 from ..packing import quantize
 from ..torch_backend.reference import dequantize
 

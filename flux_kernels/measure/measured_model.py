@@ -11,16 +11,16 @@ import torch
 
 from ..errors import FormatError, GGUFError
 from ..files import file_sha256
-from ..flux.names import BFL, sources
-from ..flux.stored import empty_model, parameter_shapes
-from ..flux.types import BLOCK, tensor_kind
-from ..flux.variant import naming_of
 from ..formats import PLAIN_TYPES
 from ..generation.base_pipeline import check_base, load_pipeline
 from ..generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from ..generation.tasks import default_settings
 from ..gguf.conventions import architecture_of
 from ..gguf.file import map_file
+from ..models.names import BFL, sources
+from ..models.stored import empty_model, parameter_shapes
+from ..models.types import BLOCK, tensor_kind
+from ..models.variant import naming_of
 from ..source.source import SourceModel, understand
 from ..source.source_files import SourceFiles, open_source
 

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..compute import dtype_name
 from ..errors import GGUFError
-from ..flux.calls import image_tokens
 from ..generation.memory_check import companion_files, loaded_weights, require_memory
 from ..generation.memory_plan import GIB, transformer_working
 from ..generation.tasks import default_settings
+from ..models.calls import image_tokens
 from .measured_model import Source16
 from .request import Size
 from .states import BATCH_TOKENS, SCHEMA

@@ -16,7 +16,6 @@ import torch
 
 from ..compute import dtype_name
 from ..errors import FormatError
-from ..flux.types import BLOCK, tensor_kind
 from ..formats import get_format
 from ..mixed.cost import CostRow, CostTable, JointRow, sidecar
 from ..mixed.covariance import covariance_path, save_covariance
@@ -25,6 +24,7 @@ from ..mixed.imatrix import save_imatrix
 from ..mixed.option import Option
 from ..mixed.plan_file import check_tensors
 from ..mixed.world import ALONE, World
+from ..models.types import BLOCK, tensor_kind
 from ..version import own_version
 from .capture import captured_states
 from .log import MeasureLog

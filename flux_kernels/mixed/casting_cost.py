@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ..errors import FormatError
 from ..files import written_whole
-from ..flux.names import block_of
 from ..formats import FORMATS
+from ..models.names import block_of
 from .cost import CostRow, CostTable
 from .file_layout import FileLayout
 from .option import Option

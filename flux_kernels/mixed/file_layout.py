@@ -9,15 +9,15 @@ from math import prod
 from pathlib import Path
 
 from ..errors import FormatError
-from ..flux.conventions import ARCHITECTURE, IMAGE_INPUT
-from ..flux.names import BFL, sources, stored_shapes
-from ..flux.stored import empty_model, parameter_shapes
-from ..flux.types import BLOCK, RULES, tensor_kind, tensor_types
 from ..formats import type_row
 from ..generation.embedded import embedded_model_path
 from ..gguf.conventions import general_keys
 from ..gguf.spec import DEFAULT_ALIGNMENT, padded, tensor_nbytes
 from ..gguf.write import planned_size
+from ..models.conventions import ARCHITECTURE, IMAGE_INPUT
+from ..models.names import BFL, sources, stored_shapes
+from ..models.stored import empty_model, parameter_shapes
+from ..models.types import BLOCK, RULES, tensor_kind, tensor_types
 from ..source.source_files import open_source
 from .option import Option
 
@@ -101,7 +101,7 @@ class FileLayout:
 
 
 def layout_of_shapes(shapes: Shapes, model: str, rule: str = "new") -> FileLayout:
-    """Make the layout of a file; `rule` of flux/types.py says how tensors outside a plan are stored."""
+    """Make the layout of a file; `rule` of models/types.py says how tensors outside a plan are stored."""
     if rule not in RULES:
         raise FormatError(f"Unknown rule {rule!r}. Known: {', '.join(RULES)}.")
     types = {**tensor_types(rule, "BF16", shapes), **({IMAGE_INPUT: "F32"} if IMAGE_INPUT in shapes else {})}

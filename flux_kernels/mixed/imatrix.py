@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..errors import FormatError, GGUFError
 from ..files import write_whole
-from ..flux.names import strip_prefix
 from ..gguf.file import read_gguf, write_gguf
 from ..gguf.spec import MAGIC, shown
+from ..models.names import strip_prefix
 
 LEGACY_SUFFIX = ".dat"
 _SUMS, _COUNTS = ".in_sum2", ".counts"

@@ -15,8 +15,8 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ..flux.low_rank_tensors import RANK_TYPE
 from ..formats import PLAIN_TYPES
+from ..models.low_rank_tensors import RANK_TYPE
 
 # Dtype of both factors.
 STORED = PLAIN_TYPES[RANK_TYPE].dtype

@@ -6,9 +6,9 @@ import re
 from typing import NamedTuple
 
 from ..errors import FormatError
-from ..flux.low_rank_tensors import RANK_TYPE, low_rank_shapes
 from ..formats import PLAIN_TYPES, type_row, types_by_name
 from ..gguf.spec import tensor_nbytes
+from ..models.low_rank_tensors import RANK_TYPE, low_rank_shapes
 
 _TEXT = re.compile(r"(?P<type>\w+?)(\+r(?P<rank>[1-9]\d*))?")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import FormatError
-from ..flux.names import BFL, sources
 from ..formats import FORMATS
 from ..mixed.plan_file import Plan, check_tensors
+from ..models.names import BFL, sources
 
 
 def for_diffusers(plan: Plan, model: nn.Module) -> dict[str, str]:

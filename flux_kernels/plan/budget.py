@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from math import prod
 
 from ..errors import FormatError
-from ..flux.calls import image_tokens
-from ..flux.types import BLOCK, tensor_kind
 from ..formats import FORMATS
 from ..generation.memory_plan import (
     CONTEXT_BYTES,
@@ -24,6 +22,8 @@ from ..generation.memory_plan import (
 )
 from ..mixed.file_layout import KEY_VALUE_BYTES, FileLayout
 from ..mixed.option import Option
+from ..models.calls import image_tokens
+from ..models.types import BLOCK, tensor_kind
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import FormatError
-from ..flux.names import block_of
 from ..mixed.option import Option
+from ..models.names import block_of
 
 Costs = Mapping[str, Mapping[Option, float]]
 """Tensor -> option -> cost."""

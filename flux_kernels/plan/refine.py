@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..flux.names import tensor_class
 from ..mixed.file_layout import Options
 from ..mixed.plan_file import Plan
+from ..models.names import tensor_class
 from .constraints import Costs
 from .knapsack import TIME_LIMIT
 from .problem import Problem, as_plan, plan_within

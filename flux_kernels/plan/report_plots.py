@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..flux.names import tensor_class
-from ..flux.types import BLOCK, LEFTOVER, VECTOR, tensor_kind
 from ..mixed.option import Option
+from ..models.names import tensor_class
+from ..models.types import BLOCK, LEFTOVER, VECTOR, tensor_kind
 from ..report.plot_style import BLUE, FAINT, GREEN, INK, ORANGE, RED, panel
 from ..report.sizes import unit_of
 from .report_data import Measured, ReportData

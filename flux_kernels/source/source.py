@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import GGUFError
-from ..flux.config import default_rope, infer_config
-from ..flux.names import BFL, Source, sources, stored_shapes
-from ..flux.stored import empty_model, parameter_shapes
-from ..flux.variant import lora_tensor, naming_of, refusal_of, variant_name
 from ..gguf.check import tensor_problems
 from ..gguf.conventions import architecture_of
 from ..gguf.spec import shown_path
+from ..models.config import default_rope, infer_config
+from ..models.names import BFL, Source, sources, stored_shapes
+from ..models.stored import empty_model, parameter_shapes
+from ..models.variant import lora_tensor, naming_of, refusal_of, variant_name
 from .source_files import SourceFiles, open_source
 from .stored_tensor import StoredTensor
 

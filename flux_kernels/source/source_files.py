@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GGUFError
-from ..flux.stored import torch_shape
-from ..flux.variant import canonical_names
 from ..gguf.file import read_gguf
 from ..gguf.spec import MAGIC, shown, shown_path
+from ..models.stored import torch_shape
+from ..models.variant import canonical_names
 from .safetensors_header import join_scales, read_safetensors
 from .stored_tensor import StoredTensor
 

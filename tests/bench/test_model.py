@@ -25,10 +25,10 @@ from bench.aot.model import (
 )
 from bench.calibrate import TABLES, calibrate, fitted_wait, measured_card, summarize
 from bench.record import AOT, RESULTS, read_csv
-from flux_kernels.flux.calls import Call, step_calls
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels.choice import Choice, tile_of
 from flux_kernels.kernels.tiles import _UNPACKED_FROM, Tile
+from flux_kernels.models.calls import Call, step_calls
 
 H200 = RESULTS / "nvidia-h200"
 LINEAR = Call(4608, 12288, 3072, 1, "single proj_mlp")

@@ -15,8 +15,8 @@ from flux_kernels.benchmark import linears
 from flux_kernels.benchmark.linears import is_broken, make_problem, measure, relative_errors, summary
 from flux_kernels.benchmark.providers import PROVIDERS, Provider, default_providers
 from flux_kernels.errors import BackendUnavailable
-from flux_kernels.flux.calls import STEPS, Call, step_calls
 from flux_kernels.machine.clock import balanced_order, interleaved, percentiles
+from flux_kernels.models.calls import STEPS, Call, step_calls
 
 from ..benchmark.whole_step_calls import whole_step
 

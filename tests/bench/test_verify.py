@@ -13,7 +13,7 @@ import torch
 
 from bench import verify
 from bench.verify import ROOT, compare, interval, main, side, worktree
-from flux_kernels.flux.calls import Call
+from flux_kernels.models.calls import Call
 
 GIT = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the checkout's history")
 SMALL = Call(16, 32, 256, 1, "a test")

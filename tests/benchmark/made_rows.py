@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flux_kernels.benchmark.ceilings import Ceilings
 from flux_kernels.benchmark.session import Found
-from flux_kernels.flux.calls import step_calls
+from flux_kernels.models.calls import step_calls
 
 ORIGIN = dict(
     device="a <card> & more", capability="8.9", driver="600", torch="2.13", triton="3.7", commit="abc", date="2026-01-02"

@@ -14,8 +14,8 @@ from flux_kernels.benchmark.providers import PROVIDERS
 from flux_kernels.benchmark.record import CHECKOUT
 from flux_kernels.benchmark.step.jobs import denoising_job
 from flux_kernels.cli import app
-from flux_kernels.flux.calls import Call
 from flux_kernels.install_hints import install_command
+from flux_kernels.models.calls import Call
 
 CPU = torch.device("cpu")
 COMMAND = install_command("bench")

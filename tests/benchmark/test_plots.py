@@ -10,7 +10,7 @@ from PIL import Image
 
 from flux_kernels.benchmark import plots
 from flux_kernels.benchmark.plots import memory_against_time, roofline, speed_beside_rows, throughput
-from flux_kernels.flux.calls import step_calls
+from flux_kernels.models.calls import step_calls
 
 from .made_rows import CEILINGS, ORIGIN, found, linear_rows, step_row
 

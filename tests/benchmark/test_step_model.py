@@ -10,7 +10,7 @@ from torch import nn
 
 from flux_kernels.benchmark.step.inputs import StepConfig, step_inputs
 from flux_kernels.benchmark.step.model import StepModel
-from flux_kernels.flux.calls import STEPS
+from flux_kernels.models.calls import STEPS
 
 from ..conftest import TINY_FLUX
 from .whole_step_calls import whole_step

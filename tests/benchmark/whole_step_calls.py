@@ -6,7 +6,7 @@ At 1024 x 1024 with 512 text tokens they are 504 calls and 59.51 TFLOP.
 from __future__ import annotations
 
 from flux_kernels.benchmark.shapes import LATENT, POOLED, SINUSOID, TEXT_WIDTH
-from flux_kernels.flux.calls import TEXT, WIDTH, Call, image_tokens, step_calls
+from flux_kernels.models.calls import TEXT, WIDTH, Call, image_tokens, step_calls
 
 
 def around_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:

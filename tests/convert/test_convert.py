@@ -17,17 +17,17 @@ import flux_kernels as fk
 from flux_kernels.convert.choose_types import Request
 from flux_kernels.convert.convert import prepare
 from flux_kernels.errors import BackendUnavailable, FormatError, GGUFError
-from flux_kernels.flux.types import NAMED_TYPES, RULES, tensor_types
 from flux_kernels.formats import FORMATS
 from flux_kernels.generation.embedded import embedded_model_path
 from flux_kernels.mixed.imatrix import save_imatrix
 from flux_kernels.mixed.plan_file import Plan
+from flux_kernels.models.types import NAMED_TYPES, RULES, tensor_types
 from flux_kernels.source.source import understand_source
 
 from .. import libggml_oracle
-from ..flux.test_types import DEV, PUBLISHED
 from ..gguf.test_against_ggml import _InitParams, _library
 from ..mixed.source_models import SMALL, bfl_tensors, narrow_conversion
+from ..models.test_types import DEV, PUBLISHED
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
 EMBEDDED = embedded_model_path()

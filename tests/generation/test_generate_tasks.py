@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from flux_kernels import GGUFError
 from flux_kernels.cli import app
-from flux_kernels.flux import load_flux
 from flux_kernels.generation import generate as work
 from flux_kernels.generation.base_pipeline import load_pipeline
 from flux_kernels.generation.demo import Variant, write_variant
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from flux_kernels.generation.request import Request
 from flux_kernels.generation.tasks import DEPTH, choose_task
+from flux_kernels.models import load_flux
 
 from ..t5_files import decoded_twin
 from ..task_files import write_embedded_t5, write_picture, write_transformer

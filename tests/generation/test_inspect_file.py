@@ -8,11 +8,11 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from flux_kernels.flux import tensor_types
 from flux_kernels.generation.inspect_file import CARDS_GIB, inspect_file
+from flux_kernels.models import tensor_types
 
-from ..flux.test_types import DEV, write_sparse
 from ..flux_files import Architecture, FluxFile, flux_file, layout_types
+from ..models.test_types import DEV, write_sparse
 
 GIB = 2**30
 

@@ -9,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux_kernels.flux.calls import image_tokens
 from flux_kernels.generation.memory_plan import (
     GIB,
     MODES,
@@ -23,6 +22,7 @@ from flux_kernels.generation.memory_plan import (
     transformer_working,
     vae_working,
 )
+from flux_kernels.models.calls import image_tokens
 
 # Of FLUX.1, and the weights of its largest matrix.
 WIDTH, WIDEST = 3072, 3072 * 18432

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from flux_kernels import BackendUnavailable
-from flux_kernels.flux import load_flux
-from flux_kernels.flux.calls import image_tokens
 from flux_kernels.generation import placement
 from flux_kernels.generation.base_pipeline import load_pipeline
 from flux_kernels.generation.demo import Variant, write_variant
@@ -18,6 +16,8 @@ from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_pat
 from flux_kernels.generation.memory_plan import GIB
 from flux_kernels.generation.placement import apply_offload, check_offload, measured_parts, place
 from flux_kernels.generation.tasks import KONTEXT
+from flux_kernels.models import load_flux
+from flux_kernels.models.calls import image_tokens
 from flux_kernels.t5 import load_t5
 
 from ..task_files import write_embedded_t5

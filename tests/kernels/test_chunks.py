@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_kernels.flux.calls import step_calls
 from flux_kernels.kernels.chunks import (
     MOST_SCRATCH,
     bounded_rows,
@@ -16,6 +15,7 @@ from flux_kernels.kernels.chunks import (
     wave_efficiency,
     waves,
 )
+from flux_kernels.models.calls import step_calls
 
 CARDS = {"RTX 3060": 28, "RTX 3090": 82, "RTX 4090": 128, "RTX 5090": 170, "A100": 108, "H100": 132}
 

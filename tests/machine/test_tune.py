@@ -10,7 +10,6 @@ import torch
 
 from flux_kernels._triton import triton
 from flux_kernels.errors import BackendUnavailable
-from flux_kernels.flux.calls import step_calls
 from flux_kernels.kernels import record
 from flux_kernels.kernels.record import TuningRecord
 from flux_kernels.machine import tune as tuning
@@ -18,6 +17,7 @@ from flux_kernels.machine.candidates import Candidate
 from flux_kernels.machine.tune import tune, tune_call
 from flux_kernels.machine.tune_compile import Spills
 from flux_kernels.machine.tune_jobs import Job, step_jobs
+from flux_kernels.models.calls import step_calls
 
 CPU = torch.device("cpu")
 # Candidates: the interpreter takes a second for each.

@@ -10,11 +10,11 @@ import flux_kernels as fk
 from flux_kernels.convert.choose_types import Request
 from flux_kernels.convert.convert import prepare
 from flux_kernels.errors import FormatError, GGUFError
-from flux_kernels.flux.low_rank_tensors import correction_names, join_branches
 from flux_kernels.gguf.file import write_gguf
 from flux_kernels.mixed.covariance import save_covariance
 from flux_kernels.mixed.low_rank_fit import corrected
 from flux_kernels.mixed.plan_file import Plan
+from flux_kernels.models.low_rank_tensors import correction_names, join_branches
 
 from .source_models import SMALL, bfl_tensors
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from flux_kernels import FormatError
-from flux_kernels.flux.names import block_of
 from flux_kernels.mixed.file_layout import KEY_VALUE_BYTES, embedded_shapes, flux1_shapes, layout_of_shapes
 from flux_kernels.mixed.option import Option
+from flux_kernels.models.names import block_of
 from flux_kernels.plan.budget import parse_card, parse_resolution, parse_size, room_on_card, room_table
 
 

@@ -7,8 +7,6 @@ from functools import cache
 import pytest
 
 from flux_kernels import FormatError, GGUFError
-from flux_kernels.flux.low_rank_tensors import low_rank_shapes
-from flux_kernels.flux.names import block_of
 from flux_kernels.formats import FORMATS
 from flux_kernels.generation.embedded import embedded_model_path
 from flux_kernels.gguf.write import planned_size
@@ -22,6 +20,8 @@ from flux_kernels.mixed.file_layout import (
 )
 from flux_kernels.mixed.option import Option
 from flux_kernels.mixed.plan_file import Plan
+from flux_kernels.models.low_rank_tensors import low_rank_shapes
+from flux_kernels.models.names import block_of
 from flux_kernels.plan.apply import for_diffusers
 from flux_kernels.plan.constraints import Constraints, parse_pair
 from flux_kernels.plan.greedy import greedy

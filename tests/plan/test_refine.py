@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flux_kernels.flux.names import block_of
 from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes
+from flux_kernels.models.names import block_of
 from flux_kernels.plan.problem import make_problem, plan_within
 from flux_kernels.plan.refine import refine
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...flux.calls import DOUBLE, SINGLE, TEXT, WIDTH, image_tokens
+from ...models.calls import DOUBLE, SINGLE, TEXT, WIDTH, image_tokens
 from ..shapes import LATENT, POOLED, TEXT_WIDTH
 
 

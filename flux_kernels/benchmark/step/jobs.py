@@ -12,9 +12,9 @@ import torch
 
 from ...compute import COMPUTE_MODES
 from ...errors import FormatError
-from ...flux.calls import STEPS, TEXT
 from ...generation.base_pipeline import one_thread
 from ...generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from ...models.calls import STEPS, TEXT
 from ..names import DENOISING, DIFFUSERS, EMBEDDED_STEP, EXACT, OFFLOADED, OURS, STEP, TORCH
 from ..providers import not_installed
 from ..record import origin

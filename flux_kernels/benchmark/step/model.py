@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...flux.calls import MLP, WIDTH
+from ...models.calls import MLP, WIDTH
 from ..shapes import SINUSOID
 from .inputs import FLUX_DEV, StepConfig, StepInputs
 

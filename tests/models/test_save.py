@@ -14,9 +14,9 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from torch import nn
 
 from flux_kernels.errors import GGUFError
-from flux_kernels.flux import load_flux, save_gguf
 from flux_kernels.gguf.file import read_gguf
 from flux_kernels.layers.linear import GGUFLinear
+from flux_kernels.models import load_flux, save_gguf
 from flux_kernels.swap import swap_linear
 
 from ..flux_files import Architecture, flux_file, layout_types

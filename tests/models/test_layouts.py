@@ -15,12 +15,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-from flux_kernels.flux import load_flux
-from flux_kernels.flux.config import infer_config
-from flux_kernels.flux.variant import variant_name
 from flux_kernels.generation.inspect_file import inspect_file
 from flux_kernels.gguf.file import read_gguf
 from flux_kernels.layers.linear import GGUFLinear
+from flux_kernels.models import load_flux
+from flux_kernels.models.config import infer_config
+from flux_kernels.models.variant import variant_name
 
 from ..flux_files import HEAD, Architecture, FluxFile, flux_file, layout_types
 from .test_types import DEV, SCHNELL

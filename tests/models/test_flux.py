@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from flux_kernels.errors import BackendUnavailable, FormatError, GGUFError
-from flux_kernels.flux import load_flux, tensor_types
 from flux_kernels.layers.linear import GGUFLinear
+from flux_kernels.models import load_flux, tensor_types
 
 from ..flux_files import Architecture, FluxFile, flux_file, layout_types
 from .test_types import DEV, write_sparse

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flux_kernels.errors import FormatError
-from flux_kernels.flux.types import NAMED_TYPES, file_type, tensor_types
 from flux_kernels.generation.inspect_file import inspect_file
+from flux_kernels.models.types import NAMED_TYPES, file_type, tensor_types
 
 from ..flux_files import Architecture
 

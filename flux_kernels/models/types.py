@@ -2,7 +2,7 @@
 
 A rule is about three classes of tensors: the matrices inside the blocks get the type asked for, vectors (biases, norm
 scales) and the few matrices outside the blocks ("leftovers") stay plain. File sizes published for FLUX.1-dev, schnell and
-Krea are reproduced to the byte (tests/flux/test_types.py).
+Krea are reproduced to the byte (tests/models/test_types.py).
 """
 
 from __future__ import annotations
