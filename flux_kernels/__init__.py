@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .integrations.lora import fuse_lora, unfuse_lora
     from .integrations.public_config import FluxKernelsConfig
     from .machine.warmup import warmup
-    from .models import load_flux, save_gguf
+    from .models import load_flux, load_transformer, save_gguf
     from .t5 import load_t5, save_t5
 
 after_import("diffusers.quantizers.auto", lambda: importlib.import_module(f"{__name__}.integrations.registration").register())
@@ -42,10 +42,11 @@ _LAZY = {
     "unfuse_lora": "integrations.lora",
     "GGUFFile": "gguf.file",
     "read_gguf": "gguf.file",
-    "load_flux": "flux",
+    "load_flux": "models",
+    "load_transformer": "models",
     "load_t5": "t5",
     "save_t5": "t5",
-    "save_gguf": "flux",
+    "save_gguf": "models",
     "warmup": "machine.warmup",
 }
 
@@ -70,6 +71,7 @@ __all__ = [
     "linear",
     "load_flux",
     "load_t5",
+    "load_transformer",
     "memory_footprint",
     "pin_memory",
     "quantize",

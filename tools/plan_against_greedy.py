@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.record import write_csv
 from flux_kernels.mixed.casting_cost import read_casting_cost
-from flux_kernels.mixed.file_layout import flux1_shapes, layout_of_shapes
+from flux_kernels.mixed.file_layout import layout_of_shapes, shapes_of_variant
 from flux_kernels.mixed.option import Option
 from flux_kernels.plan.choices import Group, total
 from flux_kernels.plan.constraints import Constraints
@@ -61,7 +61,7 @@ class Row:
 
 def problem_of(table: Path = TABLE) -> Problem:
     """Return the decisions of the published table: one type for each of FLUX.1-dev's 57 blocks."""
-    layout = layout_of_shapes(flux1_shapes(), "flux1-dev")
+    layout = layout_of_shapes(shapes_of_variant("flux1-dev"), "flux1-dev")
     return make_problem(read_casting_cost(table, layout), layout, Constraints(per_block=True))
 
 

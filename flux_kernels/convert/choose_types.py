@@ -14,9 +14,7 @@ from ..formats import PLAIN_TYPES, block_format
 from ..gguf.check import listed
 from ..mixed.option import Option
 from ..mixed.plan_file import Plan, check_tensors
-from ..models.conventions import main_file_type
-from ..models.names import block_of
-from ..models.types import BLOCK, NAMED_TYPES, RULES, VECTOR, tensor_kind, tensor_types
+from ..models.types import BLOCK, NAMED_TYPES, RULES, VECTOR, main_file_type, tensor_kind, tensor_types
 from ..packing import Engine, quantizer
 from ..source.source import SourceModel, SourceTensor
 from ..torch_backend import libggml
@@ -36,8 +34,8 @@ class Request:
         rule: "old", "new" or "legacy"; None takes the plan's, else "new".
         plan: types by tensor, or None.
         overrides: (fnmatch pattern of tensor names, ggml type name); the first that matches counts, before plan and type.
-        blocks: fnmatch patterns of the matrices that get the type; empty takes FLUX's blocks, and in models without such
-            blocks every matrix with an index in its name.
+        blocks: fnmatch patterns of the matrices that get the type; empty takes those that published files of the architecture
+            quantize, and in models of no known architecture every matrix with an index in its name.
     """
 
     type: str | None = None
@@ -92,14 +90,14 @@ def choose_types(source: SourceModel, request: Request) -> Choice:
     given = _given(shapes, request)
     chosen.types.update(given)
     _check_blocks(chosen, shapes, given, RULES[request.layout].leftover)
-    chosen.notes += _beside_plan(chosen, shapes, given, request)
+    chosen.notes += _beside_plan(chosen, source, shapes, given, request)
     chosen.ranks = _ranks(source, chosen.types, request)
     if chosen.ranks:
         chosen.notes.append(
             f"{len(chosen.ranks)} tensors get a low-rank correction, two tensors more each. Only flux_kernels.load_flux reads "
             "them; other readers refuse the file."
         )
-    chosen.file_type = main_file_type(chosen.types, shapes) if given else NAMED_TYPES[named].file_type
+    chosen.file_type = main_file_type(chosen.types, shapes, source.architecture) if given else NAMED_TYPES[named].file_type
     return chosen
 
 
@@ -109,18 +107,18 @@ def _named(type_name: str | None) -> str:
         return "BF16"
     if type_name in NAMED_TYPES:
         return type_name
-    alias = (name for name, named in NAMED_TYPES.items() if named.base == named.qkv == type_name)
+    alias = (name for name, named in NAMED_TYPES.items() if named.base == type_name and not named.is_mix)
     return next(alias, type_name)
 
 
 def _apply_blocks(chosen: Choice, source: SourceModel, request: Request, named: str) -> None:
-    """Give the type to what counts as a block where that is not FLUX's own."""
-    if not request.blocks and any(map(block_of, chosen.types)):
+    """Give the type to what counts as a block where patterns say so, or no architecture does."""
+    if not request.blocks and source.architecture is not None:
         return
     rule = RULES[request.layout]
     count = 0
     for name, tensor in source.tensors.items():
-        if tensor_kind(name, tensor.shape) == VECTOR:
+        if tensor_kind(name, tensor.shape, source.architecture) == VECTOR:
             continue
         if request.blocks:
             inside = any(fnmatchcase(name, pattern) for pattern in request.blocks)
@@ -156,10 +154,11 @@ def _given(shapes: Mapping[str, tuple[int, ...]], request: Request) -> dict[str,
 
 
 def _beside_plan(
-    chosen: Choice, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request
+    chosen: Choice, source: SourceModel, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, str], request: Request
 ) -> list[str]:
     """Say which block matrices a plan leaves in 16 bit; refuse a type that it leaves nothing for."""
-    unnamed = [name for name, shape in shapes.items() if tensor_kind(name, shape) == BLOCK and name not in given]
+    blocks = [name for name, shape in shapes.items() if tensor_kind(name, shape, source.architecture) == BLOCK]
+    unnamed = [name for name in blocks if name not in given]
     if request.plan is None or (request.type is not None and unnamed):
         return []
     if request.type is not None:

@@ -23,7 +23,7 @@ from ..mixed.covariance import load_covariance
 from ..mixed.imatrix import load_imatrix
 from ..mixed.option import Option
 from ..models.low_rank_tensors import correction_names
-from ..models.names import block_of
+from ..models.types import BLOCK, tensor_kind
 from ..packing import Engine
 from ..source.source import SourceModel, SourceTensor, understand_source
 from ..source.stored_tensor import FP8
@@ -170,8 +170,8 @@ def prepare(
         imatrix: an importance matrix's file, or tensor name -> importance [K].
         plan_path: file that the request's plan was read from, for its hash.
         covariance: file of the inputs' covariances that `measure` wrote, for the plan's low-rank corrections.
-        config: overrides of FLUX.1's inferred config.
-        architecture: `general.architecture`; None for "flux", or what the source says.
+        config: overrides of the inferred config.
+        architecture: `general.architecture`; None for the known architecture's, or what the source says.
         device: "cpu", "cuda", "cuda:1" or "auto": the GPU where there is one.
         engine: "auto", "torch" or "libggml", as in `fk.quantize`.
         workers: threads; None for as many as torch uses.
@@ -216,7 +216,8 @@ def prepare(
     if request.plan and request.plan.bytes not in (nbytes, planned_size(entries, usual)):
         notes.append(f"The plan said {request.plan.bytes:,} bytes; the file takes {nbytes:,}.")
     count = workers or (_GPU_THREADS if place.type == "cuda" else torch.get_num_threads())
-    blocks = [name for name, tensor in model.tensors.items() if block_of(name) and len(tensor.shape) > 1]
+    kinds = {name: tensor_kind(name, tensor.shape, model.architecture) for name, tensor in model.tensors.items()}
+    blocks = [name for name, kind in kinds.items() if kind == BLOCK]
     blocks = blocks or [name for name, kind in choice.types.items() if kind in FORMATS]
     return Conversion(
         source=model,

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from ..files import file_sha256
 from ..gguf.conventions import ORIGINAL_SHAPE_KEY, KeyValues, architecture_of, general_keys
 from ..models.config import CONFIG_KEY
-from ..models.conventions import ARCHITECTURE
 from ..source.source import SourceModel
 from ..version import own_version
 from .choose_types import Choice, Request
@@ -22,7 +21,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 def usual_keys(source: SourceModel, choice: Choice, architecture: str | None) -> KeyValues:
     """Return the key-values that published files have, and the config where readers cannot infer it."""
-    known = ARCHITECTURE if any(name.startswith(("double_blocks.", "single_blocks.")) for name in source.tensors) else _OTHER
+    known = source.architecture.gguf_name if source.architecture else _OTHER
     stated = None if source.config else architecture_of(source.files.metadata)
     keys = general_keys(architecture or stated or known, choice.file_type)
     if source.needs_config:

@@ -12,11 +12,12 @@ from ..errors import GGUFError
 from ..formats import FORMATS
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..gguf.spec import shown_path
+from ..models.architecture import Architecture
 from ..models.calls import image_tokens
-from ..models.names import block_of, strip_prefix, tensor_class
+from ..models.names import strip_prefix, tensor_class
+from ..models.recognise import recognise
 from ..models.stored import understand
-from ..models.types import BLOCK, tensor_kind
-from ..models.variant import layout_of, variant_name
+from ..models.types import BLOCK, layout_of, tensor_kind
 from ..t5.load import understand_t5
 from ..t5.names import block_name as t5_block_name
 from .memory_plan import (
@@ -133,8 +134,9 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         file = read_gguf(path)
     except GGUFError as error:
         return FileFacts(name, nbytes, refused=str(error).removeprefix(f"{shown_path(name)}: "))
-    known = _known_of_any(name, nbytes, file)
-    if any(map(t5_block_name, file.tensors)) and not any(block_of(strip_prefix(name)) for name in file.tensors):
+    architecture = recognise(list(map(strip_prefix, file.tensors)))
+    known = _known_of_any(name, nbytes, file, architecture)
+    if architecture is None and any(map(t5_block_name, file.tensors)):
         return _t5_facts(known, file)
     try:
         stored = understand(file, config)
@@ -143,8 +145,8 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
     part = _part(file, stored.config)
     return FileFacts(
         **known,
-        variant=variant_name(stored.config),
-        layout=layout_of(stored.types, stored.shapes),
+        variant=stored.architecture.variant_name(stored.config),
+        layout=layout_of(stored.types, stored.shapes, stored.architecture),
         naming=stored.naming,
         config=stored.config,
         **_fits(part),
@@ -179,9 +181,9 @@ def _fits(part: Part) -> dict[str, Any]:
     }
 
 
-def _known_of_any(path: str, nbytes: int, file: GGUFFile) -> dict[str, Any]:
-    """Gather what can be said of any GGUF file, FLUX.1 or not."""
-    types = _count_types(file)
+def _known_of_any(path: str, nbytes: int, file: GGUFFile, architecture: Architecture | None) -> dict[str, Any]:
+    """Gather what can be said of any GGUF file, whether it can be loaded or not."""
+    types = _count_types(file, architecture)
     blocks = [count for count in types if count.kind == BLOCK]
     return {
         "path": path,
@@ -198,10 +200,10 @@ def _is_short(value: Any) -> bool:
     return not isinstance(value, list) and len(str(value)) <= _SHORT_VALUE
 
 
-def _count_types(file: GGUFFile) -> tuple[TypeCount, ...]:
+def _count_types(file: GGUFFile, architecture: Architecture | None) -> tuple[TypeCount, ...]:
     counts: dict[tuple[str, str, str], list[int]] = {}
     for name, tensor in file.tensors.items():
-        key = (*_kind_and_class(name, tensor.shape), tensor.format)
+        key = (*_kind_and_class(name, tensor.shape, architecture), tensor.format)
         count = counts.setdefault(key, [0, 0, 0])
         parameters = prod(tensor.shape)
         for index, value in enumerate((1, parameters, tensor.nbytes)):
@@ -209,12 +211,12 @@ def _count_types(file: GGUFFile) -> tuple[TypeCount, ...]:
     return tuple(TypeCount(*key, *count) for key, count in sorted(counts.items()))
 
 
-def _kind_and_class(name: str, shape: tuple[int, ...]) -> tuple[str, str]:
+def _kind_and_class(name: str, shape: tuple[int, ...], architecture: Architecture | None) -> tuple[str, str]:
     t5 = t5_block_name(name)
     if t5 is not None and len(shape) > 1:
         return BLOCK, t5
     bare = strip_prefix(name)
-    return tensor_kind(bare, shape), tensor_class(bare)
+    return tensor_kind(bare, shape, architecture), tensor_class(bare)
 
 
 def _bits(counts: Iterable[TypeCount]) -> float:

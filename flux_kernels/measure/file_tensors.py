@@ -1,4 +1,4 @@
-"""The matrices of a Flux file as parameters of the model: a fused qkv is three of them."""
+"""The matrices of a file as parameters of the model: a fused qkv is three of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..errors import FormatError
 from ..formats import Packed, get_format
 from ..mixed.low_rank_fit import corrected
 from ..mixed.option import Option
-from ..models.names import BFL, Source, sources
+from ..models.model_class import architecture_of_model, parameter_shapes
+from ..models.names import Source, sources
 from ..models.types import BLOCK, tensor_kind
 from ..packing import quantize
 from ..torch_backend.reference import dequantize
@@ -24,7 +25,7 @@ class FileTensor:
     """Hold one matrix of the file.
 
     Attributes:
-        name: in a file of BFL names.
+        name: in a file of original names.
         parts: parameter names of the model and where their rows lie in the file's tensor.
         shape: (N, K) of the file's tensor.
     """
@@ -43,20 +44,23 @@ def file_tensors(model: nn.Module) -> dict[str, FileTensor]:
     """List the blocks' matrices of the file a model would be written to, in the order of the file.
 
     Args:
-        model: a FluxTransformer2DModel of plain layers.
+        model: a transformer of plain layers.
 
     Raises:
-        FormatError: where the model has packed layers: costs are measured against 16 bit.
+        FormatError: where the model is of no known architecture, or has packed layers: costs are measured against 16 bit.
     """
+    architecture = architecture_of_model(model)
+    if architecture is None:
+        raise FormatError(f"Costs are measured of transformers that flux_kernels knows, got {type(model).__name__}.")
     packed = [name for name, _ in model.named_parameters() if name.endswith(".qweight")]
     if packed:
         raise FormatError(
             f"{packed[0].removesuffix('.qweight')} is quantized already. Costs are measured against the 16-bit model: give that."
         )
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = parameter_shapes(model)
     grouped: dict[str, dict[str, Source]] = {}
-    for parameter, source in sources(shapes, BFL).items():
-        if tensor_kind(source.tensor, shapes[parameter]) == BLOCK:
+    for parameter, source in sources(architecture, shapes, architecture.main_naming).items():
+        if tensor_kind(source.tensor, shapes[parameter], architecture) == BLOCK:
             grouped.setdefault(source.tensor, {})[parameter] = source
     tensors = {}
     for name, parts in grouped.items():

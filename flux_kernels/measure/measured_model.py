@@ -17,10 +17,11 @@ from ..generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from ..generation.tasks import default_settings
 from ..gguf.conventions import architecture_of
 from ..gguf.file import map_file
-from ..models.names import BFL, sources
-from ..models.stored import empty_model, parameter_shapes
+from ..models.architecture import Architecture
+from ..models.model_class import parameter_shapes, unfilled_model
+from ..models.names import sources
+from ..models.recognise import expect
 from ..models.types import BLOCK, tensor_kind
-from ..models.variant import naming_of
 from ..source.source import SourceModel, understand
 from ..source.source_files import SourceFiles, open_source
 
@@ -51,18 +52,24 @@ class Source16:
 
     @cached_property
     def model(self) -> SourceModel:
-        """What the files hold; raises GGUFError where that is no whole FLUX.1 transformer."""
+        """What the files hold; raises GGUFError where that is no whole transformer of a known architecture."""
         try:
             shapes = {name: tensor.shape for name, tensor in self.opened.tensors.items()}
-            naming_of(shapes, architecture_of(self.opened.metadata))
+            expect(shapes, architecture_of(self.opened.metadata))
             return understand(self.opened)
         except GGUFError as error:
             raise GGUFError(f"{self.files[0]}: {error}") from None
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of FluxTransformer2DModel; raises GGUFError as `model` does."""
+        """Arguments of the model class; raises GGUFError as `model` does."""
         return self.model.config or {}
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row that the model belongs to; raises GGUFError as `model` does."""
+        assert self.model.architecture is not None
+        return self.model.architecture
 
     @property
     def name(self) -> str:
@@ -109,7 +116,7 @@ def open_transformer(source: Source16, device: torch.device, dtype: torch.dtype)
 
     Raises:
         FormatError: where the file's weights are quantized.
-        GGUFError: where it is no FLUX.1 transformer.
+        GGUFError: where it is no transformer of a known architecture.
     """
     tensors = source.model.tensors
     packed = {kind for tensor in tensors.values() for kind in tensor.types if kind not in _TYPES}
@@ -118,14 +125,17 @@ def open_transformer(source: Source16, device: torch.device, dtype: torch.dtype)
             f"{source.files[0]} is quantized ({', '.join(sorted(packed))}). Costs are measured against the 16-bit model: give its "
             "F16 or BF16 file."
         )
-    model = empty_model(source.config).eval()
+    architecture = source.architecture
+    model = unfilled_model(architecture, source.config).eval()
     maps = {path: map_file(path) for path in source.opened.paths}
     weights = {}
-    for name, located in sources(parameter_shapes(model), BFL).items():
+    shapes = parameter_shapes(model)
+    for name, located in sources(architecture, shapes, architecture.main_naming).items():
         pieces = [tensors[located.tensor].mapped(start, stop, maps).to(device, dtype) for start, stop in located.rows]
-        weights[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        weights[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(shapes[name])
     model.load_state_dict(weights, assign=True)
-    blocks = {kind for tensor in tensors.values() if tensor_kind(tensor.name, tensor.shape) == BLOCK for kind in tensor.types}
+    matrices = [tensor for tensor in tensors.values() if tensor_kind(tensor.name, tensor.shape, architecture) == BLOCK]
+    blocks = {kind for tensor in matrices for kind in tensor.types}
     return model, max(blocks, key=lambda kind: PLAIN_TYPES[kind].type_size)
 
 

@@ -135,7 +135,8 @@ def _quantized_matrices(plan: Options, source: Source16) -> Options:
     """Return the block matrices that a plan quantizes; raise FormatError for a plan of another model."""
     shapes = {name: tensor.shape for name, tensor in source.model.tensors.items()}
     check_tensors(plan, shapes, "the model")
-    packed = {name: option for name, option in plan.items() if not option.is_plain and tensor_kind(name, shapes[name]) == BLOCK}
+    kinds = {name: tensor_kind(name, shape, source.model.architecture) for name, shape in shapes.items()}
+    packed = {name: option for name, option in plan.items() if not option.is_plain and kinds.get(name) == BLOCK}
     unfit = [name for name, option in packed.items() if not option.fits(shapes[name])]
     if unfit:
         raise FormatError(f"The plan does not fit the model: {unfit[0]} cannot be {packed[unfit[0]]}.")

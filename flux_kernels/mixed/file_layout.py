@@ -1,10 +1,10 @@
-"""The bytes of a FLUX.1 GGUF file before it is written: its tensors, and types that no plan chooses."""
+"""The bytes of a GGUF file before it is written: its tensors, and types that no plan chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from ..generation.embedded import embedded_model_path
 from ..gguf.conventions import general_keys
 from ..gguf.spec import DEFAULT_ALIGNMENT, padded, tensor_nbytes
 from ..gguf.write import planned_size
-from ..models.conventions import ARCHITECTURE, IMAGE_INPUT
-from ..models.names import BFL, sources, stored_shapes
-from ..models.stored import empty_model, parameter_shapes
+from ..models.architecture import DIFFUSERS, Architecture
+from ..models.architectures import ARCHITECTURES
+from ..models.model_class import empty_model, parameter_shapes
+from ..models.names import sources, stored_shapes
+from ..models.recognise import naming_of, recognise
 from ..models.types import BLOCK, RULES, tensor_kind, tensor_types
 from ..source.source_files import open_source
 from .option import Option
@@ -25,7 +27,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 Options = Mapping[str, Option]
 # Kept free of a budget for the key-values that tell where a file comes from (convert/provenance.py).
 KEY_VALUE_BYTES = 4096
-_USUAL_KEYS = general_keys(ARCHITECTURE, 0)
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,16 @@ class FileLayout:
     """Hold every tensor of the file that a plan is for.
 
     Attributes:
-        shapes: tensor name (BFL, without prefix) -> shape in torch order, in file order.
+        shapes: tensor name (the original's, without prefix) -> shape in torch order, in file order.
         types: tensor name -> how it is stored where the plan does not choose it.
         model: name of the model.
+        architecture: the row it belongs to.
     """
 
     shapes: Shapes
     types: Options
     model: str = ""
+    architecture: Architecture | None = None
 
     @property
     def parameters(self) -> int:
@@ -55,7 +58,7 @@ class FileLayout:
     @cached_property
     def blocks(self) -> list[str]:
         """The matrices of the blocks."""
-        return [name for name, shape in self.shapes.items() if tensor_kind(name, shape) == BLOCK]
+        return [name for name, shape in self.shapes.items() if tensor_kind(name, shape, self.architecture) == BLOCK]
 
     @cached_property
     def empty_bytes(self) -> int:
@@ -73,7 +76,7 @@ class FileLayout:
         chosen = {**self.types, **options}
         # Counted as a whole: entries of corrections lengthen the header, which is padded once.
         entries = [entry for name, shape in self.shapes.items() for entry in chosen[name].entries(name, shape)]
-        return planned_size(entries, _USUAL_KEYS)
+        return planned_size(entries, general_keys(self.architecture.gguf_name if self.architecture else "", 0))
 
     def bits_per_weight(self, options: Options) -> float:
         """Return 8 * bytes of all tensors (without padding and header) / weights of all tensors."""
@@ -104,39 +107,48 @@ def layout_of_shapes(shapes: Shapes, model: str, rule: str = "new") -> FileLayou
     """Make the layout of a file; `rule` of models/types.py says how tensors outside a plan are stored."""
     if rule not in RULES:
         raise FormatError(f"Unknown rule {rule!r}. Known: {', '.join(RULES)}.")
-    types = {**tensor_types(rule, "BF16", shapes), **({IMAGE_INPUT: "F32"} if IMAGE_INPUT in shapes else {})}
-    return FileLayout(shapes, {name: Option(type_name) for name, type_name in types.items()}, model)
+    architecture = recognise(shapes)
+    wide = {name: "F32" for name in (architecture.never_bf16 if architecture else ()) if name in shapes}
+    types = {**tensor_types(rule, "BF16", shapes), **wide}
+    return FileLayout(shapes, {name: Option(type_name) for name, type_name in types.items()}, model, architecture)
 
 
-def flux1_shapes(*, guidance: bool = True) -> Shapes:
-    """Return the tensors of a FLUX.1-dev file (of schnell without guidance), by BFL name."""
-    return _as_bfl(parameter_shapes(empty_model({"guidance_embeds": guidance})))
+def shapes_of_variant(slug: str) -> Shapes:
+    """Return the tensors of a published model's file, by original name.
+
+    Args:
+        slug: such as "flux1-dev" or "flux2-klein-4b".
+    """
+    architecture, variant = next((row, variant) for row in ARCHITECTURES for variant in row.variants if variant.slug == slug)
+    return _as_original(architecture, parameter_shapes(empty_model(architecture, variant.config)))
 
 
 def embedded_shapes() -> Shapes:
-    """Return the tensors of the embedded model, by BFL name."""
+    """Return the tensors of the embedded model, by original name."""
     return shapes_of_model(embedded_model_path())
 
 
-NAMED_MODELS = {
-    "flux1-dev": flux1_shapes,
-    "flux1-schnell": lambda: flux1_shapes(guidance=False),
+NAMED_MODELS: dict[str, Callable[[], Shapes]] = {
+    **{variant.slug: partial(shapes_of_variant, variant.slug) for row in reversed(ARCHITECTURES) for variant in row.variants},
     "embedded": embedded_shapes,
 }
 """Models whose tensors are known without a file."""
 
 
 def shapes_of_model(path: Path) -> Shapes:
-    """Read tensor names and shapes from headers alone, as BFL names without prefix.
+    """Read tensor names and shapes from headers alone, as original names without prefix.
 
     Args:
-        path: whatever `open_source` takes, in BFL or diffusers names.
+        path: whatever `open_source` takes, in original or diffusers names.
     """
-    return _as_bfl({name: tensor.shape for name, tensor in open_source(path).tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in open_source(path).tensors.items()}
+    architecture = recognise(shapes)
+    is_diffusers = architecture is not None and naming_of(architecture, shapes) == DIFFUSERS
+    return _as_original(architecture, shapes) if architecture and is_diffusers else shapes
 
 
-def _as_bfl(shapes: Shapes) -> Shapes:
-    return stored_shapes(sources(shapes, BFL), shapes) if "x_embedder.weight" in shapes else shapes
+def _as_original(architecture: Architecture, shapes: Shapes) -> Shapes:
+    return stored_shapes(sources(architecture, shapes, architecture.main_naming), shapes)
 
 
 def _entry_bytes(name: str) -> int:

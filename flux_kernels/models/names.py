@@ -1,10 +1,8 @@
-"""FLUX.1's tensor names as data: which rows of which stored tensor become which parameter.
+"""Which rows of which stored tensor become which parameter of a model.
 
-Two namings exist. "bfl" is the one of the original checkpoints (q, k, v and the single blocks' MLP input are one tensor);
-"diffusers" is that of FluxTransformer2DModel's state dict. Every difference is a choice of output rows, so that packed
-rows of any block format move as bytes.
-
-Source: the tensor table of FLUX.1-dev, and the modules of diffusers' FluxTransformer2DModel.
+Two namings exist. The original is that of the checkpoints as their makers published them, where q, k and v are often one
+tensor; "diffusers" is that of the model class's state dict. Every difference is a choice of output rows, so that packed rows
+of any block format move as bytes. The names themselves stand in architectures/.
 """
 
 from __future__ import annotations
@@ -13,81 +11,31 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-BFL, DIFFUSERS = "bfl", "diffusers"
-NAMINGS = (BFL, DIFFUSERS)
+from .architecture import DIFFUSERS, INDEX, Architecture, Link
+from .architectures import ARCHITECTURES
+
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-
-
-@dataclass(frozen=True)
-class Link:
-    """Relate one BFL module to the diffusers modules that its output rows become, in row order.
-
-    Attributes:
-        bfl: module name; "{i}" stands for the block index.
-        diffusers: module names, in the order of the stored rows.
-        swap_halves: whether the stored rows are (shift, scale) where diffusers wants (scale, shift).
-        scale: whether it is a norm: one vector, called `scale` by BFL and `weight` by diffusers.
-    """
-
-    bfl: str
-    diffusers: tuple[str, ...]
-    swap_halves: bool = False
-    scale: bool = False
-
-
-def _embedder(bfl: str, diffusers: str) -> tuple[Link, Link]:
-    diffusers = f"time_text_embed.{diffusers}"
-    return Link(f"{bfl}.in_layer", (f"{diffusers}.linear_1",)), Link(f"{bfl}.out_layer", (f"{diffusers}.linear_2",))
-
-
-def _stream(stream: str, context: str, q: str, k: str, v: str, out: str, norm: str) -> tuple[Link, ...]:
-    """List the links of the image or the text stream of a double block."""
-    bfl, block = f"double_blocks.{{i}}.{stream}", "transformer_blocks.{i}"
-    return (
-        Link(f"{bfl}_mod.lin", (f"{block}.norm1{context}.linear",)),
-        Link(f"{bfl}_attn.qkv", (f"{block}.attn.{q}", f"{block}.attn.{k}", f"{block}.attn.{v}")),
-        Link(f"{bfl}_attn.norm.query_norm", (f"{block}.attn.{norm}q",), scale=True),
-        Link(f"{bfl}_attn.norm.key_norm", (f"{block}.attn.{norm}k",), scale=True),
-        Link(f"{bfl}_attn.proj", (f"{block}.attn.{out}",)),
-        Link(f"{bfl}_mlp.0", (f"{block}.ff{context}.net.0.proj",)),
-        Link(f"{bfl}_mlp.2", (f"{block}.ff{context}.net.2",)),
-    )
-
-
-_SINGLE = "single_transformer_blocks.{i}"
-LINKS: tuple[Link, ...] = (
-    Link("img_in", ("x_embedder",)),
-    *_embedder("time_in", "timestep_embedder"),
-    *_embedder("vector_in", "text_embedder"),
-    *_embedder("guidance_in", "guidance_embedder"),
-    Link("txt_in", ("context_embedder",)),
-    *_stream("img", "", "to_q", "to_k", "to_v", "to_out.0", "norm_"),
-    *_stream("txt", "_context", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_"),
-    Link(
-        "single_blocks.{i}.linear1",
-        (f"{_SINGLE}.attn.to_q", f"{_SINGLE}.attn.to_k", f"{_SINGLE}.attn.to_v", f"{_SINGLE}.proj_mlp"),
-    ),
-    Link("single_blocks.{i}.linear2", (f"{_SINGLE}.proj_out",)),
-    Link("single_blocks.{i}.norm.query_norm", (f"{_SINGLE}.attn.norm_q",), scale=True),
-    Link("single_blocks.{i}.norm.key_norm", (f"{_SINGLE}.attn.norm_k",), scale=True),
-    Link("single_blocks.{i}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
-    Link("final_layer.linear", ("proj_out",)),
-    Link("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
-)
-
-_BLOCK = re.compile(r"^(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.(\d{1,6})\.")
+_KINDS = sorted({kind for row in ARCHITECTURES for pair in row.blocks for kind in pair}, key=len, reverse=True)
+_BLOCK = re.compile(rf"^({'|'.join(map(re.escape, _KINDS))})\.(\d{{1,6}})\.")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Say where a parameter lies in a file: row ranges [start, stop) of a tensor, one after the other."""
+    """Say where a parameter lies in a file: row ranges [start, stop) of a tensor, in its own order.
+
+    Attributes:
+        tensor: name without prefix.
+        rows: the ranges; of a flat tensor, whose rows are single numbers, the whole.
+        flat: whether the file holds one row of numbers, whatever the parameter's shape.
+    """
 
     tensor: str
     rows: tuple[tuple[int, int], ...]
+    flat: bool = False
 
 
 def block_of(name: str) -> tuple[str, int] | None:
-    """Return (kind of block, index) of a tensor inside a block, None for any other tensor."""
+    """Return (list of blocks, index) of a tensor inside a block of any architecture, else None."""
     match = _BLOCK.match(name)
     return (match[1], int(match[2])) if match else None
 
@@ -105,67 +53,89 @@ def strip_prefix(name: str) -> str:
     return name
 
 
-def stored_name(parameter: str, naming: str) -> str:
-    """Return the name under which an unsplit diffusers parameter is stored in a file of `naming`."""
-    module, _, kind = parameter.rpartition(".")
-    if naming == DIFFUSERS:
-        return parameter
-    block = block_of(parameter)
-    index = block[1] if block else 0
-    link = next(link for link in LINKS if link.diffusers[0].format(i=index) == module and len(link.diffusers) == 1)
-    return f"{link.bfl.format(i=index)}.{'scale' if link.scale else kind}"
-
-
-def sources(shapes: Mapping[str, tuple[int, ...]], naming: str) -> dict[str, Source]:
-    """Locate every parameter of a FluxTransformer2DModel in a file of the given naming.
+def sources(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], naming: str) -> dict[str, Source]:
+    """Locate every parameter of a model in a file of the given naming.
 
     Args:
-        shapes: parameter name -> shape, as in the model's state dict. Parameters of no known module are left out.
-        naming: "bfl" or "diffusers".
+        architecture: of the model.
+        shapes: parameter name -> shape, as in the model's state dict.
+        naming: one of the architecture's.
 
     Returns:
         Parameter name -> Source, in the order in which files are written.
     """
-    located: dict[str, Source] = {}
     if naming == DIFFUSERS:
-        return {name: Source(name, ((0, shape[0]),)) for name, shape in shapes.items()}
-    for bfl, modules, link in _expanded(shapes):
-        for kind in ("weight",) if link.scale else ("weight", "bias"):
-            start = 0
-            tensor = f"{bfl}.{'scale' if link.scale else kind}"
-            for module in modules:
-                size = shapes[f"{module}.{kind}"][0]
-                half = start + size // 2
-                rows = ((half, start + size), (start, half)) if link.swap_halves else ((start, start + size),)
-                located[f"{module}.{kind}"] = Source(tensor, rows)
-                start += size
+        return {name: Source(name, ((0, shape[0] if shape else 1),)) for name, shape in shapes.items()}
+    located: dict[str, Source] = {}
+    for link, index in _expanded(architecture, shapes):
+        for ours, theirs in link.kinds.items():
+            located |= _located(architecture, link, index, ours, theirs, shapes)
+    rest = {name: shape for name, shape in shapes.items() if name not in located}
+    return located | {name: Source(name, ((0, shape[0] if shape else 1),)) for name, shape in rest.items()}
+
+
+def _located(
+    architecture: Architecture, link: Link, index: int, ours: str, theirs: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Source]:
+    """Return the sources of the parameters of a kind that a link's tensor holds, where the model has them."""
+    tensor = _joined(link.original, ours).replace(INDEX, str(index))
+    located, start = {}, 0
+    for module in link.diffusers:
+        name = _joined(module, theirs).replace(INDEX, str(index))
+        if name not in shapes:
+            continue
+        size = _numel(shapes[name]) if link.flat else shapes[name][0]
+        half = start + size // 2
+        swapped = link.swap_halves is True or (link.swap_halves == "last" and _is_last(link, index, shapes))
+        rows = ((half, start + size), (start, half)) if swapped else ((start, start + size),)
+        located[name] = Source(tensor, rows, link.flat)
+        start += size
     return located
 
 
-def _expanded(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[tuple[str, list[str], Link]]:
-    """Yield (BFL module, diffusers modules, link) block by block, where `shapes` has parameters for it."""
-    for group in _groups():
-        index = 0
-        while f"{group[0].diffusers[0].format(i=index)}.weight" in shapes:
-            for link in group:
-                yield link.bfl.format(i=index), [name.format(i=index) for name in link.diffusers], link
-            index += 1
-            if "{i}" not in group[0].bfl:
-                break
+def _is_last(link: Link, index: int, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    following = link.diffusers[0].replace(INDEX, str(index + 1))
+    return not any(name.startswith(f"{following}.") for name in shapes)
 
 
-def _groups() -> list[list[Link]]:
-    """Group the links that repeat together: each global link alone, the double blocks, the single blocks."""
+def _joined(module: str, kind: str) -> str:
+    return f"{module}.{kind}" if kind else module
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _expanded(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[tuple[Link, int]]:
+    """Yield each link with each index that `shapes` has parameters for, block by block."""
+    for group in _groups(architecture):
+        if INDEX not in group[0].original:
+            yield group[0], 0
+            continue
+        stem = group[0].diffusers[0].split(INDEX)[0]
+        found = {name[len(stem) :].split(".", 1)[0] for name in shapes if name.startswith(stem)}
+        for index in sorted(int(number) for number in found if number.isdecimal()):
+            yield from ((link, index) for link in group)
+
+
+def _groups(architecture: Architecture) -> list[list[Link]]:
+    """Group the links that repeat together: each of no block alone, those of each list of blocks."""
     groups: dict[str, list[Link]] = {}
-    for link in LINKS:
-        groups.setdefault(link.bfl.split(".")[0] if "{i}" in link.bfl else link.bfl, []).append(link)
+    for link in architecture.links:
+        groups.setdefault(link.original.split(INDEX)[0], []).append(link)
     return list(groups.values())
 
 
 def stored_shapes(located: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return tensor name -> shape of the file that holds parameters of these shapes at these sources."""
     rows: dict[str, int] = {}
-    for source in located.values():
+    columns: dict[str, tuple[int, ...]] = {}
+    for parameter, source in located.items():
+        shape = shapes[parameter]
         rows[source.tensor] = max(rows.get(source.tensor, 0), *(stop for _, stop in source.rows))
-    columns = {source.tensor: shapes[parameter][1:] for parameter, source in located.items()}
-    return {tensor: (count, *columns[tensor]) for tensor, count in rows.items()}
+        columns[source.tensor] = () if source.flat else shape[1:]
+    scalars = {located[name].tensor for name, shape in shapes.items() if name in located and not shape}
+    return {tensor: () if tensor in scalars else (count, *columns[tensor]) for tensor, count in rows.items()}

@@ -1,12 +1,13 @@
-"""Write a FluxTransformer2DModel as a GGUF file: packed rows bit for bit, one tensor at a time."""
+"""Write a diffusers transformer as a GGUF file: packed rows bit for bit, one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,13 @@ from ..formats import PLAIN_TYPES
 from ..gguf.conventions import KeyValues, general_keys
 from ..gguf.file import write_gguf
 from ..layers.linear import GGUFLinear
-from .config import CONFIG_KEY, CONFIG_NAMES
-from .conventions import ARCHITECTURE, IMAGE_INPUT, main_file_type
+from .architecture import DIFFUSERS, Architecture
+from .architectures import ARCHITECTURES
+from .config import CONFIG_KEY
 from .low_rank_tensors import correction_names, is_correction, join_branches
-from .names import BFL, DIFFUSERS, NAMINGS, Source, sources, stored_shapes
-from .stored import empty_model, parameter_shapes
-
-if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from .model_class import architecture_of_model, config_names, empty_model, parameter_shapes
+from .names import Source, sources, stored_shapes
+from .types import main_file_type
 
 # It holds every value of the 16-bit types.
 _EXACT = "F32"
@@ -32,40 +32,48 @@ Entry = tuple[str, str, tuple[int, ...], Any]
 _PLAIN_NAMES = {plain.dtype: name for name, plain in PLAIN_TYPES.items() if name in ("F32", "F16", "BF16")}
 
 
-def save_gguf(model: FluxTransformer2DModel, path: str | os.PathLike, *, names: str | None = None) -> None:
-    """Write a FLUX.1 transformer as a GGUF file that diffusers, ComfyUI-GGUF and `load_flux` read.
+def save_gguf(model: nn.Module, path: str | os.PathLike, *, names: str | None = None) -> None:
+    """Write a transformer as a GGUF file that diffusers, ComfyUI-GGUF and `load_transformer` read.
 
     GGUFLinear layers are written as they are packed: load, save and load again gives the same bytes. Plain matrices keep
     their dtype and vectors become F32, which changes no value; readers have no 16-bit vectors in common. A low-rank branch
-    (a correction, or a fused LoRA) becomes two tensors of its own, which only `load_flux` reads.
+    (a correction, or a fused LoRA) becomes two tensors of its own, which only `load_transformer` reads.
 
     Args:
-        model: a FluxTransformer2DModel, with any mix of GGUFLinear and plain layers.
+        model: a transformer of a class that `load_transformer` gives, with any mix of GGUFLinear and plain layers.
         path: the file to write; one that is there is replaced.
-        names: "bfl" (one tensor for q, k, v and the single blocks' MLP input, so they must have one type) or "diffusers". None
-            takes "bfl", which every reader knows, where the model's types allow it, else "diffusers".
+        names: the naming: the original's, called "bfl" for Flux and "original" for others (FLUX.1 has one tensor there for q,
+            k, v and the single blocks' MLP input, so they must have one type), or "diffusers". None takes the original's,
+            which every reader knows, where the model's types allow it, else "diffusers".
 
     Raises:
-        TypeError: where `model` is not a FLUX.1 transformer.
-        GGUFError: where the parts of one BFL tensor differ in type, or weights are missing (adapters, offloading).
+        TypeError: where `model` is no such transformer.
+        GGUFError: where the parts of one tensor differ in type, or weights are missing (adapters, offloading).
     """
-    if names not in (None, *NAMINGS):
-        raise GGUFError(f"names is {' or '.join(map(repr, NAMINGS))}, got {names!r}.")
-    known = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or not isinstance(known, Mapping) or not known.keys() >= set(CONFIG_NAMES):
-        raise TypeError(f"save_gguf takes a FluxTransformer2DModel such as pipe.transformer, got {type(model).__name__}.")
-    config = {name: known[name] for name in CONFIG_NAMES}
-    shapes = parameter_shapes(empty_model(config))
-    located = sources(shapes, names or BFL)
+    architecture = _architecture_of(model)
+    if names not in (None, *architecture.namings):
+        raise GGUFError(f"names is {' or '.join(map(repr, architecture.namings))}, got {names!r}.")
+    known: Any = model.config
+    config = {name: known[name] for name in config_names(architecture)}
+    shapes = parameter_shapes(empty_model(architecture, config))
+    located = sources(architecture, shapes, names or architecture.main_naming)
     if names is None and _mixes_types(model, located):
-        located = sources(shapes, DIFFUSERS)
+        located = sources(architecture, shapes, DIFFUSERS)
     tensors: list[Entry] = []
     for name, shape in stored_shapes(located, shapes).items():
         parts = {parameter: source for parameter, source in located.items() if source.tensor == name}
-        kind = _stored_type(model, name, shape, list(parts))
+        kind = _stored_type(model, architecture, name, shape, list(parts))
         tensors.append((name, kind, shape, partial(_assemble, model, kind, parts)))
         tensors += _correction(model, name, parts)
-    write_gguf(path, tensors, _metadata(config, tensors))
+    write_gguf(path, tensors, _metadata(architecture, config, tensors))
+
+
+def _architecture_of(model: object) -> Architecture:
+    architecture = architecture_of_model(model)
+    if architecture is None:
+        legal = ", ".join(row.model_class for row in reversed(ARCHITECTURES))
+        raise TypeError(f"save_gguf takes a transformer such as pipe.transformer ({legal}), got {type(model).__name__}.")
+    return architecture
 
 
 def _mixes_types(model: nn.Module, located: Mapping[str, Source]) -> bool:
@@ -76,14 +84,15 @@ def _mixes_types(model: nn.Module, located: Mapping[str, Source]) -> bool:
     return any(len(types) > 1 for types in kinds.values())
 
 
-def _metadata(config: Mapping[str, Any], tensors: list[Entry]) -> KeyValues:
+def _metadata(architecture: Architecture, config: Mapping[str, Any], tensors: list[Entry]) -> KeyValues:
     """Return the key-values: the three usual ones, and what the tensors do not tell."""
     weights = [(name, kind, shape) for name, kind, shape, _ in tensors if not is_correction(name)]
-    number = main_file_type({name: kind for name, kind, _ in weights}, {name: shape for name, _, shape in weights})
-    return {**general_keys(ARCHITECTURE, number), CONFIG_KEY: ("STRING", json.dumps(config))}
+    types, shapes = {name: kind for name, kind, _ in weights}, {name: shape for name, _, shape in weights}
+    number = main_file_type(types, shapes, architecture)
+    return {**general_keys(architecture.gguf_name, number), CONFIG_KEY: ("STRING", json.dumps(config))}
 
 
-def _stored_type(model: nn.Module, name: str, shape: tuple[int, ...], parameters: list[str]) -> str:
+def _stored_type(model: nn.Module, architecture: Architecture, name: str, shape: tuple[int, ...], parameters: list[str]) -> str:
     """Return the ggml type a tensor is written in; raise GGUFError where its parts disagree."""
     kinds = {parameter: _held(model, parameter)[0] for parameter in parameters}
     if len(set(kinds.values())) > 1:
@@ -92,7 +101,9 @@ def _stored_type(model: nn.Module, name: str, shape: tuple[int, ...], parameters
             f'{name!r} is one tensor of one type, its parts are {held}. Use names="diffusers", or one type for all.'
         )
     (kind,) = set(kinds.values())
-    if kind in PLAIN_TYPES and (len(shape) == 1 or (name == IMAGE_INPUT and kind == "BF16")):
+    if kind in PLAIN_TYPES and (len(shape) < 2 or re.fullmatch(architecture.precise, architecture.original_of(name))):
+        return _EXACT
+    if kind == "BF16" and name in architecture.never_bf16:
         return _EXACT
     return kind
 
@@ -102,7 +113,7 @@ def _assemble(model: nn.Module, kind: str, parts: Mapping[str, Source]) -> Tenso
     pieces = []
     for parameter, source in parts.items():
         _, tensor_of = _held(model, parameter)
-        held = tensor_of()
+        held = tensor_of().flatten() if source.flat else tensor_of()
         taken = 0
         for start, stop in source.rows:
             pieces.append((start, held[taken : taken + stop - start].cpu()))
@@ -148,7 +159,7 @@ def _held(model: nn.Module, parameter: str) -> tuple[str, Callable[[], Tensor]]:
     try:
         module = model.get_submodule(module_name)
     except AttributeError:
-        raise GGUFError(f"The model has no {module_name!r}, which its config promises. It is no whole FLUX.1.") from None
+        raise GGUFError(f"The model has no {module_name!r}, which its config promises. It is incomplete.") from None
     value = getattr(module, kind, None)
     if not isinstance(value, Tensor):
         raise GGUFError(f"The model has no {parameter!r}: {module_name} is a {type(module).__name__}. Unload adapters first.")

@@ -1,16 +1,16 @@
-"""A FLUX.1 file, opened and checked: where every parameter of the model lies in it."""
+"""A transformer's file, opened and checked: where every parameter of the model lies in it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import GGUFError
 from ..formats import Packed, PlainType
@@ -18,13 +18,14 @@ from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.conventions import ORIGINAL_SHAPE_KEY, architecture_of
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..torch_backend.reference import dequantize
+from .architecture import Architecture
+from .architectures import ARCHITECTURES
 from .config import infer_config
 from .low_rank_tensors import check_corrections, correction_names, is_correction
-from .names import Source, sources, stored_shapes
-from .variant import canonical_names, naming_of
-
-if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from .model_class import empty_model, parameter_shapes
+from .names import Source, block_of, sources, stored_shapes
+from .recognise import canonical_names, expect, naming_of
+from .stored_shapes import Shapes
 
 
 class StoredLayer(NamedTuple):
@@ -32,23 +33,25 @@ class StoredLayer(NamedTuple):
 
     Attributes:
         weight: the rows as they are stored: mapped, unless they change order.
-        bias: [N] in the dtype asked for.
+        bias: [N] in the dtype asked for, or None.
         low_rank: down [r, K] and up [N, r] of the matrix's correction, in memory of their own, or None.
     """
 
     weight: Packed
-    bias: Tensor
+    bias: Tensor | None
     low_rank: tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
-class StoredFlux:
-    """Hold what is known about a FLUX.1 file before any weight is read.
+class StoredTransformer:
+    """Hold what is known about a transformer's file before any weight is read.
 
     Attributes:
         file: the memory-mapped file.
-        naming: "bfl" or "diffusers".
-        config: the arguments of FluxTransformer2DModel.
+        architecture: the row it belongs to.
+        naming: one of the architecture's.
+        config: the arguments of the model class.
+        parameters: parameter name -> shape.
         names: tensor name without prefix -> name in the file.
         shapes: tensor name without prefix -> shape in torch order.
         sources: parameter name -> where it lies.
@@ -56,8 +59,10 @@ class StoredFlux:
     """
 
     file: GGUFFile
+    architecture: Architecture
     naming: str
     config: dict[str, Any]
+    parameters: dict[str, tuple[int, ...]]
     names: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     sources: dict[str, Source]
@@ -78,7 +83,8 @@ class StoredFlux:
         if isinstance(fmt, PlainType):
             return None
         weight = Packed(_join(self._ranges(source)), fmt)
-        return StoredLayer(weight, self.decoded(f"{name}.bias", dtype), self._low_rank(source))
+        bias = f"{name}.bias"
+        return StoredLayer(weight, self.decoded(bias, dtype) if bias in self.sources else None, self._low_rank(source))
 
     def rows_together(self, layers: list[str]) -> Tensor | None:
         """Return the packed rows of layers that lie one after the other in one tensor, mapped, or None."""
@@ -94,12 +100,12 @@ class StoredFlux:
 
         It is mapped where it is stored in that type; a quantized vector is decoded in float32.
         """
-        source = self.sources[parameter]
+        source, shape = self.sources[parameter], self.parameters[parameter]
         tensor = self._tensor(source)
         if isinstance(tensor.block_format, PlainType):
-            return _join(self._ranges(source)).to(dtype)
-        whole = dequantize(Packed(tensor.data, tensor.block_format)).flatten()
-        return _join([whole[start:stop] for start, stop in source.rows]).to(dtype, copy=True)
+            return _join(self._ranges(source)).to(dtype).view(shape)
+        whole = dequantize(Packed(tensor.data, tensor.block_format)).reshape(self.shapes[source.tensor])
+        return _join([whole[start:stop] for start, stop in source.rows]).to(dtype, copy=True).view(shape)
 
     def _low_rank(self, source: Source) -> tuple[Tensor, Tensor] | None:
         if source.tensor not in self.corrections:
@@ -115,7 +121,8 @@ class StoredFlux:
         tensor, shape = self._tensor(source), self.shapes[source.tensor]
         if tensor.shape == shape:
             return [tensor.rows(start, stop) for start, stop in source.rows]
-        reshaped = tensor.data.reshape(shape[0], -1) if len(shape) > 1 else tensor.data.flatten()
+        plain = isinstance(tensor.block_format, PlainType)
+        reshaped = tensor.data.reshape(shape if plain else (shape[0], -1) if len(shape) > 1 else (-1,))
         return [reshaped[start:stop].clone() for start, stop in source.rows]
 
 
@@ -123,20 +130,29 @@ def _join(ranges: list[Tensor]) -> Tensor:
     return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
 
 
-def open_flux(path: str | os.PathLike, config: object | None = None) -> StoredFlux:
-    """Open a GGUF file and check that it is a complete FLUX.1 transformer; no weight is read.
+def open_stored(
+    path: str | os.PathLike, config: object | None = None, wanted: tuple[Architecture, ...] = ARCHITECTURES
+) -> StoredTransformer:
+    """Open a GGUF file and check that it is a complete transformer; no weight is read.
+
+    Args:
+        path: the file.
+        config: overrides of the inferred config.
+        wanted: the architectures that will do.
 
     Raises:
         GGUFError: for a damaged file, another model, and missing, superfluous or wrongly shaped tensors, which it names.
     """
     file = read_gguf(path)
     try:
-        return understand(file, config)
+        return understand(file, config, wanted)
     except GGUFError as error:
         raise GGUFError(f"{os.fspath(path)}: {error}") from None
 
 
-def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
+def understand(
+    file: GGUFFile, config: object | None = None, wanted: tuple[Architecture, ...] = ARCHITECTURES
+) -> StoredTransformer:
     """Locate every parameter of the model in an opened file.
 
     Raises:
@@ -146,30 +162,43 @@ def understand(file: GGUFFile, config: object | None = None) -> StoredFlux:
     shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
     extra = {bare: names.pop(bare) for bare in [*names] if is_correction(bare)}
     extra_shapes = {bare: shapes.pop(bare) for bare in extra}
-    naming = naming_of(shapes, architecture_of(file.metadata))
-    inferred = infer_config(shapes, naming, file.metadata, config)
-    expected = parameter_shapes(empty_model(inferred))
-    located = sources(expected, naming)
-    _check_tensors(shapes, stored_shapes(located, expected), inferred)
+    architecture = expect(shapes, architecture_of(file.metadata), wanted)
+    naming = naming_of(architecture, shapes)
+    inferred = infer_config(architecture, shapes, naming, file.metadata, config)
+    expected = parameter_shapes(empty_model(architecture, inferred))
+    located = sources(architecture, expected, naming)
+    shapes = used_shapes(architecture, shapes, stored_shapes(located, expected))
+    names = {bare: names[bare] for bare in shapes}
+    check_tensors(architecture, shapes, stored_shapes(located, expected), "This file")
     for bare, name in names.items():
         check_weight_type(bare, file.tensors[name].format)
     check_corrections(extra_shapes, shapes, {bare: file.tensors[name].format for bare, name in (names | extra).items()})
     halves = {weight: correction_names(weight) for weight in names}
     corrections = {weight: (extra[down], extra[up]) for weight, (down, up) in halves.items() if down in extra}
-    return StoredFlux(file, naming, inferred, names, shapes, located, corrections)
+    return StoredTransformer(file, architecture, naming, inferred, expected, names, shapes, located, corrections)
 
 
-def empty_model(config: Mapping[str, Any]) -> FluxTransformer2DModel:
-    """Build a FluxTransformer2DModel on the meta device."""
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+def used_shapes(architecture: Architecture, got: Shapes, expected: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that the model has a use for.
 
-    with torch.device("meta"):
-        return FluxTransformer2DModel(**config)
+    Converters drop leading dimensions of 1, and some store a table as a row of numbers: a vector or a table has the shape that
+    is expected where only that differs.
+    """
+    unused = re.compile(architecture.unused)
+    used = {name: shape for name, shape in got.items() if name in expected or not unused.fullmatch(name)}
+    for name, shape in used.items():
+        wanted = expected.get(name, shape)
+        if (
+            shape != wanted
+            and prod(shape) == prod(wanted)
+            and (_core(shape) == _core(wanted) or 1 in (len(shape), len(wanted)))
+        ):
+            used[name] = wanted
+    return used
 
 
-def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return parameter name -> shape."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def torch_shape(file: GGUFFile, bare: str, name: str) -> tuple[int, ...]:
@@ -197,14 +226,19 @@ def _original_shape(key: str, sizes: Any, tensor: GGUFTensor) -> tuple[int, ...]
     return tuple(sizes)
 
 
-def _check_tensors(
-    got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
-) -> None:
+def check_tensors(architecture: Architecture, got: Shapes, expected: Shapes, what: str) -> None:
     """Raise one GGUFError that names what is missing, superfluous or wrongly shaped."""
     problems = tensor_problems(got, expected)
     if problems:
         raise GGUFError(
-            f"{problems}. A FLUX.1 file with {config['num_layers']} double and "
-            f"{config['num_single_layers']} single blocks holds exactly {len(expected)} tensors; this one is incomplete, or "
-            "its config must be passed as config=..."
+            f"{problems}. A {architecture.name} file with {_counted_blocks(architecture, expected)} holds exactly {len(expected)} "
+            f"tensors. {what} is incomplete, or its config must be passed as config=..."
         )
+
+
+def _counted_blocks(architecture: Architecture, expected: Shapes) -> str:
+    """Say how many blocks of each list a model has, "19 double and 38 single blocks"."""
+    held = {block for block in map(block_of, expected) if block}
+    counts = {pair[0].removesuffix("blocks").rstrip("_"): sum(kind in pair for kind, _ in held) for pair in architecture.blocks}
+    listed = " and ".join(f"{count} {name}".rstrip() for name, count in counts.items())
+    return listed if listed.endswith("layers") else f"{listed} blocks"

@@ -1,19 +1,25 @@
-"""Which ggml type each tensor of a FLUX.1 file gets: the rules of the layouts in the wild, as data.
+"""Which ggml type each tensor of a file gets: the rules of the layouts in the wild, as data.
 
 A rule is about three classes of tensors: the matrices inside the blocks get the type asked for, vectors (biases, norm
 scales) and the few matrices outside the blocks ("leftovers") stay plain. File sizes published for FLUX.1-dev, schnell and
 Krea are reproduced to the byte (tests/models/test_types.py).
+
+Source: ComfyUI-GGUF's tools/convert.py and tools/lcpp.patch.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 
 from ..errors import FormatError
 from ..formats import type_row, types_by_name
-from .names import block_of
+from .architecture import Architecture
+from .names import block_of, tensor_class
+from .recognise import recognise
 
 VECTOR, LEFTOVER, BLOCK = "vector", "leftover", "block"
 
@@ -22,8 +28,8 @@ VECTOR, LEFTOVER, BLOCK = "vector", "leftover", "block"
 class Rule:
     """State the plain types of one layout.
 
-    `vector` is that of 1-D tensors, `leftover` that of matrices outside the blocks. `small` overrides `leftover` for the
-    narrow ones of SMALL_LEFTOVER; `mixes` allows the _M and _L type names.
+    `vector` is that of 1-D tensors, `leftover` that of matrices outside the blocks. `small` overrides `leftover` for those
+    that the architecture calls narrow; `mixes` allows wider types for some matrices, as the _M and _L names ask for.
     """
 
     vector: str
@@ -37,50 +43,79 @@ RULES: dict[str, Rule] = {
     "old": Rule(vector="F32", leftover="F16", small="F32"),
     "new": Rule(vector="F32", leftover="BF16", mixes=True),
 }
+# Matrices with fewer weights stay in 32 bit.
+_SMALLEST = 1024
+_PRECISE = "F32"
 
-# The leftovers that the "old" converter kept in 32 bit, in both namings.
-SMALL_LEFTOVER = re.compile(
-    r"^(img_in|\w+_in\.in_layer|final_layer\.linear|x_embedder|time_text_embed\.\w+\.linear_1|proj_out)\.weight$"
-)
+# Matrices that tools store in a wider type, by their original names; the first that matches counts.
+WIDENED = {
+    "v": re.compile(r"(attn_v|\.to_v|\.v|\.attn\.w[12]v|_attn\.v_proj)\.weight$"),
+    "qkv": re.compile(r"(attn_qkv|attn\.qkv|attention\.qkv)\.weight$"),
+    "ffn_down": re.compile(
+        r"(\.ffn\.2|\.ff\.net\.2|\.mlp\.layer2|\.adaln_modulation_mlp\.2|\.feed_forward\.w2|experts\..*\.w2)\.weight$"
+    ),
+}
 
-# Attention inputs of the double blocks: all that an _M or _L file stores in a wider type.
-DOUBLE_QKV = re.compile(
-    r"^(double_blocks\.\d+\.\w+_attn\.qkv|transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj))\.weight$"
-)
+
+@dataclass(frozen=True)
+class Wider:
+    """Name the type that matrices of a class get, or the first `count` of a file.
+
+    The later ones get `others`, or the file's own type where that is None.
+    """
+
+    type: str
+    count: int | None = None
+    others: str | None = None
 
 
 @dataclass(frozen=True)
 class NamedType:
     """Resolve a file type's name.
 
-    It stands for the block matrices' type, the type of DOUBLE_QKV, and llama.cpp's `file_type` number.
+    Attributes:
+        base: type of the block matrices.
+        file_type: llama.cpp's number of it.
+        wider: class of WIDENED -> the type it gets instead.
+        is_mix: whether the name promises a mixture, which some layouts never had.
     """
 
     base: str
-    qkv: str
     file_type: int
+    wider: Mapping[str, Wider] = field(default_factory=dict)
+    is_mix: bool = False
 
 
 # The numbers are llama.cpp's llama_ftype (gguf-py: LlamaFileType).
 _MIXES = {
-    "Q3_K_M": NamedType("Q3_K", "Q4_K", 12),
-    "Q3_K_L": NamedType("Q3_K", "Q4_K", 13),
-    "Q4_K_M": NamedType("Q4_K", "Q5_K", 15),
-    "Q5_K_M": NamedType("Q5_K", "Q6_K", 17),
+    "Q3_K_M": NamedType(
+        "Q3_K", 12, {"v": Wider("Q5_K", 2, "Q4_K"), "qkv": Wider("Q4_K"), "ffn_down": Wider("Q4_K")}, is_mix=True
+    ),
+    "Q3_K_L": NamedType("Q3_K", 13, {"v": Wider("Q5_K"), "qkv": Wider("Q4_K"), "ffn_down": Wider("Q5_K")}, is_mix=True),
+    "Q4_K_M": NamedType("Q4_K", 15, {"v": Wider("Q6_K"), "qkv": Wider("Q5_K"), "ffn_down": Wider("Q6_K")}, is_mix=True),
+    "Q5_K_M": NamedType("Q5_K", 17, {"v": Wider("Q6_K"), "qkv": Wider("Q6_K"), "ffn_down": Wider("Q6_K")}, is_mix=True),
+}
+# What names without _M or _L widen; FLUX.1 and FLUX.2 have no such matrices.
+_WIDER = {
+    "Q2_K": {"v": Wider("Q3_K")},
+    "Q4_K": {"v": Wider("Q5_K", 4), "ffn_down": Wider("Q5_K")},
+    "Q4_0": {"ffn_down": Wider("Q4_1")},
+    "Q5_0": {"ffn_down": Wider("Q5_1")},
 }
 
 
 def _named_types() -> dict[str, NamedType]:
-    """Name the uniform file of every type that has a `file_type`, and the mixes.
+    """Name the plain file of every type that has a `file_type`, and the mixes.
 
-    A uniform file's name ends in "_S" where a mix has the same base.
+    A plain file's name ends in "_S" where a mix has the same base.
     """
     named: dict[str, NamedType] = {}
     for row in types_by_name().values():
         if row.file_type is None:
             continue
         mixes = {name: mix for name, mix in _MIXES.items() if mix.base == row.name}
-        named[f"{row.name}_S" if mixes else row.name] = NamedType(row.name, row.name, row.file_type)
+        plain = NamedType(row.name, row.file_type, _WIDER.get(row.name, {}))
+        named[f"{row.name}_S" if mixes else row.name] = plain
         named |= mixes
     return named
 
@@ -93,20 +128,47 @@ def file_type(ggml_type: str) -> int | None:
     return type_row(ggml_type).file_type
 
 
-def tensor_kind(name: str, shape: tuple[int, ...]) -> str:
-    """Return "vector", "leftover" or "block", the class of a tensor that the rules speak of."""
+def main_file_type(
+    types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], architecture: Architecture | None
+) -> int | None:
+    """Return llama.cpp's number of the type that most weights of the block matrices have, or None.
+
+    Args:
+        types: tensor name (any naming, without prefix) -> ggml type name.
+        shapes: tensor name -> shape in torch order.
+        architecture: of the file, None where it is not known.
+    """
+    weights: Counter[str] = Counter()
+    for name, type_name in types.items():
+        if tensor_kind(name, shapes[name], architecture) == BLOCK:
+            weights[type_name] += prod(shapes[name])
+    return file_type(weights.most_common(1)[0][0]) if weights else None
+
+
+def tensor_kind(name: str, shape: tuple[int, ...], architecture: Architecture | None) -> str:
+    """Return "vector", "leftover" or "block", the class of a tensor that the rules speak of.
+
+    Args:
+        name: in any naming, without prefix.
+        shape: in torch order.
+        architecture: of the file; where it is not known, numbered blocks are recognised by the names that any model has.
+    """
     if len(shape) < 2:
         return VECTOR
-    return BLOCK if block_of(name) else LEFTOVER
+    if architecture is None:
+        return BLOCK if block_of(name) else LEFTOVER
+    original = architecture.original_of(name)
+    kept = len(shape) > 2 or original.startswith(architecture.plain) or re.fullmatch(architecture.precise, original)
+    return LEFTOVER if kept else BLOCK
 
 
 def tensor_types(rule: str, type_name: str, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Assign a ggml type to every tensor of a FLUX.1 file.
+    """Assign a ggml type to every tensor of a file.
 
     Args:
         rule: "legacy", "old" or "new": the layout whose conventions are followed.
         type_name: a file type's name, such as "Q4_K_S", "Q4_K_M" or "Q8_0".
-        tensors: tensor name (either naming, without prefix) -> shape in torch order.
+        tensors: tensor name (any naming, without prefix) -> shape in torch order, in file order.
 
     Returns:
         Tensor name -> ggml type name.
@@ -119,15 +181,63 @@ def tensor_types(rule: str, type_name: str, tensors: Mapping[str, tuple[int, ...
     if type_name not in NAMED_TYPES:
         raise FormatError(f"Unknown file type {type_name!r}. Known: {', '.join(NAMED_TYPES)}.")
     plain, named = RULES[rule], NAMED_TYPES[type_name]
-    if named.base != named.qkv and not plain.mixes:
+    if named.is_mix and not plain.mixes:
         raise FormatError(f'{type_name} mixes types, which {rule} files never did. Use rule="new" or a type without _M or _L.')
-    return {name: _type_of(name, shape, plain, named) for name, shape in tensors.items()}
+    architecture = recognise(tensors)
+    counts: Counter[str] = Counter()
+    return {name: _type_of(name, shape, plain, named, architecture, counts) for name, shape in tensors.items()}
 
 
-def _type_of(name: str, shape: tuple[int, ...], rule: Rule, named: NamedType) -> str:
-    kind = tensor_kind(name, shape)
+def _type_of(
+    name: str, shape: tuple[int, ...], rule: Rule, named: NamedType, architecture: Architecture | None, counts: Counter[str]
+) -> str:
+    kind = tensor_kind(name, shape, architecture)
     if kind == VECTOR:
         return rule.vector
+    original = architecture.original_of(name) if architecture else name
+    if architecture and (re.fullmatch(architecture.precise, original) or prod(shape) <= _SMALLEST):
+        return _PRECISE
     if kind == LEFTOVER:
-        return rule.small if rule.small and SMALL_LEFTOVER.match(name) else rule.leftover
-    return named.qkv if DOUBLE_QKV.match(name) else named.base
+        narrow = rule.small and architecture and re.fullmatch(architecture.narrow, original)
+        return rule.small if narrow and rule.small else rule.leftover
+    widened = next((kind for kind, pattern in WIDENED.items() if pattern.search(original)), None) if rule.mixes else None
+    if widened is None or widened not in named.wider:
+        return named.base
+    counts[widened] += 1
+    wider = named.wider[widened]
+    early = wider.count is None or counts[widened] <= wider.count
+    return wider.type if early else wider.others or named.base
+
+
+def layout_of(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], architecture: Architecture | None) -> str:
+    """Name the layout of a file's types: "legacy", "old", "new", "mixed" or "other".
+
+    A file is "mixed" where blocks differ in type, or biases are neither F32 nor F16.
+
+    Args:
+        types: tensor name without prefix -> ggml type name.
+        shapes: tensor name without prefix -> shape in torch order.
+        architecture: of the file, None where it is not known.
+    """
+    seen: dict[str, set[str]] = {VECTOR: set(), LEFTOVER: set(), "small": set(), BLOCK: set()}
+    by_class: dict[str, set[str]] = {}
+    for name, ggml_type in types.items():
+        kind = tensor_kind(name, shapes[name], architecture)
+        if kind == LEFTOVER and architecture and re.fullmatch(architecture.narrow, architecture.original_of(name)):
+            kind = "small"
+        seen[kind].add(ggml_type)
+        if kind == BLOCK:
+            by_class.setdefault(tensor_class(name), set()).add(ggml_type)
+    if any(len(kinds) > 1 for kinds in by_class.values()) or seen[VECTOR] - {"F32", "F16"}:
+        return "mixed"
+    for layout, rule in RULES.items():
+        if layout != "new" and (seen[VECTOR], seen[LEFTOVER], seen["small"]) == (
+            {rule.vector},
+            {rule.leftover},
+            {rule.small or rule.leftover},
+        ):
+            return layout
+    plain = seen[LEFTOVER] | seen["small"]
+    if seen[VECTOR] == {RULES["new"].vector} and plain <= {"BF16", "F16"}:
+        return "new"
+    return "other"

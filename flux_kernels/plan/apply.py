@@ -7,7 +7,8 @@ from torch import nn
 from ..errors import FormatError
 from ..formats import FORMATS
 from ..mixed.plan_file import Plan, check_tensors
-from ..models.names import BFL, sources
+from ..models.model_class import architecture_of_model, parameter_shapes
+from ..models.names import sources
 
 
 def for_diffusers(plan: Plan, model: nn.Module) -> dict[str, str]:
@@ -20,7 +21,7 @@ def for_diffusers(plan: Plan, model: nn.Module) -> dict[str, str]:
 
     Args:
         plan: a plan.
-        model: the FluxTransformer2DModel it is for, with plain layers.
+        model: the transformer it is for, with plain layers.
 
     Returns:
         Layer name -> ggml type name.
@@ -31,10 +32,13 @@ def for_diffusers(plan: Plan, model: nn.Module) -> dict[str, str]:
     if plan.low_rank:
         raise FormatError(
             f"The plan gives {len(plan.low_rank)} tensors a low-rank correction, which only a file has. Write it with "
-            "`flux-kernels quantize --plan` and use load_flux."
+            "`flux-kernels quantize --plan` and use load_transformer."
         )
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    located = sources(shapes, BFL)
+    architecture = architecture_of_model(model)
+    if architecture is None:
+        raise FormatError(f"A plan is for a transformer that flux_kernels knows, got {type(model).__name__}.")
+    shapes = parameter_shapes(model)
+    located = sources(architecture, shapes, architecture.main_naming)
     check_tensors(plan.types, {source.tensor for source in located.values()}, "the model")
     return {
         parameter.removesuffix(".weight"): plan.types[source.tensor]

@@ -23,7 +23,6 @@ from ..generation.memory_plan import (
 from ..mixed.file_layout import KEY_VALUE_BYTES, FileLayout
 from ..mixed.option import Option
 from ..models.calls import image_tokens
-from ..models.types import BLOCK, tensor_kind
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
@@ -104,7 +103,8 @@ def room_on_card(layout: FileLayout, card_gib: float, width: int, height: int, o
     if offload not in OFFLOADS:
         raise FormatError(f"Unknown offload {offload!r}. Legal: {', '.join(OFFLOADS)}.")
     hidden = layout.shapes["img_in.weight"][0]
-    decoded = 2 * max(prod(shape) for name, shape in layout.shapes.items() if tensor_kind(name, shape) == BLOCK)
+    blocks = set(layout.blocks)
+    decoded = 2 * max(prod(shape) for name, shape in layout.shapes.items() if name in blocks)
     working = transformer_working(hidden, image_tokens(width, height) + TEXT_TOKENS, decoded=decoded)
     others = companions(width, height)
     vae = next(part for part in others if part.name == "vae")

@@ -176,7 +176,7 @@ def bytes_by_type(data: ReportData) -> Figure:
     layout = data.layout
     groups: dict[tuple[str, Option], list[str]] = {}
     for name, shape in layout.shapes.items():
-        groups.setdefault((_PLACES[tensor_kind(name, shape)], data.options[name]), []).append(name)
+        groups.setdefault((_PLACES[tensor_kind(name, shape, layout.architecture)], data.options[name]), []).append(name)
     unit, unit_name = unit_of(data.plan.bytes)
     # The blocks first, biases and norms mixed with the rest outside of them.
     keys = sorted(groups, key=lambda key: (bool(key[0]), _wide_last(key[1])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import GGUFError
-from ..gguf.check import tensor_problems
 from ..gguf.conventions import architecture_of
 from ..gguf.spec import shown_path
-from ..models.config import default_rope, infer_config
-from ..models.names import BFL, Source, sources, stored_shapes
-from ..models.stored import empty_model, parameter_shapes
-from ..models.variant import lora_tensor, naming_of, refusal_of, variant_name
+from ..models.architecture import DIFFUSERS, Architecture
+from ..models.config import infer_config
+from ..models.model_class import empty_model, parameter_shapes
+from ..models.names import Source, sources, stored_shapes
+from ..models.recognise import expect, lora_tensor, naming_of, recognise
+from ..models.stored import check_tensors, used_shapes
 from .source_files import SourceFiles, open_source
 from .stored_tensor import StoredTensor
 
@@ -30,7 +31,7 @@ class SourceTensor:
     """Hold one tensor of the file to be written.
 
     Attributes:
-        name: in the file, BFL's for FLUX.1.
+        name: in the file, the original's where the architecture is known.
         shape: in torch order.
         pieces: (stored tensor, first row, end), one after the other.
         parameter: name in the source of the first piece.
@@ -97,8 +98,9 @@ class SourceModel:
         files: where it lies.
         model: what it is, in words.
         tensors: those of the file to be written, in its order.
-        config: arguments of FluxTransformer2DModel, None for other models.
+        config: arguments of the model class, None for models of no known architecture.
         notes: sentences for the user.
+        architecture: the row it belongs to, or None.
     """
 
     files: SourceFiles
@@ -106,16 +108,21 @@ class SourceModel:
     tensors: dict[str, SourceTensor]
     config: dict[str, Any] | None
     notes: tuple[str, ...]
+    architecture: Architecture | None = None
 
     @property
     def needs_config(self) -> bool:
         """Whether the config does not follow from the tensors, so that the file must hold it."""
-        if self.config is None:
+        if self.config is None or self.architecture is None:
             return False
         try:
-            return default_rope(self.config["attention_head_dim"]) != self.config["axes_dims_rope"]
+            usual = {
+                name: default(self.config) if callable(default) else default
+                for name, default in self.architecture.untold.items()
+            }
         except GGUFError:
             return True
+        return any(self.config[name] != value for name, value in usual.items())
 
 
 def understand_source(path: str | os.PathLike[str], config: object | None = None) -> SourceModel:
@@ -126,12 +133,12 @@ def understand_source(path: str | os.PathLike[str], config: object | None = None
 def understand(files: SourceFiles, config: object | None = None) -> SourceModel:
     """Tell what model a source holds; only headers were read.
 
-    FLUX.1 must be complete, and gets BFL names: q, k and v become one tensor, so do the inputs of a single block, and the
-    halves of the last modulation change places. Tensors of other models keep their names.
+    A known architecture must be complete, and gets its original names: in FLUX.1, q, k and v become one tensor, so do the inputs
+    of a single block, and the halves of the last modulation change places. Tensors of other models keep their names.
 
     Args:
         files: an opened source.
-        config: overrides of FLUX.1's inferred config, as in `load_flux`.
+        config: overrides of the inferred config, as in `load_transformer`.
 
     Raises:
         GGUFError: where the source is damaged, incomplete, a LoRA, or holds what cannot be weights.
@@ -145,33 +152,42 @@ def understand(files: SourceFiles, config: object | None = None) -> SourceModel:
             f"{shown_path(files.paths[0])} holds a LoRA ({factor!r}), which is no model and stays in 16 bit: quantize the model, "
             "and give the LoRA to `flux-kernels generate --lora` or pipeline.load_lora_weights(...)."
         )
-    refusal = refusal_of(shapes, architecture_of(files.metadata))
-    if refusal is not None:
-        tensors = {name: _whole(name, tensor) for name, tensor in files.tensors.items()}
-        first = refusal.split(". ")[0].rstrip(".")
-        note = f"Not recognised as FLUX.1, so nothing is checked and no name changed: {first}."
-        return SourceModel(files, "not FLUX.1", tensors, None, (note, *_notes(files)))
-    naming = naming_of(shapes, None)
-    known = infer_config(shapes, naming, files.metadata, files.config if config is None else config)
-    expected = parameter_shapes(empty_model(known))
-    located = sources(expected, naming)
-    problems = tensor_problems(shapes, stored_shapes(located, expected))
-    if problems:
-        raise GGUFError(f"{problems}. The source is no whole FLUX.1 transformer, or its config must be passed as config=...")
-    if naming == BFL:
-        tensors = {name: _whole(name, files.tensors[name]) for name in stored_shapes(located, expected)}
+    architecture = recognise(shapes)
+    if architecture is None:
+        return _unknown(files, shapes)
+    naming = naming_of(architecture, shapes)
+    known = infer_config(architecture, shapes, naming, files.metadata, files.config if config is None else config)
+    expected = parameter_shapes(empty_model(architecture, known))
+    located = sources(architecture, expected, naming)
+    stored = stored_shapes(located, expected)
+    check_tensors(architecture, used_shapes(architecture, shapes, stored), stored, "The source")
+    if naming == DIFFUSERS and architecture.links:
+        tensors = _fused(architecture, files.tensors, expected)
     else:
-        tensors = _fused(files.tensors, expected)
-    return SourceModel(files, variant_name(known), tensors, known, _notes(files))
+        tensors = {name: _whole(name, replace(files.tensors[name], shape=shape)) for name, shape in stored.items()}
+    return SourceModel(files, architecture.variant_name(known), tensors, known, _notes(files), architecture)
+
+
+def _unknown(files: SourceFiles, shapes: Mapping[str, tuple[int, ...]]) -> SourceModel:
+    """Take the tensors of a model of no known architecture as they are."""
+    try:
+        expect(shapes, architecture_of(files.metadata))
+    except GGUFError as error:
+        seen = str(error).split(". ")[0].rstrip(".")
+    tensors = {name: _whole(name, tensor) for name, tensor in files.tensors.items()}
+    note = f"Not recognised, so nothing is checked and no name changed: {seen}."
+    return SourceModel(files, "not recognised", tensors, None, (note, *_notes(files)))
 
 
 def _whole(name: str, tensor: StoredTensor) -> SourceTensor:
     return SourceTensor(name, tensor.shape, ((tensor, 0, tensor.rows),), name)
 
 
-def _fused(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> dict[str, SourceTensor]:
-    """Put diffusers' parameters together to BFL's tensors."""
-    located = sources(expected, BFL)
+def _fused(
+    architecture: Architecture, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, SourceTensor]:
+    """Put diffusers' parameters together to the original's tensors."""
+    located = sources(architecture, expected, architecture.original)
     parts: dict[str, list[tuple[str, Source]]] = {}
     for parameter, source in located.items():
         parts.setdefault(source.tensor, []).append((parameter, source))
@@ -180,9 +196,10 @@ def _fused(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int,
         pieces = []
         for parameter, source in parts[name]:
             taken = 0
-            # Where the parameter's rows lie in BFL's tensor, in the parameter's order.
+            # Where the parameter's rows lie in the original tensor, in the parameter's order.
+            held = replace(stored[parameter], shape=(prod(expected[parameter]),) if source.flat else expected[parameter])
             for start, stop in source.rows:
-                pieces.append((start, (stored[parameter], taken, taken + stop - start)))
+                pieces.append((start, (held, taken, taken + stop - start)))
                 taken += stop - start
         ordered = tuple(piece for _, piece in sorted(pieces, key=lambda piece: piece[0]))
         fused[name] = SourceTensor(name, shape, ordered, parts[name][0][0])

@@ -16,8 +16,9 @@ from typing import Any
 from ..errors import GGUFError
 from ..gguf.file import read_gguf
 from ..gguf.spec import MAGIC, shown, shown_path
+from ..models.architectures import ARCHITECTURES
+from ..models.recognise import canonical_names
 from ..models.stored import torch_shape
-from ..models.variant import canonical_names
 from .safetensors_header import join_scales, read_safetensors
 from .stored_tensor import StoredTensor
 
@@ -80,12 +81,13 @@ def open_source(path: str | os.PathLike[str]) -> SourceFiles:
 
 
 def _config(path: Path) -> str | None:
-    """Return the path of a FLUX.1 transformer's config.json; any other file of that name says nothing."""
+    """Return the path of a known transformer's config.json; any other file of that name says nothing."""
     try:
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError:
         return None
-    return str(path) if isinstance(known, dict) and known.get("_class_name") == "FluxTransformer2DModel" else None
+    classes = {row.model_class for row in ARCHITECTURES}
+    return str(path) if isinstance(known, dict) and known.get("_class_name") in classes else None
 
 
 def _open_gguf(path: str) -> SourceFiles:

@@ -8,7 +8,7 @@ import pytest
 
 from flux_kernels import FormatError
 from flux_kernels.mixed.casting_cost import is_casting_cost, read_casting_cost, write_casting_cost
-from flux_kernels.mixed.file_layout import embedded_shapes, flux1_shapes, layout_of_shapes
+from flux_kernels.mixed.file_layout import embedded_shapes, layout_of_shapes, shapes_of_variant
 from flux_kernels.mixed.option import Option
 
 from .made_costs import PUBLISHED, made_table
@@ -16,7 +16,7 @@ from .made_costs import PUBLISHED, made_table
 
 @pytest.fixture(scope="module")
 def dev():
-    return layout_of_shapes(flux1_shapes(), "flux1-dev")
+    return layout_of_shapes(shapes_of_variant("flux1-dev"), "flux1-dev")
 
 
 def block_costs(table, prefix: str, kind: str) -> float:

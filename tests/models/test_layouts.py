@@ -19,8 +19,8 @@ from flux_kernels.generation.inspect_file import inspect_file
 from flux_kernels.gguf.file import read_gguf
 from flux_kernels.layers.linear import GGUFLinear
 from flux_kernels.models import load_flux
+from flux_kernels.models.architectures.flux1 import FLUX1
 from flux_kernels.models.config import infer_config
-from flux_kernels.models.variant import variant_name
 
 from ..flux_files import HEAD, Architecture, FluxFile, flux_file, layout_types
 from .test_types import DEV, SCHNELL
@@ -177,7 +177,7 @@ def test_every_variant_loads_with_its_config_inferred(tmp_path, variant, bfl):
 
 def test_a_full_size_file_is_named_by_its_variant():
     def name(architecture):
-        return variant_name(infer_config(architecture.bfl_shapes(), "bfl"))
+        return FLUX1.variant_name(infer_config(FLUX1, architecture.bfl_shapes(), "bfl"))
 
     assert name(DEV) == "FLUX.1-dev, -Kontext or -Krea"
     assert name(SCHNELL) == "FLUX.1-schnell"

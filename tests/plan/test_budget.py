@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flux_kernels import FormatError
-from flux_kernels.mixed.file_layout import KEY_VALUE_BYTES, embedded_shapes, flux1_shapes, layout_of_shapes
+from flux_kernels.mixed.file_layout import KEY_VALUE_BYTES, embedded_shapes, layout_of_shapes, shapes_of_variant
 from flux_kernels.mixed.option import Option
 from flux_kernels.models.names import block_of
 from flux_kernels.plan.budget import parse_card, parse_resolution, parse_size, room_on_card, room_table
@@ -13,7 +13,7 @@ from flux_kernels.plan.budget import parse_card, parse_resolution, parse_size, r
 
 @pytest.fixture(scope="module")
 def dev():
-    return layout_of_shapes(flux1_shapes(), "flux1-dev")
+    return layout_of_shapes(shapes_of_variant("flux1-dev"), "flux1-dev")
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from flux_kernels.mixed.cost import CostRow, CostTable
 from flux_kernels.mixed.file_layout import (
     KEY_VALUE_BYTES,
     embedded_shapes,
-    flux1_shapes,
     layout_of_shapes,
     shapes_of_model,
+    shapes_of_variant,
 )
 from flux_kernels.mixed.option import Option
 from flux_kernels.mixed.plan_file import Plan
@@ -107,7 +107,7 @@ def test_a_plain_plan_has_exactly_the_bytes_of_the_writer():
 
 def test_published_sizes_come_out_of_the_layout():
     """krea-dev in the new layout, but for img_in, which is F32 for diffusers: 2 bytes a weight more."""
-    layout = layout_of_shapes(flux1_shapes(), "flux1-dev")
+    layout = layout_of_shapes(shapes_of_variant("flux1-dev"), "flux1-dev")
     blocks = [name for name, shape in layout.shapes.items() if block_of(name) and len(shape) == 2]
     more = 2 * 3072 * 64
     assert layout.file_bytes(dict.fromkeys(blocks, Option("Q8_0"))) == 12_714_452_256 + more
@@ -116,7 +116,7 @@ def test_published_sizes_come_out_of_the_layout():
 
 
 def test_the_name_says_the_bits_per_weight():
-    layout = layout_of_shapes(flux1_shapes(), "flux1-dev")
+    layout = layout_of_shapes(shapes_of_variant("flux1-dev"), "flux1-dev")
     blocks = [name for name, shape in layout.shapes.items() if block_of(name) and len(shape) == 2]
     assert layout.file_name(dict.fromkeys(blocks, Option("Q8_0"))) == "flux1-dev_mx8_5.gguf"
 

@@ -1,0 +1,196 @@
+"""The row of an architecture, which loading, saving, quantizing and measuring loop over.
+
+A row says how files name a model's tensors, how its config follows from their shapes, and which matrices published files
+quantize. Rows are files of architectures/; the list of them is architectures/__init__.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .stored_shapes import Shapes, StoredShapes
+
+DIFFUSERS = "diffusers"
+INDEX = "{i}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """Relate a module of the original files to the diffusers modules that its output rows become.
+
+    Attributes:
+        original: module name; "{i}" stands for the block index.
+        diffusers: module names, in the order of the stored rows.
+        swap_halves: whether the stored rows are (shift, scale) where diffusers wants (scale, shift): True, False, or "last" for
+            the last block alone.
+        kinds: original name of a parameter -> diffusers' name; "" where the module's name is the parameter's.
+        flat: whether the original is one row of numbers, whatever shape diffusers gives them.
+    """
+
+    original: str
+    diffusers: tuple[str, ...]
+    swap_halves: bool | str = False
+    kinds: Mapping[str, str] = field(default_factory=lambda: {"weight": "weight", "bias": "bias"})
+    flat: bool = False
+
+
+def norm(original: str, diffusers: str) -> Link:
+    """Relate norms: one vector, called `scale` in original files and `weight` by diffusers."""
+    return Link(original, (diffusers,), kinds={"scale": "weight"})
+
+
+def parameter(original: str, diffusers: str, *, flat: bool = False) -> Link:
+    """Relate tensors that are no module's weight, such as a table of shifts."""
+    return Link(original, (diffusers,), kinds={"": ""}, flat=flat)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Name a published model of an architecture, with the settings that its makers use.
+
+    Attributes:
+        name: such as "FLUX.1-schnell".
+        config: the arguments of the model class that tell it from other sizes; the rest are the class's defaults. A file is of
+            the first variant whose values fit.
+        steps: of a drawing.
+        guidance: the scale that the pipeline takes; 0 where the model is distilled of it.
+        text_tokens: that a prompt is padded or cut to.
+        size: (width, height) in pixels of a usual picture.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    steps: int
+    guidance: float
+    text_tokens: int = 512
+    size: tuple[int, int] = (1024, 1024)
+
+    @property
+    def slug(self) -> str:
+        """The name for options and file names, such as "flux1-schnell"."""
+        return self.name.lower().replace(".", "").replace(" ", "-")
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """Describe a family of transformers: its files, its model class and its published variants.
+
+    Attributes:
+        name: for people, such as "FLUX.1".
+        covers: the models that it stands for, for errors and tables.
+        gguf_name: `general.architecture` of its files. Many models say "flux", so it recognises nothing.
+        mark: regular expression; a tensor name that matches it as a whole shows the architecture.
+        mark_needs: names of which one must be there too; () for none.
+        model_class: of diffusers.
+        pipelines: diffusers' pipeline classes, the one for drawing from text first.
+        blocks: names of the lists of blocks, (original, diffusers), in the order in which they run.
+        links: how the original names become diffusers'; what no link names has one name in both. () where all names agree.
+        read_config: all arguments of `model_class`, from a file's shapes.
+        untold: config values that no tensor shows -> what they are by default, or a function of the other values; a file or a
+            caller may say otherwise.
+        variants: published models.
+        describe: names the model of a config; None where the fitting variant's name does.
+        plain: starts of the original names of matrices that stay in 16 or 32 bit, as ComfyUI-GGUF's tools leave them.
+        narrow: regular expression of original names that the "old" layout of FLUX.1 keeps in 32 bit.
+        precise: regular expression of original names that are F32 in every layout, since readers decode nothing there.
+        never_bf16: original names of matrices that readers take for something else in BF16.
+        unused: regular expression of names that files hold and the model has no use for.
+        original: what the original naming is called.
+        patch: pixels of a side that become a token.
+    """
+
+    name: str
+    covers: str
+    gguf_name: str
+    mark: str
+    model_class: str
+    pipelines: tuple[str, ...]
+    blocks: tuple[tuple[str, str], ...]
+    links: tuple[Link, ...]
+    read_config: Callable[[StoredShapes], dict[str, Any]]
+    variants: tuple[Variant, ...]
+    describe: Callable[[Mapping[str, Any]], str] | None = None
+    untold: Mapping[str, Any] = field(default_factory=dict)
+    mark_needs: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
+    narrow: str = r"(?!)"
+    precise: str = r"(?!)"
+    never_bf16: tuple[str, ...] = ()
+    unused: str = r"(?!)"
+    original: str = "original"
+    patch: int = 16
+
+    @property
+    def namings(self) -> tuple[str, ...]:
+        """The namings a file can have: the original's and diffusers', or diffusers' alone."""
+        return (self.original, DIFFUSERS) if self.links else (DIFFUSERS,)
+
+    @property
+    def main_naming(self) -> str:
+        """The naming that other readers know: the original's."""
+        return self.namings[0]
+
+    def stored(self, shapes: Shapes, naming: str) -> StoredShapes:
+        """Return a file's shapes as `read_config` asks for them."""
+        name_of = str if naming == DIFFUSERS else self.original_of
+        return StoredShapes(self.name, shapes, name_of, self.blocks)
+
+    def variant(self, config: Mapping[str, Any]) -> Variant | None:
+        """Return the published model whose values a config has, or None."""
+        fits = (row for row in self.variants if all(config.get(name) == value for name, value in row.config.items()))
+        return next(fits, None)
+
+    def variant_name(self, config: Mapping[str, Any]) -> str:
+        """Name the model of a config."""
+        if self.describe is not None:
+            return self.describe(config)
+        known = self.variant(config)
+        return known.name if known else f"{self.name} architecture with {config['num_layers']} blocks"
+
+    def original_of(self, name: str) -> str:
+        """Return the original name of a tensor that has diffusers' name; any other name comes back as it is."""
+        for whole, index in _with_and_without_index(name):
+            stem, _, kind = whole.rpartition(".")
+            if whole in self._bare:
+                return self._bare[whole].original.replace(INDEX, index)
+            if stem in self._by_diffusers:
+                link = self._by_diffusers[stem]
+                kinds = {theirs: ours for ours, theirs in link.kinds.items()}
+                return f"{link.original}.{kinds.get(kind, kind)}".replace(INDEX, index)
+        return name
+
+    def is_original(self, name: str) -> bool:
+        """Tell whether only the original naming has this tensor name."""
+        named = {part for whole, _ in _with_and_without_index(name) for part in (whole, whole.rpartition(".")[0])}
+        return bool(named & self._only_original) or name.startswith(self._original_blocks)
+
+    @cached_property
+    def _bare(self) -> dict[str, Link]:
+        """Diffusers' name of a tensor that is no module's -> its link."""
+        return {link.diffusers[0]: link for link in self.links if "" in link.kinds}
+
+    @cached_property
+    def _by_diffusers(self) -> dict[str, Link]:
+        return {module: link for link in self.links for module in link.diffusers if "" not in link.kinds}
+
+    @cached_property
+    def _only_original(self) -> set[str]:
+        return {link.original for link in self.links} - {module for link in self.links for module in link.diffusers}
+
+    @cached_property
+    def _original_blocks(self) -> tuple[str, ...]:
+        return tuple(f"{ours}." for ours, theirs in self.blocks if ours != theirs)
+
+
+_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
+
+
+def _with_and_without_index(name: str) -> tuple[tuple[str, str], ...]:
+    """Return a name as it is, and with "{i}" for its first number, each with the number."""
+    match = _NUMBER.search(name)
+    whole = ((name, ""),)
+    return (*whole, (name[: match.start()] + INDEX + name[match.end() :], match[0])) if match else whole

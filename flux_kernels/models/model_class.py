@@ -1,0 +1,75 @@
+"""The model class of an architecture: diffusers' own, built empty."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import GGUFError
+from .architecture import Architecture
+from .architectures import ARCHITECTURES
+
+
+def model_class(architecture: Architecture) -> Any:
+    """Return diffusers' class of an architecture.
+
+    Raises:
+        GGUFError: where the installed diffusers has none.
+    """
+    import diffusers
+
+    try:
+        return getattr(diffusers, architecture.model_class)
+    except AttributeError:
+        raise GGUFError(
+            f"This is {architecture.name}, for which diffusers {diffusers.__version__} has no {architecture.model_class}. "
+            "Update diffusers."
+        ) from None
+
+
+def architecture_of_model(model: object) -> Architecture | None:
+    """Return the architecture whose class and config a model has, or None."""
+    known = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not isinstance(known, Mapping):
+        return None
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    fits = [row for row in ARCHITECTURES if known.keys() >= {*config_names(row)}]
+    # What is wrapped around a model, by torch.compile for example, has its config and another class.
+    return next(
+        (row for row in fits if row.model_class in classes), max(fits, key=lambda row: len(config_names(row)), default=None)
+    )
+
+
+@cache
+def config_names(architecture: Architecture) -> tuple[str, ...]:
+    """Name the arguments of an architecture's model class."""
+    return tuple(name for name in inspect.signature(model_class(architecture).__init__).parameters if name != "self")
+
+
+def empty_model(architecture: Architecture, config: Mapping[str, Any]) -> Any:
+    """Build a model on the meta device: its names and shapes, for any config, without memory."""
+    known = model_class(architecture)
+    with torch.device("meta"):
+        return known(**config)
+
+
+def unfilled_model(architecture: Architecture, config: Mapping[str, Any]) -> Any:
+    """Build a model whose parameters are on the meta device.
+
+    All else is computed, such as tables of frequencies.
+    """
+    from accelerate import init_empty_weights
+
+    known = model_class(architecture)
+    with init_empty_weights(include_buffers=False):
+        return known(**config)
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of all in a model's state dict: parameters, and buffers that are saved."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,145 @@
+"""Recognise the model of a file by its tensors: which architecture, in which naming.
+
+A file of a model that no row describes is refused with that model's name. `general.architecture` recognises nothing: FLUX.1,
+FLUX.2 and Chroma all say "flux", and some writers say "pig", "cow" or nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..errors import GGUFError
+from .architecture import DIFFUSERS, Architecture
+from .architectures import ARCHITECTURES
+from .names import strip_prefix
+
+_LOADS = "flux_kernels loads " + ", ".join(f"{row.name} ({row.covers})" for row in reversed(ARCHITECTURES)) + "."
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Name a model that no row describes by a tensor name that only it has.
+
+    The name is a regular expression, matched against the whole.
+    """
+
+    model: str
+    tensor: str
+    advice: str = ""
+
+
+_DIFFUSERS_GGUF = "Load it with the diffusers class of that model and GGUFQuantizationConfig, then call swap_linear on it."
+_TEXT_ENCODER = "It belongs to the pipeline's text encoder, not its transformer."
+_T5 = "Load it with flux_kernels.load_t5(path), or give it to `flux-kernels generate` as --t5."
+LORA = Mark(
+    "a LoRA",
+    r".*(lora_[AB]\b|lora_(up|down)\b|hada_w[12]_|lokr_w[12]\b).*",
+    "Load the base model, then pipeline.load_lora_weights(...).",
+)
+# First match wins: the finer marks stand before the coarser ones.
+OTHER_TRANSFORMERS: tuple[Mark, ...] = (
+    LORA,
+    Mark("Chroma", r"distilled_guidance_layer\..*", _DIFFUSERS_GGUF),
+    Mark("FLUX.2", r"(single_stream_modulation|double_stream_modulation_(img|txt))\..*", _DIFFUSERS_GGUF),
+    Mark("FLUX.3", r"early_stream_modulations\..*", _DIFFUSERS_GGUF),
+    Mark("a FLUX.1 ControlNet", r"(controlnet_(x_embedder|blocks|single_blocks)|controlnet_mode_embedder)\..*"),
+    Mark("FLUX.1 Redux (an image encoder)", r"redux_(up|down)\..*"),
+    Mark("HunyuanVideo", r"(txt_in\.individual_token_refiner|context_embedder\.token_refiner)\..*", _DIFFUSERS_GGUF),
+    Mark("HunyuanVideo or HunyuanImage", r"double_blocks\.\d+\.img_attn_qkv\..*", _DIFFUSERS_GGUF),
+    Mark("Stable Diffusion 3 / 3.5", r"joint_blocks\.\d+\..*", _DIFFUSERS_GGUF),
+    Mark("Stable Diffusion 3 / 3.5", r"pos_embed\.proj\.weight", _DIFFUSERS_GGUF),
+    Mark("Qwen-Image", r"(transformer_blocks\.\d+\.img_mod\..*|txt_norm\.weight)", _DIFFUSERS_GGUF),
+    Mark("Wan", r"(head\.modulation|blocks\.\d+\.self_attn\.q\.weight|vace_blocks\..*)", _DIFFUSERS_GGUF),
+    Mark("Wan", r"blocks\.\d+\.attn2\.add_k_proj\.weight|condition_embedder\.time_proj\.weight", _DIFFUSERS_GGUF),
+    Mark("HiDream", r"double_stream_blocks\..*", _DIFFUSERS_GGUF),
+    Mark("AuraFlow", r"(double_layers\..*|cond_seq_linear\.weight|joint_transformer_blocks\..*)", _DIFFUSERS_GGUF),
+    Mark("LTX-Video", r"(patchify_proj\.weight|transformer_blocks\.\d+\.scale_shift_table)", _DIFFUSERS_GGUF),
+    Mark("Lumina 2 or Z-Image", r"(cap_embedder|noise_refiner|context_refiner)\..*", _DIFFUSERS_GGUF),
+    Mark("Mochi", r"blocks\.\d+\.attn\.qkv_x\.weight", _DIFFUSERS_GGUF),
+    Mark("Cosmos", r"net\.blocks\..*", _DIFFUSERS_GGUF),
+    Mark("Stable Diffusion 1, 2 or XL (a UNet)", r"(input_blocks|down_blocks)\..*", _DIFFUSERS_GGUF),
+)
+# What may also lie beside FLUX.1's transformer in one file, and is only asked about where no such transformer is found.
+OTHER_PARTS: tuple[Mark, ...] = (
+    Mark("a T5 encoder", r"(enc\.blk\.\d+\..*|encoder\.block\.\d+\.layer\.\d+\..*)", _T5),
+    Mark("a CLIP model", r"(text_model\..*|v\.blk\.\d+\..*|vision_model\..*)", _TEXT_ENCODER),
+    Mark("a language model", r"(blk\.\d+\..*|token_embd\.weight|model\.layers\.\d+\..*)", _TEXT_ENCODER),
+    Mark("a VAE", r"(decoder|encoder|first_stage_model)\..*", "It belongs to the pipeline's vae, not its transformer."),
+)
+
+
+def canonical_names(names: Collection[str]) -> dict[str, str]:
+    """Map names without prefix to the names in the file; raise GGUFError where two become one."""
+    canonical: dict[str, str] = {}
+    for name in names:
+        bare = strip_prefix(name)
+        if bare in canonical:
+            raise GGUFError(f"Tensors {canonical[bare]!r} and {name!r} are both {bare!r}. A file must hold each tensor once.")
+        canonical[bare] = name
+    return canonical
+
+
+def recognise(names: Collection[str]) -> Architecture | None:
+    """Return the architecture that tensor names (without prefix) belong to, or None."""
+    if lora_tensor(names) is not None:
+        return None
+    fine = next((row for row in ARCHITECTURES if not row.mark_needs and _shown_by(row.mark, names)), None)
+    if fine is not None or any(_shown_by(mark.tensor, names) for mark in OTHER_TRANSFORMERS):
+        return fine
+    coarse = (row for row in ARCHITECTURES if not {*row.mark_needs}.isdisjoint(names) and _shown_by(row.mark, names))
+    return next(coarse, None)
+
+
+def naming_of(architecture: Architecture, names: Collection[str]) -> str:
+    """Return the naming of tensors (without prefix): the original where any name is only the original's."""
+    original = architecture.links and any(map(architecture.is_original, names))
+    return architecture.original if original else DIFFUSERS
+
+
+def expect(names: Collection[str], stated: str | None, wanted: tuple[Architecture, ...] = ARCHITECTURES) -> Architecture:
+    """Return the architecture of a file.
+
+    Args:
+        names: its tensor names, without prefix.
+        stated: its `general.architecture`. Tensors decide; it only helps to name what is refused.
+        wanted: the architectures that will do.
+
+    Raises:
+        GGUFError: for any other file, saying what it is.
+    """
+    known = recognise(names)
+    if known is not None and known in wanted:
+        return known
+    raise GGUFError(_refusal(known, names, stated, wanted))
+
+
+def _refusal(known: Architecture | None, names: Collection[str], stated: str | None, wanted: tuple[Architecture, ...]) -> str:
+    """Say what a file holds that is none of the wanted architectures, and what to do."""
+    if not names:
+        return f"The file holds no tensors. {_LOADS}"
+    some = "" if wanted == ARCHITECTURES else " or ".join(row.name for row in wanted)
+    instead = f", not {some}" if some else ", which it does not load"
+    if known is not None:
+        advice = "Load it with flux_kernels.load_transformer(path)."
+        return f"This is {known.name}{instead} (it holds {_shown_by(known.mark, names)!r}). {_LOADS} {advice}"
+    for mark in OTHER_TRANSFORMERS + OTHER_PARTS:
+        tensor = _shown_by(mark.tensor, names)
+        if tensor is not None:
+            return f"This is {mark.model}{instead} (it holds {tensor!r}). {_LOADS} {mark.advice}".rstrip()
+    declared = f"its architecture key says {stated!r}" if stated else "it has no architecture key"
+    examples = ", ".join(sorted(names)[:3])
+    model = f"{some} transformer" if some else "transformer that is known here"
+    return f"This is no {model}: {declared}, its tensors are called {examples}, ... {_LOADS}"
+
+
+def lora_tensor(names: Collection[str]) -> str | None:
+    """Return a name that only a LoRA's tensors have, or None."""
+    return _shown_by(LORA.tensor, names)
+
+
+def _shown_by(mark: str, names: Collection[str]) -> str | None:
+    """Return the first name that matches a regular expression as a whole."""
+    pattern = re.compile(mark)
+    return next((name for name in names if pattern.fullmatch(name)), None)

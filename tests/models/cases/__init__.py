@@ -1,0 +1,8 @@
+"""What each architecture's files hold, typed by hand: a case a file, never taken from flux_kernels."""
+
+from __future__ import annotations
+
+from .case import Case
+from .flux2 import FLUX2
+
+CASES: dict[str, Case] = {case.name: case for case in (FLUX2,)}

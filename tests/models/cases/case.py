@@ -1,0 +1,61 @@
+"""One architecture's files as the tests see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """A model that its makers published: the file's tensors at their true sizes, and what they say.
+
+    Attributes:
+        shapes: original name -> shape in torch order.
+        config: the arguments of diffusers' class that are expected, those of `Case.untold` left out.
+        tensors: how many there are, and
+        parameters: how many weights they hold, both from another source than the shapes.
+    """
+
+    shapes: Shapes
+    config: Mapping[str, Any]
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Describe an architecture for the tests that loop over all of them.
+
+    Attributes:
+        name: as errors and `inspect` say it.
+        gguf_name: `general.architecture` of files that ComfyUI-GGUF's tools write.
+        shapes: of a small file, original name -> shape; the blocks' matrices have whole K-quant blocks.
+        config: all arguments of diffusers' class for the small file.
+        convert: diffusers' own conversion, from a state dict in original names to one in diffusers'.
+        inputs: keyword arguments of the small model's forward, in float32.
+        published: name of a variant -> its true sizes.
+        plain: original names of matrices that published files never quantize.
+    """
+
+    name: str
+    gguf_name: str
+    model_class: str
+    shapes: Shapes
+    config: Mapping[str, Any]
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    inputs: Callable[[torch.Generator], dict[str, Any]]
+    published: Mapping[str, Published]
+    plain: frozenset[str]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> list[str]:
+        """The matrices of the small file that get the file's type."""
+        return [name for name, shape in self.shapes.items() if len(shape) == 2 and name not in self.plain]
