@@ -62,8 +62,8 @@ def decoded(file: FluxFile) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in file.values().items()}
 
 
-    """Draw a small file: quantized matrices in `kind`, vectors in F32, the rest in F16."""
-    """Return diffusers' model of the decoded tensors, by diffusers' own conversion and a config written by hand."""
+def oracle(case: Case, file: FluxFile) -> nn.Module:
+    """Return diffusers' model of the decoded tensors, by its own conversion and a config by hand."""
     model = getattr(diffusers, case.model_class)(**case.config).eval()
     model.load_state_dict(case.convert(decoded(file)), strict=True)
     return model
