@@ -67,6 +67,8 @@ def _print(console: Console, facts: FileFacts, rows: list[dict]) -> None:
     else:
         layout = f"layout {facts.layout}, " if facts.layout else ""
         console.print(f"{facts.variant}; {layout}{facts.naming} names", highlight=False, soft_wrap=True)
+    if facts.pipelines:
+        console.print(f"For diffusers' {' and '.join(facts.pipelines)}", highlight=False, soft_wrap=True)
     if facts.types:
         console.print(
             f"{facts.parameters / 1e6:,.1f} M weights, {facts.bits_per_weight:.2f} bits per weight "

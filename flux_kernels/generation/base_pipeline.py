@@ -1,4 +1,4 @@
-"""Put a transformer into a local diffusers Flux pipeline, without a hub, a network or chatter."""
+"""Put a transformer into a local diffusers pipeline, without a hub, a network or chatter."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import GGUFError
 from ..install_hints import PIPELINE_DOWNLOAD
 from ..integrations.on_import import after_import
+from ..models.architecture import Architecture
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 _INDEX = "model_index.json"
@@ -54,18 +55,38 @@ def check_base(base: Path, given: Sequence[str] = ()) -> None:
     """
     needed = [part for part in PARTS if part not in given]
     how = _HOW.format(parts=", ".join(needed))
+    made_for = _pipeline_of(base, how)
+    missing = [part for part in needed if not (base / part).is_dir()]
+    if missing:
+        instead = " Or give the T5 encoder as a GGUF file with --t5." if missing == ["text_encoder_2"] else ""
+        raise FileNotFoundError(f"{base} lacks {', '.join(missing)}. {how}{instead}")
+    if not made_for.startswith("Flux"):
+        raise FileNotFoundError(f"{base} is a {made_for or 'pipeline without a name'}, not a FLUX.1 pipeline. {how}")
+
+
+def pipeline_class(base: Path, architecture: Architecture) -> str:
+    """Return the class of the pipeline in a folder.
+
+    Raises:
+        FileNotFoundError: where it is none, or of another model.
+    """
+    how = f"Give the folder of a {architecture.pipelines[0]} in the diffusers layout; the transformer's weights are not needed in it."
+    made_for = _pipeline_of(base, how)
+    if made_for not in architecture.pipelines:
+        raise FileNotFoundError(
+            f"{base} is a {made_for or 'pipeline without a name'}, no pipeline of {architecture.name}. {how}"
+        )
+    return made_for
+
+
+def _pipeline_of(base: Path, how: str) -> str:
+    """Return the pipeline class that a folder names."""
     if not base.is_dir():
         raise FileNotFoundError(f"{base} is not a folder. {how}")
     index = base / _INDEX
     if not index.is_file():
         raise FileNotFoundError(f"{base} holds no {_INDEX}. {how}")
-    missing = [part for part in needed if not (base / part).is_dir()]
-    if missing:
-        instead = " Or give the T5 encoder as a GGUF file with --t5." if missing == ["text_encoder_2"] else ""
-        raise FileNotFoundError(f"{base} lacks {', '.join(missing)}. {how}{instead}")
-    made_for = _read_json(index).get("_class_name", "")
-    if not str(made_for).startswith("Flux"):
-        raise FileNotFoundError(f"{base} is a {made_for or 'pipeline without a name'}, not a FLUX.1 pipeline. {how}")
+    return str(_read_json(index).get("_class_name", ""))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -121,11 +142,11 @@ def load_pipeline(
     kind: str = "FluxPipeline",
     text_encoder_2: nn.Module | None = None,
 ) -> Any:
-    """Load a Flux pipeline around `transformer` from local files alone.
+    """Load a pipeline around `transformer` from local files alone.
 
     Args:
-        base: folder that passes `check_base`.
-        transformer: a FluxTransformer2DModel, or None to put one in later with `register_modules`.
+        base: folder that passes `check_base`, or has a `pipeline_class`.
+        transformer: the model, or None to put one in later with `register_modules`.
         dtype: of the text encoders and the VAE.
         kind: class name in diffusers, such as "FluxFillPipeline".
         text_encoder_2: a T5EncoderModel instead of the folder's, which is then not read.

@@ -19,6 +19,7 @@ from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..files import check_writable, written_whole
 from ..models import load_flux
+from ..models.architectures.flux1 import FLUX1
 from ..swap import swap_linear
 from ..swap.report import SwapReport
 from ..t5 import load_t5
@@ -31,7 +32,7 @@ from .memory_plan import MemoryPlan
 from .picture_size import check_memory, check_positions
 from .placement import check_offload, measured_parts, place
 from .request import Lora, Request
-from .tasks import IMAGE_OPTIONS, KONTEXT, TEXT, Task, choose_task, default_settings, fitted_size, read_pictures
+from .tasks import IMAGE_OPTIONS, KONTEXT, TEXT, Task, choose_task, fitted_size, read_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,6 +138,11 @@ def check_request(request: Request) -> Job:
         raise GGUFError(f"{request.gguf}: {facts.refused}")
     if facts.role != TRANSFORMER:
         raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a FLUX.1 transformer as --gguf.")
+    if facts.architecture != FLUX1.name:
+        raise GGUFError(
+            f"{request.gguf} is a {facts.variant}, and generate draws with FLUX.1. Load it in Python: "
+            f"flux_kernels.load_transformer(path), for diffusers' {facts.pipelines[0]}."
+        )
     task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
     check_fit(base_sizes(request.base, _t5_width(request.t5)), facts.config)
     return Job(facts, task, read_pictures(task, request))
@@ -155,7 +161,7 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
     if request.embedded:
         settings = dict(PIPELINE_KWARGS)
     else:
-        settings = {**default_settings(job.facts.config["guidance_embeds"]), **job.task.defaults}
+        settings = {**FLUX1.settings(job.facts.config).pipeline_arguments, **job.task.defaults}
     if job.pictures:
         area = settings["width"] * settings["height"]
         picture = next(iter(job.pictures.values()))

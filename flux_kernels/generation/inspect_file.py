@@ -13,9 +13,9 @@ from ..formats import FORMATS
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..gguf.spec import shown_path
 from ..models.architecture import Architecture
-from ..models.calls import image_tokens
+from ..models.architectures.flux1 import FLUX1
 from ..models.names import strip_prefix, tensor_class
-from ..models.recognise import recognise
+from ..models.recognise import recognise, transformer_names
 from ..models.stored import understand
 from ..models.types import BLOCK, layout_of, tensor_kind
 from ..t5.load import understand_t5
@@ -43,8 +43,8 @@ SIDE = 1024
 T5_BITS = {"T5 in 16 bit": 16.0, "T5 in Q8_0": 8.5}
 ACTIVATION_BYTES = 2
 OVERHEAD = (
-    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {image_tokens(SIDE, SIDE)} image "
-    f"and {TEXT_TOKENS} text tokens ({SIDE} x {SIDE}), batch 1, {LIVE_WIDTHS} hidden widths a token in 16 bit and a tenth "
+    f"{USABLE:.0%} of the card usable; {CONTEXT_BYTES / GIB:g} GiB for CUDA; activations of {{image}} image "
+    f"and {{text}} text tokens ({{width}} x {{height}}{{frames}}), batch 1, {LIVE_WIDTHS} hidden widths a token in 16 bit and a tenth "
     "more; the largest matrix decoded; the transformer alone (text encoders and VAE off the card while it runs, as under model "
     "offload); plain tensors in 16 bit; an estimate"
 )
@@ -86,10 +86,12 @@ class FileFacts:
         path: the file.
         nbytes: its size in bytes.
         role: TRANSFORMER or T5_ENCODER.
-        refused: why `load_flux` (or `load_t5`) would refuse it, without its path; None where it loads.
-        variant: the FLUX.1 variant, or the encoder's size; None where refused.
+        refused: why `load_transformer` (or `load_t5`) would refuse it, without its path; None where it loads.
+        architecture: name of the row it belongs to, such as "FLUX.2"; None where no row does.
+        pipelines: diffusers' pipeline classes for it.
+        variant: the published model, or the encoder's size; None where refused.
         layout: "legacy", "old", "new", "mixed" or "other"; None where refused, and for a T5 encoder.
-        naming: "bfl" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
+        naming: "bfl" (of Flux), "original" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
         config: the inferred config; empty where refused.
         metadata: the file's short key-values.
         types: tensors by class and type.
@@ -108,6 +110,8 @@ class FileFacts:
     nbytes: int
     role: str = TRANSFORMER
     refused: str | None = None
+    architecture: str | None = None
+    pipelines: tuple[str, ...] = ()
     variant: str | None = None
     layout: str | None = None
     naming: str | None = None
@@ -121,7 +125,7 @@ class FileFacts:
     overhead_bytes: int = 0
     fits: dict[int, bool] = field(default_factory=dict)
     offloads: dict[str, dict[int, str]] = field(default_factory=dict)
-    overhead_model: str = OVERHEAD
+    overhead_model: str = ""
 
 
 def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileFacts:
@@ -134,7 +138,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         file = read_gguf(path)
     except GGUFError as error:
         return FileFacts(name, nbytes, refused=str(error).removeprefix(f"{shown_path(name)}: "))
-    architecture = recognise(list(map(strip_prefix, file.tensors)))
+    architecture = recognise(list(map(strip_prefix, transformer_names(file.tensors))))
     known = _known_of_any(name, nbytes, file, architecture)
     if architecture is None and any(map(t5_block_name, file.tensors)):
         return _t5_facts(known, file)
@@ -142,15 +146,19 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         stored = understand(file, config)
     except GGUFError as error:
         return FileFacts(**known, refused=str(error))
-    part = _part(file, stored.config)
+    architecture = stored.architecture
+    part = _part(file, architecture, stored.config)
     return FileFacts(
         **known,
-        variant=stored.architecture.variant_name(stored.config),
-        layout=layout_of(stored.types, stored.shapes, stored.architecture),
+        pipelines=architecture.pipelines,
+        variant=architecture.variant_name(stored.config),
+        layout=layout_of(stored.types, stored.shapes, architecture),
         naming=stored.naming,
         config=stored.config,
         **_fits(part),
-        offloads=_offloads(part) if stored.config["joint_attention_dim"] == T5_WIDTH else {},
+        # The companions of that arithmetic are FLUX.1's.
+        offloads=_offloads(part) if architecture is FLUX1 and stored.config["joint_attention_dim"] == T5_WIDTH else {},
+        overhead_model=_overhead(architecture, stored.config),
     )
 
 
@@ -188,6 +196,7 @@ def _known_of_any(path: str, nbytes: int, file: GGUFFile, architecture: Architec
     return {
         "path": path,
         "nbytes": nbytes,
+        "architecture": architecture and architecture.name,
         "metadata": {key: value for key, value in file.metadata.items() if _is_short(value)},
         "types": types,
         "parameters": sum(count.parameters for count in types),
@@ -231,12 +240,26 @@ def _resident(tensor: GGUFTensor) -> int:
     return tensor.nbytes if packed else prod(tensor.shape) * ACTIVATION_BYTES
 
 
-def _part(file: GGUFFile, config: Mapping[str, Any]) -> Part:
+def _part(file: GGUFFile, architecture: Architecture, config: Mapping[str, Any]) -> Part:
     """Return what the transformer needs on a card for one picture."""
-    width = config["num_attention_heads"] * config["attention_head_dim"]
     sizes, decoded = _sizes(file)
-    tokens = image_tokens(SIDE, SIDE) + TEXT_TOKENS
-    return Part("transformer", sum(sizes), max(sizes), transformer_working(width, tokens, decoded=decoded))
+    tokens = architecture.picture_tokens(config) + _text_tokens(architecture)
+    working = transformer_working(architecture.width(config), tokens, decoded=decoded)
+    return Part("transformer", sum(sizes), max(sizes), working)
+
+
+def _text_tokens(architecture: Architecture) -> int:
+    """Return the most text tokens that the architecture's models take."""
+    return max(variant.text_tokens for variant in architecture.variants)
+
+
+def _overhead(architecture: Architecture, config: Mapping[str, Any]) -> str:
+    """State the assumptions of the arithmetic for a model."""
+    usual = architecture.settings(config)
+    frames = f" x {usual.latent_frames} latent frames" if usual.latent_frames > 1 else ""
+    size = {"width": usual.size[0], "height": usual.size[1], "frames": frames}
+    image, text = architecture.picture_tokens(config), _text_tokens(architecture)
+    return OVERHEAD.format(image=image, text=text, **size)
 
 
 def _sizes(file: GGUFFile) -> tuple[list[int], int]:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 # Input channels in multiples of the latent ones: Canny and Depth stack a second picture, Fill a second picture and a mask.
 _CONTROL, _FILL = 2, 6
 IMAGE_OPTIONS = {"image": "--image", "mask": "--mask", "control_image": "--control-image"}
-# Defaults of the published models: diffusers' documentation of FLUX.1-dev and FLUX.1-schnell.
-_DEV = {"height": 1024, "width": 1024, "num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 512}
-_SCHNELL = {**_DEV, "num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,8 +207,3 @@ def fitted_size(
         factor = width / picture.width if width is not None else (height or 0) / picture.height
     fitted = (max(1, round(side * factor / PIXELS_A_TOKEN)) * PIXELS_A_TOKEN for side in picture.size)
     return tuple(asked or side for asked, side in zip((width, height), fitted, strict=True))  # type: ignore[return-value]
-
-
-def default_settings(guidance_embeds: bool) -> dict[str, Any]:
-    """Return the published pipeline arguments of FLUX.1-dev (with guidance embedding) or FLUX.1-schnell."""
-    return dict(_DEV if guidance_embeds else _SCHNELL)

@@ -9,7 +9,7 @@ import mmap
 import os
 import stat
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -21,6 +21,7 @@ from ..errors import FormatError, GGUFError
 from ..formats import BlockFormat, PlainType
 from .header import Cursor, Header, parse_header
 from .spec import shown_path
+from .split import check_parts, part_paths
 from .write import planned_size, write_gguf
 
 __all__ = ["GGUFFile", "GGUFTensor", "map_file", "planned_size", "read_gguf", "write_gguf"]
@@ -39,6 +40,7 @@ class GGUFTensor:
         shape: weights, in torch order ([out, in] for a linear; the file's `ne` is reversed).
         nbytes: bytes in the file.
         offset: first byte, from the start of the file.
+        path: of the file, of a split file the part that holds it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class GGUFTensor:
     shape: tuple[int, ...]
     nbytes: int
     offset: int
+    path: str
     _map: mmap.mmap = field(repr=False)
 
     @property
@@ -103,6 +106,8 @@ class GGUFTensor:
 class GGUFFile:
     """Describe a GGUF file, which stays mapped as long as this or a tensor of it lives.
 
+    Of a split file, any part stands for all: tensors of every part, the key-values of the first.
+
     Attributes:
         path: as given.
         version: 2 or 3.
@@ -110,7 +115,8 @@ class GGUFFile:
         metadata: key -> int, float, bool, str or list of these, in file order.
         metadata_types: key -> "UINT32", "STRING", "ARRAY[INT32]", ...: what `write_gguf` needs next to the value.
         tensors: name -> GGUFTensor, in file order.
-        size: of the file, in bytes.
+        size: of the file, in bytes; of a split file, of all parts.
+        parts: paths of the parts; of a whole file its own.
     """
 
     path: str
@@ -120,6 +126,7 @@ class GGUFFile:
     metadata_types: dict[str, str]
     tensors: dict[str, GGUFTensor]
     size: int
+    parts: tuple[str, ...] = ()
 
     @property
     def typed_metadata(self) -> dict[str, tuple[str, Any]]:
@@ -134,7 +141,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Read and validate a GGUF file's header and map its tensors.
 
     Args:
-        path: a regular file, little-endian GGUF of version 2 or 3.
+        path: a regular file, little-endian GGUF of version 2 or 3, or any part of a split file whose parts lie together.
 
     Raises:
         GGUFError: where the file cannot be read or anything in it is not as it must be; the message names the file, the
@@ -143,6 +150,26 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     Source: ggml docs/gguf.md, gguf.cpp.
     """
     path = os.fsdecode(path)
+    file = _read_part(path)
+    paths = part_paths(path, file.metadata)
+    return file if len(paths) == 1 else _joined(path, [file if part == path else _read_part(part) for part in paths])
+
+
+def _joined(path: str, parts: list[GGUFFile]) -> GGUFFile:
+    """Return one file of all parts of a split file."""
+    tensors: dict[str, GGUFTensor] = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise GGUFError(f"{shown_path(path)}: {name!r} is in two parts, {tensors[name].path} and {part.path}.")
+            tensors[name] = tensor
+    check_parts(path, parts[0].metadata, len(tensors))
+    first, size, paths = parts[0], sum(part.size for part in parts), tuple(part.path for part in parts)
+    return replace(first, path=path, tensors=tensors, size=size, parts=paths)
+
+
+def _read_part(path: str) -> GGUFFile:
+    """Read one file."""
     mapped = map_file(path)
     try:
         header = parse_header(Cursor(mapped, shown_path(path)))
@@ -156,14 +183,15 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         alignment=header.alignment,
         metadata=header.metadata,
         metadata_types=header.metadata_types,
-        tensors=_tensors(header, mapped),
+        tensors=_tensors(path, header, mapped),
         size=len(mapped),
+        parts=(path,),
     )
 
 
-def _tensors(header: Header, mapped: mmap.mmap) -> dict[str, GGUFTensor]:
+def _tensors(path: str, header: Header, mapped: mmap.mmap) -> dict[str, GGUFTensor]:
     return {
-        info.name: GGUFTensor(info.name, info.row, info.shape, info.nbytes, header.data_offset + info.offset, mapped)
+        info.name: GGUFTensor(info.name, info.row, info.shape, info.nbytes, header.data_offset + info.offset, path, mapped)
         for info in header.infos
     }
 

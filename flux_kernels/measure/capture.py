@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,15 @@ from ..generation.embedded import EMBEDDED_PROMPTS, PIPELINE_KWARGS
 from ..mixed.world import World
 from .measured_model import open_pipeline
 from .request import SIZES, STATES, Progress, Request, Size
-from .states import PER_PICTURE, SHARED, State, States
-
-if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from .state_inputs import call_inputs, clone, velocity_of
+from .states import State, States
 
 _POLL_SECONDS = 0.5
+# What transformers call the noise level.
+_TIMES = ("timestep", "t")
 
 
-def captured_states(request: Request, world: World, model: FluxTransformer2DModel, sha256: str, progress: Progress) -> States:
+def captured_states(request: Request, world: World, model: nn.Module, sha256: str, progress: Progress) -> States:
     """Return the states of the file, which is written first where it is missing.
 
     The first process captures them, the others wait for the file.
@@ -53,7 +53,7 @@ def captured_states(request: Request, world: World, model: FluxTransformer2DMode
     return states
 
 
-def _capture_for(request: Request, model: FluxTransformer2DModel, progress: Progress) -> list[State]:
+def _capture_for(request: Request, model: nn.Module, progress: Progress) -> list[State]:
     pipeline, settings = open_pipeline(request.source, model)
     if request.steps is not None:
         settings["num_inference_steps"] = request.steps
@@ -86,7 +86,7 @@ def capture(
     spread evenly over the run. Every picture has noise of its own, seeded with `seed`, `seed` + 1, ...
 
     Args:
-        pipeline: a FluxPipeline around the unquantized transformer.
+        pipeline: around the unquantized transformer, such as a FluxPipeline.
         prompts: to choose from.
         count: of states.
         settings: arguments of the pipeline call, `num_inference_steps` among them.
@@ -120,16 +120,18 @@ def _turns(choice: random.Random, options: Sequence[Any], count: int) -> list[An
 
 def _capture_one(pipeline: Any, prompt: str, step: int, seed: int, settings: dict[str, Any]) -> State:
     kept: dict[str, Any] = {}
-    calls = 0
+    times: list[Tensor] = []
 
-    def keep(_module: nn.Module, _arguments: tuple, given: dict[str, Any], output: Any) -> None:
-        nonlocal calls
-        if calls == step:
-            kept["inputs"] = {name: _clone(given[name]) for name in (*PER_PICTURE, *SHARED) if given.get(name) is not None}
-            kept["velocity"] = _clone(output[0])
+    def keep(model: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
+        tensors, others = call_inputs(model, arguments, named)
+        time = next(tensors[name] for name in _TIMES if name in tensors)
+        if not times or not torch.equal(times[-1], time):
+            times.append(time)
+        # A step with guidance may call twice, the prompt's call first.
+        if len(times) == step + 1 and not kept:
+            kept.update(inputs=tensors, others=others, velocity=clone(velocity_of(output)))
             # The pipeline's own switch: the steps that remain are not run.
             pipeline._interrupt = True
-        calls += 1
 
     hook = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
     try:
@@ -140,6 +142,7 @@ def _capture_one(pipeline: Any, prompt: str, step: int, seed: int, settings: dic
     sigmas = pipeline.scheduler.sigmas
     return State(
         inputs=kept["inputs"],
+        others=kept["others"],
         velocity=kept["velocity"],
         prompt=prompt,
         seed=seed,
@@ -150,12 +153,6 @@ def _capture_one(pipeline: Any, prompt: str, step: int, seed: int, settings: dic
         sigma=sigmas[step].item(),
         dsigma=(sigmas[step] - sigmas[step + 1]).item(),
     )
-
-
-def _clone(tensor: Tensor) -> Tensor:
-    """Return a copy on the CPU that is no inference tensor."""
-    with torch.inference_mode(False):
-        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach().to("cpu", copy=True))
 
 
 def read_prompts(path: Path) -> list[str]:

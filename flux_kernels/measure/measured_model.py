@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import FormatError, GGUFError
 from ..files import file_sha256
 from ..formats import PLAIN_TYPES
-from ..generation.base_pipeline import check_base, load_pipeline
+from ..generation.base_pipeline import check_base, load_pipeline, pipeline_class
 from ..generation.embedded import PIPELINE_KWARGS, embedded_model_path
-from ..generation.tasks import default_settings
 from ..gguf.conventions import architecture_of
 from ..gguf.file import map_file
 from ..models.architecture import Architecture
+from ..models.architectures.flux1 import FLUX1
 from ..models.model_class import parameter_shapes, unfilled_model
 from ..models.names import sources
 from ..models.recognise import expect
 from ..models.types import BLOCK, tensor_kind
 from ..source.source import SourceModel, understand
 from ..source.source_files import SourceFiles, open_source
-
-if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 _TYPES = ("F16", "BF16", "F32")
 
@@ -109,7 +108,7 @@ def find_source(gguf: Path | None = None, model: Path | None = None, base: Path 
     return Source16(open_source(path), base, given)
 
 
-def open_transformer(source: Source16, device: torch.device, dtype: torch.dtype) -> tuple[FluxTransformer2DModel, str]:
+def open_transformer(source: Source16, device: torch.device, dtype: torch.dtype) -> tuple[Any, str]:
     """Load the transformer in eval mode; return it and the ggml type of its block matrices in the file.
 
     On the CPU, weights that are stored in `dtype` stay mapped from their file.
@@ -148,16 +147,22 @@ def base_of(source: Source16) -> Path:
     """
     if source.base is None:
         raise FormatError("States are captured by drawing: give the folder with text encoders and VAE as --base DIR.")
-    check_base(source.base)
+    if source.architecture is FLUX1:
+        check_base(source.base)
+    else:
+        pipeline_class(source.base, source.architecture)
     return source.base
 
 
-def open_pipeline(source: Source16, transformer: FluxTransformer2DModel) -> tuple[Any, dict[str, Any]]:
+def open_pipeline(source: Source16, transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
     """Load the rest of the pipeline around a transformer; return it and the arguments of its call.
 
     Raises as `base_of` does.
     """
     parameter = next(transformer.parameters())
-    pipeline = load_pipeline(base_of(source), transformer, parameter.dtype).to(parameter.device)
-    settings = PIPELINE_KWARGS if source.embedded else default_settings(bool(transformer.config["guidance_embeds"]))
-    return pipeline, dict(settings)
+    base = base_of(source)
+    kind = pipeline_class(base, source.architecture)
+    pipeline = load_pipeline(base, transformer, parameter.dtype, kind=kind).to(parameter.device)
+    settings = PIPELINE_KWARGS if source.embedded else source.architecture.settings(source.config).pipeline_arguments
+    taken = inspect.signature(pipeline.__call__).parameters
+    return pipeline, {name: value for name, value in settings.items() if name in taken}

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..mixed.cost import CostRow, JointRow
@@ -27,9 +27,6 @@ from ..mixed.option import Option
 from .file_tensors import FileTensor, file_tensors, quantized, replaced
 from .stages import Hidden, Stages
 from .states import State, batches
-
-if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 Importance = Mapping[str, tuple[Tensor, float]]
 """File tensor -> (sum of squares of each input channel [K], tokens)."""
@@ -60,7 +57,7 @@ class Measurer:
     state (a third while measuring), and the float32 work of one block's weights.
 
     Args:
-        model: a FluxTransformer2DModel of plain layers, on the device and in the dtype to measure in.
+        model: a transformer of plain layers, on the device and in the dtype to measure in.
         items: captured states.
         importance: of the quantizers' weighting: "collect" for that of these states, None for none, or a ready one.
         covariance: whether to collect the inputs' covariance, float32 [K, K] a tensor of up to 4096 channels, to fit low-rank
@@ -73,7 +70,7 @@ class Measurer:
 
     def __init__(
         self,
-        model: FluxTransformer2DModel,
+        model: nn.Module,
         items: Sequence[State],
         *,
         importance: Importance | Literal["collect"] | None = "collect",
@@ -109,7 +106,7 @@ class Measurer:
         if sums is not None:
             importance, self.covariance = sums.stop()
             self.importance = importance if collect else self.importance
-        self.signal = self._by_state([velocity.double().square().mean((1, 2)) for velocity in self._velocity])
+        self.signal = self._by_state([velocity.double().square().flatten(1).mean(1) for velocity in self._velocity])
         captured = [torch.cat([items[index].velocity for index in batch.indices]) for batch in self._batches]
         error = self._by_state([_mse(a.to(b.device), b) for a, b in zip(captured, self._velocity, strict=True)])
         if error.mean() > _FOREIGN**2 * self.signal.mean():
@@ -125,14 +122,21 @@ class Measurer:
 
     @torch.inference_mode()
     def _changed(self, changing: Iterable[int], weights_at: Callable[[int], Mapping[str, Tensor]]) -> Errors:
-        """Run the blocks from the first that changes on; `weights_at` is called when a block is reached."""
+        """Run the model from the first stage that changes on; `weights_at` is called when a stage is reached.
+
+        What lies outside the blocks (stage 0) is changed to the end: later blocks may use it too.
+        """
         first = min((*changing, self.stages.last))
-        self._advance(first)
-        hidden = self._cache
-        for stage in range(first, self.stages.last):
-            with replaced(self.model, weights_at(stage)):
-                hidden = [self.stages.block(stage, state) for state in hidden]
-        velocity = [self.stages.velocity(state) for state in hidden]
+        with replaced(self.model, weights_at(0) if first == 0 else {}):
+            if first == 0:
+                hidden = [self.stages.embed(batch.inputs) for batch in self._batches]
+            else:
+                self._advance(first)
+                hidden = self._cache
+            for stage in range(max(first, 1), self.stages.last):
+                with replaced(self.model, weights_at(stage)):
+                    hidden = [self.stages.block(stage, state) for state in hidden]
+            velocity = [self.stages.velocity(state) for state in hidden]
         return Errors(
             self._by_state([_mse(got, own) for got, own in zip(velocity, self._velocity, strict=True)]),
             self._by_state([_mse(state.tokens(), own) for state, own in zip(hidden, self._stack, strict=True)]),
@@ -149,7 +153,8 @@ class Measurer:
     def _by_state(self, values: list[Tensor]) -> Tensor:
         by_state = torch.empty(self.count, dtype=torch.float64)
         for batch, value in zip(self._batches, values, strict=True):
-            by_state[batch.indices] = value.cpu()
+            # A state of guidance without distillation is a batch of two.
+            by_state[batch.indices] = value.cpu().view(len(batch.indices), -1).mean(1)
         return by_state
 
     def channel_weights(self, tensor: str) -> Tensor | None:
@@ -235,7 +240,7 @@ def _grouped(names: Iterable[str], stage_of: Callable[[str], int]) -> dict[int, 
 
 
 def _mse(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() - b.double()).square().mean((1, 2))
+    return (a.double() - b.double()).square().flatten(1).mean(1)
 
 
 class _Sums:

@@ -14,7 +14,6 @@ from ..compute import dtype_name
 from ..errors import GGUFError
 from ..generation.memory_check import companion_files, loaded_weights, require_memory
 from ..generation.memory_plan import GIB, transformer_working
-from ..generation.tasks import default_settings
 from ..models.calls import image_tokens
 from .measured_model import Source16
 from .request import Size
@@ -83,8 +82,8 @@ def memory_needs(
         sizes: (width, height) in pixels of each state.
         capturing: whether states are captured by drawing.
     """
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    text = default_settings(bool(config["guidance_embeds"]))["max_sequence_length"]
+    width = source.architecture.width(config)
+    text = source.architecture.settings(config).text_tokens
     tokens = [image_tokens(*size) + text for size in sizes]
     at_once = max(*tokens, min(sum(tokens), BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])))
     transformer = loaded_weights(source.files, dtype, device).held

@@ -1,91 +1,170 @@
-"""The forward pass of a Flux transformer in stages, so that measuring can start at any block.
+"""The forward pass of a transformer in stages, so that measuring can start at any block.
 
-Stage 0 embeds the inputs, stages 1 to n are the blocks, stage n + 1 projects to the velocity. Running all of them is
-FluxTransformer2DModel's own forward pass (without ControlNet and IP-Adapter inputs).
+Stage 0 embeds the inputs, stages 1 to n are the blocks, stage n + 1 projects to the velocity. All of it is the model's own
+forward pass: it is run up to a block and left there, and taken up again with the blocks before replaced by what they gave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import FormatError
+from ..models.model_class import architecture_of_model
 from ..models.names import block_of
-
-if TYPE_CHECKING:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-# The model's embedders take a timestep and a guidance of thousandths.
-_THOUSAND = 1000
+from .state_inputs import velocity_of
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hold what goes from block to block.
+    """Hold what goes into a block.
 
     Attributes:
-        image: [batch, image tokens, width].
-        text: [batch, text tokens, width].
-        temb: [batch, width], the embedded timestep, guidance and pooled text.
-        rope: cosines and sines, as `pos_embed` returns them.
+        inputs: the model's keyword arguments.
+        arguments: of the next block, None behind the last.
+        named: its keyword arguments.
+        outputs: list of blocks -> what its last block that ran gave.
     """
 
-    image: Tensor
-    text: Tensor
-    temb: Tensor
-    rope: tuple[Tensor, Tensor]
+    inputs: Mapping[str, Any]
+    arguments: tuple[Any, ...] | None
+    named: Mapping[str, Any]
+    outputs: Mapping[str, Any] = field(default_factory=dict)
 
     def tokens(self) -> Tensor:
-        """Return text and image tokens together, [batch, tokens, width]."""
-        return torch.cat([self.text, self.image], dim=1)
+        """Return what the last block gave: text and image tokens together, [batch, tokens, width]."""
+        given = list(self.outputs.values())[-1]
+        parts = [part for part in (given if isinstance(given, tuple) else (given,)) if part is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class _Reached(Exception):
+    """Leave a forward pass in front of a block."""
+
+    def __init__(self, arguments: tuple[Any, ...], named: dict[str, Any]):
+        super().__init__()
+        self.arguments, self.named = arguments, named
 
 
 class Stages:
-    """Run a FluxTransformer2DModel stage by stage.
+    """Run a transformer stage by stage.
 
     Args:
         model: the transformer, in eval mode. It is not changed.
+
+    Raises:
+        FormatError: where the model is of no known architecture.
     """
 
-    def __init__(self, model: FluxTransformer2DModel):
+    def __init__(self, model: nn.Module):
+        architecture = architecture_of_model(model)
+        if architecture is None:
+            raise FormatError(f"Blocks are known of transformers that flux_kernels loads, not of a {type(model).__name__}.")
         self.model = model
-        self.blocks: list[nn.Module] = [*model.transformer_blocks, *model.single_transformer_blocks]
-        self.last = len(self.blocks) + 1
+        self._lists: list[str] = [theirs for _, theirs in architecture.blocks]
+        self._blocks: list[tuple[str, nn.Module]] = [
+            (name, block) for name in self._lists for block in model.get_submodule(name).children()
+        ]
+        self.last = len(self._blocks) + 1
 
     def stage_of(self, module: str) -> int:
-        """Return the stage that a module (or parameter) of the model belongs to."""
+        """Return the stage that a module (or parameter) of the model belongs to; 0 for all outside the blocks."""
         block = block_of(f"{module}.")
-        if block is not None:
-            return 1 + block[1] + (len(self.model.transformer_blocks) if block[0] == "single_transformer_blocks" else 0)
-        return self.last if module.startswith(("norm_out", "proj_out")) else 0
+        if block is None:
+            return 0
+        before = self._lists[: self._lists.index(block[0])]
+        return 1 + block[1] + sum(name in before for name, _ in self._blocks)
 
     def embed(self, inputs: Mapping[str, Any]) -> Hidden:
         """Run stage 0 on the transformer's keyword arguments."""
-        model = self.model
-        image = model.x_embedder(inputs["hidden_states"])
-        timestep = inputs["timestep"].to(image.dtype) * _THOUSAND
-        pooled, guidance = inputs["pooled_projections"], inputs.get("guidance")
-        if guidance is None:
-            temb = model.time_text_embed(timestep, pooled)
-        else:
-            temb = model.time_text_embed(timestep, guidance.to(image.dtype) * _THOUSAND, pooled)
-        text = model.context_embedder(inputs["encoder_hidden_states"])
-        rope = model.pos_embed(torch.cat((inputs["txt_ids"], inputs["img_ids"]), dim=0))
-        return Hidden(image, text, temb, rope)
+        return self._taken_up(Hidden(inputs, None, {}), 1)
 
     def block(self, stage: int, hidden: Hidden) -> Hidden:
         """Run the block of stage 1 to n."""
-        text, image = self.blocks[stage - 1](
-            hidden_states=hidden.image,
-            encoder_hidden_states=hidden.text,
-            temb=hidden.temb,
-            image_rotary_emb=hidden.rope,
-        )
-        return Hidden(image, text, hidden.temb, hidden.rope)
+        name, block = self._blocks[stage - 1]
+        given = block(*(hidden.arguments or ()), **hidden.named)
+        outputs = {**hidden.outputs, name: given}
+        following = self._blocks[stage][0] if stage < len(self._blocks) else None
+        if following != name:
+            behind = Hidden(hidden.inputs, None, {}, outputs)
+            return behind if following is None else self._taken_up(behind, stage + 1)
+        arguments = _passed_on(hidden, given)
+        if arguments is None:
+            return self._taken_up(Hidden(hidden.inputs, None, {}, outputs), stage + 1)
+        return Hidden(hidden.inputs, *arguments, outputs)
 
     def velocity(self, hidden: Hidden) -> Tensor:
-        """Run the last stage; return the velocity of the image tokens, [batch, image tokens, channels]."""
-        return self.model.proj_out(self.model.norm_out(hidden.image, hidden.temb))
+        """Run the last stage; return the velocity, [batch, ...]."""
+        with self._replaced(hidden.outputs, self.last):
+            return velocity_of(self.model(**hidden.inputs, return_dict=False))
+
+    def _taken_up(self, hidden: Hidden, stage: int) -> Hidden:
+        """Run the model to where a block begins, the blocks before replaced by what they gave."""
+        with self._replaced(hidden.outputs, stage):
+            try:
+                self.model(**hidden.inputs, return_dict=False)
+            except _Reached as reached:
+                return Hidden(
+                    hidden.inputs, reached.arguments, reached.named, _light(hidden.outputs, self._blocks[stage - 1][0])
+                )
+        raise FormatError(f"The forward pass of {type(self.model).__name__} does not reach its block of stage {stage}.")
+
+    @contextmanager
+    def _replaced(self, outputs: Mapping[str, Any], stage: int) -> Iterator[None]:
+        """Let the blocks before a stage give what is known of their list, and the stage's own leave the pass."""
+        own: list[nn.Module] = []
+        try:
+            for at, (name, block) in enumerate(self._blocks[:stage], start=1):
+                own.append(block)
+                # An attribute of the instance comes before the class's method.
+                block.forward = _leave if at == stage else _giving(outputs[name])
+            yield
+        finally:
+            for block in own:
+                del block.forward
+
+
+def _leave(*arguments: Any, **named: Any) -> None:
+    raise _Reached(arguments, named)
+
+
+def _giving(output: Any) -> Any:
+    return lambda *_arguments, **_named: output
+
+
+def _passed_on(hidden: Hidden, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return the arguments of the next block of a list: what a block gives takes the place of what it got.
+
+    A tensor takes the first argument's place; the two of a pair, text and image, those of `encoder_hidden_states` and
+    `hidden_states`. None where the block's arguments are called otherwise.
+    """
+    arguments, named = hidden.arguments or (), dict(hidden.named)
+    if isinstance(given, Tensor):
+        if arguments:
+            return (given, *arguments[1:]), named
+        if "hidden_states" in named:
+            return arguments, {**named, "hidden_states": given}
+    elif (
+        isinstance(given, tuple)
+        and len(given) == 2
+        and not arguments
+        and {"hidden_states", "encoder_hidden_states"} <= {*named}
+    ):
+        return arguments, {**named, "encoder_hidden_states": given[0], "hidden_states": given[1]}
+    return None
+
+
+def _light(outputs: Mapping[str, Any], current: str) -> dict[str, Any]:
+    """Return outputs with those of finished lists as zeros that take no memory: only their shapes count from now on."""
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.new_zeros(()).expand(value.shape)
+        return tuple(map(shape_of, value)) if isinstance(value, tuple) else value
+
+    return {name: value if name == current else shape_of(value) for name, value in outputs.items()}

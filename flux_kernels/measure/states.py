@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,9 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..files import file_sha256, written_whole
+from .state_inputs import as_arguments
 
 SCHEMA = "flux_kernels.states/1"
-# Inputs with the batch dimension first.
-PER_PICTURE = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
-# Inputs of all pictures of one size.
-SHARED = ("img_ids", "txt_ids")
 # Tokens that run together, at most; a larger picture runs alone.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
@@ -30,8 +27,9 @@ class State:
     """Hold one sampled step of one denoising run.
 
     Attributes:
-        inputs: keyword arguments of the transformer with a batch of 1 (guidance is left out where the model has none).
-        velocity: what the unquantized transformer returned, [1, image tokens, channels].
+        inputs: tensors of the transformer's call (see state_inputs.py), those without the batch first are of all pictures of
+            one size.
+        velocity: what the unquantized transformer returned, [batch, image tokens, channels] for most.
         prompt: of the picture.
         seed: of its noise.
         width: in pixels.
@@ -40,6 +38,7 @@ class State:
         steps: of the whole run.
         sigma: noise level at the step.
         dsigma: how far the step moves sigma, positive.
+        others: arguments of the call that are no tensors.
     """
 
     inputs: dict[str, Tensor]
@@ -52,15 +51,29 @@ class State:
     steps: int
     sigma: float
     dsigma: float
+    others: dict[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """Return all that is not a tensor."""
-        return {name: value for name, value in vars(self).items() if name not in ("inputs", "velocity")}
+        left_out = ("inputs", "velocity") if self.others else ("inputs", "velocity", "others")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the inputs that all pictures of one size share: those without the batch first."""
+        batch = self.velocity.shape[0]
+        return tuple(name for name, tensor in self.inputs.items() if not tensor.dim() or tensor.shape[0] != batch)
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether its inputs cannot be joined with another state's: lists, other arguments, more than a picture."""
+        return bool(self.others) or self.velocity.shape[0] != 1 or any("." in name for name in self.inputs)
 
     @property
     def tokens(self) -> int:
-        """Number of image and text tokens."""
-        return self.inputs["hidden_states"].shape[1] + self.inputs["encoder_hidden_states"].shape[1]
+        """Number of image and text tokens, or of numbers at a place where the inputs do not say."""
+        sequences = [self.inputs[name] for name in ("hidden_states", "encoder_hidden_states") if name in self.inputs]
+        return sum(tensor.shape[1] for tensor in sequences if tensor.dim() == 3) or 1
 
 
 @dataclass
@@ -106,8 +119,8 @@ class States:
         facts = json.loads(about)
         items = []
         for number, state in enumerate(facts["states"]):
-            own = {name: tensors[f"{number}.{name}"] for name in (*PER_PICTURE, *SHARED) if f"{number}.{name}" in tensors}
-            items.append(State(own, tensors[f"{number}.velocity"], **state))
+            own = {name.removeprefix(f"{number}."): tensors[name] for name in tensors if name.startswith(f"{number}.")}
+            items.append(State(own, own.pop("velocity"), **state))
         return cls(items, facts["model"], facts["source_sha256"], file_sha256(path))
 
     def unlike(
@@ -148,26 +161,32 @@ class Batch:
     """Hold states of one size that run together: their indices, and the transformer's keyword arguments."""
 
     indices: list[int]
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
 
 
 def batches(items: Sequence[State], device: torch.device, dtype: torch.dtype) -> list[Batch]:
     """Group states of one size into batches, in an order that depends on the states alone."""
     groups: dict[tuple, list[int]] = {}
     for index, state in enumerate(items):
-        ids = tuple(state.inputs[name].numpy().tobytes() for name in SHARED)
-        groups.setdefault((ids, tuple(sorted(state.inputs))), []).append(index)
+        ids = tuple(state.inputs[name].numpy().tobytes() for name in state.shared)
+        shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in state.inputs.items()))
+        groups.setdefault((ids, shapes, index if state.runs_alone else -1), []).append(index)
     limit = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     parts = []
     for indices in groups.values():
         at_once = max(1, limit // items[indices[0]].tokens)
         for start in range(0, len(indices), at_once):
             part = indices[start : start + at_once]
-            parts.append(Batch(part, _stack([items[index].inputs for index in part], device, dtype)))
+            parts.append(Batch(part, _stack([items[index] for index in part], device, dtype)))
     return parts
 
 
-def _stack(inputs: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    stacked = {name: torch.cat([one[name] for one in inputs]) for name in PER_PICTURE if name in inputs[0]}
-    stacked |= {name: inputs[0][name] for name in SHARED}
-    return {name: tensor.to(device, dtype) for name, tensor in stacked.items()}
+def _stack(states: Sequence[State], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the keyword arguments of a call for states of one size."""
+    first = states[0]
+    stacked = {
+        name: tensor if name in first.shared else torch.cat([state.inputs[name] for state in states])
+        for name, tensor in first.inputs.items()
+    }
+    moved = {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in stacked.items()}
+    return as_arguments(moved, first.others)

@@ -60,6 +60,7 @@ class Variant:
         guidance: the scale that the pipeline takes; 0 where the model is distilled of it.
         text_tokens: that a prompt is padded or cut to.
         size: (width, height) in pixels of a usual picture.
+        latent_frames: of a usual video; 1 for pictures.
     """
 
     name: str
@@ -68,6 +69,18 @@ class Variant:
     guidance: float
     text_tokens: int = 512
     size: tuple[int, int] = (1024, 1024)
+    latent_frames: int = 1
+
+    @property
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """The settings as arguments of a diffusers pipeline."""
+        return {
+            "height": self.size[1],
+            "width": self.size[0],
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "max_sequence_length": self.text_tokens,
+        }
 
     @property
     def slug(self) -> str:
@@ -138,6 +151,20 @@ class Architecture:
         """Return a file's shapes as `read_config` asks for them."""
         name_of = str if naming == DIFFUSERS else self.original_of
         return StoredShapes(self.name, shapes, name_of, self.blocks)
+
+    def width(self, config: Mapping[str, Any]) -> int:
+        """Return the channels of a hidden state."""
+        heads = ("num_attention_heads", "attention_head_dim")
+        return config["dim"] if "dim" in config else config[heads[0]] * config[heads[1]]
+
+    def picture_tokens(self, config: Mapping[str, Any]) -> int:
+        """Return the tokens of a usual picture or video of a model."""
+        usual = self.settings(config)
+        return usual.latent_frames * (usual.size[0] // self.patch) * (usual.size[1] // self.patch)
+
+    def settings(self, config: Mapping[str, Any]) -> Variant:
+        """Return the variant whose settings a model takes: its own, or the first."""
+        return self.variant(config) or self.variants[0]
 
     def variant(self, config: Mapping[str, Any]) -> Variant | None:
         """Return the published model whose values a config has, or None."""

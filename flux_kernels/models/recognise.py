@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from ..errors import GGUFError
 from .architecture import DIFFUSERS, Architecture
 from .architectures import ARCHITECTURES
-from .names import strip_prefix
+from .names import PREFIXES, strip_prefix
 
 _LOADS = "flux_kernels loads " + ", ".join(f"{row.name} ({row.covers})" for row in reversed(ARCHITECTURES)) + "."
+
+
+# What stands next to the transformer in whole checkpoints.
+_COMPANIONS = (
+    *("first_stage_model.", "vae.", "text_encoders.", "text_encoder.", "text_encoder_2.", "cond_stage_model.", "conditioner."),
+    *("text_model.", "clip_l.", "clip_g.", "t5xxl.", "te.", "te1.", "te2."),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,12 @@ def canonical_names(names: Collection[str]) -> dict[str, str]:
             raise GGUFError(f"Tensors {canonical[bare]!r} and {name!r} are both {bare!r}. A file must hold each tensor once.")
         canonical[bare] = name
     return canonical
+
+
+def transformer_names(names: Collection[str]) -> list[str]:
+    """Return the names of a file's transformer: of a whole checkpoint, text encoders and VAE are left out."""
+    whole = any(name.startswith(PREFIXES[0]) for name in names)
+    return [name for name in names if not (whole and name.startswith(_COMPANIONS))]
 
 
 def recognise(names: Collection[str]) -> Architecture | None:

@@ -24,7 +24,7 @@ from .config import infer_config
 from .low_rank_tensors import check_corrections, correction_names, is_correction
 from .model_class import empty_model, parameter_shapes
 from .names import Source, block_of, sources, stored_shapes
-from .recognise import canonical_names, expect, naming_of
+from .recognise import canonical_names, expect, naming_of, transformer_names
 from .stored_shapes import Shapes
 
 
@@ -158,7 +158,7 @@ def understand(
     Raises:
         GGUFError: where it cannot be loaded, with the reason.
     """
-    names = canonical_names(file.tensors)
+    names = canonical_names(transformer_names(file.tensors))
     shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
     extra = {bare: names.pop(bare) for bare in [*names] if is_correction(bare)}
     extra_shapes = {bare: shapes.pop(bare) for bare in extra}

@@ -17,7 +17,7 @@ from ..errors import GGUFError
 from ..gguf.file import read_gguf
 from ..gguf.spec import MAGIC, shown, shown_path
 from ..models.architectures import ARCHITECTURES
-from ..models.recognise import canonical_names
+from ..models.recognise import canonical_names, transformer_names
 from ..models.stored import torch_shape
 from .safetensors_header import join_scales, read_safetensors
 from .stored_tensor import StoredTensor
@@ -93,11 +93,12 @@ def _config(path: Path) -> str | None:
 def _open_gguf(path: str) -> SourceFiles:
     file = read_gguf(path)
     tensors = {}
-    for bare, name in canonical_names(file.tensors).items():
+    chosen = transformer_names(file.tensors)
+    for bare, name in canonical_names(chosen).items():
         tensor = file.tensors[name]
         shape = torch_shape(file, bare, name)
-        tensors[bare] = StoredTensor(name, path, tensor.offset, tensor.format, shape)
-    return SourceFiles((path,), tensors, file.metadata)
+        tensors[bare] = StoredTensor(name, tensor.path, tensor.offset, tensor.format, shape)
+    return SourceFiles(file.parts, tensors, file.metadata, left_out=tuple(file.tensors.keys() - set(chosen)))
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -1,0 +1,55 @@
+"""Files that were split into parts, "model-00001-of-00003.gguf" and so on: any part stands for all of them.
+
+Source: llama.cpp's gguf-split: each part has the keys split.no, split.count and split.tensors.count, the first has all others.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import GGUFError
+from .spec import shown_path
+
+_COUNT, _TENSORS = "split.count", "split.tensors.count"
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+# llama.cpp numbers with five digits; far fewer are of use.
+_MOST_PARTS = 1000
+
+
+def part_paths(path: str, metadata: Mapping[str, Any]) -> list[str]:
+    """Return the paths of all parts of a file, its own among them; [path] where it is whole.
+
+    Raises:
+        GGUFError: where a part is not there, or the name does not say where the others are.
+    """
+    count = metadata.get(_COUNT, 1)
+    if not isinstance(count, int) or count <= 1:
+        return [path]
+    match = _PART.search(path)
+    if match is None or int(match[2]) != count or count > _MOST_PARTS:
+        raise GGUFError(
+            f"{shown_path(path)}: one of {count} parts by its keys, but its name does not end in -00001-of-{count:05}.gguf, so the "
+            "others cannot be found. Give all parts the names that they had."
+        )
+    stem = path[: match.start()]
+    paths = [f"{stem}-{number:05}-of-{match[2]}{path[-len('.gguf') :]}" for number in range(1, count + 1)]
+    missing = [part for part in paths if not os.path.isfile(part)]
+    if missing:
+        names = ", ".join(os.path.basename(part) for part in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise GGUFError(
+            f"{shown_path(path)}: one of {count} parts; {names}{more} {'is' if len(missing) == 1 else 'are'} not beside it."
+        )
+    return paths
+
+
+def check_parts(path: str, metadata: Mapping[str, Any], tensors: int) -> None:
+    """Raise GGUFError where the parts hold another number of tensors than they say."""
+    stated = metadata.get(_TENSORS, tensors)
+    if stated != tensors:
+        raise GGUFError(
+            f"{shown_path(path)}: its parts hold {tensors} tensors, their keys say {stated}. They are not of one model."
+        )
