@@ -114,6 +114,8 @@ class Architecture:
         unused: regular expression of names that files hold and the model has no use for.
         original: what the original naming is called.
         patch: pixels of a side that become a token.
+        tokens: fnmatch pattern of layers in the blocks (diffusers' names, "*" for the block) -> what reaches them: "text", "both"
+            or "batch" (a row a picture); the first that matches counts, and others get the picture's tokens.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Architecture:
     unused: str = r"(?!)"
     original: str = "original"
     patch: int = 16
+    tokens: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def namings(self) -> tuple[str, ...]:

@@ -21,6 +21,14 @@ def stream(original: str, context: str, q: str, k: str, v: str, out: str, scale:
     )
 
 
+TOKENS = {
+    "single_*.norm.linear": "batch",
+    "single_*": "both",
+    "*.norm1*.linear": "batch",
+    "*.attn.add_*_proj": "text",
+    "*.attn.to_add_out": "text",
+    "*.ff_context.*": "text",
+}
 IMAGE_STREAM = stream("img", "", "to_q", "to_k", "to_v", "to_out.0", "norm_")
 TEXT_STREAM = stream("txt", "_context", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_")
 SINGLE_BLOCK = (

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import GGUFError
 from ..architecture import Architecture, Link, Variant
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM
+from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS
 
 # The halves of a rotary axis are pairs, so every axis is even; the index axis has an eighth of a head, the two image axes
 # the rest: (16, 56, 56) of 128.
@@ -121,4 +121,5 @@ FLUX1 = Architecture(
     # In BF16, diffusers takes its bytes for columns, and the file for FLUX.1-Depth.
     never_bf16=("img_in.weight",),
     original="bfl",
+    tokens=TOKENS,
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..architecture import Architecture, Link, Variant, norm
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS
+from ._flux_links import BLOCKS, TOKENS
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _EMBED = "time_guidance_embed"
@@ -104,4 +104,5 @@ FLUX2 = Architecture(
     ),
     plain=("img_in.", "txt_in.", "time_in.", "guidance_in.", "final_layer."),
     original="bfl",
+    tokens=TOKENS,
 )
