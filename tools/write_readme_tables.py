@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from math import prod
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -20,7 +21,25 @@ from flux_kernels.benchmark.record import origin_text, read_csv
 from flux_kernels.benchmark.totals import TWINS, Total, by_step, marked, totals
 from flux_kernels.compute import COMPUTE_MODES
 from flux_kernels.formats import FORMATS, PLAIN_TYPES, BlockFormat
+from flux_kernels.models.architecture import Architecture, Variant
+from flux_kernels.models.architectures import ARCHITECTURES
+from flux_kernels.models.model_class import empty_model, parameter_shapes
 from tools.gpu_tables import gpu_section
+
+
+def model_table() -> str:
+    """Return the table of ARCHITECTURES: published models, weights, and diffusers' pipelines."""
+    lines = ["| models | weights | for diffusers' |", "|---|---|---|"]
+    for row in reversed(ARCHITECTURES):
+        sizes = [f"{variant.name} {_billions(row, variant)}" for variant in row.variants]
+        pipelines = ", ".join(f"`{name}`" for name in row.pipelines)
+        lines.append(f"| {row.name}: {row.covers} | {', '.join(sizes)} | {pipelines} |")
+    return "\n".join(lines)
+
+
+def _billions(row: Architecture, variant: Variant) -> str:
+    weights = sum(map(prod, parameter_shapes(empty_model(row, variant.config)).values()))
+    return f"{weights / 1e9:.1f} B"
 
 
 def format_table() -> str:
@@ -108,7 +127,7 @@ def _predicted(row: dict[str, str]) -> str:
 
 
 PAGES = {
-    README: {"formats": format_table, "modes": mode_table, "gpus": gpu_table, "linears": linear_table},
+    README: {"models": model_table, "formats": format_table, "modes": mode_table, "gpus": gpu_table, "linears": linear_table},
     PREDICTED: {"predictions": prediction_table},
 }
 
