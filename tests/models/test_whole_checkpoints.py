@@ -1,0 +1,60 @@
+"""Files that hold more than a transformer, or only a part of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flux_kernels import load_transformer
+from flux_kernels.errors import GGUFError
+from flux_kernels.generation.inspect_file import inspect_file
+from flux_kernels.source.source import understand_source
+
+from ..flux_files import FluxFile
+from .cases import CASES
+from .test_architectures import packed, small_file
+
+PREFIX = "model.diffusion_model."
+COMPANIONS = (
+    *("first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight"),
+    *("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight", "text_encoders.qwen3.model.norm.weight"),
+)
+all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def whole_checkpoint(case, drop=()) -> FluxFile:
+    tensors = {PREFIX + name: value for name, value in small_file(case.name).tensors.items() if name not in drop}
+    return FluxFile(tensors | {name: (np.zeros((4, 4), np.float16), "F16", (4, 4)) for name in COMPANIONS})
+
+
+@all_cases
+def test_the_transformer_of_a_whole_checkpoint_loads(tmp_path, case):
+    path = whole_checkpoint(case).write(tmp_path / "all.gguf")
+    assert packed(load_transformer(path)) == packed(load_transformer(small_file(case.name).write(tmp_path / "alone.gguf")))
+    assert inspect_file(path).refused is None
+    source = understand_source(path)
+    assert source.tensors.keys() == case.shapes.keys() and "4 tensors of other parts" in source.notes[0]
+
+
+@all_cases
+def test_what_a_whole_checkpoint_lacks_is_named(tmp_path, case):
+    lost = case.quantized[0]
+    with pytest.raises(GGUFError, match=lost.replace(".", r"\.")):
+        load_transformer(whole_checkpoint(case, drop=[lost]).write(tmp_path / "all.gguf"))
+
+
+@all_cases
+def test_a_model_in_parts(tmp_path, case):
+    """Two parts, as gguf-split writes them; without the second, the first says what is missing."""
+    tensors = list(small_file(case.name).tensors.items())
+    half = len(tensors) // 2
+    paths = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for number, (path, part) in enumerate(zip(paths, (tensors[:half], tensors[half:]), strict=True)):
+        keys = [("add_uint16", "split.no", number), ("add_uint16", "split.count", 2)]
+        FluxFile(dict(part)).write(path, keys=[*keys, ("add_int32", "split.tensors.count", len(tensors))])
+    whole = packed(load_transformer(small_file(case.name).write(tmp_path / "whole.gguf")))
+    assert packed(load_transformer(paths[0])) == packed(load_transformer(paths[1])) == whole
+    assert understand_source(paths[1]).tensors.keys() == case.shapes.keys()
+    paths[1].unlink()
+    with pytest.raises(GGUFError, match="one of 2 parts; m-00002-of-00002.gguf is not beside it"):
+        load_transformer(paths[0])
