@@ -243,14 +243,9 @@ def _resident(tensor: GGUFTensor) -> int:
 def _part(file: GGUFFile, architecture: Architecture, config: Mapping[str, Any]) -> Part:
     """Return what the transformer needs on a card for one picture."""
     sizes, decoded = _sizes(file)
-    tokens = architecture.picture_tokens(config) + _text_tokens(architecture)
+    tokens = architecture.picture_tokens(architecture.settings(config)) + architecture.text_tokens
     working = transformer_working(architecture.width(config), tokens, decoded=decoded)
     return Part("transformer", sum(sizes), max(sizes), working)
-
-
-def _text_tokens(architecture: Architecture) -> int:
-    """Return the most text tokens that the architecture's models take."""
-    return max(variant.text_tokens for variant in architecture.variants)
 
 
 def _overhead(architecture: Architecture, config: Mapping[str, Any]) -> str:
@@ -258,8 +253,7 @@ def _overhead(architecture: Architecture, config: Mapping[str, Any]) -> str:
     usual = architecture.settings(config)
     frames = f" x {usual.latent_frames} latent frames" if usual.latent_frames > 1 else ""
     size = {"width": usual.size[0], "height": usual.size[1], "frames": frames}
-    image, text = architecture.picture_tokens(config), _text_tokens(architecture)
-    return OVERHEAD.format(image=image, text=text, **size)
+    return OVERHEAD.format(image=architecture.picture_tokens(usual), text=architecture.text_tokens, **size)
 
 
 def _sizes(file: GGUFFile) -> tuple[list[int], int]:

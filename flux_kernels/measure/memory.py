@@ -14,7 +14,6 @@ from ..compute import dtype_name
 from ..errors import GGUFError
 from ..generation.memory_check import companion_files, loaded_weights, require_memory
 from ..generation.memory_plan import GIB, transformer_working
-from ..models.calls import image_tokens
 from .measured_model import Source16
 from .request import Size
 from .states import BATCH_TOKENS, SCHEMA
@@ -83,8 +82,8 @@ def memory_needs(
         capturing: whether states are captured by drawing.
     """
     width = source.architecture.width(config)
-    text = source.architecture.settings(config).text_tokens
-    tokens = [image_tokens(*size) + text for size in sizes]
+    usual = source.architecture.settings(config)
+    tokens = [source.architecture.picture_tokens(usual, *size) + usual.text_tokens for size in sizes]
     at_once = max(*tokens, min(sum(tokens), BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])))
     transformer = loaded_weights(source.files, dtype, device).held
     companions = loaded_weights(companion_files(source.base), dtype, device).held if capturing and source.base else 0

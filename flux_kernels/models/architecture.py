@@ -160,10 +160,15 @@ class Architecture:
         heads = ("num_attention_heads", "attention_head_dim")
         return config["dim"] if "dim" in config else config[heads[0]] * config[heads[1]]
 
-    def picture_tokens(self, config: Mapping[str, Any]) -> int:
-        """Return the tokens of a usual picture or video of a model."""
-        usual = self.settings(config)
-        return usual.latent_frames * (usual.size[0] // self.patch) * (usual.size[1] // self.patch)
+    def picture_tokens(self, usual: Variant, width: int | None = None, height: int | None = None) -> int:
+        """Return the tokens of a picture (or of a video of the usual length), by default of the usual size in pixels."""
+        across, down = (width or usual.size[0]) // self.patch, (height or usual.size[1]) // self.patch
+        return usual.latent_frames * across * down
+
+    @property
+    def text_tokens(self) -> int:
+        """The most text tokens that its models take."""
+        return max(variant.text_tokens for variant in self.variants)
 
     def settings(self, config: Mapping[str, Any]) -> Variant:
         """Return the variant whose settings a model takes: its own, or the first."""

@@ -48,8 +48,7 @@ def variant_calls(slug: str, *, width: int | None = None, height: int | None = N
         GGUFError: where the installed diffusers does not have it.
     """
     architecture, variant = find_variant(slug)
-    size = (width or variant.size[0], height or variant.size[1])
-    image = variant.latent_frames * (size[0] // architecture.patch) * (size[1] // architecture.patch)
+    image = architecture.picture_tokens(variant, width, height)
     rows = {IMAGE: batch * image, TEXT: batch * variant.text_tokens, BATCH: batch}
     rows[BOTH] = rows[IMAGE] + rows[TEXT]
     calls: dict[tuple[int, int, int], tuple[list[str], int]] = {}

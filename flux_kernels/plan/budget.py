@@ -22,7 +22,7 @@ from ..generation.memory_plan import (
 )
 from ..mixed.file_layout import KEY_VALUE_BYTES, FileLayout
 from ..mixed.option import Option
-from ..models.calls import image_tokens
+from ..models.architectures.flux1 import FLUX1
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
@@ -102,16 +102,33 @@ def room_on_card(layout: FileLayout, card_gib: float, width: int, height: int, o
     """Return what a card leaves for the file of the transformer, by the arithmetic of ROOM."""
     if offload not in OFFLOADS:
         raise FormatError(f"Unknown offload {offload!r}. Legal: {', '.join(OFFLOADS)}.")
-    hidden = layout.shapes["img_in.weight"][0]
-    blocks = set(layout.blocks)
-    decoded = 2 * max(prod(shape) for name, shape in layout.shapes.items() if name in blocks)
-    working = transformer_working(hidden, image_tokens(width, height) + TEXT_TOKENS, decoded=decoded)
+    working = _transformer_bytes(layout, width, height)
+    if layout.architecture is not FLUX1:
+        if offload == "none":
+            raise FormatError(
+                f"What the text encoder of {layout.model or 'this model'} takes is known of FLUX.1 alone, so nothing can be said about "
+                "a card that holds it too. Take --offload model, or give the file's size."
+            )
+        return Room(width, height, working, 0, 0, free_on_card(card_gib) - working)
     others = companions(width, height)
     vae = next(part for part in others if part.name == "vae")
     decoding = tiled(vae.working, width, height)
     resident = sum(part.weights for part in others) if offload == "none" else 0
     peak = max(working, decoding) if offload == "none" else working
     return Room(width, height, working, vae.weights + decoding, resident, free_on_card(card_gib) - resident - peak)
+
+
+def _transformer_bytes(layout: FileLayout, width: int, height: int) -> int:
+    """Return the bytes of the transformer's activations and of its largest matrix decoded."""
+    architecture = layout.architecture
+    if architecture is None:
+        raise FormatError(
+            f"What {layout.model or 'this model'} takes on a card is not known. Give the file's size instead of a card."
+        )
+    config = architecture.read_config(architecture.stored(layout.shapes, architecture.main_naming))
+    tokens = architecture.picture_tokens(architecture.settings(config), width, height) + architecture.text_tokens
+    decoded = 2 * max(prod(layout.shapes[name]) for name in layout.blocks)
+    return transformer_working(architecture.width(config), tokens, decoded=decoded)
 
 
 def room_table(layout: FileLayout, card_gib: float, offload: str = "model") -> list[Room]:

@@ -17,7 +17,10 @@ from .test_architectures import packed, small_file
 PREFIX = "model.diffusion_model."
 COMPANIONS = (
     *("first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight"),
-    *("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight", "text_encoders.qwen3.model.norm.weight"),
+    *(
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight",
+        "text_encoders.qwen3.model.norm.weight",
+    ),
 )
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
