@@ -66,6 +66,7 @@ def test_autocast_casts_as_f_linear_does(data, weight, dtype):
     assert x.grad.dtype == torch.float32
 
 
+@pytest.mark.plain_memory
 @pytest.mark.parametrize("bias", [None, torch.zeros(N)])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_linear(data, bias, requires_grad):
@@ -73,6 +74,7 @@ def test_opcheck_linear(data, bias, requires_grad):
     torch.library.opcheck(OPS.linear.default, (x, data, bias, "Q4_K", "auto", "exact", False))
 
 
+@pytest.mark.plain_memory
 def test_opcheck_dequantize(data):
     torch.library.opcheck(OPS.dequantize.default, (data, "Q4_K", torch.bfloat16, "auto", False))
 
