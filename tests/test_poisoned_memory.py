@@ -1,4 +1,4 @@
-"""The poison itself: where torch.empty is guarded, where it is only full of NaN, and where it is torch's own."""
+"""The poison itself: where torch.empty is guarded, only full of NaN, or torch's own."""
 
 from __future__ import annotations
 
