@@ -26,9 +26,9 @@ from bench.record import origin, write_csv
 from bench.stand_in import CARDS, StandIn, stand_in
 from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.machine.clock import balanced_order
-from flux_kernels.machine.random_rows import random_rows
+from flux_kernels.machine.random_rows import random_weight
 
-_CASES = {  # name -> compute mode, M; N and K are those of most of FLUX.1's linears
+CASES = {  # name -> compute mode, M; N and K are those of most of FLUX.1's linears
     "small m": ("exact", 1),
     "fused": ("exact", 16),
     "two-stage": ("exact", 4608),
@@ -56,9 +56,8 @@ def cases(card: StandIn, format: str, dtype: torch.dtype, entry: str) -> dict[st
     plain = nn.Linear(8, 8).requires_grad_(False)
     x = torch.zeros(8, 8)
     calls: dict[str, Callable[[], object]] = {"nn.Linear": lambda: plain(x)}
-    fmt = FORMATS[format]
-    weight, bias = Packed(random_rows(fmt, _N, _K, fmt.planes), fmt, fmt.planes), torch.zeros(_N, dtype=dtype)
-    for name, (compute, m) in _CASES.items():
+    weight, bias = random_weight(FORMATS[format], _N, _K), torch.zeros(_N, dtype=dtype)
+    for name, (compute, m) in CASES.items():
         calls[name] = entered(torch.empty(m, _K, dtype=dtype), weight, bias, compute, entry)
     return {name: call for name, call in calls.items() if _runs(name, call)}
 
@@ -132,7 +131,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     plain = median(times["nn.Linear"])
     rows = []
     for name, means in times.items():
-        us, compute, m = median(means), *_CASES.get(name, ("", ""))
+        us, compute, m = median(means), *CASES.get(name, ("", ""))
         rows.append(
             dict(case=name, card=options.card, format=options.format, dtype=options.dtype, entry=options.entry)
             | dict(compute=compute, m=m, us=f"{us:.1f}", us_above_linear=f"{us - plain:.1f}", least_us=f"{min(means):.1f}")

@@ -19,8 +19,8 @@ from flux_kernels.benchmark.ceilings import measure_ceilings
 from flux_kernels.benchmark.linears import is_broken, measure, summary
 from flux_kernels.benchmark.providers import default_providers
 from flux_kernels.benchmark.shapes import reduced, size_name
+from flux_kernels.compute import capability_of
 from flux_kernels.formats import FORMATS
-from flux_kernels.kernels.launching import capability_of
 from flux_kernels.models.calls import STEPS, Call, step_calls
 
 

@@ -30,8 +30,8 @@ import torch
 from bench.record import ROOT, append_csv, origin
 from flux_kernels.benchmark.providers import GATE_EXACT, GATE_INT8
 from flux_kernels.benchmark.shapes import reduced
-from flux_kernels.formats import Packed, get_format
-from flux_kernels.machine.random_rows import random_rows
+from flux_kernels.formats import get_format
+from flux_kernels.machine.random_rows import random_weight
 from flux_kernels.models.calls import STEPS, Call, step_calls
 from flux_kernels.torch_backend import reference
 
@@ -155,12 +155,12 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 def _write_problem(folder: Path, name: str, call: Call, dtype: torch.dtype) -> tuple[Path, list[int], torch.Tensor]:
     """Write weight, activation and bias for both sides; return some output rows and float64 values."""
     generator, fmt = torch.Generator().manual_seed(call.n + call.k), get_format(name)
-    data = random_rows(fmt, call.n, call.k, seed=call.n + call.k)
+    weight = random_weight(fmt, call.n, call.k, planes=False, seed=call.n + call.k)
     x, bias = torch.randn(call.m, call.k, generator=generator).to(dtype), torch.randn(call.n, generator=generator).to(dtype)
     rows = torch.linspace(0, call.m - 1, min(_CHECKED, call.m)).long()
-    oracle = x[rows].double() @ reference.dequantize(Packed(data, fmt)).double().T + bias.double()
+    oracle = x[rows].double() @ reference.dequantize(weight).double().T + bias.double()
     path = folder / "problem.pt"
-    torch.save(dict(data=data, x=x, bias=bias), path)
+    torch.save(dict(data=weight.data, x=x, bias=bias), path)
     return path, rows.tolist(), oracle
 
 

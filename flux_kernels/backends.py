@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from . import _triton
-from .compute import COMPUTE_MODES, DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY, check_mode, dtype_name
+from .compute import COMPUTE_MODES, DATACENTER, HOPPER, TENSOR_CORE_CAPABILITY, capability_of, check_mode, dtype_name
 from .errors import BackendUnavailable, FormatError
 from .formats import BlockFormat
 
@@ -60,8 +60,8 @@ def _device_refusal(device: torch.device, fmt: BlockFormat) -> str | None:
     if device.type in ("xpu",) or (device.type == "cuda" and torch.version.hip):
         return None
     if device.type == "cuda":
-        capability = _capability(device)
-        if capability < MIN_CAPABILITY:
+        capability = capability_of(device)
+        if capability is not None and capability < MIN_CAPABILITY:
             had, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
             return f"{device} has compute capability {had}, and {needed} (an RTX 20 card) is the oldest supported"
         return None
@@ -73,11 +73,6 @@ def _device_refusal(device: torch.device, fmt: BlockFormat) -> str | None:
 @cache
 def _architecture(device: torch.device) -> str:
     return torch.cuda.get_device_properties(device).gcnArchName
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 BACKENDS = {
@@ -134,7 +129,7 @@ def _say_slower(device: torch.device) -> None:
 
 
 def _is_hopper(backend: Backend, device: torch.device) -> bool:
-    return backend.name == "triton" and device.type == "cuda" and not torch.version.hip and _capability(device) == HOPPER
+    return backend.name == "triton" and capability_of(device) == HOPPER
 
 
 def _mode_refusal(compute: str, device: torch.device) -> str | None:
@@ -145,9 +140,10 @@ def _mode_refusal(compute: str, device: torch.device) -> str | None:
         if _architecture(device).startswith(_AMD_MATRIX_CORES):
             return None
         return f'compute="{compute}" needs matrix cores (Instinct MI200, RX 7000 or newer); {device} is {_architecture(device)}'
-    if _capability(device) < TENSOR_CORE_CAPABILITY:
+    capability = capability_of(device)
+    if capability is not None and capability < TENSOR_CORE_CAPABILITY:
         return f'compute="{compute}" needs tensor cores that Triton supports (an RTX 30 card or newer); {device} is older'
-    if compute == "fp16_accumulate" and _capability(device) in DATACENTER:
+    if compute == "fp16_accumulate" and capability in DATACENTER:
         return (
             f'compute="{compute}" is for cards that multiply fp16 faster with fp16 accumulation (GeForce); {device} does not, and its '
             '"exact" is faster and more accurate'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,6 +43,14 @@ WEIGHT_ONLY_LAYERS = (
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a dtype without the "torch." before it."""
     return str(dtype).removeprefix("torch.")
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Return an NVIDIA card's compute capability, or None on other devices."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def group_width(k: int) -> int:

@@ -297,4 +297,4 @@ def row_scale(weight: Packed, backend: str, compute: str) -> Tensor | None:
     """
     if compute != "int8":
         return None
-    return resolve(backend, compute, weight.data.device, weight.fmt).load().row_scale(weight.contiguous())
+    return resolve(backend, compute, weight.data.device, weight.fmt).load().row_scale(weight.contiguous(), compute)

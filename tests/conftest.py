@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,14 +34,21 @@ def triton_interpreter():
         yield
 
 
+_GUARDED, _POISONED = ("kernels", "torch_backend", "layers"), ("gpu",)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
-    """Poison and guard every torch.empty of the kernels' and the torch backend's tests.
+    """Poison every torch.empty of the tests of kernels, ops, layers and the torch backend.
 
-    See poisoned_memory.py.
+    On a CPU it gets guards, too; see poisoned_memory.py.
     """
-    is_wanted = request.path.parent.name in ("kernels", "torch_backend") and not request.node.get_closest_marker("plain_memory")
-    with poisoned() if is_wanted else nullcontext():
+    folder, is_plain = request.path.parent.name, request.node.get_closest_marker("plain_memory")
+    is_guarded = folder in _GUARDED or request.path.name.startswith("test_ops")
+    if is_plain or not (is_guarded or folder in _POISONED):
+        yield
+        return
+    with poisoned(("cpu",) if is_guarded else ()):
         yield
 
 

@@ -1,6 +1,7 @@
-"""torch.empty as a kernel should fear it: full of NaN, with guard bytes on both sides.
+"""torch.empty as a kernel should fear it: full of NaN, and on the CPU with guard bytes on both sides.
 
-Nobody may write the guards.
+Nobody may write the guards. In tests on a GPU there are none: a tensor inside a larger one would have other storage than a CUDA
+graph's pool, an allocator's statistics or an offloading hook expect, and keeping all of them until a test ends could fill a card.
 """
 
 from __future__ import annotations
@@ -21,23 +22,32 @@ POISON = 0xFF  # of every byte: NaN in all floating dtypes, -1 in signed integer
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """Make torch.empty return poisoned, guarded memory in the block.
+def poisoned(guarded: tuple[str, ...] = ("cpu",)) -> Iterator[None]:
+    """Make torch.empty return poisoned memory in the block, guarded on some types of device.
+
+    Compilers, fake tensors, the meta device and calls with further options get torch's own.
 
     Raises AssertionError where a guard was written.
     """
     plain, made = torch.empty, []
 
     def empty(*size, dtype=None, device=None, **options):
-        dtype = dtype or torch.get_default_dtype()
-        if options or torch.device(device or "cpu").type == "meta":
+        if options or torch.compiler.is_compiling():
             return plain(*size, dtype=dtype, device=device, **options)
+        # Of no elements: what a default device or a mode makes of the arguments.
+        like = plain(0, dtype=dtype, device=device)
+        if type(like) is not torch.Tensor or like.is_meta:
+            return plain(*size, dtype=dtype, device=device)
+        if like.device.type not in guarded:
+            result = plain(*size, dtype=dtype, device=device)
+            if result.numel():
+                result.view(-1).view(torch.uint8).fill_(POISON)
+            return result
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        nbytes = shape.numel() * dtype.itemsize
+        nbytes = shape.numel() * like.dtype.itemsize
         memory = plain(nbytes + 2 * GUARD, dtype=torch.uint8, device=device).fill_(POISON)
-        if not memory.is_meta:  # in a block of torch.device("meta")
-            made.append((memory, shape, dtype))
-        return memory[GUARD : GUARD + nbytes].view(dtype).view(shape)
+        made.append((memory, shape, like.dtype))
+        return memory[GUARD : GUARD + nbytes].view(like.dtype).view(shape)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch, "empty", empty)

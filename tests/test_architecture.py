@@ -30,7 +30,6 @@ CORE = (
     *("errors", "_triton", "formats", "compute", "kernels", "torch_backend", "backends", "ops", "packing"),
     *("layers/eager", "layers/embedding", "layers/lazy_weight", "layers/linear", "layers/low_rank", "layers/row_scale"),
     *(
-        "machine/candidates",
         "machine/clock",
         "machine/gpu_clock",
         "machine/random_rows",

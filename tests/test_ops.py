@@ -66,6 +66,7 @@ def test_autocast_casts_as_f_linear_does(data, weight, dtype):
     assert x.grad.dtype == torch.float32
 
 
+@pytest.mark.plain_memory
 @pytest.mark.parametrize("bias", [None, torch.zeros(N)])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_linear(data, bias, requires_grad):
@@ -73,6 +74,7 @@ def test_opcheck_linear(data, bias, requires_grad):
     torch.library.opcheck(OPS.linear.default, (x, data, bias, "Q4_K", "auto", "exact", False))
 
 
+@pytest.mark.plain_memory
 def test_opcheck_dequantize(data):
     torch.library.opcheck(OPS.dequantize.default, (data, "Q4_K", torch.bfloat16, "auto", False))
 
@@ -154,21 +156,21 @@ def test_auto_is_torch_on_the_cpu_even_in_the_interpreter(monkeypatch):
 
 
 def test_old_cards_get_the_torch_backend_from_auto(monkeypatch):
-    monkeypatch.setattr(backends, "_capability", lambda device: (7, 0))
+    monkeypatch.setattr(backends, "capability_of", lambda device: (7, 0))
     card, fmt = torch.device("cuda", 0), fk.FORMATS["Q4_K"]
     backends.resolve.cache_clear()
     assert backends.resolve("auto", "exact", card, fmt).name == "torch"
     if backends._triton.TRITON_VERSION is not None:
         with pytest.raises(fk.BackendUnavailable, match="capability 7.0"):
             backends.resolve("triton", "exact", card, fmt)
-        monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))  # Turing: unpack and cuBLAS, nothing faster
+        monkeypatch.setattr(backends, "capability_of", lambda device: (7, 5))  # Turing: unpack and cuBLAS, nothing faster
         backends.resolve.cache_clear()
         assert backends.resolve("auto", "exact", card, fmt).name == "triton"
         # Torch's twins of the faster modes are slower than exact: not what was asked for
         for backend in ("triton", "auto"):
             with pytest.raises(fk.BackendUnavailable, match='RTX 30 card or newer.*Use backend="auto" with compute="exact"'):
                 backends.resolve(backend, "int8", card, fmt)
-        monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))
+        monkeypatch.setattr(backends, "capability_of", lambda device: (8, 6))
         backends.resolve.cache_clear()
         assert backends.resolve("auto", "exact", card, fmt).name == "triton"
     backends.resolve.cache_clear()
@@ -179,7 +181,7 @@ def test_a_card_without_the_unit_is_told_of_when_layers_are_swapped(monkeypatch)
     pytest.importorskip("triton")
     card, fmt = torch.device("cuda", 0), fk.FORMATS["Q4_K"]
     monkeypatch.setattr(backends, "execution_devices", lambda device: [device, card])
-    monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backends, "capability_of", lambda device: (7, 5))
     backends.resolve.cache_clear()
     model = nn.Sequential(nn.Linear(256, 64))
     with pytest.raises(fk.BackendUnavailable, match="RTX 30 card or newer"):

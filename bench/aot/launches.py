@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from flux_kernels.compute import DATACENTER, PROMOTE_K, WEIGHT_ONLY_M, mode_of_call
 from flux_kernels.formats import FORMATS, BlockFormat, Packed
-from flux_kernels.kernels import MODULES, int8
 from flux_kernels.kernels.choice import Choice, default_choice, tile_of
+from flux_kernels.kernels.modes import MODES
 from flux_kernels.kernels.tiles import int8_tile, row_scales_serve, split_k_tile
 
 from .code_of import code_of
@@ -114,11 +114,11 @@ def launched(
     weight = Packed(empty(n, fmt.row_bytes(k), dtype=torch.uint8), fmt, fmt.planes)
     factors = (empty(m, RANK), empty(n, RANK)) if branch else None
     with _recorded(fmt.name, dtype) as written:
-        MODULES[compute].linear(x, weight, bias, y, factors, choice=choice)
+        MODES[compute].linear(x, weight, bias, y, factors, choice=choice)
         # With outlier channels a call is chosen for as without.
-        if compute == "int8" and branch:
+        if MODES[compute].takes_outliers and branch:
             outliers = (empty(RANK, dtype=torch.int32), empty(n, RANK))
-            int8.linear(x, weight, bias, y, factors, outliers, choice)
+            MODES[compute].linear(x, weight, bias, y, factors, outliers, choice=choice)
     return written
 
 
@@ -176,7 +176,7 @@ def _tuned(
 def _modes(capability: tuple[int, int], k: int) -> list[str]:
     """Return the compute modes that a card and K allow."""
     refused = {"fp16_accumulate"} if capability in DATACENTER or k % PROMOTE_K else set()
-    return [mode for mode in MODULES if mode not in refused]
+    return [mode for mode in MODES if mode not in refused]
 
 
 def _choices(compute: str, fmt: BlockFormat, shapes, capability, dtype: str, branch: bool) -> list[tuple[int, Choice]]:

@@ -80,7 +80,7 @@ def _whole(session: Session, m: int, n: int, k: int) -> Iterator[Case]:
     around = moved_ms(rates, 3 * m * k) + read_ms(rates, _FORMAT, n, k) + moved_ms(rates, n * k)
     shipped = modelled_ms(rates, "int8", _FORMAT, m, n, k) or product_clock_ms(session, m, n, k, "rows") + around
     # With their scales, as a layer keeps them.
-    turns = cycle([weight._replace(row_scale=kernels.row_scale(weight)) for weight in weights])
+    turns = cycle([weight._replace(row_scale=kernels.row_scale(weight, "int8")) for weight in weights])
 
     def layer() -> torch.Tensor:
         return kernels.linear(x, next(turns), bias, "int8")

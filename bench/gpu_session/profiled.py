@@ -15,12 +15,11 @@ import torch.nn.functional as F
 
 from bench.gpu_session import int8, sweep
 from bench.gpu_session.session import Session
-from flux_kernels.compute import group_width
+from flux_kernels.compute import capability_of, group_width
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import int8 as int8_mode
 from flux_kernels.kernels import two_stage
 from flux_kernels.kernels.choice import Choice, choose
-from flux_kernels.kernels.launching import capability_of
 from flux_kernels.kernels.tiles import fused_tile, int8_tile
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis", "Occupancy")

@@ -18,7 +18,7 @@ from bench.aot.model import Model
 from bench.gpu_session.predict import rates_of
 from bench.record import append_csv, origin, read_csv
 from flux_kernels.formats import FORMATS, Packed
-from flux_kernels.machine.random_rows import random_rows
+from flux_kernels.machine.random_rows import random_weight
 
 # Of weights that take turns, so that each comes from memory: beyond twice the largest L2 of a Hopper
 _COLD_BYTES = 160 << 20
@@ -89,9 +89,9 @@ class Session:
         fmt = FORMATS[format]
         if self.dry:
             return [Packed(torch.empty(n, fmt.row_bytes(k), dtype=torch.uint8, device=self.device), fmt, fmt.planes)]
-        rows = random_rows(fmt, n, k, fmt.planes).to(self.device)
-        copies = min(_MOST_COPIES, ceil(_COLD_BYTES / rows.nbytes))
-        return [Packed(data, fmt, fmt.planes) for data in (rows, *(rows.clone() for _ in range(copies - 1)))]
+        weight = random_weight(fmt, n, k, device=self.device)
+        copies = min(_MOST_COPIES, ceil(_COLD_BYTES / weight.data.nbytes))
+        return [weight, *(weight._replace(data=weight.data.clone()) for _ in range(copies - 1))]
 
 
 class Table:

@@ -17,7 +17,7 @@ import torch
 from bench.aot.model import Model
 from bench.gpu_session.predict import modelled_ms, moved_ms, product_ms, read_ms, two_stage_ms
 from bench.gpu_session.session import Session, timed
-from flux_kernels.benchmark.names import WRONG, mode_of
+from flux_kernels.benchmark.names import WRONG, way_of
 from flux_kernels.benchmark.providers import CANNOT_RUN, PROVIDERS
 from flux_kernels.benchmark.step.inputs import step_inputs
 from flux_kernels.benchmark.step.jobs import true_size
@@ -60,7 +60,7 @@ def _format(session: Session, table, format: str, size: str, providers: list[str
     case = true_size("128x128" if session.dry else size)
     config = replace(case.config, num_layers=1, num_single_layers=1) if session.dry else case.config
     weights = make_weights(config, FORMATS[format], session.device, torch.bfloat16)
-    inputs = step_inputs(config, case.height, case.width, case.batch, session.device, torch.bfloat16, case.text)
+    inputs = step_inputs(config, case.width, case.height, case.batch, session.device, torch.bfloat16, case.text)
     oracle = Oracle(weights.first_blocks(), inputs)
     for provider in providers:
         if session.late():
@@ -123,9 +123,9 @@ def _profile(session: Session, call: Callable[[], object], name: str) -> None:
 def predicted_ms(rates: Model, format: str, provider: str, size: str) -> float:
     """Predict a step: the sum of its calls and attention at the products' rate."""
     case = true_size(size)
-    calls = step_calls(case.height, case.width, case.batch)
+    calls = step_calls(case.width, case.height, case.batch)
     linears = sum(call.calls * _call_ms(rates, format, provider, call) for call in calls)
-    tokens = case.batch * (case.height * case.width // 256 + case.text)
+    tokens = case.batch * (case.width * case.height // 256 + case.text)
     attention = _ATTENTION_TFLOP * (tokens / 4608) ** 2 / rates.bf16_tflops * 1e3
     return linears + attention
 
@@ -136,7 +136,7 @@ def _call_ms(rates: Model, format: str, provider: str, call: Call) -> float:
         return product_ms(rates, *shape)
     if call.m <= WEIGHT_ONLY_M:
         return read_ms(rates, format, call.n, call.k)
-    modelled = None if provider == "dequantize" else modelled_ms(rates, mode_of(provider), format, *shape)
+    modelled = None if provider == "dequantize" else modelled_ms(rates, way_of(provider), format, *shape)
     if modelled is not None:
         return modelled
     if provider == "ours int8":

@@ -13,12 +13,12 @@ from bench.gpu_session.predict import modelled_ms, moved_ms, product_ms, read_ms
 from bench.gpu_session.session import Session
 from bench.gpu_session.timing import Case, time_groups
 from bench.gpu_session.two_stage import FORMAT_NAMES
+from flux_kernels.compute import capability_of
 from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import exact, two_stage
-from flux_kernels.kernels.choice import Choice, choose
-from flux_kernels.kernels.launching import capability_of
+from flux_kernels.kernels.choice import Choice, candidates, choose
+from flux_kernels.kernels.problem import Call
 from flux_kernels.kernels.tiles import Tile, fused_tile, split_k_tile
-from flux_kernels.machine.candidates import Call, candidates
 
 KEY = ("format", "m", "n", "k", "algorithm", "tile")
 _ROWS = (17, 32, 64, 128, 256, 512, 1024, 4608)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..compute import dtype_name
-from ..formats import FORMATS, Packed
+from ..formats import FORMATS
 from ..machine.clock import cache_flusher, graph_replayed, interleaved, percentiles
-from ..machine.random_rows import random_rows
+from ..machine.random_rows import random_weight
 from ..models.calls import Call
 from ..torch_backend import reference
 from ..version import installed_version
@@ -30,10 +30,9 @@ _ORACLE_ROWS, _ORACLE_COLUMNS = 64, 256
 def make_problem(name: str, call: Call, device: torch.device, dtype: torch.dtype) -> Problem:
     """Make random packed rows with plausible scales, and a random bias."""
     fmt = FORMATS[name]
-    planes = fmt.planes and device.type != "cpu"
-    data = random_rows(fmt, call.n, call.k, planes, seed=call.n + call.k)
+    weight = random_weight(fmt, call.n, call.k, fmt.planes and device.type != "cpu", seed=call.n + call.k, device=device)
     bias = torch.randn(call.n, generator=torch.Generator().manual_seed(call.n))
-    return Problem(Packed(data.to(device), fmt, planes), bias.to(device, dtype), dtype)
+    return Problem(weight, bias.to(device, dtype), dtype)
 
 
 def relative_errors(y: Tensor, x: Tensor, problem: Problem) -> tuple[float, float]:

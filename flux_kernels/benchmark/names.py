@@ -57,6 +57,6 @@ def label(provider: str) -> str:
     return SIDES[provider].label if provider in SIDES else provider
 
 
-def mode_of(provider: str) -> str:
+def way_of(provider: str) -> str:
     """Return the compute mode or algorithm of one of our sides, and the name of another as it is."""
     return provider.removeprefix(OURS)

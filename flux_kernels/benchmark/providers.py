@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compute import COMPUTE_MODES, DATACENTER, WEIGHT_ONLY_M, mode_of_call
+from ..compute import COMPUTE_MODES, DATACENTER, WEIGHT_ONLY_M, capability_of, mode_of_call
 from ..errors import BackendUnavailable
 from ..formats import Packed
 from ..install_hints import install_command
 from ..layers.linear import GGUFLinear
 from ..machine.tune_compile import one_line
 from ..torch_backend import reference
-from .names import EXACT, OURS, TORCH, mode_of
+from .names import EXACT, OURS, TORCH, way_of
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ for _compute in COMPUTE_MODES:
 
 def same_call(provider: str, m: int) -> str:
     """Return the side whose code `provider` runs with `m` rows."""
-    compute = mode_of(provider)
+    compute = way_of(provider)
     return f"{OURS}{mode_of_call(compute, m)}" if compute in COMPUTE_MODES else provider
 
 
@@ -168,7 +168,7 @@ def _algorithm(name: str):
             raise Unavailable("Triton kernels need a GPU")
         from ..kernels import exact
         from ..kernels.choice import Choice, tile_of
-        from ..kernels.launching import capability_of, device_of
+        from ..kernels.launching import device_of
 
         def call(x: Tensor) -> Tensor:
             y = torch.empty(x.shape[0], problem.weight.n, dtype=x.dtype, device=x.device)

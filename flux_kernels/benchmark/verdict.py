@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..report.sizes import size_text
-from .names import DIFFUSERS, EMBEDDED_STEP, EXACT, KINDS, OURS, STEP, TORCH, WRONG, mode_of
+from .names import DIFFUSERS, EMBEDDED_STEP, EXACT, KINDS, OURS, STEP, TORCH, WRONG, way_of
 from .totals import UNKNOWN, Total, doubt, speed_text, totals
 
 _WHOLE, _STORAGE = "the unquantized one", "diffusers' GGUF layers"
@@ -100,7 +100,7 @@ def _apart(one: tuple[str, str], other: tuple[str, str], times: Mapping, speeds:
 
 
 def _named(key: tuple[str, str]) -> str:
-    return f"{key[0]} in {mode_of(key[1])} mode"
+    return f"{key[0]} in {way_of(key[1])} mode"
 
 
 def _beside(times: Mapping[str, Times], rows: Sequence[Mapping]) -> str:
@@ -126,7 +126,7 @@ def _price(rows: Sequence[Mapping]) -> str:
     for row in rows:
         if row["provider"].startswith(OURS) and row["p50_ms"]:
             errors[row["provider"]] = max(errors.get(row["provider"], 0.0), float(row["error"]))
-    errors_text = ", ".join(f"{mode_of(name)} {error:.2g}" for name, error in errors.items())
+    errors_text = ", ".join(f"{way_of(name)} {error:.2g}" for name, error in errors.items())
     return f"Price: largest relative error against float64 on the packed weights: {errors_text or 'not measured'}."
 
 
@@ -157,7 +157,7 @@ def _run(what: str, size: str, name: str, sides: Mapping[str, Mapping]) -> str:
     modes = [provider for provider in times if provider.startswith(OURS) and provider != EXACT]
     parts = [f"{KINDS[what].subject} at {size} with {name}{_exact_step(times, sides)}"]
     if TORCH in times:
-        parts += [f"{mode_of(mode)} mode{_compared(times[mode], times[TORCH], _WHOLE)}" for mode in modes]
+        parts += [f"{way_of(mode)} mode{_compared(times[mode], times[TORCH], _WHOLE)}" for mode in modes]
     if {DIFFUSERS, EXACT} <= times.keys():
         parts.append(f"exact mode{_compared(times[EXACT], times[DIFFUSERS], _STORAGE)}")
     return "; ".join(parts) + "."

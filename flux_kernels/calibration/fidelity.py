@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..backends import check_names
 from ..compute import COMPUTE_MODES, WEIGHT_ONLY_M, check_mode
 from ..errors import FormatError
+from ..layers.eager import dispatched
+from ..layers.lazy_weight import decode_whole
 from ..layers.linear import GGUFLinear
 from .fidelity_report import FidelityReport, LayerError
 from .listen import Inputs, check_inputs, listen, packed_layers, run
@@ -116,7 +117,8 @@ def _measure(
 
     def add(tokens: Tensor) -> None:
         x = _sample(tokens)
-        weight = ops.dequantize(layer.qweight, layer.format, torch.float32, backend=layer.backend, planes=layer.planes)
+        packed = layer.packed
+        weight = decode_whole(packed, torch.float32, layer.backend)
         oracle = x.double() @ weight.double().T
         for mode, index in measured:
             try:
@@ -124,11 +126,10 @@ def _measure(
             except FormatError:
                 # The mode cannot take this layer: no row, and `modes` will not choose it.
                 continue
-            packed = (layer.qweight, None, layer.format, layer.backend, mode, layer.planes)
             outlying = (None, None) if index is None else (index, weight[:, index.long()])
             # A call of few rows runs as "exact" in every mode; what the mode costs shows with more, so zeros are put below.
             rows = nn.functional.pad(x, (0, 0, 0, max(0, WEIGHT_ONLY_M + 1 - x.shape[0])))
-            y = torch.ops.flux_kernels.linear(rows, *packed, None, None, *outlying)[: x.shape[0]]
+            y = dispatched(rows, packed, None, layer.backend, mode, outliers=outlying)[: x.shape[0]]
             total = sums[name, mode, _count(index)]
             total.error += (y.double() - oracle).square().sum().item()
             total.signal += oracle.square().sum().item()

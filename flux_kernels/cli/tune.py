@@ -58,7 +58,7 @@ def tune(
     for mode in modes:
         # Says why where this card refuses a mode that was asked for.
         resolve("triton", mode, device, get_format(names[0]))
-    jobs = step_jobs(step_calls(height, width, batch), modes, names)
+    jobs = step_jobs(step_calls(width, height, batch), modes, names)
     console = Console(highlight=False, stderr=as_json)
     rows = []
     with progress(console, MofNCompleteColumn()) as bar:

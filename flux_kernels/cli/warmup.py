@@ -44,7 +44,7 @@ def warmup(
             s = compiled.signature
             bar.update(task, completed=done, total=total, description=f"{s.format} {s.m} x {s.k} x {s.n}")
 
-        compiled = warmup(model, [(height, width)], batch=batch, on_compiled=show)
+        compiled = warmup(model, [(width, height)], batch=batch, on_compiled=show)
     if as_json:
         typer.echo(json.dumps([_as_dict(call) for call in compiled]))
     elif not compiled:

@@ -22,7 +22,7 @@ from ..compute import dtype_name
 from ..errors import FormatError
 from ..files import write_whole
 from ..formats import get_format
-from ..swap.request import first_match, mode_of, names_in
+from ..swap.request import first_match, mode_asked_for, names_in
 from .layer_table import describe
 
 _DEFAULTS: dict[str, Any] = {
@@ -144,7 +144,7 @@ class FluxKernelsConfig(QuantizationConfigMixin):
 
     def compute_of(self, name: str) -> str:
         """Return the compute mode for a layer."""
-        return mode_of(self.compute, [name])
+        return mode_asked_for(self.compute, [name])
 
     def backend_of(self, name: str) -> str:
         """Return the backend for a layer."""

@@ -23,7 +23,7 @@ from ..formats import BlockFormat, get_format
 from ..gguf.check import listed
 from ..layers.fuse import offer_fusing
 from ..layers.linear import GGUFLinear
-from ..layers.takeover import carry_over, decode_stored, packed_type, plain_bytes, quantize_layer
+from ..layers.takeover import decode_stored, packed_type, plain_bytes, quantize_layer
 from ..packing import quantize, quantizer
 from ..swap.model_quantizer import decode_layers
 from .config import FluxKernelsConfig, Method
@@ -153,7 +153,7 @@ class FluxKernelsQuantizer(DiffusersQuantizer):
             if module not in layers:
                 layer = quantize_layer(module, format.name, config.backend_of(name), config.compute_of(name))
                 layer.compute_dtype = self._dtype
-                layers[module] = carry_over(module, layer)
+                layers[module] = layer
             model.set_submodule(name, layers[module])
 
     def _add_extra_parameters(self, model: nn.Module) -> None:

@@ -18,22 +18,19 @@ Triton's cache key covers the source of a constexpr function, but not of a Pytho
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..compute import Branch, mode_of_call
 from ..formats import Packed
-from . import int8, two_stage
+from . import two_stage
 from .choice import choose
 from .launching import aligned, device_of
 from .modes import MODES
 from .problem import Problem, Run
 
-MODULES: dict[str, Any] = {mode: import_module(f".{mode}", __name__) for mode in MODES}
-"""Compute mode -> the module that runs it, which has its name."""
+# M of the calls that a layer is asked about before it is called: a record may choose one algorithm for some and another for others.
+_ROWS_ASKED = tuple(2**power for power in range(5, 15))
 
 
 def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
@@ -52,27 +49,37 @@ def linear(
 ) -> Tensor:
     """Compute x [M, K] @ weight.T + bias + branch -> [M, N] in x's dtype, in a compute mode.
 
-    The branch is added before y is rounded. `outliers` (index [k], weight [N, k]) are input channels that "int8" computes in
-    x's dtype; the other modes compute all of them in it.
+    The branch is added before y is rounded. `outliers` (index [k], weight [N, k]) are input channels that a mode which
+    rounds x computes in x's dtype; the other modes compute all of them in it.
     """
     y = torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=x.device)
     if y.numel():
         x = x if x.stride(-1) == 1 else x.contiguous()
         bias = None if bias is None else bias.contiguous()
+        name = mode_of_call(compute, x.shape[0])
+        mode = MODES[name]
+        outliers = outliers if mode.takes_outliers else None
+        # Channels that are left to x's dtype are added as a branch.
+        added = branch is not None or outliers is not None
         with device_of(weight.data):
-            MODULES[mode_of_call(compute, x.shape[0])].linear(x, aligned(weight), bias, y, branch, outliers)
+            choice = choose(name, weight.fmt, *y.shape, x.shape[1], x.device, x.dtype, added)
+            mode.linear(x, aligned(weight), bias, y, branch, outliers, choice=choice)
     return y
 
 
-def row_scale(weight: Packed) -> Tensor | None:
-    """Return what "int8" needs to know of all rows of a weight and may keep: their scales, float32 [N].
+def row_scale(weight: Packed, compute: str) -> Tensor | None:
+    """Return what a mode needs to know of all rows of a weight and may keep: their scales, float32 [N].
 
     None where calls on this device never use scales of whole rows.
     """
-    if not weight.n or not int8.takes_row_scale(weight.fmt, weight.n, weight.k, weight.data.device):
+    if not weight.n:
         return None
-    with device_of(weight.data):
-        return int8.row_scale(aligned(weight))
+    for m in _ROWS_ASKED:
+        chosen = choose(compute, weight.fmt, m, weight.n, weight.k, weight.data.device)
+        if find := MODES[compute].row_scales.get(chosen.algorithm):
+            with device_of(weight.data):
+                return find(aligned(weight))
+    return None
 
 
 def prepare(problem: Problem, compute: str) -> Run:
@@ -83,4 +90,4 @@ def prepare(problem: Problem, compute: str) -> Run:
     compute = mode_of_call(compute, problem.m)
     shape = problem.m, problem.n, problem.k
     choice = choose(compute, problem.fmt, *shape, problem.device, problem.dtype, problem.rank > 0)
-    return MODULES[compute].prepare(problem, choice)
+    return MODES[compute].prepare(problem, choice)

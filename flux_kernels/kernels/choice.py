@@ -10,25 +10,16 @@ from functools import lru_cache
 
 import torch
 
+from ..compute import capability_of
 from ..formats import BlockFormat
-from .chunks import bounded_rows
-from .launching import capability_of, processors_of
-from .modes import Choice
+from .candidates import Candidate
+from .launching import processors_of
+from .modes import MODES
+from .problem import Call, Choice
 from .record import find, forget_records
-from .tiles import (
-    Tile,
-    choose_algorithm,
-    choose_int8_algorithm,
-    codes_serve,
-    fp16_tile,
-    fused_tile,
-    int8_tile,
-    small_m_tile,
-)
+from .tiles import tile_of
 
-__all__ = ["Choice", "choose", "default_choice", "forget", "on_forget", "tile_of"]
-# Algorithms that write the unpacked weight to memory.
-_UNPACKS = ("two_stage", "row_scales")
+__all__ = ["Choice", "candidates", "choose", "default_choice", "forget", "on_forget", "tile_of"]
 
 
 @lru_cache(maxsize=4096)
@@ -79,34 +70,14 @@ def default_choice(
     processors: int | None = None,
 ) -> Choice:
     """Return the default table's choice for a card of `capability` (None: not an NVIDIA card)."""
-    if compute == "int8":
-        algorithm, why = choose_int8_algorithm(fmt, capability)
-        tile: Tile | None = int8_tile(m, capability, dtype, branch)
-    elif compute == "fp16_accumulate":
-        algorithm, why = "fused", "decodes in registers"
-        tile = fp16_tile(fmt, k, capability, branch)
-    else:
-        algorithm, why = choose_algorithm(m, capability, dtype, codes_serve(fmt, capability, dtype))
-        tile = tile_of(algorithm, fmt, m, n, k, capability, branch, dtype)
-    rows = None
-    if algorithm in _UNPACKS:
-        rows = bounded_rows(m, n, k, 1 if compute == "int8" else dtype.itemsize, processors)
-    return Choice(algorithm, tile, why, rows)
+    return MODES[compute].default(Call(fmt, m, n, k, capability, processors or 1, dtype, branch))
 
 
-def tile_of(
-    algorithm: str,
-    fmt: BlockFormat,
-    m: int,
-    n: int,
-    k: int,
-    capability: tuple[int, int] | None = None,
-    branch: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Tile | None:
-    """Return the default tile of one of exact mode's algorithms."""
-    if algorithm == "two_stage":
-        return None
-    if algorithm == "small_m":
-        return small_m_tile(fmt, k, codes_serve(fmt, capability, dtype), capability)
-    return fused_tile(fmt, m, n, k, capability, branch)
+def candidates(compute: str, call: Call) -> list[Candidate]:
+    """List what to try for a call, the default table's choice first.
+
+    What cannot work or win on this card is left out.
+    """
+    mode = MODES[compute]
+    default = mode.default(call)
+    return list(dict.fromkeys([Candidate(default.algorithm, default.tile, default.rows), *mode.candidates(call)]))

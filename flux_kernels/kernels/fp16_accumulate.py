@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..compute import Branch
-from ..formats import Packed
+from ..compute import DATACENTER, Branch
+from ..formats import SUPERBLOCK, Packed
 from .activations import scale_to_fp16_kernel
-from .choice import Choice, choose
+from .candidates import Candidate, fitting_memory, tiles_of, ways_to_load
 from .fp16_gemm import fp16_gemm_kernel
 from .launching import Launch, all_aligned, pointers, table_of
-from .problem import Problem, Run
-from .tiles import SCALE_BLOCK
+from .problem import Call, Choice, Problem, Run
+from .tiles import SCALE_BLOCK, fp16_tile
 
 
 def linear(
@@ -24,7 +25,8 @@ def linear(
     y: Tensor,
     branch: Branch | None = None,
     outliers: tuple[Tensor, Tensor] | None = None,
-    choice: Choice | None = None,
+    *,
+    choice: Choice,
 ) -> None:
     """Write x [M, K] @ weight.T + bias + branch to y [M, N].
 
@@ -32,7 +34,6 @@ def linear(
 
     `outliers` are not needed: every channel is computed in fp16.
     """
-    choice = choice or choose("fp16_accumulate", weight.fmt, *y.shape, x.shape[1], x.device, x.dtype, branch is not None)
     prepare(Problem.of(x, weight, bias, branch), choice)(x, weight, bias, y, branch)
 
 
@@ -54,3 +55,20 @@ def prepare(problem: Problem, choice: Choice) -> Run:
         gemm(all_aligned(weight.data, bias, hidden, up, y), *operands)
 
     return run
+
+
+def default(call: Call) -> Choice:
+    """Choose for a call where no measurement says otherwise."""
+    return Choice("fused", fp16_tile(call.fmt, call.k, call.capability, call.branch), "decodes in registers")
+
+
+def candidates(call: Call) -> Iterator[Candidate]:
+    """Yield what tuning tries for a call."""
+    # The mode is refused there.
+    if call.capability in DATACENTER:
+        return
+    # Sums in fp16 and in float32: 128 x 128 spills for superblocks (112 and 153 accesses on sm_86), larger tiles for all.
+    most = 128 * 128 - (call.fmt.block_size == SUPERBLOCK)
+    tiles = [tile for tile in tiles_of(call) if tile.block_m * tile.block_n <= most]
+    tried = (Candidate("fused", tile) for tile in tiles if tile.tile_k % 64 == 0)
+    yield from fitting_memory(call, ways_to_load(call, tried), torch.float16.itemsize)

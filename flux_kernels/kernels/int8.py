@@ -7,28 +7,36 @@ packed rows alone: a layer keeps them (layers/row_scale.py), other callers have 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .._triton import triton
-from ..compute import Branch, group_width, join, outlier_branch
-from ..formats import BlockFormat, Packed
+from ..compute import HOPPER, Branch, group_width, join, outlier_branch
+from ..formats import Packed
 from .activations import quantize_activation_kernel
-from .choice import Choice, choose
-from .chunks import chunks_of
+from .candidates import Candidate, near, shared_limit
+from .chunks import bounded_rows, candidate_rows, chunks_of
 from .int8_gemm import int8_gemm_kernel
 from .launching import Launch, all_aligned, pointers, table_of
-from .problem import Problem
-from .tiles import QUANTIZE_ROWS, UNPACK_ROWS, Tile, largest_tile_k
+from .problem import Call, Choice, Problem
+from .tiles import (
+    QUANTIZE_ROWS,
+    UNPACK_ROWS,
+    Tile,
+    choose_int8_algorithm,
+    int8_tile,
+    largest_tile_k,
+    row_scales_serve,
+)
 from .unpack_int8 import row_largest_kernel, row_scale_kernel, unpack_int8_kernel
 
 # Rows whose scale a program puts together from the parts' largest weights.
 _SCALE_ROWS = 128
-# M of the calls that a layer is asked about before it is called: a record may choose one algorithm for some and another for others.
-_ROWS_ASKED = tuple(2**power for power in range(5, 15))
+# Larger ones spill on every card, with 58 to 382 accesses a step: int32 and float32 sums of a thread are 256 registers.
+_SHAPES = ((64, 64), (64, 128), (128, 64), (128, 128))
 
 
 def linear(
@@ -38,7 +46,8 @@ def linear(
     y: Tensor,
     branch: Branch | None = None,
     outliers: tuple[Tensor, Tensor] | None = None,
-    choice: Choice | None = None,
+    *,
+    choice: Choice,
 ) -> None:
     """Write x [M, K] @ weight.T + bias + branch to y [M, N], both operands rounded to int8.
 
@@ -48,9 +57,7 @@ def linear(
     if outliers is not None:
         branch = join(branch, outlier_branch(x, outliers))
         keep = torch.ones(x.shape[1], dtype=torch.uint8, device=x.device).index_fill_(0, outliers[0].long(), 0)
-    problem = Problem.of(x, weight, bias, branch)
-    choice = choice or choose("int8", weight.fmt, *y.shape, problem.k, x.device, x.dtype, branch is not None)
-    prepare(problem, choice, outliers is not None)(x, weight, bias, y, branch, keep)
+    prepare(Problem.of(x, weight, bias, branch), choice, outliers is not None)(x, weight, bias, y, branch, keep)
 
 
 @lru_cache(maxsize=4096)
@@ -205,6 +212,45 @@ def row_scale(weight: Packed) -> Tensor:
     return _scaling(Problem.of_rows(weight, torch.float32))(weight)
 
 
-def takes_row_scale(fmt: BlockFormat, n: int, k: int, device: torch.device) -> bool:
-    """Tell whether calls with a weight [N, K] on `device` use the scales of its rows, at some M at least."""
-    return any(choose("int8", fmt, m, n, k, device).algorithm == "row_scales" for m in _ROWS_ASKED)
+def default(call: Call) -> Choice:
+    """Choose for a call where no measurement says otherwise."""
+    algorithm, why = choose_int8_algorithm(call.fmt, call.capability)
+    tile = int8_tile(call.m, call.capability, call.dtype, call.branch)
+    return Choice(algorithm, tile, why, bounded_rows(call.m, call.n, call.k, 1, call.processors))
+
+
+def candidates(call: Call) -> Iterator[Candidate]:
+    """Yield what tuning tries for a call."""
+    algorithms = ("two_stage", "row_scales") if row_scales_serve(call.fmt) else ("two_stage",)
+    first, *others = candidate_rows(call.m, call.n, call.k, 1, call.processors)
+    for algorithm in algorithms:
+        for tile in _tiles(call):
+            yield Candidate(algorithm, tile, first)
+    chosen = default(call)
+    # How the weight is cut and which tile is best hardly depend on each other.
+    for rows in others:
+        yield Candidate(chosen.algorithm, chosen.tile, rows)
+
+
+def _tiles(call: Call) -> Iterator[Tile]:
+    limit = shared_limit(call.capability)
+    shapes = near(_SHAPES, call.m)
+    # A tile of 128 x 128 already asks L2 for 64 bytes a clock, the smallest for twice that.
+    if call.m > 256:
+        shapes = [shape for shape in shapes if shape != (64, 64)]
+    for block_m, block_n in shapes:
+        for stages in (2, 3, 4):
+            # Four warps spill with a tile of 128 x 128.
+            for warps in (4, 8) if block_m * block_n < 128 * 128 else (8,):
+                tile = Tile(block_m, block_n, 128, warps, stages)
+                if limit is None or shared_bytes(tile, call.capability) <= limit:
+                    yield tile
+
+
+def shared_bytes(tile: Tile, capability: tuple[int, int] | None) -> int:
+    """Return the bytes of shared memory that the GEMM takes at least.
+
+    These are the steps of both operands that are on their way.
+    """
+    steps = tile.num_stages - 1 + (capability == HOPPER)
+    return steps * (tile.block_m + tile.block_n) * tile.tile_k

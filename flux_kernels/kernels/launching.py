@@ -92,14 +92,6 @@ def pointers(branch: Branch | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 @cache
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """Return an NVIDIA card's compute capability, or None on other devices."""
-    if device.type != "cuda" or torch.version.hip:
-        return None
-    return torch.cuda.get_device_capability(device)
-
-
-@cache
 def processors_of(device: torch.device) -> int | None:
     """Return how many multiprocessors a card has, or None on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None

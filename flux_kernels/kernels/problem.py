@@ -1,8 +1,9 @@
-"""One product without its tensors: what decides grids, constants and compiled code."""
+"""One product without its tensors: what is chosen for it, and what decides its launches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,60 @@ from torch import Tensor
 
 from ..compute import Branch
 from ..formats import BlockFormat, Packed
+from .tiles import Tile
 
 Run = Callable[[Tensor, Packed, "Tensor | None", Tensor, "Branch | None"], None]
 """What computes a product: (x [M, K], weight, bias, y [M, N], branch), y written."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Describe y[M, N] = x[M, K] @ w.T for a card: what a choice depends on.
+
+    Attributes:
+        fmt: of w.
+        capability: of the card, None for one that is not NVIDIA's.
+        processors: multiprocessors of the card.
+        dtype: of x.
+        branch: whether a low-rank branch is added.
+    """
+
+    fmt: BlockFormat
+    m: int
+    n: int
+    k: int
+    capability: tuple[int, int] | None
+    processors: int
+    dtype: torch.dtype = torch.bfloat16
+    branch: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Name what a call runs.
+
+    Attributes:
+        algorithm: one of the mode's.
+        tile: the kernel's, None where torch's matmul does the product.
+        why: one phrase.
+        rows: of the weight that are unpacked at a time, None for all; algorithms that decode in registers ignore it.
+    """
+
+    algorithm: str
+    tile: Tile | None
+    why: str
+    rows: int | None = None
+
+    @property
+    def kernel_tile(self) -> Tile:
+        """The tile of a choice whose product is a kernel's."""
+        if self.tile is None:
+            raise ValueError(f"{self.algorithm} needs a tile and was chosen without one.")
+        return self.tile
+
+    def __str__(self) -> str:
+        chunks = f" in chunks of {self.rows} rows" if self.rows else ""
+        return f"{self.algorithm} {self.tile}{chunks}" if self.tile else f"{self.algorithm}{chunks}"
 
 
 class Problem(NamedTuple):

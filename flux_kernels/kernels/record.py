@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from .._triton import TRITON_VERSION
-from ..compute import dtype_name
+from ..compute import capability_of, dtype_name
 from ..files import write_whole
 from ..formats import FORMATS, BlockFormat
-from .launching import capability_of
-from .modes import MODES, Choice
+from .modes import MODES
+from .problem import Choice
 from .tiles import Tile
 
 SCHEMA = "flux_kernels.tuning/2"
@@ -117,23 +117,22 @@ def _row(data: dict) -> TuningRow:
     row = TuningRow(**{name.name: data[name.name] for name in fields(TuningRow) if name.name != "tile"}, tile=tile)
     if row.format not in FORMATS or row.compute not in MODES:
         raise ValueError(f"unknown format or compute mode {row.format!r}, {row.compute!r}")
-    if row.algorithm not in MODES[row.compute].algorithms or row.dtype not in _DTYPES:
+    mode = MODES[row.compute]
+    if row.algorithm not in mode.algorithms or row.dtype not in _DTYPES:
         raise ValueError(f"unknown algorithm or dtype {row.algorithm!r}, {row.dtype!r}")
     if not _positive(row.m, row.n, row.k, *([] if row.rows is None else [row.rows])):
         raise ValueError(f"M, N, K and rows must be positive integers, got {row.m!r}, {row.n!r}, {row.k!r}, {row.rows!r}")
     if row.branch not in (True, False):
         raise ValueError(f"branch must be true or false, got {row.branch!r}")
     if tile is None:
-        if row.algorithm != "two_stage" or row.compute != "exact":
+        if row.algorithm not in mode.without_tile:
             raise ValueError(f"{row.algorithm!r} of {row.compute!r} needs a tile")
         return row
     fmt = FORMATS[row.format]
     sizes = (tile.block_m, tile.block_n, tile.tile_k, tile.num_warps, tile.num_stages, tile.splits)
     if not _positive(*sizes):
         raise ValueError(f"tile sizes must be positive integers, got {sizes}")
-    # The GEMM of int8 steps through groups of unpacked weights, not through blocks.
-    steps_through_blocks = row.compute != "int8"
-    if steps_through_blocks and (row.k % (tile.tile_k * tile.splits) or tile.tile_k % fmt.block_size):
+    if mode.steps_through_blocks and (row.k % (tile.tile_k * tile.splits) or tile.tile_k % fmt.block_size):
         raise ValueError(f"a tile with K step {tile.tile_k} in {tile.splits} parts does not fit K={row.k} of {row.format}")
     return row
 

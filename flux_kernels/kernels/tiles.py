@@ -246,3 +246,21 @@ def fp16_tile(fmt: BlockFormat, k: int, capability: tuple[int, int] | None, bran
         tile = _odd(replace(tile, block_n=min(tile.block_n, 64)), "fp16_short", fmt, capability)
     tile = replace(tile, tile_k=tile_k, ldmatrix=loads_by_ldmatrix(fmt, capability))
     return _odd(tile, "fp16", fmt, capability, branch) if branch else tile
+
+
+def tile_of(
+    algorithm: str,
+    fmt: BlockFormat,
+    m: int,
+    n: int,
+    k: int,
+    capability: tuple[int, int] | None = None,
+    branch: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tile | None:
+    """Return the default tile of one of exact mode's algorithms."""
+    if algorithm == "two_stage":
+        return None
+    if algorithm == "small_m":
+        return small_m_tile(fmt, k, codes_serve(fmt, capability, dtype), capability)
+    return fused_tile(fmt, m, n, k, capability, branch)

@@ -13,6 +13,7 @@ from .. import ops
 from ..backends import check_activation_dtype, check_names
 from ..errors import FormatError
 from ..formats import BlockFormat, get_format
+from .lazy_weight import decode_whole
 from .packed_rows import PackedRows
 
 
@@ -64,8 +65,8 @@ class GGUFEmbedding(PackedRows, nn.Embedding):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of `input`: integers [...] -> [..., embedding_dim] of `compute_dtype`."""
-        rows = F.embedding(input, self.qweight)
-        return ops.dequantize(rows, self.format, self.compute_dtype, backend=self.backend, planes=self.planes)
+        rows = self.packed._replace(data=F.embedding(input, self.qweight))
+        return decode_whole(rows, self.compute_dtype, self.backend)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """Return an ordinary nn.Embedding with the decoded table, in `compute_dtype` by default."""

@@ -179,7 +179,7 @@ class FusedPart(GGUFLinear):
             )
         super().register_parameter(name, param)
 
-    def _kept_row_scale(self) -> Tensor | None:
+    def _kept_row_scale(self, qweight: Tensor | None = None) -> Tensor | None:
         """Return the scales of these rows, a view into the fused layer's."""
         kept = self.whole._kept_row_scale()
         return None if kept is None else kept[self.rows.start : self.rows.stop]

@@ -17,7 +17,7 @@ from ..formats import Packed
 _VIEWS_OF_ALL = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def decode_whole(packed: Packed, dtype: torch.dtype, backend: str, branch: Branch | None) -> Tensor:
+def decode_whole(packed: Packed, dtype: torch.dtype, backend: str, branch: Branch | None = None) -> Tensor:
     """Decode packed rows and add the branch (down [r, K], up [N, r]) where there is one.
 
     The sum is rounded to `dtype` once.

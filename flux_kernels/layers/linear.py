@@ -11,6 +11,7 @@ from ..errors import BackendUnavailable, FormatError
 from ..formats import BlockFormat, get_format
 from ..packing import quantize
 from . import eager
+from .lazy_weight import decode_whole
 from .low_rank import LowRankLayer, check_outliers
 from .row_scale import KeepsRowScale
 
@@ -161,7 +162,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
             self.outlier_index = self.outlier_weight = None
             return
         channels = check_outliers(index, self.in_features).to(self.qweight.device)
-        decoded = ops.dequantize(self.qweight, self.format, self.compute_dtype, backend=self.backend, planes=self.planes)
+        decoded = decode_whole(self.packed, self.compute_dtype, self.backend)
         self.outlier_index = nn.Parameter(channels, requires_grad=False)
         self.outlier_weight = nn.Parameter(decoded[:, channels].contiguous(), requires_grad=False)
 

@@ -68,12 +68,13 @@ class KeepsRowScale(PackedRows):
 
     def _packed_with_scale(self) -> Packed:
         """Return the rows with the scales that are kept of them, for a call."""
-        return Packed(self.qweight, FORMATS[self.format], self.planes, self._kept_row_scale())
+        qweight = self.qweight
+        return Packed(qweight, FORMATS[self.format], self.planes, self._kept_row_scale(qweight))
 
-    def _kept_row_scale(self) -> Tensor | None:
+    def _kept_row_scale(self, qweight: Tensor | None = None) -> Tensor | None:
         """Return the scales of the rows as they are now; None where the kernel computes them.
 
-        They are computed anew where the rows changed.
+        They are computed anew where the rows changed. `qweight` are this layer's rows, where a caller has looked them up already.
 
         Compilers see the buffer, which loading and moving keep right. Inside a CUDA graph's capture nothing is kept that would
         lie in the graph's own pool, and an exported program, whose rows can be replaced, computes with these alone.
@@ -82,11 +83,12 @@ class KeepsRowScale(PackedRows):
             return None
         if torch.compiler.is_compiling():
             return None if torch.compiler.is_exporting() else self.row_scale
-        state = _state(self.qweight)
+        qweight = self.qweight if qweight is None else qweight
+        state = _state(qweight)
         if state is None:
             return None
         if state != self._row_scale_of:
-            if _capturing(self.qweight.device):
+            if _capturing(qweight.device):
                 return None
             self._find_row_scale()
             self._row_scale_of = state

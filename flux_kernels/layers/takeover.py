@@ -1,11 +1,11 @@
-"""Make a GGUFLinear of another linear layer.
+"""Make a GGUFLinear of another linear layer, ready to take its place.
 
-Take over packed bytes, quantize, and carry hooks and flags across.
+Take over packed bytes or quantize, arrange the rows, and carry hooks and flags across.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..formats import PLAIN_TYPES, BlockFormat, Packed, PlainType, get_format, t
 from ..torch_backend import reference
 from .linear import GGUFLinear
 
+Layer = TypeVar("Layer", bound=nn.Module)
 _LEFT_BEHIND = {"forward", "_old_forward", "_hf_hook", "device", "source_cls"}  # rebuilt, or diffusers' own bookkeeping
 
 
@@ -57,36 +58,42 @@ def decode_stored(parameter: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def take_over(module: Any, backend: str, compute: str) -> GGUFLinear:
-    """Wrap the bytes of diffusers' GGUFLinear: moved, not copied, unless the backend wants them as planes."""
+    """Return what takes the place of diffusers' GGUFLinear: its bytes, moved and not copied.
+
+    They are rearranged where the backend wants planes.
+    """
     fmt = packed_type(module.weight, "weight").name
     dtype = module.compute_dtype or torch.float32
-    return GGUFLinear.from_packed(
+    layer = GGUFLinear.from_packed(
         plain_bytes(module.weight), fmt, plain_bias(module, dtype), backend=backend, compute=compute, compute_dtype=dtype
     )
+    return carry_over(module, layer.arrange())
 
 
 def unpack_plain(module: Any) -> nn.Linear:
-    """Turn diffusers' GGUFLinear of a plain type (BF16) into the nn.Linear it stands for."""
+    """Return what takes the place of diffusers' GGUFLinear of a plain type (BF16): an nn.Linear."""
     dtype = module.compute_dtype or torch.float32
     plain = PLAIN_TYPES[packed_type(module.weight, "weight").name]
     weight = plain_bytes(module.weight).view(plain.dtype).to(dtype)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = plain_bias(module, dtype)  # type: ignore[assignment]
-    return linear
+    return carry_over(module, linear)
 
 
 def quantize_layer(module: nn.Linear, format: str, backend: str, compute: str) -> GGUFLinear:
-    """Quantize an nn.Linear on the device it is on."""
+    """Return what takes the place of an nn.Linear: its weight quantized on the device it is on."""
     weight = module.weight.detach()
     if weight.device.type == "meta":
         fmt = get_format(format)
         qweight = torch.empty(weight.shape[0], fmt.row_bytes(weight.shape[1]), dtype=torch.uint8, device="meta")
-        return GGUFLinear.from_packed(qweight, fmt, module.bias, backend=backend, compute=compute, compute_dtype=weight.dtype)
-    return GGUFLinear.from_linear(module, format, backend=backend, compute=compute)
+        layer = GGUFLinear.from_packed(qweight, fmt, module.bias, backend=backend, compute=compute, compute_dtype=weight.dtype)
+    else:
+        layer = GGUFLinear.from_linear(module, format, backend=backend, compute=compute)
+    return carry_over(module, layer.arrange())
 
 
-def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
+def carry_over(old: nn.Module, new: Layer) -> Layer:
     """Carry hooks, the training flag and foreign attributes of `old` over to `new`.
 
     An attribute of diffusers' is `_tp_packed_row_blocks`.

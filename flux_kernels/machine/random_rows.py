@@ -29,6 +29,22 @@ def random_rows(fmt: BlockFormat, n: int, k: int, planes: bool = False, seed: in
     return Packed(data, fmt).arranged(planes).data
 
 
+def random_weight(
+    fmt: BlockFormat,
+    n: int,
+    k: int,
+    planes: bool | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Packed:
+    """Make a weight [N, K] of `random_rows` on a device.
+
+    It is arranged as kernels want it unless `planes` says otherwise.
+    """
+    planes = fmt.planes if planes is None else planes
+    return Packed(random_rows(fmt, n, k, planes, seed).to(device), fmt, planes)
+
+
 def _random(fmt: BlockFormat, n: int, row_bytes: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     data = torch.randint(0, 256, (n, row_bytes), dtype=torch.uint8, generator=generator)

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from .._triton import TRITON_VERSION
-from ..compute import dtype_name
+from ..compute import capability_of, dtype_name
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..kernels import choice as choices
-from ..kernels.choice import default_choice
-from ..kernels.launching import capability_of, processors_of
+from ..kernels.candidates import Candidate
+from ..kernels.choice import candidates, default_choice
+from ..kernels.launching import processors_of
+from ..kernels.problem import Call
 from ..kernels.record import TuningRecord, TuningRow, kernel_hash, record_path
-from .candidates import Call, Candidate, candidates
 from .clock import cache_flusher, interleaved
 from .tune_compile import Compilers, Spills, device_is_lost, one_line
 from .tune_jobs import Job, Operands

@@ -16,14 +16,9 @@ from typing import Any, Self
 
 import torch
 
-from ..kernels.fp16_gemm import fp16_gemm_kernel
-from ..kernels.fused_gemm import fused_gemm_kernel
-from ..kernels.int8_gemm import int8_gemm_kernel
-from ..kernels.small_m import small_m_kernel
-from ..kernels.small_m_codes import small_m_codes_kernel
-from ..kernels.split_k import split_k_kernel
+from ..kernels.modes import MODES
 
-_PRODUCTS = (fused_gemm_kernel, split_k_kernel, small_m_kernel, small_m_codes_kernel, fp16_gemm_kernel, int8_gemm_kernel)
+_PRODUCTS = tuple(kernel for mode in MODES.values() for kernel in mode.products)
 KILLED = "the process that compiled it was killed, or took too long"
 # Seconds that one may compile; the slowest kernel known took 50, on a busy core.
 LONGEST = 300

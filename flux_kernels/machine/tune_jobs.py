@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..compute import mode_of_call
-from ..formats import FORMATS, Packed
-from ..kernels import MODULES, int8
+from ..formats import FORMATS
+from ..kernels.candidates import Candidate
 from ..kernels.launching import device_of
-from ..kernels.modes import Choice
+from ..kernels.modes import MODES
+from ..kernels.problem import Choice
 from ..models.calls import Call
 from ..torch_backend import reference
-from .candidates import Candidate
-from .random_rows import random_rows
+from .random_rows import random_weight
 
 BRANCH_RANK = 16
 # Of y, against float64.
@@ -60,8 +60,7 @@ class Operands:
 
     def __init__(self, job: Job, device: torch.device, dtype: torch.dtype):
         self.job, self.device, self.dtype, self.fmt = job, device, dtype, FORMATS[job.format]
-        planes = self.fmt.planes
-        self.weight = Packed(random_rows(self.fmt, job.n, job.k, planes).to(device), self.fmt, planes)
+        self.weight = random_weight(self.fmt, job.n, job.k, device=device)
         self.x, self.bias, hidden, up = (
             torch.randn(shape, device=device).to(dtype)
             for shape in ((job.m, job.k), (job.n,), (job.m, BRANCH_RANK), (job.n, BRANCH_RANK))
@@ -74,17 +73,17 @@ class Operands:
 
     def runner(self, candidate: Candidate, branch: bool = False) -> Callable[[], Tensor]:
         """Return what computes the call in one way."""
-        module, chosen = MODULES[self.job.compute], Choice(candidate.algorithm, candidate.tile, "", candidate.rows)
+        mode, chosen = MODES[self.job.compute], Choice(candidate.algorithm, candidate.tile, "", candidate.rows)
         added = self.branch if branch else None
         weight = self.weight
         # A layer computes them once and keeps them.
-        if candidate.algorithm == "row_scales":
-            weight = weight._replace(row_scale=int8.row_scale(weight))
+        if find := mode.row_scales.get(candidate.algorithm):
+            weight = weight._replace(row_scale=find(weight))
 
         def run() -> Tensor:
             y = torch.empty(self.job.m, self.job.n, dtype=self.dtype, device=self.device)
             with device_of(y):
-                module.linear(self.x, weight, self.bias, y, added, choice=chosen)
+                mode.linear(self.x, weight, self.bias, y, added, choice=chosen)
             return y
 
         return run

@@ -69,7 +69,7 @@ def warmup(
 
     Args:
         model: a swapped model.
-        sizes: (height, width) of the pictures to come, in pixels.
+        sizes: (width, height) of the pictures to come, in pixels.
         batch: pictures at once (2 with true classifier-free guidance).
         text_tokens: of the prompt, the pipeline's max_sequence_length.
         rows: M of the calls, where the model is not a Flux; overrides sizes, batch and text_tokens.
@@ -105,7 +105,7 @@ def _target(layers: list[GGUFLinear]) -> torch.device:
 def _rows(sizes: Iterable[tuple[int, int]], batch: int, text_tokens: int) -> set[int]:
     """Return the M of a Flux's calls: modulation, text, image, and both together."""
     counts = {batch, batch * text_tokens}
-    for height, width in sizes:
+    for width, height in sizes:
         image = batch * image_tokens(width, height)
         counts |= {image, image + batch * text_tokens}
     return counts

@@ -33,7 +33,7 @@ def image_tokens(width: int, height: int) -> int:
     return (width // PIXELS_A_TOKEN) * (height // PIXELS_A_TOKEN)
 
 
-def step_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
+def step_calls(width: int = 1024, height: int = 1024, batch: int = 1) -> list[Call]:
     """List the calls inside the blocks and their modulation for one step.
 
     The embedders and the final layer are 0.1 % of it.
@@ -56,9 +56,9 @@ def step_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Ca
 
 
 STEPS = {
-    "1024x1024": dict(height=1024, width=1024),
-    "512x512": dict(height=512, width=512),
-    "768x1360": dict(height=768, width=1360),
-    "2048x2048": dict(height=2048, width=2048),
-    "1024x1024 batch 2": dict(height=1024, width=1024, batch=2),
+    "1024x1024": dict(width=1024, height=1024),
+    "512x512": dict(width=512, height=512),
+    "1360x768": dict(width=1360, height=768),
+    "2048x2048": dict(width=2048, height=2048),
+    "1024x1024 batch 2": dict(width=1024, height=1024, batch=2),
 }

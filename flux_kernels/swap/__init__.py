@@ -10,7 +10,6 @@ from torch import nn
 
 from ..layers.fuse import offer_fusing
 from ..layers.linear import GGUFLinear
-from ..layers.takeover import carry_over
 from .model_quantizer import attach_quantizer
 from .plan import Step, plan_swap
 from .report import SwapReport, SwapRow
@@ -79,10 +78,7 @@ def _install(step: Step, shared: Mapping[int, object], packed: dict[tuple[int, s
     if step.make is None:
         return
     old, new = step.layer.module, step.make()
-    if isinstance(new, GGUFLinear):
-        new.arrange()
     if new is not old:
-        carry_over(old, new)
         weight = id(old._parameters.get("weight"))
         if weight in shared and isinstance(new, GGUFLinear):
             new.qweight = packed.setdefault((weight, new.format), new.qweight)

@@ -56,7 +56,7 @@ class Step:
     Attributes:
         layer: the layer and its places.
         row: what the report says of it.
-        make: gives the layer that comes in its place; None where it stays.
+        make: gives the layer that comes in its place, ready for it; None where it stays.
     """
 
     layer: LinearLayer
@@ -183,7 +183,7 @@ def _plan_update(layer: LinearLayer, wish: Wish) -> Step:
 
 def _update(module: GGUFLinear, backend: str, compute: str) -> GGUFLinear:
     module.backend, module.compute = backend, compute
-    return module
+    return module.arrange()
 
 
 def _plan_take_over(layer: LinearLayer, wish: Wish) -> Step:

@@ -71,7 +71,7 @@ class Request:
         """Resolve the patterns for one layer; a fused one is "exact" where its parts' modes would differ."""
         all_names = names + part_names
         format = first_match(self.format, all_names, None)
-        modes = {mode_of(self.compute, [*names, part]) for part in part_names} or {mode_of(self.compute, names)}
+        modes = {mode_asked_for(self.compute, [*names, part]) for part in part_names} or {mode_asked_for(self.compute, names)}
         excluding = next((f'exclude="{pattern}"' for pattern in exclude if matches(all_names, pattern)), None)
         return Wish(
             refusal=excluding if any(matches(all_names, pattern) for pattern in include) else "not in include=",
@@ -90,8 +90,8 @@ def names_in(value: object, argument: str, legal: type | UnionType = str) -> lis
     return names
 
 
-def mode_of(compute: str | Mapping[str, str], names: list[str]) -> str:
-    """Return the compute mode of a layer.
+def mode_asked_for(compute: str | Mapping[str, str], names: list[str]) -> str:
+    """Return the compute mode that is asked for a layer of these names.
 
     One mode for a whole model spares WEIGHT_ONLY_LAYERS; a map is taken at its word.
     """

@@ -22,8 +22,8 @@ def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
     return reference.dequantize(weight, dtype)
 
 
-def row_scale(weight: Packed) -> Tensor | None:
-    """Return None: "int8" keeps nothing here."""
+def row_scale(weight: Packed, compute: str) -> Tensor | None:
+    """Return None: no mode keeps anything here."""
     return None
 
 

@@ -36,7 +36,8 @@ def test_no_grid_ends_before_the_call_does(algorithm):
             chosen = Choice("two_stage" if algorithm == "int8" else algorithm, tile, "")
             int8.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=chosen)
         elif algorithm == "fp16":
-            fp16_accumulate.linear(x, Packed(data, fmt, fmt.planes), bias, y)
+            chosen = default_choice("fp16_accumulate", fmt, TALL, 256, 256, CAPABILITY)
+            fp16_accumulate.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=chosen)
         elif algorithm == "split_k":
             tile = replace(split_k_tile(fmt, TALL, 256, 256, CAPABILITY), tile_k=128, splits=2)
             exact.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=Choice(algorithm, tile, ""))

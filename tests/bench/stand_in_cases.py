@@ -15,8 +15,8 @@ import flux_kernels as fk
 from bench.stand_in import CARDS, counting_compiler, stand_in
 from flux_kernels import backends
 from flux_kernels.backends import resolve
+from flux_kernels.compute import capability_of
 from flux_kernels.formats import FORMATS
-from flux_kernels.kernels.launching import capability_of
 from flux_kernels.machine.random_rows import random_rows
 
 Q8 = FORMATS["Q8_0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from inspect import signature
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from flux_kernels.benchmark.step.inputs import StepConfig, step_inputs
 from flux_kernels.benchmark.step.model import StepModel
-from flux_kernels.models.calls import STEPS
+from flux_kernels.models.calls import STEPS, image_tokens, step_calls
 
 from ..conftest import TINY_FLUX
 from .whole_step_calls import whole_step
@@ -75,3 +76,10 @@ def test_the_calls_are_those_of_the_tables(size):
     for call in whole_step(**STEPS[size]):
         listed[call.m, call.n, call.k] += call.calls
     assert recorded == listed and recorded.total() == 504
+
+
+def test_a_picture_is_named_by_its_width_first():
+    """A token's position is (0, row, column): a wide picture has more columns."""
+    assert list(signature(step_calls).parameters)[:2] == list(signature(image_tokens).parameters) == ["width", "height"]
+    positions = step_inputs(StepConfig.read(TINY_FLUX), 96, 64, 1, CPU, torch.float32, text=7).positions[7:]
+    assert positions.amax(0).tolist() == [0, 64 // 16 - 1, 96 // 16 - 1]

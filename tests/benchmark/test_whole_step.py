@@ -217,8 +217,8 @@ def test_the_first_blocks_are_the_same_tensors():
 
 
 def test_sizes_are_read_and_wrong_ones_refused():
-    case = true_size("768x1360 batch 2")
-    assert (case.height, case.width, case.batch, case.config) == (768, 1360, 2, StepConfig())
+    case = true_size("1360x768 batch 2")
+    assert (case.width, case.height, case.batch, case.config) == (1360, 768, 2, StepConfig())
     for size in ("1024", "1000x1024", "0x16", "16x16 batch 0", "1024x1024 batch"):
         with pytest.raises(FormatError, match="multiples of 16"):
             true_size(size)

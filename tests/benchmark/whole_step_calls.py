@@ -9,7 +9,7 @@ from flux_kernels.benchmark.shapes import LATENT, POOLED, SINUSOID, TEXT_WIDTH
 from flux_kernels.models.calls import TEXT, WIDTH, Call, image_tokens, step_calls
 
 
-def around_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
+def around_calls(width: int = 1024, height: int = 1024, batch: int = 1) -> list[Call]:
     """List the calls outside the blocks, which published files keep in 16 bit: embedders and final layer."""
     image = batch * image_tokens(width, height)
     return [
@@ -23,6 +23,6 @@ def around_calls(height: int = 1024, width: int = 1024, batch: int = 1) -> list[
     ]
 
 
-def whole_step(height: int = 1024, width: int = 1024, batch: int = 1) -> list[Call]:
+def whole_step(width: int = 1024, height: int = 1024, batch: int = 1) -> list[Call]:
     """List every linear call of one step, with its count."""
-    return step_calls(height, width, batch) + around_calls(height, width, batch)
+    return step_calls(width, height, batch) + around_calls(width, height, batch)

@@ -18,7 +18,7 @@ from flux_kernels import kernels
 from flux_kernels.compute import COMPUTE_MODES, group_width
 from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import exact, fp16_accumulate, int8
-from flux_kernels.kernels.choice import Choice
+from flux_kernels.kernels.choice import Choice, choose
 from flux_kernels.kernels.tiles import fused_tile
 from flux_kernels.torch_backend.low_precision import linear_fp16_accumulate, linear_int8, quantize_groups
 
@@ -126,7 +126,8 @@ def fp16_linear(name: str, x, data, bias) -> torch.Tensor:
     """Compute with fp16 sums, also on cards for which the mode is refused because it is slow there."""
     fmt = FORMATS[name]
     y = torch.empty(x.shape[0], data.shape[0], dtype=x.dtype, device=x.device)
-    fp16_accumulate.linear(x, Packed(data, fmt, fmt.planes), bias, y)
+    choice = choose("fp16_accumulate", fmt, *y.shape, x.shape[1], x.device, x.dtype)
+    fp16_accumulate.linear(x, Packed(data, fmt, fmt.planes), bias, y, choice=choice)
     return y
 
 

@@ -9,8 +9,7 @@ import torch
 
 from flux_kernels import kernels, torch_backend
 from flux_kernels.formats import FORMATS, Packed
-from flux_kernels.kernels import int8
-from flux_kernels.kernels.choice import default_choice
+from flux_kernels.kernels.choice import choose, default_choice
 
 from .samples import finite_rows
 from .test_compute_modes import relative
@@ -34,7 +33,7 @@ def test_the_branch_is_added_before_the_result_is_rounded(compute, tokens, dtype
     Ragged M, N and r, several weight chunks; test_compute_modes has the factors.
     """
     groups = replace(default_choice("int8", FORMATS["Q4_K"], 37, N, K, (8, 9)), rows=48)  # scales of groups, as the twin
-    monkeypatch.setattr(int8, "choose", lambda *call: groups)
+    monkeypatch.setattr(kernels, "choose", lambda mode, *call: groups if mode == "int8" else choose(mode, *call))
     fmt = FORMATS["Q4_K"]
     data, weight = finite_rows("Q4_K", N)
     x, bias, hidden, up = operands(tokens, rank, dtype)

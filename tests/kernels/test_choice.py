@@ -46,7 +46,7 @@ def test_fp16_accumulation_is_refused_where_it_has_no_faster_unit(capability, mo
 
     The fused tile reaches at most half of cuBLAS.
     """
-    monkeypatch.setattr(backends, "_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "capability_of", lambda device: capability)
     backends.resolve.cache_clear()
     try:
         with pytest.raises(BackendUnavailable, match="multiply fp16 faster with fp16 accumulation"):

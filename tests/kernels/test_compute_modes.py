@@ -12,7 +12,7 @@ from flux_kernels._triton import interpreting
 from flux_kernels.compute import group_width
 from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import int8
-from flux_kernels.kernels.choice import default_choice
+from flux_kernels.kernels.choice import choose, default_choice
 from flux_kernels.torch_backend import low_precision
 
 from .samples import finite_rows
@@ -142,7 +142,7 @@ def test_kernel_is_as_accurate_as_its_twin(name, compute, dtype, device, monkeyp
     cores round after 16, so up to 4 times the roundings, and sqrt(16) times the error of their random sum.
     """
     groups = replace(default_choice("int8", FORMATS[name], 37, 150, 512, (8, 9)), rows=128)  # scales of groups, as the twin
-    monkeypatch.setattr(int8, "choose", lambda *call: groups)
+    monkeypatch.setattr(kernels, "choose", lambda mode, *call: groups if mode == "int8" else choose(mode, *call))
     torch.manual_seed(0)
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 150)

@@ -12,7 +12,6 @@ import torch
 
 from flux_kernels import kernels
 from flux_kernels.formats import FORMATS, Packed
-from flux_kernels.kernels import exact
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tiles import Tile, choose_algorithm
 
@@ -145,7 +144,7 @@ def test_the_two_stage_algorithm_equals_torch(name, bias, device, monkeypatch):
 
     A ragged last chunk included.
     """
-    monkeypatch.setattr(exact, "choose", lambda *call: Choice("two_stage", None, "", rows=16))
+    monkeypatch.setattr(kernels, "choose", lambda *call: Choice("two_stage", None, "", rows=16))
     fmt = FORMATS[name]
     data, weight = finite_rows(name, 37)
     x, b = torch.randn(20, 512), torch.randn(37) if bias else None
@@ -168,7 +167,7 @@ def test_split_k_equals_one_program_per_tile(name, splits, dtype, device, monkey
     fused = Tile(16, 64, max(128, fmt.block_size), 4, 2)
     for algorithm, tile in {"fused": fused, "split_k": replace(fused, splits=splits)}.items():
         chosen = Choice(algorithm, tile, "")
-        monkeypatch.setattr(exact, "choose", lambda *call, chosen=chosen: chosen)
+        monkeypatch.setattr(kernels, "choose", lambda *call, chosen=chosen: chosen)
         got[algorithm] = launch(x, data, fmt, bias, fmt.planes, device).double()
     slack = torch.finfo(dtype).eps * oracle.norm() / 2
     assert (got["split_k"] - oracle).norm() <= 2 * (got["fused"] - oracle).norm() + slack

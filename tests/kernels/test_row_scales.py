@@ -39,7 +39,6 @@ def rows_have_one_scale(monkeypatch):
     """Choose as a card does that gives each row one scale."""
     choice = default_choice("int8", Q4_K, 32, N, K, (9, 0))
     assert choice.algorithm == "row_scales"
-    monkeypatch.setattr(int8, "choose", lambda *call: choice)
     monkeypatch.setattr(kernels, "choose", lambda *call: choice)
     eager.prepared.cache_clear()
     yield
@@ -72,7 +71,7 @@ X = torch.randn(17, K, generator=torch.Generator().manual_seed(0))
 def test_row_scales_are_those_of_the_twin_nan_where_a_row_holds_nan_or_inf():
     data = packed()
     data[3, 0:2], data[5, 144:146] = torch.tensor([0, 0x7C], dtype=torch.uint8), torch.tensor([1, 0x7E], dtype=torch.uint8)
-    scale = kernels.row_scale(Packed(data, Q4_K))
+    scale = kernels.row_scale(Packed(data, Q4_K), "int8")
     weight = fk.dequantize(data, "Q4_K")
     assert torch.equal(scale.isnan().nonzero().flatten(), torch.tensor([3, 5]))
     twin = low_precision.quantize_groups(weight, K)[1].flatten()
@@ -97,7 +96,7 @@ def test_chunks_of_a_weight_share_one_search(launched, monkeypatch):
     whole = layer()
     with torch.no_grad():
         expected = whole(X)
-    chunked = replace(int8.choose(), rows=10)
+    chunked = replace(kernels.choose(), rows=10)
     del launched[:]
     y = torch.empty(17, N)
     int8.linear(X, Packed(whole.qweight, Q4_K), whole.bias.detach(), y, choice=chunked)
@@ -140,7 +139,7 @@ def test_modes_cards_and_backends_that_need_none_keep_none(monkeypatch):
     on_torch = fk.GGUFLinear.from_packed(packed(), "Q4_K", backend="torch", compute="int8")
     assert on_torch._kept_row_scale() is None
     groups = default_choice("int8", Q4_K, 32, N, K, (8, 9))
-    monkeypatch.setattr(int8, "choose", lambda *call: groups)
+    monkeypatch.setattr(kernels, "choose", lambda *call: groups)
     assert layer()._kept_row_scale() is None
 
 
@@ -287,12 +286,11 @@ def test_offloading_hooks_move_rows_and_results_stay(offload_buffers):
     assert model[0].qweight.is_meta
 
 
-def test_takes_row_scale_asks_for_every_size_of_call():
+def test_a_layer_keeps_scales_where_any_size_of_call_uses_them():
     """A record may choose scales of rows for some M alone."""
     asked = []
     with pytest.MonkeyPatch.context() as patched:
         groups, rows = (default_choice("int8", Q4_K, 32, N, K, card) for card in ((8, 9), (9, 0)))
-        patched.setattr(int8, "choose", lambda mode, fmt, m, *rest: asked.append(m) or (rows if m == 4096 else groups))
-        assert int8.takes_row_scale(Q4_K, N, K, torch.device("cpu"))
-    assert ops.row_scale(Packed(packed(), Q4_K), "triton", "int8") is not None
-    assert 4096 in asked
+        patched.setattr(kernels, "choose", lambda mode, fmt, m, *rest: asked.append(m) or (rows if m == 4096 else groups))
+        assert ops.row_scale(Packed(packed(), Q4_K), "triton", "int8") is not None
+    assert asked[-1] == 4096

@@ -12,11 +12,10 @@ from flux_kernels import kernels
 from flux_kernels._triton import triton
 from flux_kernels.formats import FORMATS, Packed
 from flux_kernels.kernels import exact
-from flux_kernels.kernels.choice import default_choice
-from flux_kernels.kernels.problem import Problem
+from flux_kernels.kernels.choice import candidates, default_choice
+from flux_kernels.kernels.problem import Call, Problem
 from flux_kernels.kernels.small_m_codes import code_constants, small_m_codes_kernel
 from flux_kernels.kernels.tiles import CODES_M, small_m_tile
-from flux_kernels.machine.candidates import Call, candidates
 
 from .samples import finite_rows
 

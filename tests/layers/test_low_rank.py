@@ -148,6 +148,7 @@ def test_autocast_and_compile(layer):
     torch.testing.assert_close(torch.export.export(branched, (x,)).module()(x), branched(x))
 
 
+@pytest.mark.plain_memory
 def test_opcheck_with_branch_and_outliers(layer):
     down, up = factors()
     index = torch.tensor([3, 77], dtype=torch.int32)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flux_kernels.formats import FORMATS, Packed
-from flux_kernels.machine.random_rows import RMS, random_rows
+from flux_kernels.formats import FORMATS
+from flux_kernels.machine.random_rows import RMS, random_rows, random_weight
 from flux_kernels.torch_backend import reference
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_finite_and_of_a_plausible_size(name):
     fmt = FORMATS[name]
-    weight = reference.dequantize(Packed(random_rows(fmt, 64, 1024, seed=3), fmt)).double()
+    weight = reference.dequantize(random_weight(fmt, 64, 1024, planes=False, seed=3)).double()
     rms = weight.pow(2).mean().sqrt().item()
     assert weight.isfinite().all()
     assert RMS / 2 < rms < 2 * RMS
@@ -25,8 +25,9 @@ def test_weights_are_finite_and_of_a_plausible_size(name):
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.planes])
 def test_planes_hold_the_same_weights(name):
     fmt = FORMATS[name]
-    rows, planes = (random_rows(fmt, 4, 512, planes, seed=1) for planes in (False, True))
-    assert torch.equal(reference.dequantize(Packed(rows, fmt)), reference.dequantize(Packed(planes, fmt, True)))
+    rows, planes, wanted = (random_weight(fmt, 4, 512, planes, seed=1) for planes in (False, True, None))
+    assert torch.equal(reference.dequantize(rows), reference.dequantize(planes))
+    assert wanted.planes and torch.equal(wanted.data, planes.data) and not torch.equal(rows.data, planes.data)
 
 
 def test_rows_repeat_for_a_seed_and_differ_between_seeds():

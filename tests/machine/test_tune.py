@@ -11,9 +11,9 @@ import torch
 from flux_kernels._triton import triton
 from flux_kernels.errors import BackendUnavailable
 from flux_kernels.kernels import record
+from flux_kernels.kernels.candidates import Candidate
 from flux_kernels.kernels.record import TuningRecord
 from flux_kernels.machine import tune as tuning
-from flux_kernels.machine.candidates import Candidate
 from flux_kernels.machine.tune import tune, tune_call
 from flux_kernels.machine.tune_compile import Spills
 from flux_kernels.machine.tune_jobs import Job, step_jobs

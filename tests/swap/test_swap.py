@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 import flux_kernels as fk
 from flux_kernels import swap
+from flux_kernels.layers.takeover import quantize_layer
 from flux_kernels.swap import plan as swap_plan
 
 K = 256
@@ -287,3 +288,16 @@ def test_a_weight_that_a_hook_computes_is_left_alone(how):
     rows = fk.swap_linear(model, format="Q8_0").rows
     assert [row.action for row in rows] == ["skipped", "swapped"] and "computed" in rows[0].detail
     model(torch.randn(2, 64))
+
+
+def test_what_takes_a_layers_place_is_ready_for_it():
+    """Rows as the backend wants them, hooks, flag and foreign attributes: from one call."""
+    name = next(name for name, fmt in fk.FORMATS.items() if fmt.planes and fmt.quantize is not None)
+    old, seen = nn.Linear(512, 64).eval(), []
+    old.register_forward_hook(lambda *call: seen.append(call))
+    old.note = "kept"
+    new = quantize_layer(old, name, "triton", "exact")
+    assert new.planes and not new.training and new.note == "kept"
+    assert list(new._forward_hooks) == list(old._forward_hooks)
+    expected = fk.GGUFLinear.from_linear(old, name)
+    assert torch.equal(new.file_bytes(), expected.file_bytes())

@@ -116,12 +116,12 @@ def absent_card(capability: int, order: np.random.Generator | None = None, divis
 
     Kernels must have been decorated to be compiled, not for Triton's own interpreter (TRITON_INTERPRET=0).
     """
-    from flux_kernels.kernels import launching
+    from flux_kernels import compute
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernels were decorated for Triton's interpreter; start the process with TRITON_INTERPRET=0")
     card, driver, empty = AbsentCard(capability, order, division_error), triton.runtime.driver, torch.empty
-    own_capability = launching.capability_of
+    own_capability = compute.capability_of
     modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("flux_kernels")]
     replaced = [module for module in modules if getattr(module, "capability_of", None) is own_capability]
     before = driver._active

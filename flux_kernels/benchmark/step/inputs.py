@@ -61,7 +61,7 @@ class StepInputs:
 
 
 def step_inputs(
-    config: StepConfig, height: int, width: int, batch: int, device: torch.device, dtype: torch.dtype, text: int = TEXT
+    config: StepConfig, width: int, height: int, batch: int, device: torch.device, dtype: torch.dtype, text: int = TEXT
 ) -> StepInputs:
     """Make random inputs for a picture in pixels: unit latents, text features, middle of the schedule."""
     generator = torch.Generator().manual_seed(0)

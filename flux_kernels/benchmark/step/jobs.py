@@ -115,10 +115,10 @@ def _providers() -> list[str]:
 def true_size(size: str) -> StepCase:
     """Describe a FLUX.1-dev step of a size such as "1024x1024 batch 2"; raise FormatError on others."""
     match = re.fullmatch(r"(\d+)x(\d+)(?: batch (\d+))?", size)
-    height, width, batch = (int(part or 1) for part in match.groups()) if match else (0, 0, 0)
-    if not (height and width and batch) or height % 16 or width % 16:
-        raise FormatError(f"A size is height x width in multiples of 16, got {size!r}. Known: {', '.join(STEPS)}.")
-    return StepCase(STEP, size, FLUX_DEV, height, width, batch, TEXT, at_once=True)
+    width, height, batch = (int(part or 1) for part in match.groups()) if match else (0, 0, 0)
+    if not (width and height and batch) or width % 16 or height % 16:
+        raise FormatError(f"A size is width x height in multiples of 16, got {size!r}. Known: {', '.join(STEPS)}.")
+    return StepCase(STEP, size, FLUX_DEV, width, height, batch, TEXT, at_once=True)
 
 
 def embedded() -> StepCase:
@@ -132,8 +132,8 @@ def embedded() -> StepCase:
         what=EMBEDDED_STEP,
         size=DENOISED,
         config=StepConfig.read(json.loads((folder / "config.json").read_text())),
-        height=PIPELINE_KWARGS["height"],
         width=PIPELINE_KWARGS["width"],
+        height=PIPELINE_KWARGS["height"],
         batch=EMBEDDED_BATCH,
         text=PIPELINE_KWARGS["max_sequence_length"],
         stored=stored,

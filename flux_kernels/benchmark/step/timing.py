@@ -26,7 +26,7 @@ from .weights import StepWeights, build, build_reference, make_layer, make_weigh
 TIMES = ("p20_ms", "p50_ms", "p80_ms")
 COLUMNS = ("format", "provider", "what", "size", "dtype", "repeats", *TIMES, "peak_bytes", "weight_bytes", "error", "note")
 EMBEDDED_BATCH = 4  # of 16 image tokens each: with fewer than 17 rows every mode runs as "exact"
-DENOISED = f"{PIPELINE_KWARGS['height']}x{PIPELINE_KWARGS['width']} batch {EMBEDDED_BATCH}"
+DENOISED = f"{PIPELINE_KWARGS['width']}x{PIPELINE_KWARGS['height']} batch {EMBEDDED_BATCH}"
 LARGEST_GATE = 0.5  # relative RMS error; unrelated outputs of equal size are 1.4 apart
 _REUSED = "does not fit: one double and one single block's weights stand for all; bytes are the whole model's"
 _OTHER_ORDER = "in a round of its own: both arrangements of the rows do not fit; the unquantized step took {:.1f} ms in it"
@@ -43,8 +43,8 @@ class StepCase:
     what: str
     size: str
     config: StepConfig
-    height: int
     width: int
+    height: int
     batch: int
     text: int
     stored: Mapping[str, Tensor] | None = None
@@ -102,7 +102,7 @@ def measure_format(
     """
     progress(f"{case.what}, {name}: making weights")
     weights = make_weights(case.config, FORMATS[name], device, dtype, case.stored)
-    inputs = step_inputs(case.config, case.height, case.width, case.batch, device, dtype, case.text)
+    inputs = step_inputs(case.config, case.width, case.height, case.batch, device, dtype, case.text)
     reuse, rounds = _plan(weights, inputs, providers, device)
     for index, group in enumerate(rounds):
         if index:

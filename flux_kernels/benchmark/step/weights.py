@@ -21,7 +21,7 @@ from ...formats import BlockFormat, Packed
 from ...machine.random_rows import random_rows
 from ...packing import quantizer
 from ...torch_backend import reference
-from ..names import OURS, TORCH, mode_of
+from ..names import OURS, TORCH, way_of
 from ..providers import PROVIDERS, Problem, own_layer
 from .inputs import StepConfig
 from .model import StepModel
@@ -187,7 +187,7 @@ def make_layer(provider: str, problem: Problem, name: str) -> nn.Module:
     if not provider.startswith(OURS):
         layer = PROVIDERS[provider].make(problem)
         return layer if isinstance(layer, nn.Module) else _Calling(layer)
-    return own_layer(problem, compute_of_layer(mode_of(provider), [name]))
+    return own_layer(problem, compute_of_layer(way_of(provider), [name]))
 
 
 def build_reference(

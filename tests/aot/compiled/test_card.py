@@ -12,11 +12,11 @@ import triton.language as tl
 from bench.aot.ptx import Fault
 from bench.aot.ptx.driver import absent_card
 from flux_kernels import kernels
-from flux_kernels.formats import FORMATS, Packed
+from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import choice, int8
 from flux_kernels.kernels.choice import Choice
 from flux_kernels.kernels.tiles import INT8_TILE
-from flux_kernels.machine.random_rows import random_rows
+from flux_kernels.machine.random_rows import random_weight
 
 
 @triton.jit
@@ -65,10 +65,10 @@ def test_a_view_is_all_that_may_be_touched():
 def test_shared_memory_that_the_card_does_not_have():
     """Triton's own refusal comes through: five stages of two 16 KiB tiles fit an H100 and no GeForce."""
     fmt = FORMATS["Q8_0"]
-    x, data = torch.randn(17, 256).half(), random_rows(fmt, 32, 256, fmt.planes)
+    x, weight = torch.randn(17, 256).half(), random_weight(fmt, 32, 256)
     named = Choice("two_stage", replace(INT8_TILE, num_stages=5), "too large")
     with absent_card(89), pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"):
-        int8.linear(x, Packed(data, fmt, fmt.planes), None, torch.empty(17, 32, dtype=x.dtype), choice=named)
+        int8.linear(x, weight, None, torch.empty(17, 32, dtype=x.dtype), choice=named)
 
 
 def test_tiles_are_those_of_the_card():
@@ -80,7 +80,7 @@ def test_tiles_are_those_of_the_card():
     names = {}
     for capability in (90, 89):
         with absent_card(capability) as card:
-            kernels.linear(torch.randn(17, 256).half(), Packed(random_rows(fmt, 32, 256), fmt), None, "int8")
+            kernels.linear(torch.randn(17, 256).half(), random_weight(fmt, 32, 256, planes=False), None, "int8")
             names[capability] = [name for name, _ in card.launches]
     assert "row_largest_kernel" in names[90] and "row_largest_kernel" not in names[89]
 

@@ -15,8 +15,11 @@ from bench.aot.cards import CARDS
 from flux_kernels.benchmark.record import CHECKOUT, read_csv
 from flux_kernels.formats import FORMATS
 from flux_kernels.kernels import record
+from flux_kernels.kernels.candidates import Candidate, least_shared_bytes, shared_limit
+from flux_kernels.kernels.choice import candidates
+from flux_kernels.kernels.int8 import shared_bytes
+from flux_kernels.kernels.problem import Call
 from flux_kernels.kernels.tiles import Tile
-from flux_kernels.machine.candidates import Call, Candidate, candidates, int8_shared_bytes, least_shared_bytes, shared_limit
 
 GEFORCE, HOPPER = ((8, 6), 82), ((9, 0), 132)
 RECORDED = [
@@ -196,4 +199,4 @@ def test_memory_is_predicted_closely_for_large_tiles(name, capability, itemsize,
     ],
 )
 def test_memory_of_the_int8_gemm_is_its_operands(capability, tile, took):
-    assert int8_shared_bytes(Tile(*tile), divmod(capability, 10)) == took
+    assert shared_bytes(Tile(*tile), divmod(capability, 10)) == took
