@@ -5,5 +5,6 @@ from __future__ import annotations
 from .case import Case
 from .chroma import CHROMA
 from .flux2 import FLUX2
+from .krea2 import KREA2
 
-CASES: dict[str, Case] = {case.name: case for case in (FLUX2, CHROMA)}
+CASES: dict[str, Case] = {case.name: case for case in (FLUX2, CHROMA, KREA2)}
