@@ -146,4 +146,5 @@ KREA2 = Case(
             *("txtfusion.projector.weight", "last.modulation.lin", "last.linear.weight"),
         )
     ),
+    extra={"last.up.weight": (256, 256), "last.down.weight": (256, 256)},
 )
