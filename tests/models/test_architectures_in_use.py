@@ -1,4 +1,4 @@
-"""Every architecture in use: 16 bit, files quantized throughout, adapters, compilation, offloading, fusing, odd converters."""
+"""Every architecture in use: 16 bit, whole files quantized, adapters, compile, offload, fusing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def error(value: torch.Tensor, wanted: torch.Tensor) -> float:
 @all_cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_computes_what_diffusers_does_in_16_bit(tmp_path, case, dtype):
-    """What diffusers keeps in 32 bit stays there; all else has the dtype. As exact as diffusers' own model, twice over."""
+    """What diffusers keeps in 32 bit stays there. The error is at most twice its own model's."""
     model = loaded(case, tmp_path, dtype=dtype)
     plain = oracle(case, small_file(case.name))
     expected = run(plain, case)
@@ -79,7 +79,7 @@ def test_16_bit_computes_what_diffusers_does_in_16_bit(tmp_path, case, dtype):
 @all_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_whose_every_matrix_is_quantized(tmp_path, case, dtype):
-    """As stable-diffusion.cpp writes them: embedders, modulation and tables too, where their rows are whole blocks."""
+    """As stable-diffusion.cpp writes them: embedders and tables too, where rows are whole blocks."""
     file, rng = FluxFile(dict(small_file(case.name).tensors)), np.random.default_rng(3)
     matrices = [name for name, shape in case.shapes.items() if len(shape) == 2 and shape[-1] % 32 == 0]
     for name in matrices:

@@ -1,6 +1,6 @@
 """Krea 2: Raw and Turbo. One stream; the text is fused from twelve layers of its encoder.
 
-Source: diffusers' Krea2Transformer2DModel; stable-diffusion.cpp's krea2.hpp and name_conversion.cpp. diffusers reads no single file.
+Source: diffusers' Krea2Transformer2DModel, which reads no single file; stable-diffusion.cpp's krea2.hpp and name_conversion.cpp.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ KREA2 = Architecture(
     ),
     read_config=_config,
     untold={"axes_dims_rope": _rope, "rope_theta": 1000.0, "norm_eps": 1e-5},
-    # Files of Turbo and Raw have the same tensors. The settings are Turbo's in diffusers' documentation, which gives Raw 28 steps and
-    # a guidance of 4.5; this pipeline guides from 0 upwards, where others do from 1.
+    # Files of Turbo and Raw have the same tensors. The settings are Turbo's in diffusers' documentation, which gives Raw 28 steps
+    # and a guidance of 4.5; this pipeline guides from 0 upwards, where others do from 1.
     variants=(Variant("Krea 2", {"num_layers": 28, "num_attention_heads": 48}, steps=8, guidance=0.0),),
     # ComfyUI-GGUF's tools know no Krea 2; these are what its fork that does (molbal/ComfyUI-GGUF) leaves alone.
     plain=("first.", "tmlp.", "tproj.", "txtmlp.", "txtfusion.projector.", "last."),

@@ -1,4 +1,4 @@
-"""Chroma, from stable-diffusion.cpp's flux.hpp and the listing of the published file in diffusers' issue 11010."""
+"""Chroma, from stable-diffusion.cpp's flux.hpp and the listing in diffusers' issue 11010."""
 
 from __future__ import annotations
 

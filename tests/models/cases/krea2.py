@@ -1,4 +1,7 @@
-"""Krea 2, from stable-diffusion.cpp's krea2.hpp (shapes) and name_conversion.cpp (names): diffusers converts no single file."""
+"""Krea 2, from stable-diffusion.cpp: shapes of krea2.hpp, names of name_conversion.cpp.
+
+diffusers converts no single file of it.
+"""
 
 from __future__ import annotations
 
@@ -130,8 +133,8 @@ KREA2 = Case(
     config=_config(4, 2, 64, 512, 2, 256, 8, 512),
     convert=_convert,
     inputs=_inputs,
-    # The model card: 12.9 billion parameters. Readers of the published files count 432 tensors, of which two [6144, 6144] are a hidden
-    # picture.
+    # The model card: 12.9 billion parameters. Readers of the published files count 432 tensors, of which two [6144, 6144] are a
+    # hidden picture.
     published={
         "Krea 2": Published(
             _shapes(6144, 128, 1536, 16384, 28, 2560, 128, 6912),
