@@ -45,10 +45,13 @@ LORA = Mark(
     r".*(lora_[AB]\b|lora_(up|down)\b|hada_w[12]_|lokr_w[12]\b).*",
     "Load the base model, then pipeline.load_lora_weights(...).",
 )
+# Models that also have the mark of an architecture they are not.
+RELATIVES: tuple[Mark, ...] = (
+    LORA,
+    Mark("Chroma Radiance", r"(nerf_(blocks|image_embedder|final_layer|final_layer_conv)|img_in_patch)\..*"),
+)
 # First match wins: the finer marks stand before the coarser ones.
 OTHER_TRANSFORMERS: tuple[Mark, ...] = (
-    LORA,
-    Mark("Chroma", r"distilled_guidance_layer\..*", _DIFFUSERS_GGUF),
     Mark("FLUX.2", r"(single_stream_modulation|double_stream_modulation_(img|txt))\..*", _DIFFUSERS_GGUF),
     Mark("FLUX.3", r"early_stream_modulations\..*", _DIFFUSERS_GGUF),
     Mark("a FLUX.1 ControlNet", r"(controlnet_(x_embedder|blocks|single_blocks)|controlnet_mode_embedder)\..*"),
@@ -96,7 +99,7 @@ def transformer_names(names: Collection[str]) -> list[str]:
 
 def recognise(names: Collection[str]) -> Architecture | None:
     """Return the architecture that tensor names (without prefix) belong to, or None."""
-    if lora_tensor(names) is not None:
+    if any(_shown_by(mark.tensor, names) for mark in RELATIVES):
         return None
     fine = next((row for row in ARCHITECTURES if not row.mark_needs and _shown_by(row.mark, names)), None)
     if fine is not None or any(_shown_by(mark.tensor, names) for mark in OTHER_TRANSFORMERS):
@@ -137,7 +140,7 @@ def _refusal(known: Architecture | None, names: Collection[str], stated: str | N
     if known is not None:
         advice = "Load it with flux_kernels.load_transformer(path)."
         return f"This is {known.name}{instead} (it holds {_shown_by(known.mark, names)!r}). {_LOADS} {advice}"
-    for mark in OTHER_TRANSFORMERS + OTHER_PARTS:
+    for mark in RELATIVES + OTHER_TRANSFORMERS + OTHER_PARTS:
         tensor = _shown_by(mark.tensor, names)
         if tensor is not None:
             return f"This is {mark.model}{instead} (it holds {tensor!r}). {_LOADS} {mark.advice}".rstrip()

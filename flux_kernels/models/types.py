@@ -195,7 +195,7 @@ def _type_of(
     if kind == VECTOR:
         return rule.vector
     original = architecture.original_of(name) if architecture else name
-    if architecture and (re.fullmatch(architecture.precise, original) or prod(shape) <= _SMALLEST):
+    if _is_precise(original, shape, architecture):
         return _PRECISE
     if kind == LEFTOVER:
         narrow = rule.small and architecture and re.fullmatch(architecture.narrow, original)
@@ -207,6 +207,11 @@ def _type_of(
     wider = named.wider[widened]
     early = wider.count is None or counts[widened] <= wider.count
     return wider.type if early else wider.others or named.base
+
+
+def _is_precise(original: str, shape: tuple[int, ...], architecture: Architecture | None) -> bool:
+    """Tell whether a matrix stays in 32 bit in every layout, by its original name."""
+    return architecture is not None and (prod(shape) <= _SMALLEST or bool(re.fullmatch(architecture.precise, original)))
 
 
 def layout_of(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], architecture: Architecture | None) -> str:
@@ -223,7 +228,10 @@ def layout_of(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], a
     by_class: dict[str, set[str]] = {}
     for name, ggml_type in types.items():
         kind = tensor_kind(name, shapes[name], architecture)
-        if kind == LEFTOVER and architecture and re.fullmatch(architecture.narrow, architecture.original_of(name)):
+        original = architecture.original_of(name) if architecture else name
+        if kind != VECTOR and ggml_type == _PRECISE and _is_precise(original, shapes[name], architecture):
+            continue
+        if kind == LEFTOVER and architecture and re.fullmatch(architecture.narrow, original):
             kind = "small"
         seen[kind].add(ggml_type)
         if kind == BLOCK:

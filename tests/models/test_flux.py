@@ -36,6 +36,10 @@ def write_names(path, names, architecture="flux"):
 
 # Names as they stand in real files of each model.
 REFUSED = {
+    "Chroma Radiance": [
+        *("distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in_patch.weight"),
+        *("nerf_blocks.0.param_generator.weight", "nerf_final_layer_conv.conv.weight", "__x0__"),
+    ],
     "FLUX.3": ["early_stream_modulations.image.lin.weight", "img_in.weight"],
     "a LoRA": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "x_embedder.weight"],
     "a FLUX.1 ControlNet": ["controlnet_x_embedder.weight", "x_embedder.weight", "transformer_blocks.0.attn.to_q.weight"],

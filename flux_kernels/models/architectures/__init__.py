@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ..architecture import Architecture
+from .chroma import CHROMA
 from .flux1 import FLUX1
 from .flux2 import FLUX2
+from .krea2 import KREA2
 
 # A file is of the first whose mark it has. Those that ask for more than a mark (mark_needs) come last.
-ARCHITECTURES: tuple[Architecture, ...] = (FLUX2, FLUX1)
+ARCHITECTURES: tuple[Architecture, ...] = (FLUX2, CHROMA, KREA2, FLUX1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .case import Case
+from .chroma import CHROMA
 from .flux2 import FLUX2
+from .krea2 import KREA2
 
-CASES: dict[str, Case] = {case.name: case for case in (FLUX2,)}
+CASES: dict[str, Case] = {case.name: case for case in (FLUX2, CHROMA, KREA2)}

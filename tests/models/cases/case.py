@@ -42,6 +42,7 @@ class Case:
         inputs: keyword arguments of the small model's forward, in float32.
         published: name of a variant -> its true sizes.
         plain: original names of matrices that published files never quantize.
+        extra: original name -> shape of tensors that files carry and the model has no use for.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Case:
     inputs: Callable[[torch.Generator], dict[str, Any]]
     published: Mapping[str, Published]
     plain: frozenset[str]
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Shapes = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[str]:

@@ -1,0 +1,71 @@
+"""Chroma: Base, HD and Flash. FLUX.1-schnell with modulation from a network, the approximator.
+
+Source: diffusers' ChromaTransformer2DModel and its conversion of single files; stable-diffusion.cpp's flux.hpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..architecture import Architecture, Link, Variant, norm
+from ..stored_shapes import StoredShapes
+from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM
+from .flux1 import default_rope
+
+_APPROXIMATOR = "distilled_guidance_layer"
+
+
+def _config(stored: StoredShapes) -> dict[str, Any]:
+    num_layers, num_single_layers = stored.blocks("transformer_blocks"), stored.blocks("single_transformer_blocks")
+    first = "transformer_blocks.0" if num_layers else "single_transformer_blocks.0"
+    head_dim = stored.length(f"{first}.attn.norm_q.weight")
+    width, in_channels = stored.matrix("x_embedder.weight")
+    _, joint_dim = stored.matrix("context_embedder.weight")
+    approximator_width, approximator_channels = stored.matrix(f"{_APPROXIMATOR}.in_proj.weight")
+    out_channels, _ = stored.matrix("proj_out.weight")
+    return {
+        "patch_size": 1,
+        "in_channels": in_channels,
+        "out_channels": None if out_channels == in_channels else out_channels,
+        "num_layers": num_layers,
+        "num_single_layers": num_single_layers,
+        "attention_head_dim": head_dim,
+        "num_attention_heads": stored.heads(width, head_dim),
+        "joint_attention_dim": joint_dim,
+        "approximator_num_channels": approximator_channels,
+        "approximator_hidden_dim": approximator_width,
+        "approximator_layers": stored.blocks(f"{_APPROXIMATOR}.layers"),
+    }
+
+
+CHROMA = Architecture(
+    name="Chroma",
+    covers="Base, HD, Flash",
+    gguf_name="flux",
+    mark=rf"{_APPROXIMATOR}\..*",
+    model_class="ChromaTransformer2DModel",
+    pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+    blocks=BLOCKS,
+    links=(
+        Link("img_in", ("x_embedder",)),
+        Link("txt_in", ("context_embedder",)),
+        Link(f"{_APPROXIMATOR}.layers.{{i}}.in_layer", (f"{_APPROXIMATOR}.layers.{{i}}.linear_1",)),
+        Link(f"{_APPROXIMATOR}.layers.{{i}}.out_layer", (f"{_APPROXIMATOR}.layers.{{i}}.linear_2",)),
+        norm(f"{_APPROXIMATOR}.norms.{{i}}", f"{_APPROXIMATOR}.norms.{{i}}"),
+        *IMAGE_STREAM,
+        *TEXT_STREAM,
+        *SINGLE_BLOCK,
+        Link("final_layer.linear", ("proj_out",)),
+    ),
+    read_config=_config,
+    untold={"axes_dims_rope": default_rope},
+    # Files of Base, HD and Flash have the same tensors. The settings are those of diffusers' documentation, for HD; Flash is
+    # distilled and takes a guidance of 1.
+    variants=(
+        Variant("Chroma1", {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}, steps=40, guidance=3.0),
+    ),
+    # Tools know no Chroma: they quantize it as FLUX.1, the approximator with it. Its first matrix has rows of 64, which K-quants
+    # cannot hold, so that it stays plain in theirs too.
+    plain=("img_in.", "txt_in.", "final_layer.", f"{_APPROXIMATOR}.in_proj."),
+    original="bfl",
+)
