@@ -142,7 +142,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         stored = understand(file, config)
     except GGUFError as error:
         return FileFacts(**known, refused=str(error))
-    part = _part(file, stored.config)
+    part = _part(file, stored.architecture, stored.config)
     return FileFacts(
         **known,
         variant=stored.architecture.variant_name(stored.config),
@@ -150,7 +150,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         naming=stored.naming,
         config=stored.config,
         **_fits(part),
-        offloads=_offloads(part) if stored.config["joint_attention_dim"] == T5_WIDTH else {},
+        offloads=_offloads(part) if stored.config.get("joint_attention_dim") == T5_WIDTH else {},
     )
 
 
@@ -231,9 +231,9 @@ def _resident(tensor: GGUFTensor) -> int:
     return tensor.nbytes if packed else prod(tensor.shape) * ACTIVATION_BYTES
 
 
-def _part(file: GGUFFile, config: Mapping[str, Any]) -> Part:
+def _part(file: GGUFFile, architecture: Architecture, config: Mapping[str, Any]) -> Part:
     """Return what the transformer needs on a card for one picture."""
-    width = config["num_attention_heads"] * config["attention_head_dim"]
+    width = architecture.width(config)
     sizes, decoded = _sizes(file)
     tokens = image_tokens(SIDE, SIDE) + TEXT_TOKENS
     return Part("transformer", sum(sizes), max(sizes), transformer_working(width, tokens, decoded=decoded))

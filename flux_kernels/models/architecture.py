@@ -139,6 +139,11 @@ class Architecture:
         name_of = str if naming == DIFFUSERS else self.original_of
         return StoredShapes(self.name, shapes, name_of, self.blocks)
 
+    def width(self, config: Mapping[str, Any]) -> int:
+        """Return the channels of a hidden state."""
+        heads = ("num_attention_heads", "attention_head_dim")
+        return config["dim"] if "dim" in config else config[heads[0]] * config[heads[1]]
+
     def variant(self, config: Mapping[str, Any]) -> Variant | None:
         """Return the published model whose values a config has, or None."""
         fits = (row for row in self.variants if all(config.get(name) == value for name, value in row.config.items()))
