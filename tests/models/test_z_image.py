@@ -59,7 +59,7 @@ def pictures(*shapes):
 
 @torch.inference_mode()
 def test_files_of_other_converters(tmp_path):
-    """stable-diffusion.cpp drops the pad tokens' leading 1; the makers' files hold a norm that nothing uses."""
+    """Some drop the pad tokens' leading 1, as stable-diffusion.cpp; the makers' hold an unused norm."""
     file, path = written(tmp_path / "x.gguf", tiny(x_pad_token=(96,), cap_pad_token=(96,)) | {"norm_final.weight": (96,)})
     model, expected = load_transformer(path, dtype=torch.float32, backend="torch"), oracle(file)
     inputs = dict(x=pictures((16, 1, 8, 6)), t=torch.tensor([0.3]), cap_feats=pictures((7, 256)), return_dict=False)

@@ -1,4 +1,4 @@
-"""Z-Image: Turbo, the base and Omni. A single stream of blocks, after refiners of the picture and of the text.
+"""Z-Image: Turbo, the base and Omni. Blocks of a single stream, after refiners of picture and text.
 
 Source: diffusers' ZImageTransformer2DModel and its conversion of single files; stable-diffusion.cpp's z_image.hpp.
 """
