@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..architecture import Architecture
 from .flux1 import FLUX1
 from .flux2 import FLUX2
+from .qwen_image import QWEN_IMAGE
 from .z_image import Z_IMAGE
 
 # A file is of the first whose mark it has. Those that ask for more than a mark (mark_needs) come last.
-ARCHITECTURES: tuple[Architecture, ...] = (Z_IMAGE, FLUX2, FLUX1)
+ARCHITECTURES: tuple[Architecture, ...] = (QWEN_IMAGE, Z_IMAGE, FLUX2, FLUX1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .case import Case
 from .flux2 import FLUX2
+from .qwen_image import QWEN_IMAGE
 from .z_image import Z_IMAGE
 
-CASES: dict[str, Case] = {case.name: case for case in (FLUX2, Z_IMAGE)}
+CASES: dict[str, Case] = {case.name: case for case in (FLUX2, Z_IMAGE, QWEN_IMAGE)}
