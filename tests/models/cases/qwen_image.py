@@ -73,7 +73,7 @@ QWEN_IMAGE = Case(
     # The makers' names are diffusers' own.
     convert=dict,
     inputs=_inputs,
-    # Parameters as the makers state them; tensors as the listings of published GGUF files count them.
+    # Tensors of Edit-2511: a listing of unsloth's GGUF file. The other counts and the parameters are sums of the table.
     published={
         "Qwen-Image": Published(*_FULL, 1933, 20_430_000_000),
         "Qwen-Image-Edit-2511": Published(

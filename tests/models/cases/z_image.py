@@ -76,7 +76,7 @@ Z_IMAGE = Case(
     config=_config(6, 1, 1, 256),
     convert=convert_z_image_transformer_checkpoint_to_diffusers,
     inputs=_inputs,
-    # Parameters as their makers state them; tensors as the listings of published GGUF files count them.
+    # Parameters as reviews of the model state them; tensors: the sum of the table, 32 x 13 + 2 x 11 + 15, no listing was at hand.
     published={
         "Z-Image-Turbo": Published(_shapes(3840, 10240, 128, 30, 2, 2560), _config(30, 30, 2, 2560), 453, 6_150_000_000)
     },
