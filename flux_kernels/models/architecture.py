@@ -112,6 +112,7 @@ class Architecture:
         precise: regular expression of original names that are F32 in every layout, since readers decode nothing there.
         never_bf16: original names of matrices that readers take for something else in BF16.
         unused: regular expression of names that files hold and the model has no use for.
+        flags: name of a tensor without weights -> the config value that is True where a file holds it.
         original: what the original naming is called.
         patch: pixels of a side that become a token.
         tokens: fnmatch pattern of layers in the blocks (diffusers' names, "*" for the block) -> what reaches them: "text", "both"
@@ -131,11 +132,13 @@ class Architecture:
     describe: Callable[[Mapping[str, Any]], str] | None = None
     untold: Mapping[str, Any] = field(default_factory=dict)
     mark_needs: tuple[str, ...] = ()
+    unlike: str = r"(?!)"
     plain: tuple[str, ...] = ()
     narrow: str = r"(?!)"
     precise: str = r"(?!)"
     never_bf16: tuple[str, ...] = ()
     unused: str = r"(?!)"
+    flags: Mapping[str, str] = field(default_factory=dict)
     original: str = "original"
     patch: int = 16
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -154,6 +157,10 @@ class Architecture:
         """Return a file's shapes as `read_config` asks for them."""
         name_of = str if naming == DIFFUSERS else self.original_of
         return StoredShapes(self.name, shapes, name_of, self.blocks)
+
+    def flagged(self, config: Mapping[str, Any]) -> list[str]:
+        """Name the tensors without weights that a file of a config holds."""
+        return [name for name, value in self.flags.items() if config[value]]
 
     def width(self, config: Mapping[str, Any]) -> int:
         """Return the channels of a hidden state."""

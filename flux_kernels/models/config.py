@@ -61,14 +61,17 @@ def _written(architecture: Architecture, metadata: Mapping[str, Any], inferred: 
     except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise GGUFError(f"The key {CONFIG_KEY!r} holds no JSON with {wanted}. Remove the key from the file.") from error
     for name, value in values.items():
-        if name == _ROPE and (not isinstance(value, list) or not all(isinstance(axis, int) for axis in value)):
+        if name in _ROPE and (not isinstance(value, list) or not all(isinstance(axis, int) for axis in value)):
             raise GGUFError(f"{name} in the key {CONFIG_KEY!r} is no list of integers. Remove the key from the file.")
-    if _ROPE in values and sum(values[_ROPE]) != inferred["attention_head_dim"]:
-        del values[_ROPE]
-    return values
+    return {name: value for name, value in values.items() if name not in _ROPE or sum(value) == _head_dim(inferred)}
 
 
-_ROPE = "axes_dims_rope"
+# The arguments that split a head into rotary axes.
+_ROPE = ("axes_dims_rope", "axes_dims")
+
+
+def _head_dim(inferred: Mapping[str, Any]) -> int:
+    return inferred["attention_head_dim"] if "attention_head_dim" in inferred else inferred["dim"] // inferred["n_heads"]
 
 
 def _override(architecture: Architecture, config: object | None) -> dict[str, Any]:

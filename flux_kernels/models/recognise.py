@@ -54,19 +54,24 @@ RELATIVES: tuple[Mark, ...] = (
 OTHER_TRANSFORMERS: tuple[Mark, ...] = (
     Mark("FLUX.2", r"(single_stream_modulation|double_stream_modulation_(img|txt))\..*", _DIFFUSERS_GGUF),
     Mark("FLUX.3", r"early_stream_modulations\..*", _DIFFUSERS_GGUF),
+    Mark("Lens", r"transformer_blocks\.\d+\.(img_mlp\.w1|attn\.img_qkv)\..*"),
+    # Of the models with this tensor, only what the architecture's row refuses comes here.
+    Mark("a Qwen-Image ControlNet", r"transformer_blocks\.\d+\.img_mod\..*"),
+    Mark("Qwen-Image 2.1", r"txt_in\.text_norm\.weight", _DIFFUSERS_GGUF),
     Mark("a FLUX.1 ControlNet", r"(controlnet_(x_embedder|blocks|single_blocks)|controlnet_mode_embedder)\..*"),
     Mark("FLUX.1 Redux (an image encoder)", r"redux_(up|down)\..*"),
     Mark("HunyuanVideo", r"(txt_in\.individual_token_refiner|context_embedder\.token_refiner)\..*", _DIFFUSERS_GGUF),
     Mark("HunyuanVideo or HunyuanImage", r"double_blocks\.\d+\.img_attn_qkv\..*", _DIFFUSERS_GGUF),
     Mark("Stable Diffusion 3 / 3.5", r"joint_blocks\.\d+\..*", _DIFFUSERS_GGUF),
     Mark("Stable Diffusion 3 / 3.5", r"pos_embed\.proj\.weight", _DIFFUSERS_GGUF),
-    Mark("Qwen-Image", r"(transformer_blocks\.\d+\.img_mod\..*|txt_norm\.weight)", _DIFFUSERS_GGUF),
     Mark("Wan", r"(head\.modulation|blocks\.\d+\.self_attn\.q\.weight|vace_blocks\..*)", _DIFFUSERS_GGUF),
     Mark("Wan", r"blocks\.\d+\.attn2\.add_k_proj\.weight|condition_embedder\.time_proj\.weight", _DIFFUSERS_GGUF),
     Mark("HiDream", r"double_stream_blocks\..*", _DIFFUSERS_GGUF),
     Mark("AuraFlow", r"(double_layers\..*|cond_seq_linear\.weight|joint_transformer_blocks\..*)", _DIFFUSERS_GGUF),
     Mark("LTX-Video", r"(patchify_proj\.weight|transformer_blocks\.\d+\.scale_shift_table)", _DIFFUSERS_GGUF),
-    Mark("Lumina 2 or Z-Image", r"(cap_embedder|noise_refiner|context_refiner)\..*", _DIFFUSERS_GGUF),
+    Mark("a Z-Image ControlNet", r"control_(all_x_embedder|layers|noise_refiner)\..*"),
+    Mark("OmniGen 2 or Boogu", r"ref_image_(refiner|patch_embedder)\..*"),
+    Mark("Lumina 2", r"(cap_embedder|noise_refiner|context_refiner)\..*", _DIFFUSERS_GGUF),
     Mark("Mochi", r"blocks\.\d+\.attn\.qkv_x\.weight", _DIFFUSERS_GGUF),
     Mark("Cosmos", r"net\.blocks\..*", _DIFFUSERS_GGUF),
     Mark("Stable Diffusion 1, 2 or XL (a UNet)", r"(input_blocks|down_blocks)\..*", _DIFFUSERS_GGUF),
@@ -101,10 +106,11 @@ def recognise(names: Collection[str]) -> Architecture | None:
     """Return the architecture that tensor names (without prefix) belong to, or None."""
     if any(_shown_by(mark.tensor, names) for mark in RELATIVES):
         return None
-    fine = next((row for row in ARCHITECTURES if not row.mark_needs and _shown_by(row.mark, names)), None)
+    rows = [row for row in ARCHITECTURES if not _shown_by(row.unlike, names)]
+    fine = next((row for row in rows if not row.mark_needs and _shown_by(row.mark, names)), None)
     if fine is not None or any(_shown_by(mark.tensor, names) for mark in OTHER_TRANSFORMERS):
         return fine
-    coarse = (row for row in ARCHITECTURES if not {*row.mark_needs}.isdisjoint(names) and _shown_by(row.mark, names))
+    coarse = (row for row in rows if not {*row.mark_needs}.isdisjoint(names) and _shown_by(row.mark, names))
     return next(coarse, None)
 
 

@@ -65,6 +65,7 @@ def save_gguf(model: nn.Module, path: str | os.PathLike, *, names: str | None = 
         kind = _stored_type(model, architecture, name, shape, list(parts))
         tensors.append((name, kind, shape, partial(_assemble, model, kind, parts)))
         tensors += _correction(model, name, parts)
+    tensors += [(name, _EXACT, (0,), torch.empty(0)) for name in architecture.flagged(config)]
     write_gguf(path, tensors, _metadata(architecture, config, tensors))
 
 

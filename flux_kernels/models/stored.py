@@ -185,7 +185,8 @@ def used_shapes(architecture: Architecture, got: Shapes, expected: Shapes) -> di
     is expected where only that differs.
     """
     unused = re.compile(architecture.unused)
-    used = {name: shape for name, shape in got.items() if name in expected or not unused.fullmatch(name)}
+    dropped = {name for name in got if name in architecture.flags or unused.fullmatch(name)}
+    used = {name: shape for name, shape in got.items() if name in expected or name not in dropped}
     for name, shape in used.items():
         wanted = expected.get(name, shape)
         if (

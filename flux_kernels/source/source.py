@@ -165,6 +165,7 @@ def understand(files: SourceFiles, config: object | None = None) -> SourceModel:
         tensors = _fused(architecture, files.tensors, expected)
     else:
         tensors = {name: _whole(name, replace(files.tensors[name], shape=shape)) for name, shape in stored.items()}
+    tensors |= {name: SourceTensor(name, (0,), (), name) for name in architecture.flagged(known)}
     return SourceModel(files, architecture.variant_name(known), tensors, known, _notes(files), architecture)
 
 

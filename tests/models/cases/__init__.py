@@ -6,5 +6,7 @@ from .case import Case
 from .chroma import CHROMA
 from .flux2 import FLUX2
 from .krea2 import KREA2
+from .qwen_image import QWEN_IMAGE
+from .z_image import Z_IMAGE
 
-CASES: dict[str, Case] = {case.name: case for case in (FLUX2, CHROMA, KREA2)}
+CASES: dict[str, Case] = {case.name: case for case in (FLUX2, Z_IMAGE, CHROMA, KREA2, QWEN_IMAGE)}
