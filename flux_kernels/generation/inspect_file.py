@@ -150,7 +150,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         naming=stored.naming,
         config=stored.config,
         **_fits(part),
-        offloads=_offloads(part) if stored.config["joint_attention_dim"] == T5_WIDTH else {},
+        offloads=_offloads(part) if stored.config.get("joint_attention_dim") == T5_WIDTH else {},
     )
 
 

@@ -98,6 +98,7 @@ class Architecture:
         narrow: regular expression of original names that the "old" layout of FLUX.1 keeps in 32 bit.
         precise: regular expression of original names that are F32 in every layout, since readers decode nothing there.
         never_bf16: original names of matrices that readers take for something else in BF16.
+        undecoded: regular expression of original names of tensors that readers take as they lie: F16 where a layout has BF16.
         unused: regular expression of names that files hold and the model has no use for.
         original: what the original naming is called.
         patch: pixels of a side that become a token.
@@ -120,6 +121,7 @@ class Architecture:
     narrow: str = r"(?!)"
     precise: str = r"(?!)"
     never_bf16: tuple[str, ...] = ()
+    undecoded: str = r"(?!)"
     unused: str = r"(?!)"
     original: str = "original"
     patch: int = 16

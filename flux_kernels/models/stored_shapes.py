@@ -43,6 +43,10 @@ class StoredShapes:
         """Return the length of a vector."""
         return self.shape(parameter, 1)[0]
 
+    def sizes(self, parameter: str) -> tuple[int, ...]:
+        """Return the shape of an unsplit diffusers parameter that tools store with fewer dimensions."""
+        return self.shape(parameter, len(self.shapes.get(self.name_of(parameter), (0,))))
+
     def shape(self, parameter: str, dims: int) -> tuple[int, ...]:
         """Return the shape of an unsplit diffusers parameter.
 
