@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .case import Case
 from .flux2 import FLUX2
+from .wan import WAN
 
-CASES: dict[str, Case] = {case.name: case for case in (FLUX2,)}
+CASES: dict[str, Case] = {case.name: case for case in (FLUX2, WAN)}

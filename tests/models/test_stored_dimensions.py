@@ -1,0 +1,119 @@
+"""Tensors that files hold with other dimensions than torch.
+
+They are convolutions over frames, and tables whose first dimension is 1.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+
+from flux_kernels import load_transformer, save_gguf
+from flux_kernels.convert.choose_types import Request
+from flux_kernels.convert.convert import prepare
+from flux_kernels.errors import GGUFError
+from flux_kernels.gguf.file import read_gguf
+from flux_kernels.models.architectures.flux1 import FLUX1
+from flux_kernels.models.stored import used_shapes
+
+from ..flux_files import FluxFile
+from .cases import CASES
+from .test_architectures import oracle, run, small_file, write
+
+WAN = CASES["Wan"]
+CONVOLUTION = "patch_embedding.weight"
+MODULATION = "blocks.0.modulation"
+
+
+def reshaped(name: str, shape: tuple[int, ...]) -> FluxFile:
+    file = FluxFile(dict(small_file("Wan").tensors))
+    data, kind, _ = file.tensors[name]
+    file.tensors[name] = (data.reshape(shape), kind, shape)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "keyed"),
+    [
+        (CONVOLUTION, (256, 36, 1, 2, 2), False),
+        (CONVOLUTION, (256, 36 * 4), True),
+        (CONVOLUTION, (256, 36 * 4), False),
+        (CONVOLUTION, (256 * 36, 1, 2, 2), False),
+        (MODULATION, (6, 256), False),
+        (MODULATION, (1, 6, 256), False),
+        (MODULATION, (6 * 256,), False),
+        ("head.modulation", (2, 256), False),
+        ("img_emb.emb_pos", (6, 128), False),
+        ("img_emb.emb_pos", (6 * 128,), False),
+    ],
+    ids=["gguf-py", "matrix with its shape", "matrix", "stable-diffusion.cpp", *["table"] * 6],
+)
+def test_every_way_to_store_a_tensor_gives_one_model(tmp_path, name, shape, keyed):
+    keys = [("add_array", f"comfy.gguf.orig_shape.{name}", [256, 36, 1, 2, 2])] if keyed else []
+    path = reshaped(name, shape).write(tmp_path / "small.gguf", architecture="wan", keys=keys)
+    model = load_transformer(path, dtype=torch.float32, backend="torch")
+    torch.testing.assert_close(run(model, WAN), run(oracle(WAN, small_file("Wan")), WAN), rtol=0, atol=0)
+
+
+def test_other_shapes_are_refused(tmp_path):
+    for shape in ((36, 256, 1, 2, 2), (36, 256 * 4), (256 * 4, 36)):
+        with pytest.raises(GGUFError, match=CONVOLUTION):
+            load_transformer(reshaped(CONVOLUTION, shape).write(tmp_path / "small.gguf"))
+
+
+def test_a_file_without_the_convolution_says_so(tmp_path):
+    """ComfyUI-GGUF's converter leaves it out, for another script to put it back."""
+    tensors = {name: value for name, value in small_file("Wan").tensors.items() if name != CONVOLUTION}
+    with pytest.raises(GGUFError, match=f"lacks '{CONVOLUTION}', which every Wan file holds"):
+        load_transformer(FluxFile(tensors).write(tmp_path / "small.gguf"))
+
+
+def test_a_matrix_is_no_other_matrix_of_as_many_weights():
+    """Dimensions are merged only where a file has no room for them."""
+    assert used_shapes(FLUX1, {"x": (8, 6)}, {"x": (4, 2, 6)}) == {"x": (8, 6)}
+    assert used_shapes(FLUX1, {"x": (8, 6)}, {"x": (4, 2, 1, 3, 2)}) == {"x": (4, 2, 1, 3, 2)}
+    assert used_shapes(FLUX1, {"x": (6, 8)}, {"x": (4, 2, 1, 3, 2)}) == {"x": (6, 8)}
+
+
+def test_written_files_have_four_dimensions_and_say_the_shape(tmp_path):
+    """As ComfyUI-GGUF reads it: floats in the original shape, row after row."""
+    source = write(WAN, tmp_path / "small.gguf")
+    save_gguf(load_transformer(source), tmp_path / "saved.gguf")
+    conversion = prepare(source, Request("Q8_0"), device="cpu")
+    conversion.write(tmp_path / "made.gguf")
+    values = small_file("Wan").values()
+    for path in (tmp_path / "saved.gguf", tmp_path / "made.gguf"):
+        reader = gguf.GGUFReader(path)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        assert max(len(tensor.shape) for tensor in tensors.values()) <= 4
+        field = reader.get_field(f"comfy.gguf.orig_shape.{CONVOLUTION}")
+        assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
+        shape = tuple(int(field.parts[index][0]) for index in field.data)
+        assert shape == (256, 36, 1, 2, 2)
+        assert tensors[CONVOLUTION].tensor_type == gguf.GGMLQuantizationType.F32
+        stored = tensors[CONVOLUTION].data.reshape(shape)
+        expected = values[CONVOLUTION] if path.name == "made.gguf" else torch.from_numpy(values[CONVOLUTION]).bfloat16().float()
+        assert np.array_equal(stored, expected)
+        assert tensors[MODULATION].tensor_type == gguf.GGMLQuantizationType.F32
+        assert [int(size) for size in reversed(tensors[MODULATION].shape)] == [1, 6, 256]
+
+
+def test_five_dimensions_are_read_as_torch_has_them(tmp_path):
+    file = read_gguf(write(WAN, tmp_path / "small.gguf"))
+    tensor = file.tensors[CONVOLUTION]
+    assert tensor.shape == tuple(tensor.data.shape) == (256, 36, 1, 2, 2)
+    assert tensor.nbytes == 2 * prod(tensor.shape)
+    assert tensor.rows(1, 3).shape == (2, 36, 1, 2, 2)
+
+
+def test_a_relative_with_blocks_of_its_own_is_not_saved_as_what_it_is_not(tmp_path):
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 32, "ffn_dim": 32, "num_layers": 1, "text_dim": 32, "freq_dim": 32}
+    vace = WanVACETransformer3DModel(**sizes, vace_layers=[0], vace_in_channels=4)
+    assert vace.config.keys() >= WanTransformer3DModel(**sizes).config.keys()
+    with pytest.raises(TypeError, match="save_gguf takes a transformer such as .*got WanVACETransformer3DModel"):
+        save_gguf(vace, tmp_path / "vace.gguf")
