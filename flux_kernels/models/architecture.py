@@ -167,8 +167,10 @@ class Architecture:
 
     def is_original(self, name: str) -> bool:
         """Tell whether only the original naming has this tensor name."""
-        named = {part for whole, _ in _with_and_without_index(name) for part in (whole, whole.rpartition(".")[0])}
-        return bool(named & self._only_original) or name.startswith(self._original_blocks)
+        tensors = {whole for whole, _ in _with_and_without_index(name)}
+        modules = {whole.rpartition(".")[0] for whole in tensors}
+        named = modules & self._only_original or tensors & self._bare_originals
+        return bool(named) or name.startswith(self._original_blocks)
 
     @cached_property
     def _bare(self) -> dict[str, Link]:
@@ -181,7 +183,14 @@ class Architecture:
 
     @cached_property
     def _only_original(self) -> set[str]:
-        return {link.original for link in self.links} - {module for link in self.links for module in link.diffusers}
+        """Modules of the original naming alone."""
+        modules = {link.original for link in self.links if "" not in link.kinds}
+        return modules - {module for link in self.links for module in link.diffusers}
+
+    @cached_property
+    def _bare_originals(self) -> set[str]:
+        """Tensors of the original naming alone that are no module's."""
+        return {link.original for link in self._bare.values()} - self._bare.keys()
 
     @cached_property
     def _original_blocks(self) -> tuple[str, ...]:

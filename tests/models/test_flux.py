@@ -41,7 +41,7 @@ REFUSED = {
     "a FLUX.1 ControlNet": ["controlnet_x_embedder.weight", "x_embedder.weight", "transformer_blocks.0.attn.to_q.weight"],
     "FLUX.1 Redux": ["redux_up.weight", "redux_down.weight"],
     "HunyuanVideo": ["txt_in.individual_token_refiner.blocks.0.mlp.fc1.weight", "double_blocks.0.img_attn_qkv.weight"],
-    "Stable Diffusion 3 / 3.5": ["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"],
+    "a Stable Diffusion 3 ControlNet": ["controlnet_blocks.0.weight", "pos_embed_input.proj.weight", "pos_embed.proj.weight"],
     "Qwen-Image": ["img_in.weight", "txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"],
     "Wan VACE": [
         "blocks.0.self_attn.q.weight",

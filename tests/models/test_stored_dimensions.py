@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from safetensors.torch import save_file
 
 from flux_kernels import load_transformer, save_gguf
 from flux_kernels.convert.choose_types import Request
@@ -25,7 +26,7 @@ from ..flux_files import FluxFile
 from .cases import CASES
 from .test_architectures import oracle, run, small_file, write
 
-WAN = CASES["Wan"]
+WAN, SD3 = CASES["Wan"], CASES["Stable Diffusion 3"]
 CONVOLUTION = "patch_embedding.weight"
 MODULATION = "blocks.0.modulation"
 
@@ -117,3 +118,25 @@ def test_a_relative_with_blocks_of_its_own_is_not_saved_as_what_it_is_not(tmp_pa
     assert vace.config.keys() >= WanTransformer3DModel(**sizes).config.keys()
     with pytest.raises(TypeError, match="save_gguf takes a transformer such as .*got WanVACETransformer3DModel"):
         save_gguf(vace, tmp_path / "vace.gguf")
+
+
+def test_a_table_that_readers_take_as_it_lies_is_never_bf16(tmp_path):
+    """ComfyUI adds SD3's positions to the tokens without decoding them; in 32 bit they would be half of medium's file."""
+    values = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in SD3.shapes.items()}
+    save_file(values, tmp_path / "source.safetensors")
+    types = {
+        layout: prepare(tmp_path / "source.safetensors", Request("Q4_0", layout)).choice.types for layout in ("new", "old")
+    }
+    assert types["new"]["pos_embed"] == "F16" and types["new"]["context_embedder.weight"] == "BF16"
+    assert types["old"]["pos_embed"] == "F16"
+    save_gguf(load_transformer(write(SD3, tmp_path / "small.gguf"), dtype=torch.bfloat16), tmp_path / "saved.gguf")
+    assert read_gguf(tmp_path / "saved.gguf").tensors["pos_embed"].format == "F32"
+
+
+@pytest.mark.parametrize("positions", [63, 65, 2**20])
+def test_positions_that_are_no_square_or_far_too_many_are_refused(tmp_path, monkeypatch, positions):
+    monkeypatch.setattr("flux_kernels.models.architectures.sd3._MOST_POSITIONS", 2**20)
+    file = FluxFile(dict(small_file(SD3.name).tensors))
+    file.tensors["pos_embed"] = (np.zeros((1, positions, 256), np.float16), "F16", (1, positions, 256))
+    with pytest.raises(GGUFError, match=f"pos_embed holds {positions * 256} numbers; at width 256 it is a square"):
+        load_transformer(file.write(tmp_path / "small.gguf"))

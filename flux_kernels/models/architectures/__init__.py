@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..architecture import Architecture
 from .flux1 import FLUX1
 from .flux2 import FLUX2
+from .sd3 import SD3
 from .wan import WAN
 
 # A file is of the first whose mark it has. Those that ask for more than a mark (mark_needs) come last.
-ARCHITECTURES: tuple[Architecture, ...] = (FLUX2, WAN, FLUX1)
+ARCHITECTURES: tuple[Architecture, ...] = (FLUX2, SD3, WAN, FLUX1)
