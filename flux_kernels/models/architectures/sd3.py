@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: large, large-turbo, medium with its second attention, and the medium of 3.
+"""Stable Diffusion 3.5 (large, large-turbo, medium with its second attention) and 3 (medium).
 
 Source: diffusers' SD3Transformer2DModel and its conversion of single files; stable-diffusion.cpp's mmdit.hpp.
 """
@@ -66,7 +66,9 @@ def _config(stored: StoredShapes) -> dict[str, Any]:
 
 
 def _side(stored: StoredShapes, width: int) -> int:
-    """Return the side of the square of positions, which the model computes before the file's take their place.
+    """Return the side of the square of positions.
+
+    The model computes them before the file's take their place.
 
     Raises:
         GGUFError: where it is no square, or far larger than any model's.
