@@ -19,6 +19,7 @@ from flux_kernels.convert.choose_types import Request
 from flux_kernels.convert.convert import prepare
 from flux_kernels.errors import GGUFError
 from flux_kernels.gguf.file import read_gguf
+from flux_kernels.mixed.file_layout import layout_of_shapes, shapes_of_variant
 from flux_kernels.models.architectures.flux1 import FLUX1
 from flux_kernels.models.stored import used_shapes
 
@@ -140,3 +141,10 @@ def test_positions_that_are_no_square_or_far_too_many_are_refused(tmp_path, monk
     file.tensors["pos_embed"] = (np.zeros((1, positions, 256), np.float16), "F16", (1, positions, 256))
     with pytest.raises(GGUFError, match=f"pos_embed holds {positions * 256} numbers; at width 256 it is a square"):
         load_transformer(file.write(tmp_path / "small.gguf"))
+
+
+def test_the_size_of_a_planned_file_counts_the_shape_in_its_key():
+    shapes = shapes_of_variant("wan22-ti2v-5b")
+    assert shapes[CONVOLUTION] == (3072, 48, 1, 2, 2)
+    layout = layout_of_shapes(shapes, "Wan")
+    assert layout.file_bytes({}) > sum(layout.option_bytes(name, option) for name, option in layout.types.items())
