@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends import own_device, usable_device
 from ..errors import BackendUnavailable, FormatError, GGUFError
 from ..formats import FORMATS
-from ..gguf.conventions import KeyValues
+from ..gguf.conventions import KeyValues, written_shape
 from ..gguf.file import planned_size, write_gguf
 from ..gguf.spec import shown_path
 from ..mixed.covariance import load_covariance
@@ -31,8 +31,6 @@ from .choose_types import Choice, Request, check_engine, choose_types, match_imp
 from .provenance import file_hash, provenance_keys, usual_keys
 from .quantize_rows import SLAB_WEIGHTS, Work, make_corrected, make_tensor, threads
 
-# Of a GGUF tensor; what has more is stored as a matrix, with its shape in a key-value.
-_MAX_DIMS = 4
 # One reads while the other computes.
 _GPU_THREADS = 2
 # A weight of a slab: float32, source, result and the quantizer's chunks; measured (decisions/quantize-command).
@@ -139,7 +137,7 @@ class Conversion:
                 factors.update(zip(correction_names(name), halves, strict=True))
                 return packed
             rows = make_tensor(tensor, self.choice.types[name], self.importance.get(name), work)
-            return rows.flatten(1) if len(tensor.shape) > _MAX_DIMS else rows
+            return rows.flatten(1) if written_shape(tensor.shape) != tensor.shape else rows
 
         with threads(self.workers) as pool:
             work = Work(pool, self.device, self.engine, report)
@@ -265,11 +263,7 @@ def _device(name: str) -> torch.device:
 def _entries(source: SourceModel, choice: Choice) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return (name, type, shape) as the file states them, in its order; a correction follows its weight."""
     tensors = source.tensors.items()
-    return [entry for name, tensor in tensors for entry in choice.option(name).entries(name, _written_shape(tensor.shape))]
-
-
-def _written_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if len(shape) <= _MAX_DIMS else (shape[0], prod(shape[1:]))
+    return [entry for name, tensor in tensors for entry in choice.option(name).entries(name, written_shape(tensor.shape))]
 
 
 def _bits(source: SourceModel, choice: Choice, names: Collection[str]) -> float:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 
 from ..files import file_sha256
-from ..gguf.conventions import ORIGINAL_SHAPE_KEY, KeyValues, architecture_of, general_keys
+from ..gguf.conventions import KeyValues, architecture_of, general_keys, original_shape_keys
 from ..models.config import CONFIG_KEY
 from ..source.source import SourceModel
 from ..version import own_version
@@ -26,10 +26,7 @@ def usual_keys(source: SourceModel, choice: Choice, architecture: str | None) ->
     keys = general_keys(architecture or stated or known, choice.file_type)
     if source.needs_config:
         keys[CONFIG_KEY] = ("STRING", json.dumps(source.config))
-    for name, tensor in source.tensors.items():
-        if len(tensor.shape) > 4:
-            keys[ORIGINAL_SHAPE_KEY + name] = ("ARRAY[INT32]", list(tensor.shape))
-    return keys
+    return keys | original_shape_keys({name: tensor.shape for name, tensor in source.tensors.items()})
 
 
 def provenance_keys(

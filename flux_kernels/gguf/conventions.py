@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
+
+from .spec import MAX_WRITTEN_DIMS
 
 # Before it a tensor's name: the shape of a tensor that its converter reshaped, as ComfyUI-GGUF reads it.
 ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
@@ -33,3 +36,17 @@ def architecture_of(metadata: Mapping[str, Any]) -> str | None:
     """Return the architecture that a file states; None where it states none, or no text."""
     stated = metadata.get(_ARCHITECTURE)
     return stated if isinstance(stated, str) else None
+
+
+def written_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape in which a tensor is written: a matrix where it has too many dimensions.
+
+    The matrix has as many rows.
+    """
+    return shape if len(shape) <= MAX_WRITTEN_DIMS else (shape[0], prod(shape[1:]))
+
+
+def original_shape_keys(shapes: Mapping[str, tuple[int, ...]]) -> KeyValues:
+    """Return the key-values that give the shapes of the tensors that are written in another."""
+    reshaped = {name: shape for name, shape in shapes.items() if written_shape(shape) != shape}
+    return {ORIGINAL_SHAPE_KEY + name: ("ARRAY[INT32]", list(shape)) for name, shape in reshaped.items()}

@@ -16,7 +16,10 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
-MAX_DIMS = 4
+# gguf-py writes what torch has: weights of 3-D convolutions have five.
+MAX_DIMS = 5
+# ggml's own reader takes no more; what has more is written as a matrix, with its shape in a key-value.
+MAX_WRITTEN_DIMS = 4
 # The specification's limit for keys, taken for tensor names too.
 MAX_NAME_BYTES = 2**16 - 1
 # The specification sets none; ggml itself reads only depth 1.
@@ -68,8 +71,6 @@ def tensor_nbytes(row: BlockFormat | PlainType, shape: tuple[int, ...]) -> int:
 
 def shape_problem(row: BlockFormat | PlainType, shape: tuple[int, ...]) -> str:
     """Say why no file can hold a tensor of this type and shape (torch order, weights); empty where it can."""
-    if len(shape) > MAX_DIMS:
-        return f"{len(shape)} dimensions, legal are 0 to {MAX_DIMS}"
     row_weights = shape[-1] if shape else 1
     if row_weights % row.block_size:
         return f"{row.name} rows are whole blocks of {row.block_size} weights, got rows of {row_weights} weights"

@@ -25,6 +25,7 @@ from .spec import (
     MAGIC,
     MAX_ARRAY_DEPTH,
     MAX_NAME_BYTES,
+    MAX_WRITTEN_DIMS,
     SCALARS,
     STRING,
     VERSIONS,
@@ -155,6 +156,8 @@ def _checked(name: str, format: str, shape: tuple[int, ...]) -> _Plan:
         raise GGUFError(f"tensor {shown(name)}: unknown type {format!r}. Legal: {', '.join(rows)}.")
     row = rows[format]
     problem = shape_problem(row, shape)
+    if len(shape) > MAX_WRITTEN_DIMS:
+        problem = f"{len(shape)} dimensions, legal are 0 to {MAX_WRITTEN_DIMS}"
     if not problem and min(shape, default=0) < 0:
         problem = f"negative dimension in shape {list(shape)}"
     if problem:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import FormatError
 from ..formats import type_row
 from ..generation.embedded import embedded_model_path
-from ..gguf.conventions import general_keys
+from ..gguf.conventions import general_keys, original_shape_keys, written_shape
 from ..gguf.spec import DEFAULT_ALIGNMENT, padded, tensor_nbytes
 from ..gguf.write import planned_size
 from ..models.architecture import DIFFUSERS, Architecture
@@ -67,7 +67,7 @@ class FileLayout:
 
     def option_bytes(self, name: str, option: Option) -> int:
         """Return the bytes that a tensor adds: padded data, and the header's entries of a correction."""
-        entries = option.entries(name, self.shapes[name])
+        entries = option.entries(name, written_shape(self.shapes[name]))
         data = sum(padded(tensor_nbytes(type_row(kind), shape), DEFAULT_ALIGNMENT) for _, kind, shape in entries)
         return data + sum(_entry_bytes(extra) for extra, _, _ in entries[1:])
 
@@ -75,8 +75,9 @@ class FileLayout:
         """Return the bytes of the whole file with these options and the key-values that published files have."""
         chosen = {**self.types, **options}
         # Counted as a whole: entries of corrections lengthen the header, which is padded once.
-        entries = [entry for name, shape in self.shapes.items() for entry in chosen[name].entries(name, shape)]
-        return planned_size(entries, general_keys(self.architecture.gguf_name if self.architecture else "", 0))
+        entries = [entry for name, shape in self.shapes.items() for entry in chosen[name].entries(name, written_shape(shape))]
+        keys = general_keys(self.architecture.gguf_name if self.architecture else "", 0) | original_shape_keys(self.shapes)
+        return planned_size(entries, keys)
 
     def bits_per_weight(self, options: Options) -> float:
         """Return 8 * bytes of all tensors (without padding and header) / weights of all tensors."""

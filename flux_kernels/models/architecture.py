@@ -111,6 +111,7 @@ class Architecture:
         narrow: regular expression of original names that the "old" layout of FLUX.1 keeps in 32 bit.
         precise: regular expression of original names that are F32 in every layout, since readers decode nothing there.
         never_bf16: original names of matrices that readers take for something else in BF16.
+        undecoded: regular expression of original names of tensors that readers take as they lie: F16 where a layout has BF16.
         unused: regular expression of names that files hold and the model has no use for.
         flags: name of a tensor without weights -> the config value that is True where a file holds it.
         original: what the original naming is called.
@@ -137,6 +138,7 @@ class Architecture:
     narrow: str = r"(?!)"
     precise: str = r"(?!)"
     never_bf16: tuple[str, ...] = ()
+    undecoded: str = r"(?!)"
     unused: str = r"(?!)"
     flags: Mapping[str, str] = field(default_factory=dict)
     original: str = "original"
@@ -207,8 +209,10 @@ class Architecture:
 
     def is_original(self, name: str) -> bool:
         """Tell whether only the original naming has this tensor name."""
-        named = {part for whole, _ in _with_and_without_index(name) for part in (whole, whole.rpartition(".")[0])}
-        return bool(named & self._only_original) or name.startswith(self._original_blocks)
+        tensors = {whole for whole, _ in _with_and_without_index(name)}
+        modules = {whole.rpartition(".")[0] for whole in tensors}
+        named = modules & self._only_original or tensors & self._bare_originals
+        return bool(named) or name.startswith(self._original_blocks)
 
     @cached_property
     def _bare(self) -> dict[str, Link]:
@@ -221,7 +225,14 @@ class Architecture:
 
     @cached_property
     def _only_original(self) -> set[str]:
-        return {link.original for link in self.links} - {module for link in self.links for module in link.diffusers}
+        """Modules of the original naming alone."""
+        modules = {link.original for link in self.links if "" not in link.kinds}
+        return modules - {module for link in self.links for module in link.diffusers}
+
+    @cached_property
+    def _bare_originals(self) -> set[str]:
+        """Tensors of the original naming alone that are no module's."""
+        return {link.original for link in self._bare.values()} - self._bare.keys()
 
     @cached_property
     def _original_blocks(self) -> tuple[str, ...]:

@@ -39,10 +39,11 @@ def architecture_of_model(model: object) -> Architecture | None:
         return None
     classes = {cls.__name__ for cls in type(model).__mro__}
     fits = [row for row in ARCHITECTURES if known.keys() >= {*config_names(row)}]
-    # What is wrapped around a model, by torch.compile for example, has its config and another class.
-    return next(
-        (row for row in fits if row.model_class in classes), max(fits, key=lambda row: len(config_names(row)), default=None)
-    )
+    # What is wrapped around a model, by torch.compile for example, has its config and another class. A relative with blocks of
+    # its own has more in its config.
+    arguments = {name for name in known if not name.startswith("_") and name != "quantization_config"}
+    whole = (row for row in fits if arguments == {*config_names(row)})
+    return next((row for row in fits if row.model_class in classes), next(whole, None))
 
 
 @cache

@@ -45,27 +45,24 @@ LORA = Mark(
     r".*(lora_[AB]\b|lora_(up|down)\b|hada_w[12]_|lokr_w[12]\b).*",
     "Load the base model, then pipeline.load_lora_weights(...).",
 )
-# Models that also have the mark of an architecture they are not.
-RELATIVES: tuple[Mark, ...] = (
-    LORA,
-    Mark("Chroma Radiance", r"(nerf_(blocks|image_embedder|final_layer|final_layer_conv)|img_in_patch)\..*"),
-)
 # First match wins: the finer marks stand before the coarser ones.
 OTHER_TRANSFORMERS: tuple[Mark, ...] = (
-    Mark("FLUX.2", r"(single_stream_modulation|double_stream_modulation_(img|txt))\..*", _DIFFUSERS_GGUF),
+    LORA,
+    Mark("Chroma Radiance", r"(nerf_(blocks|image_embedder|final_layer|final_layer_conv)|img_in_patch)\..*"),
     Mark("FLUX.3", r"early_stream_modulations\..*", _DIFFUSERS_GGUF),
     Mark("Lens", r"transformer_blocks\.\d+\.(img_mlp\.w1|attn\.img_qkv)\..*"),
     # Of the models with this tensor, only what the architecture's row refuses comes here.
     Mark("a Qwen-Image ControlNet", r"transformer_blocks\.\d+\.img_mod\..*"),
     Mark("Qwen-Image 2.1", r"txt_in\.text_norm\.weight", _DIFFUSERS_GGUF),
+    Mark("a Stable Diffusion 3 ControlNet", r"pos_embed_input\..*"),
     Mark("a FLUX.1 ControlNet", r"(controlnet_(x_embedder|blocks|single_blocks)|controlnet_mode_embedder)\..*"),
     Mark("FLUX.1 Redux (an image encoder)", r"redux_(up|down)\..*"),
     Mark("HunyuanVideo", r"(txt_in\.individual_token_refiner|context_embedder\.token_refiner)\..*", _DIFFUSERS_GGUF),
     Mark("HunyuanVideo or HunyuanImage", r"double_blocks\.\d+\.img_attn_qkv\..*", _DIFFUSERS_GGUF),
-    Mark("Stable Diffusion 3 / 3.5", r"joint_blocks\.\d+\..*", _DIFFUSERS_GGUF),
-    Mark("Stable Diffusion 3 / 3.5", r"pos_embed\.proj\.weight", _DIFFUSERS_GGUF),
-    Mark("Wan", r"(head\.modulation|blocks\.\d+\.self_attn\.q\.weight|vace_blocks\..*)", _DIFFUSERS_GGUF),
-    Mark("Wan", r"blocks\.\d+\.attn2\.add_k_proj\.weight|condition_embedder\.time_proj\.weight", _DIFFUSERS_GGUF),
+    Mark("Wan VACE", r"vace_(blocks|patch_embedding)\..*", _DIFFUSERS_GGUF),
+    Mark("Wan Animate", r"(motion_encoder|face_adapter|face_encoder|pose_patch_embedding)\..*", _DIFFUSERS_GGUF),
+    Mark("Wan S2V", r"(casual_audio_encoder|audio_injector|trainable_cond_mask|cond_encoder)\..*"),
+    Mark("Wan Fun-Control", r"(control_adapter|ref_conv)\..*"),
     Mark("HiDream", r"double_stream_blocks\..*", _DIFFUSERS_GGUF),
     Mark("AuraFlow", r"(double_layers\..*|cond_seq_linear\.weight|joint_transformer_blocks\..*)", _DIFFUSERS_GGUF),
     Mark("LTX-Video", r"(patchify_proj\.weight|transformer_blocks\.\d+\.scale_shift_table)", _DIFFUSERS_GGUF),
@@ -76,7 +73,7 @@ OTHER_TRANSFORMERS: tuple[Mark, ...] = (
     Mark("Cosmos", r"net\.blocks\..*", _DIFFUSERS_GGUF),
     Mark("Stable Diffusion 1, 2 or XL (a UNet)", r"(input_blocks|down_blocks)\..*", _DIFFUSERS_GGUF),
 )
-# What may also lie beside FLUX.1's transformer in one file, and is only asked about where no such transformer is found.
+# What may also lie beside a transformer in one file, and is only asked about where no such transformer is found.
 OTHER_PARTS: tuple[Mark, ...] = (
     Mark("a T5 encoder", r"(enc\.blk\.\d+\..*|encoder\.block\.\d+\.layer\.\d+\..*)", _T5),
     Mark("a CLIP model", r"(text_model\..*|v\.blk\.\d+\..*|vision_model\..*)", _TEXT_ENCODER),
@@ -104,7 +101,7 @@ def transformer_names(names: Collection[str]) -> list[str]:
 
 def recognise(names: Collection[str]) -> Architecture | None:
     """Return the architecture that tensor names (without prefix) belong to, or None."""
-    if any(_shown_by(mark.tensor, names) for mark in RELATIVES):
+    if lora_tensor(names) is not None:
         return None
     rows = [row for row in ARCHITECTURES if not _shown_by(row.unlike, names)]
     fine = next((row for row in rows if not row.mark_needs and _shown_by(row.mark, names)), None)
@@ -146,7 +143,7 @@ def _refusal(known: Architecture | None, names: Collection[str], stated: str | N
     if known is not None:
         advice = "Load it with flux_kernels.load_transformer(path)."
         return f"This is {known.name}{instead} (it holds {_shown_by(known.mark, names)!r}). {_LOADS} {advice}"
-    for mark in RELATIVES + OTHER_TRANSFORMERS + OTHER_PARTS:
+    for mark in OTHER_TRANSFORMERS + OTHER_PARTS:
         tensor = _shown_by(mark.tensor, names)
         if tensor is not None:
             return f"This is {mark.model}{instead} (it holds {tensor!r}). {_LOADS} {mark.advice}".rstrip()

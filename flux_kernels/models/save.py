@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import GGUFError
 from ..formats import PLAIN_TYPES
-from ..gguf.conventions import KeyValues, general_keys
+from ..gguf.conventions import KeyValues, general_keys, original_shape_keys, written_shape
 from ..gguf.file import write_gguf
 from ..layers.linear import GGUFLinear
 from .architecture import DIFFUSERS, Architecture
@@ -60,13 +60,14 @@ def save_gguf(model: nn.Module, path: str | os.PathLike, *, names: str | None = 
     if names is None and _mixes_types(model, located):
         located = sources(architecture, shapes, DIFFUSERS)
     tensors: list[Entry] = []
-    for name, shape in stored_shapes(located, shapes).items():
+    stored = stored_shapes(located, shapes)
+    for name, shape in stored.items():
         parts = {parameter: source for parameter, source in located.items() if source.tensor == name}
         kind = _stored_type(model, architecture, name, shape, list(parts))
-        tensors.append((name, kind, shape, partial(_assemble, model, kind, parts)))
+        tensors.append((name, kind, written_shape(shape), partial(_assemble, model, kind, parts)))
         tensors += _correction(model, name, parts)
     tensors += [(name, _EXACT, (0,), torch.empty(0)) for name in architecture.flagged(config)]
-    write_gguf(path, tensors, _metadata(architecture, config, tensors))
+    write_gguf(path, tensors, _metadata(architecture, config, tensors) | original_shape_keys(stored))
 
 
 def _architecture_of(model: object) -> Architecture:
@@ -104,7 +105,8 @@ def _stored_type(model: nn.Module, architecture: Architecture, name: str, shape:
     (kind,) = set(kinds.values())
     if kind in PLAIN_TYPES and (len(shape) < 2 or re.fullmatch(architecture.precise, architecture.original_of(name))):
         return _EXACT
-    if kind == "BF16" and name in architecture.never_bf16:
+    original = architecture.original_of(name)
+    if kind == "BF16" and (original in architecture.never_bf16 or re.fullmatch(architecture.undecoded, original)):
         return _EXACT
     return kind
 
@@ -121,6 +123,7 @@ def _assemble(model: nn.Module, kind: str, parts: Mapping[str, Source]) -> Tenso
             taken += stop - start
     rows = [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
     tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
+    tensor = tensor.flatten(1) if written_shape(tuple(tensor.shape)) != tuple(tensor.shape) else tensor
     return tensor.to(PLAIN_TYPES[kind].dtype) if kind in PLAIN_TYPES else tensor
 
 

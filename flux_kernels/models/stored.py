@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ..formats import Packed, PlainType
 from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.conventions import ORIGINAL_SHAPE_KEY, architecture_of
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
+from ..gguf.spec import MAX_WRITTEN_DIMS
 from ..torch_backend.reference import dequantize
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
@@ -181,25 +183,32 @@ def understand(
 def used_shapes(architecture: Architecture, got: Shapes, expected: Shapes) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that the model has a use for.
 
-    Converters drop leading dimensions of 1, and some store a table as a row of numbers: a vector or a table has the shape that
-    is expected where only that differs.
+    Converters drop leading dimensions of 1, store a table as a row of numbers, or merge dimensions where a file has room for
+    fewer: a tensor has the shape that is expected where only that differs.
     """
     unused = re.compile(architecture.unused)
     dropped = {name for name in got if name in architecture.flags or unused.fullmatch(name)}
     used = {name: shape for name, shape in got.items() if name in expected or name not in dropped}
     for name, shape in used.items():
         wanted = expected.get(name, shape)
-        if (
-            shape != wanted
-            and prod(shape) == prod(wanted)
-            and (_core(shape) == _core(wanted) or 1 in (len(shape), len(wanted)))
-        ):
+        if shape != wanted and prod(shape) == prod(wanted) and _holds(shape, wanted):
             used[name] = wanted
     return used
 
 
+def _holds(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Tell whether converters store a tensor of as many weights in this shape."""
+    merged = len(wanted) > MAX_WRITTEN_DIMS and _row_sizes(shape) <= _row_sizes(wanted)
+    return merged or _core(shape) == _core(wanted) or 1 in (len(shape), len(wanted))
+
+
 def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
+
+
+def _row_sizes(shape: tuple[int, ...]) -> set[int]:
+    """Return the weights of a row, of a row of rows and so on; merging neighbours leaves some of them out."""
+    return set(accumulate(reversed(shape), mul))
 
 
 def torch_shape(file: GGUFFile, bare: str, name: str) -> tuple[int, ...]:

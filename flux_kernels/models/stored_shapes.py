@@ -43,9 +43,9 @@ class StoredShapes:
         """Return the length of a vector."""
         return self.shape(parameter, 1)[0]
 
-    def columns(self, parameter: str) -> int:
-        """Return the columns of a matrix of a single row, whose first dimension tools drop."""
-        return self.shape(parameter, len(self.shapes.get(self.name_of(parameter), ())) or 1)[-1]
+    def sizes(self, parameter: str) -> tuple[int, ...]:
+        """Return the shape of an unsplit diffusers parameter that tools store with fewer dimensions."""
+        return self.shape(parameter, len(self.shapes.get(self.name_of(parameter), (0,))))
 
     def shape(self, parameter: str, dims: int) -> tuple[int, ...]:
         """Return the shape of an unsplit diffusers parameter.

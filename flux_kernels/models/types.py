@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
 # Matrices with fewer weights stay in 32 bit.
 _SMALLEST = 1024
 _PRECISE = "F32"
+_UNDECODED = "F16"
 
 # Matrices that tools store in a wider type, by their original names; the first that matches counts.
 WIDENED = {
@@ -199,6 +200,8 @@ def _type_of(
         return _PRECISE
     if kind == LEFTOVER:
         narrow = rule.small and architecture and re.fullmatch(architecture.narrow, original)
+        if rule.leftover == "BF16" and architecture and re.fullmatch(architecture.undecoded, original):
+            return _UNDECODED
         return rule.small if narrow and rule.small else rule.leftover
     widened = next((kind for kind, pattern in WIDENED.items() if pattern.search(original)), None) if rule.mixes else None
     if widened is None or widened not in named.wider:

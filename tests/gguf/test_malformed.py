@@ -150,7 +150,7 @@ MALFORMED = {
     "tensor name with NUL": (tensors(raw.info("a\0", (1024,))), "without NUL"),
     "tensor name too long": (tensors(raw.info("x" * 70000, (1024,))), "70000 characters"),
     "tensor name twice": (tensors(raw.info("x", (512,)), raw.info("x", (512,), offset=2048)), "tensor 'x'.*stands twice"),
-    "5 dimensions": (tensors(raw.info("x", (2, 2, 2, 2, 2))), "tensor 'x'.*5 dimensions, legal are 0 to 4"),
+    "6 dimensions": (tensors(raw.info("x", (2, 2, 2, 2, 2, 2))), "tensor 'x'.*6 dimensions, legal are 0 to 5"),
     "2^32-1 dimensions": (tensors(raw.info("x", (2,), n_dims=2**32 - 1)), "4294967295 dimensions"),
     "dimension 2^64-1": (tensors(raw.info("x", (HUGE,))), "18446744073709551615.* is 2\\^63 elements or bytes or more"),
     "dimension 2^63": (tensors(raw.info("x", (2**63,), 24)), "2\\^63 elements or bytes or more"),

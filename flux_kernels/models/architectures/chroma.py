@@ -43,6 +43,8 @@ CHROMA = Architecture(
     covers="Base, HD, Flash",
     gguf_name="flux",
     mark=rf"{_APPROXIMATOR}\..*",
+    # Chroma Radiance.
+    unlike=r"(nerf_(blocks|image_embedder|final_layer|final_layer_conv)|img_in_patch)\..*",
     model_class="ChromaTransformer2DModel",
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     blocks=BLOCKS,

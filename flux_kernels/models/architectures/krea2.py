@@ -48,7 +48,7 @@ def _config(stored: StoredShapes) -> dict[str, Any]:
         "timestep_embed_dim": stored.matrix("time_embed.linear_1.weight")[1],
         "text_hidden_dim": text_width,
         # The projector has a single row, whose dimension tools drop.
-        "num_text_layers": stored.columns("text_fusion.projector.weight"),
+        "num_text_layers": stored.sizes("text_fusion.projector.weight")[-1],
         "text_num_attention_heads": stored.heads(text_width, text_head_dim),
         "text_num_key_value_heads": stored.heads(stored.matrix(f"{text}.attn.to_k.weight")[0], text_head_dim),
         "text_intermediate_size": stored.matrix(f"{text}.ff.gate.weight")[0],
