@@ -42,7 +42,7 @@ def _keep(path: Path, make: Callable[[], Any]) -> Any:
 
 
 class _Stages:
-    """Runs the stages one by one, each with a progress bar, each kept in the work folder."""
+    """Runs the stages in turn, each with a progress bar, each kept in the work folder."""
 
     def __init__(self, work: Path, seed: int, progress: Progress) -> None:
         self.work, self.seed, self.progress = work, seed, progress

@@ -42,7 +42,7 @@ def main(
         bool, typer.Option("--small", help="Each kernel with each format once, on one card in one dtype.")
     ] = False,
     warps: Annotated[
-        bool, typer.Option("--warps", help="Run warps one by one between barriers, in random order (slower).")
+        bool, typer.Option("--warps", help="Run warps in turn between barriers, in random order (slower).")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of warps.")] = 0,
     unfenced_copies: Annotated[
@@ -91,7 +91,7 @@ def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
 
 
 def _run(work: list, options: tuple, jobs: int, quiet: bool) -> list:
-    """Run all cases, with a progress bar on stderr, and print each problem when it is found."""
+    """Run all cases, with a progress bar on stderr, and print each problem as it comes."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     outcomes = []
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress, ProcessPoolExecutor(jobs) as pool:

@@ -128,7 +128,7 @@ def _check_targets(report: Path | None, plot: Path | None) -> None:
     for option, target in (("--report", report), ("--plot", plot)):
         if target is not None:
             check_writable(target, option)
-            # A missing one is reported before the measuring.
+            # A missing package is reported before the measuring.
             import matplotlib  # noqa: F401
 
 

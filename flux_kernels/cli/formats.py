@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..formats import BlockFormat
 
-# Heading -> what it means; short ones, so that a terminal of 80 columns holds them all.
+# Heading -> what it means; short headings, so that a terminal of 80 columns holds them all.
 _COLUMNS = {
     "type": "",
     "ggml": "number of the type in the headers of GGUF files",

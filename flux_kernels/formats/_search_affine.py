@@ -169,8 +169,8 @@ class SuperAffineSearch:
         top: largest code.
         levels: largest sc and m.
         shrinks: the grids of the first search.
-        weighted_shrinks: more of them for where there is importance and the outermost weights may not be the ones that count.
-        other: finds one more (d, dmin, sc, m) to try, `exact` where asked to be.
+        weighted_shrinks: more of them for where there is importance and other weights may count more than the outermost.
+        other: finds another (d, dmin, sc, m) to try, `exact` where asked to be.
         other_always: whether it is asked without importance too, or only about hard blocks.
         hard: a block is searched more thoroughly where its error is so many times that before anything was rounded.
         supers: (stretch, reach) by which d is tried: scales times stretch, the widest as reach * d.

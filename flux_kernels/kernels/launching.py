@@ -84,7 +84,7 @@ def table_of(weight: Packed) -> Tensor:
 
 
 def pointers(branch: Branch | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the hidden [M, r] and up [N, r] of a branch, contiguous; (None, None) without one."""
+    """Return the hidden [M, r] and up [N, r] of a branch, contiguous; (None, None) for no branch."""
     if branch is None:
         return None, None
     hidden, up = branch

@@ -27,7 +27,7 @@ from ..kernels.tiles import (
 # Rows above which reading the weight once per row cannot win.
 _SMALL_M_LIMIT = 8
 _SHAPES = ((16, 64), (16, 128), (32, 64), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
-# Larger ones spill on every card, with 58 to 382 accesses a step: int32 and float32 sums of a thread are 256 registers.
+# Larger tiles spill on every card, with 58 to 382 accesses a step: int32 and float32 sums of a thread are 256 registers.
 _INT8_SHAPES = ((64, 64), (64, 128), (128, 64), (128, 128))
 _SPLITS = (2, 3, 4, 6)
 # Splitting K is tried where one tile per program makes fewer waves than _FEW_WAVES, and only until it makes _MOST_WAVES: then
@@ -68,7 +68,7 @@ class Call:
 
     Attributes:
         fmt: of w.
-        capability: of the card, None for one that is not NVIDIA's.
+        capability: of the card, None for other vendors' cards.
         processors: multiprocessors of the card.
         dtype: of x.
     """
@@ -192,7 +192,7 @@ def _tiles(call: Call) -> Iterator[Tile]:
 def _sums_fit(call: Call, block_m: int, block_n: int) -> bool:
     """Tell whether a fused tile's sums fit in registers together with the decoded weight.
 
-    On Hopper all do. Elsewhere tiles above 128 x 128 spill 2 to 865 times, but for the high one of small blocks.
+    On Hopper all do. Elsewhere tiles above 128 x 128 spill 2 to 865 times, but for the high tile of small blocks.
     """
     small_blocks = call.fmt.block_size < SUPERBLOCK and block_n <= 128
     return call.capability == HOPPER or block_m * block_n <= 128 * 128 or small_blocks
@@ -244,7 +244,7 @@ def shared_limit(capability: tuple[int, int] | None) -> int | None:
 def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None, itemsize: int) -> int:
     """Return the bytes of shared memory that a fused kernel takes at least.
 
-    These are the steps of x and packed w that are on their way. It holds for rows of more than one step: with one, nothing is
+    These are the steps of x and packed w that are on their way. It holds for rows of more than one step: in a single step nothing is
     on its way while another is multiplied. Compiled kernels take up to three times as much for small tiles, since layouts are
     changed there, too.
 
