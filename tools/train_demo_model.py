@@ -144,7 +144,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Flow-matching steps.")] = 1500,
     distil_steps: Annotated[int, typer.Option(help="Guidance distillation steps, after the flow-matching steps.")] = 250,
     batch: Annotated[int, typer.Option(help="Pictures in a transformer step.")] = 64,
-    threads: Annotated[int, typer.Option(help="CPU threads; one a free core.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads; as many as cores are free.")] = 2,
 ) -> None:
     """Train the embedded model: a FluxPipeline of 5 M parameters that draws neon digits.
 
