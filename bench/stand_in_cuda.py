@@ -2,8 +2,8 @@
 
 Tensors stay on the CPU and say that they are on "cuda:0"; a tensor made for or moved to that device is made on the CPU. What the
 library leaves to torch, products and a maximum, costs one dispatch on a tiny tensor and leaves the result as it was.
-Events measure the wall clock; graphs record nothing. Inside a capture everything raises that would end a real capture: waiting for
-the device, reading a value back, loading a kernel.
+Events measure the wall clock; graphs record nothing. Inside a capture everything raises that would end a real capture: waiting
+for the device, reading a value back, loading a kernel.
 """
 
 from __future__ import annotations

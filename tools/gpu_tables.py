@@ -183,7 +183,8 @@ def changed_line(linears: Rows, sweep: Rows, size: str) -> str:
         return ""
     return (
         f"**Arithmetic, not a measurement**: exact mode has another default since ({change.said}). The same linear calls, "
-        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(lines)}. The whole step above has the old code."
+        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(lines)}. The whole step above has the old "
+        "code."
     )
 
 

@@ -30,14 +30,7 @@ def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]
         return [nothing if rows else cut, *filter(None, [_step(steps)]), *_failed(rows)]
     names = dict.fromkeys(row["format"] for row in rows)
     times = {name: totals([row for row in rows if row["format"] == name]) for name in names}
-    return [
-        _machine(rows[0]),
-        _step(steps) or _exact(times),
-        _best(times),
-        _against_diffusers(times, rows),
-        _price(rows),
-        *_failed(rows),
-    ]
+    return [_machine(rows[0]), _step(steps) or _exact(times), _best(times), _storage(times, rows), _price(rows), *_failed(rows)]
 
 
 def _machine(row: Mapping) -> str:
@@ -67,7 +60,8 @@ def _step(steps: Sequence[Mapping]) -> str:
             sentences[what, size, name] = f"{name} {speed}, {_smaller(mine, plain)}"
     if not sentences:
         return ""
-    return f"{KINDS[next(iter(sentences))[0]].subject} in exact mode, against the unquantized model: {'; '.join(sentences.values())}."
+    what, *_ = next(iter(sentences))
+    return f"{KINDS[what].subject} in exact mode, against the unquantized model: {'; '.join(sentences.values())}."
 
 
 def _smaller(mine: Mapping, plain: Mapping) -> str:
@@ -108,7 +102,7 @@ def _named(key: tuple[str, str]) -> str:
     return f"{key[0]} in {mode_of(key[1])} mode"
 
 
-def _against_diffusers(times: Mapping[str, Times], rows: Sequence[Mapping]) -> str:
+def _storage(times: Mapping[str, Times], rows: Sequence[Mapping]) -> str:
     speeds = _speeds(times, DIFFUSERS)
     if speeds:
         return f"Speed of exact mode, with diffusers' GGUF layers as 1: {speeds}."
@@ -174,12 +168,9 @@ def _exact_step(times: Times, sides: Mapping[str, Mapping]) -> str:
     mine, plain = times[EXACT], times.get(TORCH)
     if plain is None:
         return f" takes {mine.p50:.4g} ms in exact mode, with no unquantized model to compare with"
-    ratio = (
-        f" takes {mine.p50 / plain.p50:.2f} times as long as {_WHOLE}" if mine.differs(plain) else _same(mine, plain, _WHOLE)
-    )
     fits = "does not fit" not in sides[TORCH]["note"]
     stand_in = "" if fits else ", which does not fit here and ran on the weights of two blocks"
-    return f"{ratio}{stand_in}, and its weights are {_smaller(sides[EXACT], sides[TORCH])}"
+    return f"{_compared(mine, plain, _WHOLE)}{stand_in}, and its weights are {_smaller(sides[EXACT], sides[TORCH])}"
 
 
 def _compared(mine: Total, other: Total, whose: str) -> str:

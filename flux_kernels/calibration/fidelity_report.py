@@ -129,7 +129,8 @@ def fidelity_table(errors: Sequence[LayerError], rows: int | None, threshold: fl
     lines = aligned([heads, *body], lambda column, _: column >= len(_WORDS))
     if len(shown) < len(ranked):
         lines.append(
-            f"... and {len(ranked) - len(shown)} with smaller errors: print(report.table(rows=None)), report.rows, report.to_csv(path)"
+            f"... and {len(ranked) - len(shown)} with smaller errors: print(report.table(rows=None)), report.rows, "
+            "report.to_csv(path)"
         )
     spared = len({error.layer for error in errors if _spared(error)})
     if spared:

@@ -175,7 +175,8 @@ class FusedPart(GGUFLinear):
         """Register a parameter of a branch; refuse rows and bias, which the fused layer holds."""
         if name in ("qweight", "bias"):
             raise FormatError(
-                f"The {name} of this layer is part of a fused layer and cannot be replaced. Call unfuse_projections(model) first."
+                f"The {name} of this layer is part of a fused layer and cannot be replaced. Call "
+                "unfuse_projections(model) first."
             )
         super().register_parameter(name, param)
 
