@@ -15,8 +15,8 @@ from ..layers.linear import GGUFLinear
 
 Inputs = Tensor | tuple | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
 _LEGAL = (
-    "keyword arguments of a call as a dict, positional arguments as a tensor or tuple, a list of such calls, or a function that "
-    "runs the model"
+    "keyword arguments of a call as a dict, positional arguments as a tensor or tuple, a list of such calls, or a function "
+    "that runs the model"
 )
 
 

@@ -200,7 +200,8 @@ def generate(
     console.print("\n".join(lines if report else lines[-1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"[bold]{out}[/]: {drawing.image.width} x {drawing.image.height}, "
-        f"{counted(drawing.parameters['num_inference_steps'], 'step')} in {drawing.draw_seconds:.1f} s after {drawing.load_seconds:.1f} s of loading; {drawing.task}, seed {seed}",
+        f"{counted(drawing.parameters['num_inference_steps'], 'step')} in {drawing.draw_seconds:.1f} s after "
+        f"{drawing.load_seconds:.1f} s of loading; {drawing.task}, seed {seed}",
         soft_wrap=True,
     )
     console.print(f"[dim]{drawing.plan.sentence[0].upper()}{drawing.plan.sentence[1:]}[/]", highlight=False, soft_wrap=True)

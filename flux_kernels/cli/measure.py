@@ -181,8 +181,8 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
     rank = max((option.rank for option in request.types), default=0)
     if table.states["count"] < _STATES_A_RANK * rank:
         console.print(
-            f"[yellow]Note:[/] rank {rank} is fitted to {counted(table.states['count'], 'state')} and judged on the same; modulation "
-            f"sees one vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
+            f"[yellow]Note:[/] rank {rank} is fitted to {counted(table.states['count'], 'state')} and judged on the same; "
+            f"modulation sees one vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
             soft_wrap=True,
         )
     console.print(

@@ -244,8 +244,8 @@ def shared_limit(capability: tuple[int, int] | None) -> int | None:
 def least_shared_bytes(fmt: BlockFormat, tile: Tile, capability: tuple[int, int] | None, itemsize: int) -> int:
     """Return the bytes of shared memory that a fused kernel takes at least.
 
-    These are the steps of x and packed w that are on their way. It holds for rows of more than one step: in one alone nothing is
-    on its way while another is multiplied. Compiled kernels take up to three times as much for small tiles, since layouts are
+    These are the steps of x and packed w that are on their way. It holds for rows of more than one step: in one alone nothing
+    is on its way while another is multiplied. Compiled kernels take up to three times as much for small tiles, since layouts are
     changed there, too.
 
     One step less is on its way than there are stages. On Hopper the product reads x from shared memory while the next steps

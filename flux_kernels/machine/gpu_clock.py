@@ -52,8 +52,8 @@ class GpuClock:
 
         `before` runs between the sleep and the start event. A run whose start event was reached before the last launch is
         repeated behind a longer sleep. A function that no sleep serves is timed without a sleep, with a log line: its time may
-        include the host's. A replay that no sleep serves is timed behind the longest: a single launch, which no longer waits for
-        the host once it has begun.
+        include the host's. A replay that no sleep serves is timed behind the longest: a single launch, which no longer waits
+        for the host once it has begun.
         """
         with cuda.device(self._device):
             for retry in range(_RETRIES + 1):

@@ -21,7 +21,8 @@ def test_ratios_and_bytes_come_from_the_rows():
     (sentence,) = step_verdict(rows)
     assert sentence == (
         "One whole step at 1024x1024 with Q4_K takes 1.03 times as long as the unquantized model, and its weights are 17.1 GB "
-        "smaller; int8 mode is 2.00 times as fast as the unquantized model; exact mode is 2.00 times as fast as diffusers' GGUF layers."
+        "smaller; int8 mode is 2.00 times as fast as the unquantized model; exact mode is 2.00 times as fast as "
+        "diffusers' GGUF layers."
     )
 
 
