@@ -86,7 +86,7 @@ def measure(
     smaller pictures take less.
 
     FLUX.1-dev needs about 35 GB of GPU memory, or 69 GB of RAM in float32; with --dtype bfloat16 on a CPU its weights stay in
-    the file, and 5 GB are enough beside it, slow where the file is larger than the free memory. What does not fit is refused
+    the file, and 5 GB of RAM are enough, slow where the file is larger than the free memory. What does not fit is refused
     at once.
 
     Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.

@@ -62,7 +62,7 @@ def quantize(
     byte, but for some hundred bytes that say what the file was made from, which --bare leaves out.
 
     Tensors are streamed, so memory does not grow with the model: at most the largest tensor of the file and about 75 MB a
-    thread beside the 0.5 GB of torch (on a GPU an estimate of 2.5 GB a thread there, not measured). The file appears when it is
+    thread on top of torch's 0.5 GB (on a GPU an estimate of 2.5 GB a thread there, not measured). The file appears when it is
     complete; --dry-run is quick.
 
     The key flux_kernels.source.hashes holds the sha256 of each source file's size and of 64 pieces of 64 KiB, the first at its

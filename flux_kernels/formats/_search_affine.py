@@ -243,8 +243,8 @@ class SuperAffineSearch:
     def _thorough(self, b: Blocks, bounded: bool) -> list[Tensor]:
         """Try many pairs of d and dmin, with every fit in every sub-block, and improve the best.
 
-        For blocks where rounding d, dmin, sc and m is much of the error: few weights other than 0, few values, nearly equal
-        ones. Where all weights are positive, offsets need not be `bounded` and dmin is negative.
+        For blocks where rounding d, dmin, sc and m is much of the error: few weights other than 0, few values, or nearly
+        equal weights. Where all weights are positive, offsets need not be `bounded` and dmin is negative.
         """
         fits = self._fits(b, bounded)
         _, scale, offset = self._best_fit(b, fits)

@@ -62,7 +62,7 @@ def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: J
     """Fuse the packed projections of a model, in place.
 
     Every layer is checked before the first is touched. Attention modules of diffusers get `to_qkv` (and `to_added_qkv`, `to_kv`), as `model.fuse_qkv_projections()` makes them.
-    Outputs change by the order of sums at most. Parts keep their names: adapters go on and come off as before, and while one
+    Outputs change by the order of sums at most. Parts keep their names: adapters go on and come off as before, and while any
     is on, its group is computed part by part. State dicts name the fused layers; `save_gguf` writes the parts. Packed memory is
     the same: each group's rows are copied together once, and its parts let go.
 
