@@ -23,8 +23,8 @@ SIDES = {
 NONE, WRONG = "not measured", "wrong result"
 LEGEND = (
     "After a time stands the speed with unquantized torch as 1: more is faster. Linear calls: all of one step, every weight "
-    "from memory. Whole step: these layers in a transformer of plain torch, random weights{graph}. Peak: GPU memory of that step; "
-    "torch's is without the packed weights that its own were decoded from."
+    "from memory. Whole step: these layers in a transformer of plain torch, random weights{graph}. Peak: GPU memory of that "
+    "step; torch's is without the packed weights that its own were decoded from."
 )
 _FILES = ("linear", "step", "sweep", "int8")
 
