@@ -25,7 +25,7 @@ from .sweep.outcome import run_case
 
 _EPILOG = """Examples:
 
-python -m bench.aot.run --small    each main loop with each format once, cards and dtypes in turn: what CI runs
+python -m bench.aot.run --small    each kernel with each format once, cards and dtypes in turn: what CI runs
 
 python -m bench.aot.run --kernels wide,narrow --formats Q4_K --capabilities 89    one thing
 
@@ -42,7 +42,7 @@ def main(
     ] = "",
     capabilities: Annotated[str, typer.Option(help="Comma-separated, such as 80,89; empty means all.")] = "",
     small: Annotated[
-        bool, typer.Option("--small", help="Each main loop with each format once, on one card in one dtype.")
+        bool, typer.Option("--small", help="Each kernel with each format once, on one card in one dtype.")
     ] = False,
     warps: Annotated[
         bool, typer.Option("--warps", help="Run warps in turn between barriers, in random order (slower).")

@@ -1,4 +1,4 @@
-"""List what is run: kernels x formats x dtypes x cards, or each main loop with each format once."""
+"""List what is run: kernels x formats x dtypes x cards, or each kernel with each format once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _HALVES = ("bf16", "fp16")
 WITH_FORMAT = {
     "dequantize": FLOATS,
     "narrow": FLOATS,
+    "medium": _HALVES,
     "wide": _HALVES,
+    "split_k": _HALVES,
     "small_m": FLOATS,
     "fp16": FLOATS,
     "unpack_int8": ("fp32",),
     "unpack_int8_rows": ("fp32",),
-    "medium": _HALVES,
-    "split_k": _HALVES,
     "narrow_branch": FLOATS,
     "wide_branch": _HALVES,
     "small_m_branch": FLOATS,
@@ -34,9 +34,7 @@ FORMAT_FREE = {  # the format's part is unpack_int8; these run with one format
 }
 KERNELS = {**WITH_FORMAT, **FORMAT_FREE}
 _FORMAT = "Q4_K"  # of the kernels that no format is compiled into
-# Kernels that decode and multiply in the main loop of others, narrow and wide above all, with another tile or end
-SHARED = ("medium", "split_k", "narrow_branch", "wide_branch", "small_m_branch", "fp16_branch")
-_SHARED_FORMATS = 5  # in the small sweep they meet every fifth format
+_BRANCH_FORMATS = 5  # in the small sweep a branch meets every fifth format
 
 
 @dataclass(frozen=True, order=True)
@@ -65,17 +63,17 @@ def whole(kernels=(), formats=(), dtypes=(), capabilities=()) -> list[Case]:
 
 
 def small(kernels=(), capabilities=()) -> list[Case]:
-    """Return the part for every change: each main loop with each format once, dtypes and cards in turn.
+    """Return the part for every change: each kernel with each format once, dtypes and cards taken in turn.
 
-    Kernels that share another's main loop meet every fifth format; kernels without a format run in every dtype. Every format
-    meets every card.
+    Branches, which share the kernel's main loop, meet every fifth format; kernels without a format run in every dtype. Every
+    format meets every card.
     """
     cards = tuple(capabilities or CAPABILITIES)
     cases = []
     for turn, kernel in enumerate(KERNELS):
         if kernels and kernel not in kernels:
             continue
-        names = list(FORMATS)[turn % _SHARED_FORMATS :: _SHARED_FORMATS] if kernel in SHARED else list(FORMATS)
+        names = list(FORMATS)[turn % _BRANCH_FORMATS :: _BRANCH_FORMATS] if kernel.endswith("_branch") else list(FORMATS)
         if kernel in FORMAT_FREE:
             names = [_FORMAT] * len(KERNELS[kernel])
         for position, name in enumerate(names):
