@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable
 import typer
 from rich.console import Console
 
-_WIDTH = 170  # characters the tables take, also where the output is a file or a narrow terminal
+# Characters the tables take, also where the output is a file or a narrow terminal
+_WIDTH = 170
 
 
 def refuse_unknown(option: str, given: Iterable[object], known: Collection[object]) -> None:

@@ -20,7 +20,8 @@ from flux_kernels.kernels.chunks import chunks_of
 FORMAT_NAMES = ("Q4_K", "Q6_K", "Q8_0")
 KEY = ("format", "m", "n", "k", "rows", "bias", "scratch")
 _TILE = 128
-_BESIDE = "beside"  # each chunk is unpacked on another stream while the chunk before is multiplied
+# Each chunk is unpacked on another stream while the chunk before is multiplied
+_BESIDE = "beside"
 _VARIANTS = (  # rows, bias, scratch
     ("whole", "none", "freed"),
     ("whole", "epilogue", "freed"),
