@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, required=True, help="CSV of medians and ranges")
     parser.add_argument("--rows", type=Path, help="CSV of every time")
     parser.add_argument(
-        "--model", choices=[model.name for model in MODELS], help="rates by a card's data sheet, instead of measured ones"
+        "--model", choices=[model.name for model in MODELS], help="rates by a card's data sheet, instead of measured rates"
     )
     arguments = parser.parse_args()
     (model, tables), record = _inputs(arguments.measured, arguments.model), read_csv(AOT)

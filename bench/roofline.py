@@ -4,7 +4,7 @@
     python -m bench.roofline --formats Q4_K --scale 32                # measures first
 
 A call's roof is the longer of two times: its operations at the rate of torch's own product, and the bytes it must move (packed
-weight, activation, output) at the rate of a copy. The share is that time divided by the measured one. Int8 and 16-bit
+weight, activation, output) at the rate of a copy. The share is that time divided by the measured time. Int8 and 16-bit
 accumulation may pass 100 % of a roof that was measured in bf16.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.record import ROOT, read_csv, write_csv
+from flux_kernels.report.text_table import aligned
 
 COLUMNS = ("format", "provider", "m", "n", "k", "ms", "bound", "share", "of_matmul", "of_copy")
 
@@ -42,9 +43,7 @@ def roofline(rows: list[dict]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Return the rows as aligned text."""
-    cells = [COLUMNS, *([_cell(row[name]) for name in COLUMNS] for row in rows)]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(aligned([COLUMNS, *([_cell(row[name]) for name in COLUMNS] for row in rows)], lambda *_: True))
 
 
 def _cell(value) -> str:

@@ -5,7 +5,7 @@
     print(card.launches)                    # Counter({'fused_gemm_Q4_K': 1})
 
 Every tensor is the CPU's and says that it is on "cuda:0"; results hold whatever was in memory. It serves three customers: the cost
-of a launch in Python (bench.launch_cost), compiling ahead for a machine that has the GPU, and dry runs of what needs one.
+of a launch in Python (bench.launch_cost), compiling ahead for a machine that has the GPU, and dry runs of what needs a GPU.
 What it refuses is what a driver refuses: too much shared memory, grids past the limits, loading a kernel during a graph capture.
 """
 

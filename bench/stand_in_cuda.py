@@ -2,8 +2,8 @@
 
 Tensors stay on the CPU and say that they are on "cuda:0"; a tensor made for or moved to that device is made on the CPU. What the
 library leaves to torch, products and a maximum, costs one dispatch on a tiny tensor and leaves the result as it was.
-Events measure the wall clock; graphs record nothing. Inside a capture everything raises that would end a real one: waiting for
-the device, reading a value back, loading a kernel.
+Events measure the wall clock; graphs record nothing. Inside a capture everything raises that would end a real capture: waiting
+for the device, reading a value back, loading a kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Generator(torch.Generator):
 
 
 class Cuda:
-    """Hold the stand-in device's state: whether a graph is captured, and how often one was replayed."""
+    """Hold the stand-in device's state: whether a graph is captured, and how often graphs were replayed."""
 
     def __init__(self, card):
         self.card = card
@@ -115,7 +115,7 @@ def _moved_here(function: Callable) -> Callable:
 
 
 def _products() -> Iterator[tuple[object, str, object]]:
-    """Yield stand-ins of what kernels leave to torch; products check the inner sizes, as real ones do."""
+    """Yield stand-ins of what kernels leave to torch; products check the inner sizes, as torch's do."""
     tiny, row = torch.zeros(8, 8), torch.zeros(8)
     mm, addmm, amax = torch.mm, torch.addmm, torch.Tensor.amax
 
@@ -212,7 +212,7 @@ def _reading(function: Callable, cuda: Cuda) -> Callable:
 
 
 def _answering(value) -> Callable:
-    """Return a function of its own that takes anything: torch's compiler wants no two names for one."""
+    """Return a function of its own that takes anything: torch's compiler wants no two names for it."""
     return lambda *_, **__: value
 
 

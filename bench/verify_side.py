@@ -30,7 +30,7 @@ class Side:
         data = fmt.layout.to_planes(stored["data"]) if planes else stored["data"]
         data, x, bias = (tensor.to(self.device) for tensor in (data, stored["x"], stored["bias"]))
         if self.device.type == "cpu" and hasattr(os, "sched_setaffinity"):
-            # Both sides on the same cores: they never run together, and one on a busier core would look slower.
+            # Both sides on the same cores: they never run together, and a side on a busier core would look slower.
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])
         backend = "torch" if self.device.type == "cpu" else "triton"
         self.call = lambda: ops.linear(x, data, format, bias, backend=backend, compute=compute, planes=planes)

@@ -22,9 +22,9 @@ SIDES = {
 }
 NONE, WRONG = "not measured", "wrong result"
 LEGEND = (
-    "Beside a time is the speed with unquantized torch as 1: more is faster. Linear calls: all of one step, every weight from "
-    "memory. Whole step: these layers in a transformer of plain torch, random weights{graph}. Peak: GPU memory of that step; "
-    "torch's is without the packed weights that its own were decoded from."
+    "After a time stands the speed with unquantized torch as 1: more is faster. Linear calls: all of one step, every weight "
+    "from memory. Whole step: these layers in a transformer of plain torch, random weights{graph}. Peak: GPU memory of that "
+    "step; torch's is without the packed weights that its own were decoded from."
 )
 _FILES = ("linear", "step", "sweep", "int8")
 
@@ -183,12 +183,13 @@ def changed_line(linears: Rows, sweep: Rows, size: str) -> str:
         return ""
     return (
         f"**Arithmetic, not a measurement**: exact mode has another default since ({change.said}). The same linear calls, "
-        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(lines)}. The whole step above has the old one."
+        f"less what `sweep.csv` of that session says it saves in each: {'; '.join(lines)}. The whole step above has the old "
+        "code."
     )
 
 
 def saved_ms(rows: Rows, sweep: Rows, change: Changed) -> float | None:
-    """Return what the step's changed calls save, both ways timed alike; None where one is missing.
+    """Return what the step's changed calls save, both ways timed alike; None where either is missing.
 
     tuning.csv of 2026-11-28 timed some of them call by call, as linear.csv does: its totals are within 0.1 ms of these.
     """

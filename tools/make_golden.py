@@ -1,8 +1,8 @@
-"""Make the golden vectors of a block type with ggml's own library, never with this one.
+"""Make the golden vectors of a block type with ggml's own library, never with this library.
 
     python tools/make_golden.py Q8_0            # writes tests/golden/Q8_0.npz and its line in manifest.json
 
-A type that the installed libggml does not know needs a newer one, or vectors made by its author in the same layout
+A type that the installed libggml does not know needs a newer libggml, or vectors made by its author in the same layout
 (tests/golden/README.md).
 """
 

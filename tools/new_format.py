@@ -64,7 +64,7 @@ FORMAT = BlockFormat(
 def scaffold(name: str, ggml_type: int, folder: Path = FORMATS) -> Path:
     """Write the format's file and register it.
 
-    Raises FileExistsError where the name is taken, ValueError where it cannot be one.
+    Raises FileExistsError where the name is taken, ValueError where it cannot be a module's name.
     """
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
         raise ValueError(f"A type name is ggml's, in capitals, such as Q4_K; got {name!r}.")

@@ -42,7 +42,7 @@ def _keep(path: Path, make: Callable[[], Any]) -> Any:
 
 
 class _Stages:
-    """Runs the stages one by one, each with a progress bar, each kept in the work folder."""
+    """Runs the stages in turn, each with a progress bar, each kept in the work folder."""
 
     def __init__(self, work: Path, seed: int, progress: Progress) -> None:
         self.work, self.seed, self.progress = work, seed, progress
@@ -144,7 +144,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Flow-matching steps.")] = 1500,
     distil_steps: Annotated[int, typer.Option(help="Guidance distillation steps, after the flow-matching steps.")] = 250,
     batch: Annotated[int, typer.Option(help="Pictures in a transformer step.")] = 64,
-    threads: Annotated[int, typer.Option(help="CPU threads; one a free core.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads; as many as cores are free.")] = 2,
 ) -> None:
     """Train the embedded model: a FluxPipeline of 5 M parameters that draws neon digits.
 

@@ -29,7 +29,7 @@ shows the same as a table and as JSON, `flux-kernels formats Q4_K` one of them.
   `grid` holds vectors of weights. Numbers are little-endian; `2 x f16` are two half-precision floats.
 - Boxes are about as wide as fields are long; above each is its offset in bytes.
 - Two types of one size differ in error and speed: the error is a bound, of the relative RMS error of quantizing gaussian weights.
-- Kernels have default tiles. Where one does not serve a type, its section says what runs instead and why (`flux_kernels/kernels/odd_tiles.csv`).
+- Kernels have default tiles. Where a default does not serve a type, its section says what runs instead and why (`flux_kernels/kernels/odd_tiles.csv`).
 """
 
 

@@ -133,7 +133,7 @@ PAGES = {
 
 
 def with_tables(page: Path, text: str) -> str:
-    """Return a page with every table between its markers; raise ValueError where one is missing."""
+    """Return a page with every table between its markers; raise ValueError where a marker is missing."""
     for name, table in PAGES[page].items():
         start, end = f"<!-- {name}: written by tools/write_readme_tables.py -->", f"<!-- end of {name} -->"
         before, opened, rest = text.partition(start)

@@ -12,12 +12,15 @@ os.environ["TRITON_INTERPRET"] = "0"  # a kernel decorated for the interpreter c
 import triton
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from bench.record import AOT
+from flux_kernels.cli._options import comma_separated
+from flux_kernels.cli._progress import progress
 
 from .cards import CARDS
+from .command import refuse_unknown, wide_console
 from .invariants import problems
 from .launches import ANY, DTYPES, FORMATS, ROWS
 from .recorder import Recorder, compiled, items, lacking, read_record
@@ -51,9 +54,16 @@ def main(
 ) -> None:
     """Compile the library's launches for absent cards; report registers, spills, main loop and clocks."""
     record = read_record(write or AOT)
-    wanted = _wanted(_words(formats), _words(capabilities), _words(kernels), _words(dtypes), _words(rows), k)
+    wanted = _wanted(
+        comma_separated(formats),
+        comma_separated(capabilities),
+        comma_separated(kernels),
+        comma_separated(dtypes),
+        comma_separated(rows),
+        k,
+    )
     if list_only:
-        unrecorded = _list(wanted, record, _words(tritons))
+        unrecorded = _list(wanted, record, comma_separated(tritons))
         raise typer.Exit(1 if check and unrecorded else 0)
     rows_made, broken = _compile(lacking(wanted, record) if missing else wanted, record, write, jobs, quiet=as_json)
     if write and not any((formats, capabilities, kernels, dtypes, rows, k)):
@@ -66,18 +76,14 @@ def main(
     raise typer.Exit(1 if check and broken else 0)
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
-
-
 def _wanted(formats: list[str], capabilities: list[str], kernels: list[str], dtypes: list[str], rows: list[str], k: int):
     """Return the launches that the options name, with those that are the same for all formats or dtypes."""
     cards = [int(capability) for capability in capabilities] or list(CARDS)
     every = items(cards, tuple(map(int, rows)) or ROWS)
-    _known("capabilities", cards, CARDS)
-    _known("formats", formats, FORMATS)
-    _known("dtypes", dtypes, DTYPES)
-    _known("kernels", kernels, sorted({item.launch.name for item in every}))
+    refuse_unknown("capabilities", cards, CARDS)
+    refuse_unknown("formats", formats, FORMATS)
+    refuse_unknown("dtypes", dtypes, DTYPES)
+    refuse_unknown("kernels", kernels, sorted({item.launch.name for item in every}))
     return [
         item
         for item in every
@@ -88,19 +94,14 @@ def _wanted(formats: list[str], capabilities: list[str], kernels: list[str], dty
     ]
 
 
-def _known(what: str, given: list, known) -> None:
-    if unknown := set(given) - set(known):
-        raise typer.BadParameter(f"unknown {what} {sorted(unknown)}; known: {', '.join(map(str, known))}")
-
-
 def _compile(wanted: list, record: dict, write: Path | None, jobs: int, quiet: bool) -> tuple[list[dict], list[str]]:
     """Compile launches; return their rows, and what is wrong with them."""
     rows, broken, recorder = [], [], Recorder(write) if write else None
-    with _progress(quiet) as progress:
-        task = progress.add_task("compiling", total=len(wanted))
+    with progress(Console(stderr=True), MofNCompleteColumn(), shown=not quiet) as bar:
+        task = bar.add_task("compiling", total=len(wanted))
         try:
             for row in compiled(wanted, jobs):
-                progress.advance(task)
+                bar.advance(task)
                 if isinstance(row, str):
                     broken.append(row)
                     continue
@@ -112,11 +113,6 @@ def _compile(wanted: list, record: dict, write: Path | None, jobs: int, quiet: b
             if recorder:
                 recorder.save()
     return rows, broken
-
-
-def _progress(quiet: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=quiet)
 
 
 def _drop_unlaunched(write: Path) -> None:
@@ -137,7 +133,7 @@ def _list(wanted: list, record: dict, tritons: list[str]) -> int:
             cells.append(f"{len(there)}, {stale}, {len(named) - len(there)}")
             lacking += len(named) - len(there)
         table.add_row(name, str(len(named)), *cells)
-    Console(width=max(Console().width, _WIDTH)).print(table)
+    wide_console().print(table)
     print(f"{len(wanted)} launches; the record lacks {lacking}")
     return lacking
 
@@ -160,15 +156,13 @@ _COLUMNS = {
     "tensor clk": "tensor_clocks",
     "issue clk": "issue_clocks",
 }
-# Characters the table takes, also where the output is a file or a narrow terminal
-_WIDTH = 170
 
 
 def _print(rows: list[dict]) -> None:
     table = Table(*_COLUMNS)
     for row in rows:
         table.add_row(*(str(row[field]) for field in _COLUMNS.values()))
-    Console(width=max(Console().width, _WIDTH)).print(table)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":

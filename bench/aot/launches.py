@@ -129,7 +129,7 @@ def _either(one: Launch, other: Launch) -> Launch:
     )
 
 
-# What a launch returns: with nothing to launch directly, the next one comes here again
+# What a launch returns: with nothing to launch directly, the next launch comes here again
 _COMPILED = defaultdict(lambda: None)
 
 

@@ -75,7 +75,7 @@ class Record:
                 self._rows.setdefault((row["kernel"], row["format"], int(row["capability"]), row["dtype"]), []).append(row)
 
     def find(self, kernel: str, format: str, capability: int, dtype: str, tile: str = "") -> dict:
-        """Return a kernel's row: of a tile where one is named, else the one with the longest rows and steps.
+        """Return a kernel's row: of a tile where it is named, else the row with the longest rows and steps.
 
         Raises:
             LookupError: where the record has none.
@@ -287,7 +287,7 @@ def _torch_product_ms(case: Case, m: int, n: int, k: int) -> float:
 def _int8_ms(case: Case, call: Call, choice: Choice, row: dict) -> float:
     """Return the time of quantizing x, and by chunks of unpacking the weight to int8 and multiplying.
 
-    The scales of weight rows are found once per layer, not in each call.
+    The scales of weight rows are computed once per layer, not in each call.
     """
     total = quantizer_ms(case, call)
     for rows in chunk_sizes(call.n, choice.rows):
@@ -318,7 +318,7 @@ def quantizer_ms(case: Case, call: Call) -> float:
 
 
 def both_cases(model: Model, record: Record, format: str, dtype: str = "bf16") -> tuple[Case, Case]:
-    """Return the case of the bound, and the one in which programs wait."""
+    """Return the case of the bound, and the case in which programs wait."""
     slow, fast = CONVERT_RATES
     return Case(model, record, format, dtype, fast), Case(model, record, format, dtype, slow, waits=True)
 

@@ -44,7 +44,7 @@ def items(capabilities: Iterable[int] = CARDS, rows: tuple[int, ...] = ROWS) -> 
 
 
 def read_record(path: Path = AOT) -> dict[tuple, dict]:
-    """Return the recorded rows by key; none where there is no file, or one from before a column was added."""
+    """Return the recorded rows by key; none where the file is missing, or lacks a column."""
     rows = read_csv(path) if path.exists() else []
     return {key(row): row for row in rows} if rows and "code" in rows[0] else {}
 
@@ -82,7 +82,7 @@ class Recorder:
         self.path, self.rows, self.saved = path, read_record(path), time.monotonic()
 
     def add(self, row: dict) -> None:
-        """Put a row in place of the recorded one of its key."""
+        """Put a row in place of the recorded row of its key."""
         self.rows[key(row)] = row
         if time.monotonic() - self.saved > _SAVED_EVERY:
             self.save()

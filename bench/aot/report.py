@@ -80,7 +80,7 @@ def _row(launch: Launch, capability: int, built: Compiled) -> Row:
     card, code, pipes = CARDS[capability], built.code, built.code.by_pipe()
     total = sum(code.loop.values())
     programs = occupancy(card, code.registers, built.shared, built.threads)
-    # Of a quadrant. Programs of two warps share a multiprocessor's quadrants where more than one of them fits.
+    # Of a quadrant. Programs of two warps share a multiprocessor's quadrants where more than one program fits.
     warps = max(built.threads / (LANES * QUADRANTS), min(1, 1 / max(programs, 1)))
     convert = pipes["convert"] * warps * LANES * QUADRANTS
     return Row(

@@ -13,9 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
+from flux_kernels.cli._options import comma_separated
+from flux_kernels.cli._progress import progress
+
+from .command import refuse_unknown, wide_console
 from .sweep import cases
 from .sweep.outcome import run_case
 
@@ -28,7 +32,6 @@ python -m bench.aot.run --kernels wide,narrow --formats Q4_K --capabilities 89  
 python -m bench.aot.run --warps --seed 3    warp by warp in another random order
 
 python -m bench.aot.versions 3.6.0    fetches another Triton to out/triton-3.6.0; then put that folder first on PYTHONPATH"""
-_WIDTH = 150  # characters the table takes, also where the output is a file
 
 
 def main(
@@ -42,7 +45,7 @@ def main(
         bool, typer.Option("--small", help="Each kernel with each format once, on one card in one dtype.")
     ] = False,
     warps: Annotated[
-        bool, typer.Option("--warps", help="Run warps one by one between barriers, in random order (slower).")
+        bool, typer.Option("--warps", help="Run warps in turn between barriers, in random order (slower).")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of warps.")] = 0,
     unfenced_copies: Annotated[
@@ -63,13 +66,14 @@ def main(
     any case faults or is wrong. A whole run takes about an hour on two cores, most of it compiling.
     """
     named = {"kernels": kernels, "formats": formats, "dtypes": dtypes, "capabilities": capabilities}
-    chosen = {option: tuple(filter(None, text.split(","))) for option, text in named.items()}
-    _refuse_unknown(chosen)
-    cards = tuple(map(int, chosen["capabilities"]))
-    work = cases.whole(chosen["kernels"], chosen["formats"], chosen["dtypes"], cards)
+    known = (cases.KERNELS, cases.FORMATS, cases.FLOATS, list(map(str, cases.CAPABILITIES)))
+    chosen = [comma_separated(text) for text in named.values()]
+    for option, words, legal in zip(named, chosen, known, strict=True):
+        refuse_unknown(option, words, legal)
+    cards = [int(card) for card in chosen[-1]]
+    work = cases.whole(*chosen[:-1], cards)
     if small:
-        wanted = set(work)
-        work = [case for case in cases.small(chosen["kernels"], cards) if case in wanted]
+        work = [case for case in cases.small(chosen[0], cards) if case in set(work)]
     outcomes = _run(work, (warps, seed, unfenced_copies), jobs, quiet=as_json)
     if as_json:
         print(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes]}))
@@ -78,28 +82,15 @@ def main(
     raise typer.Exit(1 if not outcomes or any(outcome.problem for outcome in outcomes) else 0)
 
 
-def _refuse_unknown(chosen: dict[str, tuple[str, ...]]) -> None:
-    known = {
-        "kernels": list(cases.KERNELS),
-        "formats": list(cases.FORMATS),
-        "dtypes": list(cases.FLOATS),
-        "capabilities": [str(capability) for capability in cases.CAPABILITIES],
-    }
-    for option, values in chosen.items():
-        if unknown := set(values) - set(known[option]):
-            raise typer.BadParameter(f"--{option}: unknown {', '.join(sorted(unknown))}; known: {', '.join(known[option])}")
-
-
 def _run(work: list, options: tuple, jobs: int, quiet: bool) -> list:
-    """Run all cases, with a progress bar on stderr, and print each problem when it is found."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    outcomes = []
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress, ProcessPoolExecutor(jobs) as pool:
-        task = progress.add_task("compiling and running", total=len(work))
+    """Run all cases, with a progress bar on stderr, and print each problem as it comes."""
+    outcomes, console = [], Console(stderr=True)
+    with progress(console, MofNCompleteColumn(), shown=not quiet) as bar, ProcessPoolExecutor(jobs) as pool:
+        task = bar.add_task("compiling and running", total=len(work))
         for case, outcome in zip(work, pool.map(run_case, work, *([option] * len(work) for option in options)), strict=True):
-            progress.update(task, advance=1, description=str(case).ljust(44))
+            bar.update(task, advance=1, description=str(case).ljust(44))
             if outcome.problem and not quiet:
-                progress.console.print(f"{case}: {outcome.problem}", style="red", markup=False)
+                console.print(f"{case}: {outcome.problem}", style="red", markup=False)
             outcomes.append(outcome)
     return outcomes
 
@@ -123,7 +114,7 @@ def _print(outcomes: list) -> None:
             f"{sum(outcome.instructions for outcome in group):,}",
             f"{sum(outcome.seconds for outcome in group):.1f}",
         )
-    console = Console(width=max(Console().width, _WIDTH))
+    console = wide_console()
     console.print(table)
     wrong = [outcome for outcome in outcomes if outcome.problem]
     opcodes = set().union(*(outcome.opcodes for outcome in outcomes)) if outcomes else set()

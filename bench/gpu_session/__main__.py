@@ -81,7 +81,7 @@ def run_section(section: Section, out: Path, seconds: float, card: str | None = 
 
 
 def _results(out: Path, section: Section) -> int:
-    """Count the rows that all sections have written, and the outcomes of tests in the log of one."""
+    """Count the rows that all sections have written, and the outcomes of tests in a section's log."""
     rows = sum(len(path.read_bytes().splitlines()) for path in out.glob("*.csv"))
     log = out / f"{section.name}.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []

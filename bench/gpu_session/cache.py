@@ -130,7 +130,7 @@ def _complete(kernels: list[Kernel], entries: Path, seconds: float, processes: i
     """Compile in parallel what a cache lacks."""
     with _phase("looked for"):
         missing = [kernel for kernel in kernels if not kernel.cached(entries)]
-    print(f"{len(kernels) - len(missing)} of {len(kernels)} kernels found", flush=True)
+    print(f"{len(kernels) - len(missing)} of {len(kernels)} kernels are there", flush=True)
     with _phase("compiled"):
         done, failed = compile_all(missing, processes, seconds)
     print(f"{done} compiled here, {len(failed)} failed", *failed[:5], sep="\n  ", flush=True)

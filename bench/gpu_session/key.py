@@ -1,8 +1,8 @@
 """Compute Triton's cache key of a wheel that cannot be imported here, built for another Python.
 
 Every entry of Triton's cache on disk is named after a hash of the kernel, the options and `triton_key`, which covers Triton's own
-sources and its compiled library, built once per Python. With the key of the GPU machine's wheel, kernels compiled here are
-found there. Source: triton/runtime/cache.py, `triton_key`, of 3.6 to 3.7.
+sources and its compiled library, built once per Python. With the key of the GPU machine's wheel, kernels compiled here serve
+there. Source: triton/runtime/cache.py, `triton_key`, of 3.6 to 3.7.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _CAPTURE_SECONDS = 0.02  # a case's warm-ups, capture and first replay
 class Case:
     """Name one case to time: key columns, what runs it, and the predicted milliseconds (None: unknown).
 
-    `reference` is the result it has to equal within `tolerance` (relative error), where there is one.
+    `reference` is the result it has to equal within `tolerance` (relative error), if any.
     """
 
     key: dict

@@ -20,7 +20,8 @@ from flux_kernels.kernels.chunks import chunks_of
 FORMAT_NAMES = ("Q4_K", "Q6_K", "Q8_0")
 KEY = ("format", "m", "n", "k", "rows", "bias", "scratch")
 _TILE = 128
-_BESIDE = "beside"  # each chunk is unpacked on another stream while the one before is multiplied
+# Each chunk is unpacked on another stream while the chunk before is multiplied
+_BESIDE = "beside"
 _VARIANTS = (  # rows, bias, scratch
     ("whole", "none", "freed"),
     ("whole", "epilogue", "freed"),
@@ -69,7 +70,7 @@ def _rows(name: str, n: int, k: int, l2_bytes: int) -> int | None:
 
 
 def _variant(x: Tensor, turns, bias: Tensor | None, rows: int | None, strided: bool, kept: bool) -> Callable:
-    """Return one way to unpack and multiply; y is a column slice of a wider one where it is `strided`."""
+    """Return one way to unpack and multiply; y is a column slice of a wider tensor where it is `strided`."""
     m = x.shape[0]
 
     def call() -> Tensor:
@@ -92,7 +93,7 @@ def _variant(x: Tensor, turns, bias: Tensor | None, rows: int | None, strided: b
 
 
 def _overlapped(x: Tensor, turns, rows: int | None) -> Callable:
-    """Return a way that unpacks every chunk but the first while the one before it is multiplied."""
+    """Return a way that unpacks every chunk but the first while the chunk before it is multiplied."""
     m, stream = x.shape[0], torch.cuda.Stream()
 
     def call() -> Tensor:

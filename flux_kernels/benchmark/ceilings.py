@@ -12,7 +12,7 @@ from ..compute import dtype_name
 from ..machine.clock import interleaved
 
 _COPY_BYTES = {"cuda": 1 << 29, "cpu": 1 << 26}
-_SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024)}  # of square products; which one is fastest depends on the machine
+_SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024)}  # of square products; the fastest of them depends on the machine
 
 
 @dataclass(frozen=True)

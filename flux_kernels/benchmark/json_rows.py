@@ -1,4 +1,4 @@
-"""What one run of `flux-kernels bench` found, as a JSON document for machines."""
+"""What one run of `flux-kernels bench` measured, as a JSON document for machines."""
 
 from __future__ import annotations
 

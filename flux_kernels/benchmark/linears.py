@@ -98,7 +98,7 @@ def _version(package: str) -> str:
 
 
 def is_broken(row: Mapping[str, object]) -> bool:
-    """Tell whether a row says that one of our own sides gave a wrong result or failed."""
+    """Return whether a row says that a side of this library gave a wrong result or failed."""
     return str(row["provider"]).startswith(OURS) and str(row["note"]).startswith((WRONG, FAILED))
 
 
@@ -117,7 +117,7 @@ def _row(name, size, call, provider, times, graph, errors, note, problem, ceilin
     if times is None:
         return row | dict.fromkeys(_MEASURED, "") | checked
     p20, p50, p80 = percentiles(times)
-    # Other sides read other bytes than the packed ones.
+    # Other sides do not read the packed bytes.
     packed = provider != TORCH and not PROVIDERS[provider].own_weights
     packed_bytes = problem.weight.data.numel()
     speeds = dict(tflops=_four(call.flops / p50 / 1e9), packed_gb_s=_four(packed_bytes / p50 / 1e6) if packed else "")

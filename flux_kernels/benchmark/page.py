@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
+from ..report.amounts import counted
 from ..report.html_page import document, image, table
 from .names import TORCH
-from .plots import memory_against_time, roofline, speed_beside_rows, throughput
+from .plots import memory_against_time, roofline, speed_over_rows, throughput
 from .prices import prices
 from .providers import PROVIDERS
 from .record import CHECKOUT, origin_text, read_csv
@@ -17,7 +18,7 @@ from .verdict import step_verdict
 _FIDELITY = CHECKOUT / "bench" / "results" / "embedded_fidelity.csv"
 _CAPTIONS = {
     "speed": (
-        "Beside the unquantized layer",
+        "Against the unquantized layer",
         (
             "Each mark is one kind of linear call of a FLUX.1-dev step, timed in turn with torch's layer on the same weights in 16 or 32 "
             "bit. A mark on the line is as fast as that layer; a mark at 2 takes half its time."
@@ -83,7 +84,7 @@ def figures(run: Found) -> dict[str, bytes]:
     """
     drawn = {}
     if any(row["provider"] == TORCH and row["p50_ms"] for row in run.linears):
-        drawn["speed"] = speed_beside_rows(run.linears)
+        drawn["speed"] = speed_over_rows(run.linears)
         drawn["throughput"] = throughput(run.linears)
         drawn["roofline"] = roofline(run.linears, run.ceilings)
     if any(row["p50_ms"] and (row["peak_bytes"] or row["weight_bytes"]) for row in run.steps):
@@ -100,7 +101,7 @@ def page(run: Found, verdict: Sequence[str], pictures: Sequence[Mapping] = ()) -
     """Return the HTML page; figures are inside it.
 
     Args:
-        found: what was measured.
+        run: what was measured.
         verdict: plain-text lines, which stand first.
         pictures: rows of `fidelity_rows`.
     """
@@ -128,7 +129,7 @@ def _every(title: str, rows: Sequence[Mapping], origins: Sequence[str]) -> str:
     lines = [[*(_cell(name, row.get(name)) for name in columns), origins.index(origin_text(row)) + 1] for row in rows]
     numbers = [_TITLES[name] for name in columns if name not in _WORDS]
     shown = table([*map(_TITLES.__getitem__, columns), "origin"], lines, [*numbers, "origin"])
-    return f"<details><summary>{title} ({len(rows)} rows)</summary>{shown}</details>"
+    return f"<details><summary>{title} ({counted(len(rows), 'row')})</summary>{shown}</details>"
 
 
 def _cell(column: str, value: object) -> object:

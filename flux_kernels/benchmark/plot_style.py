@@ -25,7 +25,7 @@ _TITLE, _GAP = 0.36, 0.08  # inches that the title takes, and between it, legend
 
 
 def providers(rows: Sequence[Mapping]) -> list[str]:
-    """List the sides of these rows: known ones in the order of `SIDES`, then other libraries as they come."""
+    """List the sides of these rows: those of `SIDES` in its order, then other libraries as they come."""
     sides = dict.fromkeys(row["provider"] for row in rows)
     return [name for name in SIDES if name in sides] + [name for name in sides if name not in SIDES]
 

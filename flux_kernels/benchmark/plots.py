@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..models.calls import Call
+from ..report.amounts import unit_of
 from ..report.plot_style import FAINT, INK
-from ..report.sizes import unit_of
 from .ceilings import Ceilings
 from .linears import least_bytes
 from .names import KINDS, TORCH, label
@@ -69,7 +69,7 @@ def roofline(rows: Sequence[Mapping], ceilings: Ceilings) -> bytes:
     return finished(figure, measured, "What holds each call back: the nearer a line, the less there is to gain", x, _TFLOPS)
 
 
-def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
+def speed_over_rows(rows: Sequence[Mapping]) -> bytes:
     """Return a PNG: speed of every call with torch's in the same run as 1, over the rows M of its input."""
     measured = [row for row in rows if row["p50_ms"]]
     base = {_key(row): float(row["p50_ms"]) for row in measured if row["provider"] == TORCH}
@@ -85,10 +85,8 @@ def speed_beside_rows(rows: Sequence[Mapping]) -> bytes:
             if mine:
                 axes.plot(*zip(*mine), **look(provider, measured), **_DOT, label=label(provider))
         log_scale(axes, "x", "y")
-    title = "Speed of each kind of call beside the unquantized layer: above the line is faster"
-    return finished(
-        figure, measured, title, f"{_ROWS}, sides drawn beside each other", "speed, with the unquantized layer as 1"
-    )
+    title = "Speed of each kind of call against the unquantized layer: above the line is faster"
+    return finished(figure, measured, title, f"{_ROWS}, sides drawn side by side", "speed, with the unquantized layer as 1")
 
 
 def memory_against_time(rows: Sequence[Mapping]) -> bytes:

@@ -25,7 +25,7 @@ def prices(run: Found, pictures: Sequence[Mapping]) -> str:
     """Return the table as HTML, "" where no type was timed in every call.
 
     Args:
-        found: what was measured.
+        run: what was measured.
         pictures: rows of `page.fidelity_rows`.
     """
     whole = [row for size in dict.fromkeys(row["size"] for row in run.linears) for row in run.whole(size)]

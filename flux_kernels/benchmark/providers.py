@@ -60,7 +60,7 @@ class Provider:
         gate: relative RMS error against float64 on the packed weights above which no speed is reported.
         group: "base" (unquantized, or decode first), "ours", "kernels" (ours, one algorithm by name) or "peer".
         source: where its makers document the call made here.
-        own_weights: whether it quantizes the decoded weight anew, so that its bytes are not the packed ones.
+        own_weights: whether it quantizes the decoded weight anew, so that it does not read the packed bytes.
         package: the distribution whose version belongs in the row.
     """
 
@@ -138,7 +138,7 @@ _COMPILED = "https://huggingface.co/docs/diffusers/optimization/fp16#torchcompil
 def _diffusers_compiled(problem: Problem):
     """The same under torch.compile."""
     layer = _diffusers(problem)
-    # Every shape is a first shape, or the second one would be compiled for changing sizes.
+    # Every shape is a first shape, or the second would be compiled for changing sizes.
     torch.compiler.reset()
     return torch.compile(layer, fullgraph=True)
 

@@ -15,6 +15,7 @@ import torch
 
 from .._triton import TRITON_VERSION
 from ..files import written_whole
+from ..report.amounts import counted
 from ..torch_backend import libggml
 from ..version import installed_version
 
@@ -75,7 +76,7 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def append_csv(row: dict, path: Path) -> None:
-    """Add a row to a CSV file of the same columns, or begin one.
+    """Add a row to a CSV file of the same columns, or begin the file.
 
     Raises:
         ValueError: where the file has other columns.
@@ -96,7 +97,7 @@ def append_csv(row: dict, path: Path) -> None:
 
 def _cpu() -> str:
     threads = torch.get_num_threads()
-    return f"{os.cpu_count()}-core CPU {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{os.cpu_count()}-core CPU {platform.machine()}, {counted(threads, 'thread')}"
 
 
 def _libggml() -> str:

@@ -16,7 +16,7 @@ from .record import append_csv
 class RowFiles:
     """Write rows of linear calls to a file, those of whole steps to `<stem>-step.csv`, as they come.
 
-    Both end in ".part" until the run is complete. A run that stops before leaves them, and says so; the next one begins them anew.
+    Both end in ".part" until the run is complete. A run that stops before leaves them, and says so; the next begins them anew.
 
     Attributes:
         made: the files of a complete run.

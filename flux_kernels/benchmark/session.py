@@ -148,7 +148,7 @@ def _steps(plan, run: Found, device, tell: Tell, end: float) -> Iterator[tuple[s
     longest = {False: 0.0, True: _PICTURE_SECONDS}
     for size, name, pictures in plan.whole_runs(device):
         begun, words = time.monotonic(), f"{'denoising' if pictures else 'whole step'}, {name}, {size}"
-        # Much work in one piece: it is begun only where one as long as the longest before would be done in time.
+        # Much work in one piece: it is begun only where there is time for the longest so far.
         if begun + longest[pictures] > end:
             run.not_run.append(f"{words} (no time was left)")
             continue

@@ -19,7 +19,7 @@ MARKS = {"~": f"{_SAME} (p20 to p80 of both overlap)", "?": UNKNOWN}
 class Total:
     """Hold milliseconds a step: sums of the 20th, 50th and 80th percentiles of its calls, and repeats.
 
-    `repeats` is 0 where rows do not tell, as older ones.
+    `repeats` is 0 where rows do not say, as older rows do not.
     """
 
     p20: float
@@ -45,7 +45,7 @@ class Total:
         return self.known and other.known and (self.p80 < other.p20 or other.p80 < self.p20)
 
     def speed(self, base: Total) -> Total:
-        """Return how many times as fast as `base` it is: the least (slow runs to fast ones), median, most.
+        """Return how many times as fast as `base` it is: the least (slow runs to fast runs), median, most.
 
         The speeds of two steps that were timed with bases of their own differ where these spreads lie apart.
         """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..report.sizes import size_text
+from ..report.amounts import counted, size_text
 from .names import DIFFUSERS, EMBEDDED_STEP, EXACT, KINDS, OURS, STEP, TORCH, WRONG, way_of
 from .totals import UNKNOWN, Total, doubt, speed_text, totals
 
-_WHOLE, _STORAGE = "the unquantized one", "diffusers' GGUF layers"
+_WHOLE, _STORAGE = "the unquantized model", "diffusers' GGUF layers"
 Times = Mapping[str, Total]  # by provider
 Run = tuple[str, str, str]  # kind, size and format
 
@@ -16,7 +16,7 @@ Run = tuple[str, str, str]  # kind, size and format
 def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]:
     """Return five lines: machine, exact mode, best mode, diffusers, price; a sixth names what failed.
 
-    They are about the linear calls of one step; the second is about a step as a whole where one was measured.
+    They are about the linear calls of one step; the second is about a step as a whole where that was measured.
 
     Every ratio is a speed. Nothing is called faster or slower where the spreads (p20 to p80) of both sides overlap, or are unknown.
 
@@ -30,7 +30,7 @@ def verdict(rows: Sequence[Mapping], steps: Sequence[Mapping] = ()) -> list[str]
         return [nothing if rows else cut, *filter(None, [_step(steps)]), *_failed(rows)]
     names = dict.fromkeys(row["format"] for row in rows)
     times = {name: totals([row for row in rows if row["format"] == name]) for name in names}
-    return [_machine(rows[0]), _step(steps) or _exact(times), _best(times), _beside(times, rows), _price(rows), *_failed(rows)]
+    return [_machine(rows[0]), _step(steps) or _exact(times), _best(times), _storage(times, rows), _price(rows), *_failed(rows)]
 
 
 def _machine(row: Mapping) -> str:
@@ -51,7 +51,7 @@ def _exact(times: Mapping[str, Times]) -> str:
 
 
 def _step(steps: Sequence[Mapping]) -> str:
-    """Compare one whole step in exact mode with the unquantized one: time, and bytes of weights."""
+    """Compare one whole step in exact mode with the unquantized step: time, and bytes of weights."""
     sentences = {}
     for (what, size, name), sides in _by_run(row for row in steps if row["p50_ms"] and row["weight_bytes"]).items():
         if what in (STEP, EMBEDDED_STEP) and {TORCH, EXACT} <= sides.keys():
@@ -60,9 +60,8 @@ def _step(steps: Sequence[Mapping]) -> str:
             sentences[what, size, name] = f"{name} {speed}, {_smaller(mine, plain)}"
     if not sentences:
         return ""
-    return (
-        f"{KINDS[next(iter(sentences))[0]].subject} in exact mode beside the unquantized one: {'; '.join(sentences.values())}."
-    )
+    what, *_ = next(iter(sentences))
+    return f"{KINDS[what].subject} in exact mode, against the unquantized model: {'; '.join(sentences.values())}."
 
 
 def _smaller(mine: Mapping, plain: Mapping) -> str:
@@ -78,7 +77,7 @@ def _best(times: Mapping[str, Times]) -> str:
         if TORCH in sides and side.startswith(OURS)
     }
     if not ours:
-        return "This library's modes beside torch: not measured."
+        return "This library's modes against torch: not measured."
     speeds = {key: total.speed(times[key[0]][TORCH]) for key, total in ours.items()}
     best = max(speeds, key=lambda key: speeds[key].p50)
     plain = times[best[0]][TORCH]
@@ -86,14 +85,14 @@ def _best(times: Mapping[str, Times]) -> str:
     if doubt(ours[best], plain) == UNKNOWN:
         return f"Shortest time of this library here, which says little: {speed}."
     ties = [_named(key) for key in ours if key != best and not _apart(key, best, ours, speeds)]
-    tied = f"; not told apart from it: {', '.join(ties)}" if ties else ""
+    tied = f"; no difference seen from it: {', '.join(ties)}" if ties else ""
     return f"Fastest of this library here: {speed}{tied}."
 
 
 def _apart(one: tuple[str, str], other: tuple[str, str], times: Mapping, speeds: Mapping) -> bool:
     """Tell whether two modes differ: in one type by their times, across types by their speeds.
 
-    Either way, what is not told apart from torch is not told apart from the best mode where that one is slower than torch.
+    Either way, a mode that does not differ from torch does not differ from the best mode where that is slower than torch.
     """
     measured = times if one[0] == other[0] else speeds
     return measured[one].differs(measured[other])
@@ -103,7 +102,7 @@ def _named(key: tuple[str, str]) -> str:
     return f"{key[0]} in {way_of(key[1])} mode"
 
 
-def _beside(times: Mapping[str, Times], rows: Sequence[Mapping]) -> str:
+def _storage(times: Mapping[str, Times], rows: Sequence[Mapping]) -> str:
     speeds = _speeds(times, DIFFUSERS)
     if speeds:
         return f"Speed of exact mode, with diffusers' GGUF layers as 1: {speeds}."
@@ -117,7 +116,7 @@ def _failed(rows: Sequence[Mapping]) -> list[str]:
     for row in rows:
         if row["provider"].startswith(OURS) and not row["p50_ms"]:
             reasons.setdefault((row["format"], row["provider"]), []).append(row.get("note") or "no reason recorded")
-    named = [f"{_named(key)} ({len(notes)} call{'s' if len(notes) > 1 else ''}, {notes[0]})" for key, notes in reasons.items()]
+    named = [f"{_named(key)} ({counted(len(notes), 'call')}, {notes[0]})" for key, notes in reasons.items()]
     return [f"No speed is given for: {'; '.join(named)}."] if named else []
 
 
@@ -168,11 +167,10 @@ def _exact_step(times: Times, sides: Mapping[str, Mapping]) -> str:
         return " has no time in exact mode"
     mine, plain = times[EXACT], times.get(TORCH)
     if plain is None:
-        return f" takes {mine.p50:.4g} ms in exact mode, with no unquantized one to compare with"
-    ratio = f" takes {mine.p50 / plain.p50:.2f} times {_WHOLE}" if mine.differs(plain) else _same(mine, plain, _WHOLE)
+        return f" takes {mine.p50:.4g} ms in exact mode, with no unquantized model to compare with"
     fits = "does not fit" not in sides[TORCH]["note"]
     stand_in = "" if fits else ", which does not fit here and ran on the weights of two blocks"
-    return f"{ratio}{stand_in}, and its weights are {_smaller(sides[EXACT], sides[TORCH])}"
+    return f"{_compared(mine, plain, _WHOLE)}{stand_in}, and its weights are {_smaller(sides[EXACT], sides[TORCH])}"
 
 
 def _compared(mine: Total, other: Total, whose: str) -> str:

@@ -3,7 +3,7 @@
     python -m flux_kernels.benchmark.whole_step --write step.csv                    # on a GPU; torch and triton are enough
     python -m flux_kernels.benchmark.whole_step --write step.csv --device cpu       # the embedded model's step instead
 
-At the true size every row is written as soon as its provider is timed; a second call goes on where the first one stopped.
+At the true size every row is written as soon as its provider is timed; a second call goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def row_key(row: Mapping[str, str]) -> Key:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, measure, write every row as it comes; return 1 where one of ours was wrong."""
+    """Parse the command line, measure, write each row as it comes; return 1 where ours was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="CSV to append to; rows of this commit that it has are not measured again")
     parser.add_argument("--device", default=str(own_device()))
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     there = read_csv(options.write) if options.write and options.write.exists() else []
     if there and list(there[0])[: len(COLUMNS)] != list(COLUMNS):
-        parser.error(f"{options.write} holds other rows than those of whole steps, or older ones. Name another file.")
+        parser.error(f"{options.write} holds other rows than this version's of whole steps. Name another file.")
     rows = measure_steps(
         options.formats.split(","),
         torch.device(options.device),

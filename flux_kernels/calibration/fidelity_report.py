@@ -15,12 +15,14 @@ from torch import Tensor
 from ..compute import compute_of_layer
 from ..errors import FormatError
 from ..files import written_whole
+from ..report.text_table import aligned
 
 FASTEST_FIRST = ("int8", "fp16_accumulate", "exact")
 # Layers of a printed report, and the relative error above which its sentences count layers.
 SHOWN = 20
 THRESHOLD = 0.02
 _SPARED = "*"
+_WORDS = ("layer", "format")  # columns of a printed report that hold no numbers
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,12 @@ def fidelity_table(errors: Sequence[LayerError], rows: int | None, threshold: fl
     ranked = sorted(by_layer.values(), key=lambda by_mode: -max(map(_counted, by_mode.values())))
     shown = ranked[:rows]
     body = [_line(by_mode, headings) for by_mode in shown]
-    heads = ["layer", "format", *headings]
-    widths = [max(len(line[column]) for line in [heads, *body]) for column in range(len(heads))]
-    lines = ["  ".join(_pad(line, widths)).rstrip() for line in [heads, *body]]
+    heads = [*_WORDS, *headings]
+    lines = aligned([heads, *body], lambda column, _: column >= len(_WORDS))
     if len(shown) < len(ranked):
         lines.append(
-            f"... and {len(ranked) - len(shown)} better ones: print(report.table(rows=None)), report.rows, report.to_csv(path)"
+            f"... and {len(ranked) - len(shown)} with smaller errors: print(report.table(rows=None)), report.rows, "
+            "report.to_csv(path)"
         )
     spared = len({error.layer for error in errors if _spared(error)})
     if spared:
@@ -165,10 +167,6 @@ def _cell(error: LayerError) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2g} %"
-
-
-def _pad(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths))]
 
 
 def _summary(heading: str, errors: Sequence[LayerError], threshold: float) -> str:

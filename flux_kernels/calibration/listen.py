@@ -14,7 +14,10 @@ from ..layers.fused_linear import FusedPart
 from ..layers.linear import GGUFLinear
 
 Inputs = Tensor | tuple | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
-_LEGAL = "keyword arguments of a call as a dict, positional ones as a tensor or tuple, a list of such calls, or a function that runs the model"
+_LEGAL = (
+    "keyword arguments of a call as a dict, positional arguments as a tensor or tuple, a list of such calls, or a function "
+    "that runs the model"
+)
 
 
 def packed_layers(model: nn.Module) -> dict[str, GGUFLinear]:

@@ -99,9 +99,9 @@ def bench(
     if plot is not None and not any(row["p50_ms"] for row in measured.linears):
         console.print("No plot is written: no linear call was timed.")
     elif plot is not None:
-        from ..benchmark.plots import speed_beside_rows
+        from ..benchmark.plots import speed_over_rows
 
-        write_whole(plot, speed_beside_rows(measured.linears))
+        write_whole(plot, speed_over_rows(measured.linears))
         console.print(f"Plot in [bold]{escape(str(plot))}[/].", soft_wrap=True)
     for path in files.made:
         console.print(f"Rows in [bold]{escape(str(path))}[/]: add it under bench/results in a pull request.", soft_wrap=True)
@@ -128,7 +128,7 @@ def _check_targets(report: Path | None, plot: Path | None) -> None:
     for option, target in (("--report", report), ("--plot", plot)):
         if target is not None:
             check_writable(target, option)
-            # A missing one is reported before the measuring.
+            # A missing package is reported before the measuring.
             import matplotlib  # noqa: F401
 
 

@@ -14,17 +14,18 @@ from rich.markup import escape
 from rich.progress import TaskProgressColumn
 from rich.table import Table
 
+from ..report.amounts import counted, megabytes
 from ._own_command import own_command
 from ._progress import progress
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Contact sheet to write; the GGUF files go beside it.")] = Path("demo.png"),
+    out: Annotated[Path, typer.Option(help="Contact sheet to write; the GGUF files go to its folder.")] = Path("demo.png"),
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "--prompts", "-p", help="A row of the sheet; give it several times.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the first row's noise; each further row has the next one. 2 by default.")
+        int | None, typer.Option(min=0, help="Seed of the first row's noise; each further row has the next seed. 2 by default.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own number by default.")] = None,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
@@ -68,8 +69,8 @@ def demo(
         return
     console.print(_table(drawn, len(prompts)))
     ran = ", ".join(sorted({variant.runs_as for variant in drawn[1:]}))
-    console.print(f"Packed layers ran on the {ran} backend, {len(prompts)} prompts, {seconds:.0f} s in all.")
-    console.print(f"Contact sheet: [bold]{out}[/]. Look into a file, or draw with one:", soft_wrap=True)
+    console.print(f"Packed layers ran on the {ran} backend, {counted(len(prompts), 'prompt')}, {seconds:.0f} s in all.")
+    console.print(f"Contact sheet: [bold]{out}[/]. Look into a file, or draw with it:", soft_wrap=True)
     for command in (f"inspect {drawn[-1].file}", f'generate --gguf {drawn[-1].file} --prompt "{prompts[0]}" --seed {seed}'):
         console.print(f"  {own_command()} {command}", soft_wrap=True, markup=False, highlight=False)
 
@@ -81,7 +82,7 @@ def _table(drawn: list, count: int) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for variant in drawn:
         compared = ("", "", "") if variant is drawn[0] else _compared(variant, count)
-        table.add_row(variant.name, f"{variant.nbytes / 1e6:.2f}", f"{variant.bits_per_weight:.2f}", *compared)
+        table.add_row(variant.name, megabytes(variant.nbytes), f"{variant.bits_per_weight:.2f}", *compared)
     return table
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..formats import BlockFormat
 
-# Heading -> what it means; short ones, so that a terminal of 80 columns holds them all.
+# Heading -> what it means; short headings, so that a terminal of 80 columns holds them all.
 _COLUMNS = {
     "type": "",
     "ggml": "number of the type in the headers of GGUF files",
@@ -37,7 +37,7 @@ def formats(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, for machines.")] = False,
 ) -> None:
-    """List the block types a GGUF file may store, or show formula and layout of one, by its NAME.
+    """List the block types a GGUF file may store, or show formula and layout of the type NAME.
 
     Bits per weight are what a type costs in the file and in memory. The error is a bound, of the relative RMS error of quantizing
     gaussian weights: of two types of one size, take that of the smaller error, if it has a quantizer here.

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
 from ..generation.memory_plan import OFFLOADS
+from ..report.amounts import counted
 from ._options import DTYPES, one_of
 from ._progress import progress
 
@@ -198,8 +199,9 @@ def generate(
     lines = str(drawing.report).splitlines()
     console.print("\n".join(lines if report else lines[-1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"[bold]{out}[/]: {drawing.image.width} x {drawing.image.height}, {drawing.parameters['num_inference_steps']} steps in "
-        f"{drawing.draw_seconds:.1f} s after {drawing.load_seconds:.1f} s of loading; {drawing.task}, seed {seed}",
+        f"[bold]{out}[/]: {drawing.image.width} x {drawing.image.height}, "
+        f"{counted(drawing.parameters['num_inference_steps'], 'step')} in {drawing.draw_seconds:.1f} s after "
+        f"{drawing.load_seconds:.1f} s of loading; {drawing.task}, seed {seed}",
         soft_wrap=True,
     )
     console.print(f"[dim]{drawing.plan.sentence[0].upper()}{drawing.plan.sentence[1:]}[/]", highlight=False, soft_wrap=True)

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..generation.memory_plan import GIB
+from ..report.amounts import megabytes, size_text
 
 if TYPE_CHECKING:
     from ..generation.inspect_file import FileFacts
 
-MB = 1e6
 # TypeCount.kind of the matrices inside the blocks.
 BLOCK = "block"
 _PLURALS = {"leftover": "(matrices outside the blocks)", "vector": "(biases and norm scales)"}
@@ -61,7 +61,7 @@ def _tensor_rows(file: Path) -> list[dict]:
 
 
 def _print(console: Console, facts: FileFacts, rows: list[dict]) -> None:
-    console.print(f"[bold]{facts.path}[/], {facts.nbytes / MB:,.1f} MB", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{facts.path}[/], {size_text(facts.nbytes)}", highlight=False, soft_wrap=True)
     if facts.refused:
         console.print(f"[bold red]Refused:[/] {facts.refused}", highlight=False, soft_wrap=True)
     else:
@@ -94,7 +94,7 @@ def _types_table(facts: FileFacts) -> Table:
         groups.setdefault((title, count.type), []).append(count)
     for (title, kind), counts in sorted(groups.items(), key=lambda item: (item[0][0] in _PLURALS.values(), item[0])):
         weights, nbytes = sum(count.parameters for count in counts), sum(count.nbytes for count in counts)
-        table.add_row(title, kind, str(sum(count.tensors for count in counts)), f"{weights:,}", f"{nbytes / MB:,.2f}")
+        table.add_row(title, kind, str(sum(count.tensors for count in counts)), f"{weights:,}", megabytes(nbytes))
     return table
 
 

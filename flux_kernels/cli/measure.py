@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskProgressColumn
 from rich.table import Table
 
+from ..report.amounts import counted
 from ._options import DTYPES, comma_separated, one_of
 from ._own_command import own_command
 from ._progress import progress
@@ -24,7 +25,7 @@ _STATES_A_RANK = 4
 
 
 def measure(
-    out: Annotated[Path, typer.Option(help="Cost table to write (CSV); logs, states and importance go beside it.")] = Path(
+    out: Annotated[Path, typer.Option(help="Cost table to write (CSV); logs, states and importance go to its folder.")] = Path(
         "costs.csv"
     ),
     model: Annotated[
@@ -40,16 +41,14 @@ def measure(
         int | None, typer.Option(min=1, help="States to capture: one random step of one picture each; 64 by default.")
     ] = None,
     states_file: Annotated[
-        Path | None, typer.Option(help="Captured states; made if it is not there. Default: beside --out.")
+        Path | None, typer.Option(help="Captured states; made if it is not there. Default: in the folder of --out.")
     ] = None,
     sizes: Annotated[str, typer.Option(help="Picture sizes to choose from: 1024x1024,832x1216. Default: the model's.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the runs; the model's own number by default.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the choices and the first picture's noise; 0 by default.")] = None,
     types: Annotated[
         str,
-        typer.Option(
-            help="ggml types, comma-separated; Q4_K+r16 is one with a low-rank correction. Default: Q8_0 to Q2_K, 13 types."
-        ),
+        typer.Option(help="ggml types, comma-separated; Q4_K+r16 has a low-rank correction. Default: Q8_0 to Q2_K, 13 types."),
     ] = "",
     imatrix: Annotated[
         Path | None, typer.Option(help="Ready importance matrices; collected from the states by default.")
@@ -87,7 +86,7 @@ def measure(
     smaller pictures take less.
 
     FLUX.1-dev needs about 35 GB of GPU memory, or 69 GB of RAM in float32; with --dtype bfloat16 on a CPU its weights stay in
-    the file, and 5 GB are enough beside it, slow where the file is larger than the free memory. What does not fit is refused
+    the file, and 5 GB of RAM are enough, slow where the file is larger than the free memory. What does not fit is refused
     at once.
 
     Several processes (torchrun, accelerate launch, or RANK and WORLD_SIZE set by hand) share the work; each needs as much.
@@ -182,12 +181,12 @@ def _report_table(console: Console, table: Any, request: Any, as_json: bool) -> 
     rank = max((option.rank for option in request.types), default=0)
     if table.states["count"] < _STATES_A_RANK * rank:
         console.print(
-            f"[yellow]Note:[/] rank {rank} is fitted to {table.states['count']} states and judged on the same; modulation sees "
-            f"one vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
+            f"[yellow]Note:[/] rank {rank} is fitted to {counted(table.states['count'], 'state')} and judged on the same; "
+            f"modulation sees one vector a state, so its cost comes out too low. Take --states {_STATES_A_RANK * rank} or more.",
             soft_wrap=True,
         )
     console.print(
-        f"{len(table.rows)} costs, on {table.states['count']} states, in [bold]{request.out}[/]. "
+        f"{counted(len(table.rows), 'cost')}, on {counted(table.states['count'], 'state')}, in [bold]{request.out}[/]. "
         f"Next: {own_command()} plan {request.out} --bpw 5",
         soft_wrap=True,
     )

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..errors import FormatError
 from ..generation.memory_plan import GIB
-from ..report.sizes import size_text
+from ..report.amounts import size_text
 from ._options import comma_separated
 from ._own_command import own_command
 
@@ -39,7 +39,9 @@ def plan(
         str, typer.Option(help="With --fits: model (text encoders and VAE off the card meanwhile) or none.")
     ] = "model",
     out: Annotated[Path, typer.Option("--out", "-o", help="Plan to write (JSON).")] = Path("plan.json"),
-    report: Annotated[Path | None, typer.Option(help="HTML page to write, with its figures as PNG files beside it.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML page to write, with its figures as PNG files in the same folder.")
+    ] = None,
     pictures: Annotated[Path | None, typer.Option(help="An image to show in the report: pictures side by side.")] = None,
     model: Annotated[
         str | None,
@@ -134,7 +136,7 @@ def _read(costs: Path, model: str | None, rule: str, constraints: Any, metric: s
             table = CostTable.load(costs)
             layout = find_layout(table, model, rule)
     except UnicodeDecodeError:
-        raise FormatError(f"{costs} is not text, so it is no cost table. `flux-kernels measure` makes one.") from None
+        raise FormatError(f"{costs} is not text, so it is no cost table. `flux-kernels measure` makes a cost table.") from None
     return table, make_problem(table, layout, constraints, metric=metric, costs_sha256=file_sha256(costs))
 
 
@@ -201,7 +203,7 @@ def _print_room(console: Console, rooms: list, card: float, offload: str) -> Non
     from ..plan.budget import ROOM
 
     table = Table(title=f"What a {card:g} GiB card leaves for the file, offload {offload} (GiB)")
-    for heading in ("pictures", "activations", "VAE decoding", "beside it", "the file"):
+    for heading in ("pictures", "activations", "VAE decoding", "other parts", "the file"):
         table.add_column(heading, justify="right")
     for room in rooms:
         sizes = (room.activations, room.vae, room.beside, room.file)
@@ -227,7 +229,7 @@ def _print(console: Console, problem: Problem, chosen: Plan, table: Any, metric:
     joint = "" if chosen.joint_cost is None else f"; measured as a whole {chosen.joint_cost:.4g}"
     console.print(f"Predicted error {chosen.cost:.4g}, {proof}{joint}")
     console.print(_types_table(layout, chosen, problem))
-    shown = Table(title="Beside it: files with one type")
+    shown = Table(title="For comparison: files with one type")
     for heading in ("type", "size", "predicted error", "of this plan's"):
         shown.add_column(heading, justify="right")
     for option, size, cost in uniform_files(layout, table.costs(metric)):

@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
 from rich.table import Table
 
+from ..report.amounts import counted, megabytes, size_text
 from ._progress import progress
 
 if TYPE_CHECKING:
     from ..convert.convert import Conversion
-
-MB = 1e6
 
 
 def quantize(
@@ -63,7 +62,7 @@ def quantize(
     byte, but for some hundred bytes that say what the file was made from, which --bare leaves out.
 
     Tensors are streamed, so memory does not grow with the model: at most the largest tensor of the file and about 75 MB a
-    thread beside the 0.5 GB of torch (on a GPU an estimate of 2.5 GB a thread there, not measured). The file appears when it is
+    thread on top of torch's 0.5 GB (on a GPU an estimate of 2.5 GB a thread there, not measured). The file appears when it is
     complete; --dry-run is quick.
 
     The key flux_kernels.source.hashes holds the sha256 of each source file's size and of 64 pieces of 64 KiB, the first at its
@@ -125,7 +124,7 @@ def _override(text: str) -> tuple[str, str]:
 def _print_plan(console: Console, conversion: Conversion) -> None:
     model = conversion.source
     console.print(
-        f"[bold]{model.model}[/], {len(model.tensors)} tensors, {conversion.source_bytes / MB:,.1f} MB", soft_wrap=True
+        f"[bold]{model.model}[/], {counted(len(model.tensors), 'tensor')}, {size_text(conversion.source_bytes)}", soft_wrap=True
     )
     for note in conversion.notes:
         console.print(f"[yellow]Note:[/] {note}", soft_wrap=True)
@@ -134,22 +133,22 @@ def _print_plan(console: Console, conversion: Conversion) -> None:
     for heading in ("tensors", "weights", "MB"):
         table.add_column(heading, justify="right")
     for share in conversion.shares():
-        table.add_row(share.type, str(share.tensors), f"{share.weights:,}", f"{share.nbytes / MB:,.2f}")
+        table.add_row(share.type, str(share.tensors), f"{share.weights:,}", megabytes(share.nbytes))
     console.print(table)
     without = conversion.nbytes - conversion.bare_nbytes
     bare = f" ({conversion.bare_nbytes:,} without the {without} that say what it was made from)" if without else ""
     console.print(f"File: {conversion.nbytes:,} bytes{bare}", soft_wrap=True)
     console.print(
         f"{conversion.bits_per_weight:.2f} bits per weight, {conversion.block_bits_per_weight:.2f} inside the blocks; "
-        f"at most {conversion.peak_bytes / MB:,.0f} MB of memory beside torch, on {conversion.device}",
+        f"at most {size_text(conversion.peak_bytes, 0)} of memory on top of torch's, on {conversion.device}",
         soft_wrap=True,
     )
 
 
 def _print_done(console: Console, conversion: Conversion, output: Path) -> None:
-    speed = conversion.source_bytes / MB / max(conversion.seconds, 1e-9)
+    speed = conversion.source_bytes / max(conversion.seconds, 1e-9)
     console.print(
-        f"Wrote [bold]{output}[/] in {conversion.seconds:,.1f} s, {speed:,.0f} MB of the source a second. "
+        f"Wrote [bold]{output}[/] in {conversion.seconds:,.1f} s, {size_text(speed, 0)} of the source a second. "
         f"[bold]flux-kernels inspect[/] shows what it needs.",
         soft_wrap=True,
     )

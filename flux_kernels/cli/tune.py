@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 from ..backends import own_device
+from ..report.amounts import counted
 from ._options import DTYPES, Batch, Height, Width, comma_separated, one_of
 from ._progress import progress
 
@@ -76,4 +77,4 @@ def tune(
     if as_json:
         typer.echo(json.dumps(dict(record=str(path), measured=len(rows), jobs=len(jobs))))
     else:
-        console.print(f"Written to {path}, {len(rows)} calls measured of {len(jobs)}.")
+        console.print(f"Written to {path}, {len(rows)} of {counted(len(jobs), 'call')} measured.")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
+from ..report.amounts import counted
 from ._options import DTYPES, Batch, Height, Width, one_of
 from ._progress import progress
 
@@ -51,7 +52,7 @@ def warmup(
         console.print("Nothing to compile: on this machine the layers run on the torch backend (see flux-kernels doctor).")
     else:
         seconds = sum(call.seconds for call in compiled)
-        console.print(f"{len(compiled)} kinds of calls are ready ({seconds:.1f} s).")
+        console.print(f"Ready: {counted(len(compiled), 'kind')} of calls ({seconds:.1f} s).")
 
 
 def _as_dict(compiled) -> dict:

@@ -57,7 +57,7 @@ def get_format(name: str | BlockFormat) -> BlockFormat:
 
 
 def types_by_name() -> dict[str, BlockFormat | PlainType]:
-    """Map ggml's type names to the rows of all types a file may store, the plain ones first."""
+    """Map ggml's type names to the rows of all types a file may store, the plain types first."""
     return {**PLAIN_TYPES, **FORMATS}
 
 
@@ -75,7 +75,7 @@ def type_row(name: str) -> BlockFormat | PlainType:
 
 
 def block_format(name: str) -> BlockFormat | None:
-    """Return the row of a packed type, None for a plain one; raise FormatError for an unknown name."""
+    """Return the row of a packed type, None for a plain type; raise FormatError for an unknown name."""
     row = type_row(name)
     return row if isinstance(row, BlockFormat) else None
 

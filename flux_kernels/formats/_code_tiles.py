@@ -14,7 +14,7 @@ from ._tiles import field_ptr, load_word
 _SHIFT_RIGHT = tl.constexpr([f"shr.u32 $0, $1, {by};" for by in range(16)])
 _SHIFT_LEFT = tl.constexpr([f"shl.b32 $0, $1, {by};" for by in range(16)])
 _TAKE_AND_PUT = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xEA;")  # $1 & $2 | $3
-_SELECT = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xE2;")  # $1 where $2 has ones, else $3
+_SELECT = tl.constexpr("lop3.b32 $0, $1, $2, $3, 0xE2;")  # $1 where a bit of $2 is 1, else $3
 
 
 @jit
@@ -35,7 +35,7 @@ def load_codes(
 
 @jit
 def shift_codes(codes, SHIFT: tl.constexpr, PACKED: tl.constexpr):
-    """Shift every value right by SHIFT, left by a negative one; what comes in at the ends is undefined."""
+    """Shift every value right by SHIFT, left by a negative SHIFT; what comes in at the ends is undefined."""
     if SHIFT == 0:
         return codes
     elif PACKED:
@@ -84,7 +84,7 @@ def pick_byte(word, J: tl.constexpr):
 
 @jit
 def pick_signed_byte(word, J: tl.constexpr):
-    """Return byte J of each uint32, a signed one, as float32."""
+    """Return byte J of each uint32, signed, as float32."""
     return ((word << (24 - 8 * J)).to(tl.int32, bitcast=True) >> 24).to(tl.float32)
 
 

@@ -146,7 +146,7 @@ class BlockFormat:
         quantize: torch quantizer of float32 rows [rows, K] (and importance [rows, K] or None) to uint8 [rows, row bytes].
         code_tile: the codes for the small-M kernel on tensor cores; None where a code stands for a table entry.
         table: builds the lookup table of the codebook formats (uint8, CPU), handed to both decodes; None where unused.
-        gathers: whether `decode_tile` gathers from that table, a grid, in memory; the few values of a smaller one are
+        gathers: whether `decode_tile` gathers from that table, a grid, in memory; the few values of a smaller table are
             immediates in its code.
         planes: whether Triton wants the row rearranged with `Layout.to_planes`, because blocks that are only 2-byte
             aligned cannot be loaded wide or by asynchronous copies.

@@ -2,7 +2,7 @@
 
 As further candidates they make a search here never worse than libggml's. They minimise a weighted error too, but weigh by |x|
 or by importance * sqrt(mean(x^2) + x^2), and fix scales before they are rounded: on average worse, in single blocks better.
-Only the scales are found, since the codes that go with given scales are best rounded to anew. Float32 without fused
+Only the scales are searched, since the codes that go with given scales are best rounded to anew. Float32 without fused
 arithmetic, so that a tie may fall otherwise than in libggml's own build.
 
 Source: ggml-quants.c make_qx_quants, make_q3_quants, make_qkx2_quants, make_qkx3_quants, make_qp_quants and
@@ -154,7 +154,7 @@ def affine_fit(
     Grids are of (top + grid) steps from the best offset so far.
 
     Args:
-        absolute: whether fits are judged by the absolute error instead of the squared one.
+        absolute: whether fits are judged by the absolute error instead of its square.
         exact: whether errors much smaller than x are distinguished, at half the speed.
 
     Returns:

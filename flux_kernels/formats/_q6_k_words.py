@@ -13,7 +13,7 @@ class Unpacker:
     """Unpack superblocks on a CPU with operations on 8-byte words.
 
     ggml's loop over them does not vectorise. Every intermediate is memory kept from call to call, all views of it are made
-    once: at this size both cost more than the arithmetic. Nibbles lie as decoded, low ones of 64 bytes and then high ones;
+    once: at this size both cost more than the arithmetic. Nibbles lie as decoded, the low halves of 64 bytes and then the high;
     the four 2-bit planes of 32 bytes of qh are brought to bits 4 and 5, two of them as they are and shifted by 2, the other
     two from these by a shift of 4.
     """

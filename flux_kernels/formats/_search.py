@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 HALF_MAX = 65504.0
-# Smallest fp16 number, and the step of its subnormal ones.
+# Smallest fp16 number, and the step of subnormal numbers.
 HALF_STEP = 2.0**-24
 # Smallest fp16 number of full precision.
 HALF_NORMAL = 2.0**-14
@@ -61,11 +61,11 @@ class Blocks:
         return Blocks(self.x[..., columns], None if self.w is None else self.w[..., columns])
 
     def repeated(self, times: int) -> Blocks:
-        """Return all blocks so many times, one set of them after another: to try as many candidates at once."""
+        """Return all blocks so many times, set after set: to try as many candidates at once."""
         return Blocks(self.x.repeat(1, 1, times), None if self.w is None else self.w.repeat(1, 1, times))
 
     def scratch(self, index: int) -> Tensor:
-        """Return one of two buffers like x, for what does not outlive a function.
+        """Return either of two buffers like x, for what does not outlive a function.
 
         Fresh memory costs as much as arithmetic.
         """

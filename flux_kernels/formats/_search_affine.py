@@ -169,8 +169,8 @@ class SuperAffineSearch:
         top: largest code.
         levels: largest sc and m.
         shrinks: the grids of the first search.
-        weighted_shrinks: more of them for where there is importance and the outermost weights may not be the ones that count.
-        other: finds one more (d, dmin, sc, m) to try, `exact` where asked to be.
+        weighted_shrinks: more of them for where there is importance and other weights may count more than the outermost.
+        other: finds another (d, dmin, sc, m) to try, `exact` where asked to be.
         other_always: whether it is asked without importance too, or only about hard blocks.
         hard: a block is searched more thoroughly where its error is so many times that before anything was rounded.
         supers: (stretch, reach) by which d is tried: scales times stretch, the widest as reach * d.
@@ -243,8 +243,8 @@ class SuperAffineSearch:
     def _thorough(self, b: Blocks, bounded: bool) -> list[Tensor]:
         """Try many pairs of d and dmin, with every fit in every sub-block, and improve the best.
 
-        For blocks where rounding d, dmin, sc and m is much of the error: few weights other than 0, few values, nearly equal
-        ones. Where all weights are positive, offsets need not be `bounded` and dmin is negative.
+        For blocks where rounding d, dmin, sc and m is much of the error: few weights other than 0, few values, or nearly
+        equal weights. Where all weights are positive, offsets need not be `bounded` and dmin is negative.
         """
         fits = self._fits(b, bounded)
         _, scale, offset = self._best_fit(b, fits)

@@ -64,7 +64,7 @@ def codebook(values: Sequence[int]) -> Snap:
 
 
 def codes_of(levels: Tensor, values: Sequence[int]) -> Tensor:
-    """Turn levels [G, B, n], each one of the integer `values`, into their positions: uint8 [n, G * B]."""
+    """Turn levels [G, B, n], each among the integer `values`, into their positions: uint8 [n, G * B]."""
     table = torch.zeros(256, dtype=torch.uint8)
     # Of equal values the first counts.
     for code, value in reversed(list(enumerate(values))):
@@ -111,7 +111,7 @@ class HalfScaleSearch:
     Attributes:
         snap: rounds to levels.
         starts: levels (fractions too) that the largest weight is mapped to at first.
-        weighted_starts: more of them for where there is importance and the largest weights may not be the ones that count.
+        weighted_starts: more of them for where there is importance and other weights may count more than the largest.
         refits: alternations of rounding and fitting.
     """
 
@@ -158,7 +158,7 @@ class SuperScaleSearch:
         supers: (stretch, reach) by which d is tried: sub-block scales times stretch, the widest as -reach * d.
         moves: steps of sc that are tried.
         turns: searches over the moves, each followed by a fit of d.
-        other: finds one more (d, sc) to try.
+        other: finds another (d, sc) to try.
         thorough_starts: instead of `starts` in a more thorough search, of blocks that are hard to get right.
         hard: a block is where its error is so many times that before d and sc were rounded.
     """

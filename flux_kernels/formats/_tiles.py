@@ -1,7 +1,7 @@
 """Help formats decode in Triton: `load_*` touch memory, `unpack_*` do not.
 
 All take `row_ptr`, a [BLOCK_N] tensor of uint8 pointers to row starts, and the index of a block in the row. A field of
-`SIZE` bytes at `OFFSET` in the block is found at block * TYPE_SIZE + OFFSET in file order, and at
+`SIZE` bytes at `OFFSET` in the block stands at block * TYPE_SIZE + OFFSET in file order, and at
 NUM_BLOCKS * OFFSET + block * SIZE when the row was rearranged into field planes (Layout.to_planes).
 """
 
@@ -136,7 +136,7 @@ def spread_fields_of_two(first, second, EACH: tl.constexpr, WIDTH: tl.constexpr)
 def unpack_even_signs(index):
     """Pick weight j % 8's sign bit of the 7-bit sign index of its eight: uint32 [BLOCK_N, 32] of 0 and 1.
 
-    The eighth sign makes the number of minus signs even, so it is the parity of the seven bits, found by two folds and a
+    The eighth sign makes the number of minus signs even, so it is the parity of the seven bits, computed by two folds and a
     table of the parities of 0 to 15 in the bits of 0x6996.
     """
     folded = (index ^ (index >> 4)) & 0xF

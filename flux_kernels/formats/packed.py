@@ -12,7 +12,7 @@ from ._format import BlockFormat
 class Packed(NamedTuple):
     """Name a weight [..., N, K] in a block format; what kernels, backends and layers hand to each other.
 
-    It is a tuple, because making one is part of every call and a frozen dataclass takes twice as long
+    It is a tuple, because making it is part of every call and a frozen dataclass takes twice as long
     (docs/decisions/launch-cost.md). Two of them cannot be compared with ==: tensors cannot.
 
     Attributes:

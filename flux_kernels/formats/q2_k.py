@@ -29,7 +29,7 @@ DM = tl.constexpr(LAYOUT.offsets["dm"])
 def decode(scales: Tensor, qs: Tensor, dm: Tensor) -> Tensor:
     """Decode superblocks: scales [..., 16], qs [..., 64], dm [..., 2] -> float32 [..., 256].
 
-    dm is (d, dmin). A scale byte holds sc in its low nibble and m in its high one. Each half of qs holds 128 weights: the
+    dm is (d, dmin). A scale byte holds sc in its low nibble and m in its high nibble. Each half of qs holds 128 weights: the
     lowest two bits of its 32 bytes are the first 32 of them. d*sc*q (11 + 4 + 2 bits) is exact; the subtraction rounds once.
     """
     codes = bit_planes(qs.unflatten(-1, (2, 32)), 2).flatten(-3).unflatten(-1, (16, 16))

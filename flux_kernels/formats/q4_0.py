@@ -24,7 +24,7 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 def decode(d: Tensor, qs: Tensor) -> Tensor:
     """Decode blocks: d [..., 1], qs [..., 16] -> float32 [..., 32]; exact (11 + 4 bits).
 
-    Low nibbles are weights 0-15, high ones 16-31.
+    Low nibbles are weights 0-15, high nibbles 16-31.
     """
     return (bit_planes(qs, 4).flatten(-2).float() - 8) * d
 

@@ -25,7 +25,7 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 def decode(dm: Tensor, qs: Tensor) -> Tensor:
     """Decode blocks: dm [..., 2], qs [..., 16] -> float32 [..., 32].
 
-    dm is (d, m); low nibbles are weights 0-15, high ones 16-31. The product is exact (11 + 4 bits); the addition rounds once.
+    dm is (d, m); low nibbles are weights 0-15, high nibbles 16-31. The product is exact (11 + 4 bits), the sum rounds once.
     """
     return bit_planes(qs, 4).flatten(-2) * dm[..., :1] + dm[..., 1:]
 

@@ -25,7 +25,7 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 def decode(d: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
     """Decode blocks: d [..., 1], qh [..., 4], qs [..., 16] -> float32 [..., 32]; exact (11 + 5 bits).
 
-    The low nibbles of qs are weights 0-15, the high ones 16-31; bit j of the 32-bit qh is the fifth bit of weight j.
+    The low nibbles of qs are weights 0-15, the high nibbles 16-31; bit j of the 32-bit qh is the fifth bit of weight j.
     """
     codes = bit_planes(qs, 4).flatten(-2) | bit_fields(qh, 1).flatten(-2) << 4
     return (codes.float() - 16) * d

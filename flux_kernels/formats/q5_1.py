@@ -26,7 +26,7 @@ QS = tl.constexpr(LAYOUT.offsets["qs"])
 def decode(dm: Tensor, qh: Tensor, qs: Tensor) -> Tensor:
     """Decode blocks: dm [..., 2], qh [..., 4], qs [..., 16] -> float32 [..., 32].
 
-    dm is (d, m). The low nibbles of qs are weights 0-15, the high ones 16-31; bit j of the 32-bit qh is the fifth bit of
+    dm is (d, m). The low nibbles of qs are weights 0-15, the high nibbles 16-31; bit j of the 32-bit qh is the fifth bit of
     weight j. The product is exact (11 + 5 bits); the addition rounds once.
     """
     codes = bit_planes(qs, 4).flatten(-2) | bit_fields(qh, 1).flatten(-2) << 4

@@ -21,6 +21,7 @@ from ..backends import own_device, resolve
 from ..formats import get_format
 from ..layers.linear import GGUFLinear
 from ..models import load_flux, save_gguf
+from ..report.amounts import size_text
 from ..report.contact_sheet import contact_sheet
 from ..swap import swap_linear
 from .base_pipeline import load_pipeline, one_thread
@@ -140,7 +141,7 @@ def _run(folder, prompts, seed, backend, steps, variants, step) -> list[Drawn]:
         transformer = load_flux(file, dtype=dtype, device=device)
         swap_linear(transformer, backend=backend)
         pipeline.register_modules(transformer=transformer)
-        status = f"drawing with {variant.name}, {file.stat().st_size / 1e6:.1f} MB"
+        status = f"drawing with {variant.name}, {size_text(file.stat().st_size)}"
         images = _draw(pipeline, prompts, seed, settings, partial(step, status))
         reference = drawn[0].images if drawn else images
         drawn.append(
@@ -181,7 +182,7 @@ def demo_sheet(drawn: Sequence[Drawn], prompts: Sequence[str]) -> Image:
 
 
 def _small_print(column: Drawn, reference: Drawn, count: int) -> list[str]:
-    size = f"{column.nbytes / 1e6:.2f} MB, {column.bits_per_weight:.2f} b/w"
+    size = f"{size_text(column.nbytes, 2)}, {column.bits_per_weight:.2f} b/w"
     if column is reference:
         return [size, "what the others", "are compared with"]
     return [size, f"weights {column.weight_error:.2%} off", f"{psnr_text(column.psnr)}, digits {column.same_digit}/{count}"]

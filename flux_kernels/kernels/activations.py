@@ -20,7 +20,7 @@ STEPS = tl.constexpr(1 / 127)
 
 @jit
 def largest_of_rows(magnitudes):
-    """Return the largest of each row of float32 magnitudes [R, C], NaN where one is NaN.
+    """Return the largest of each row of float32 magnitudes [R, C], NaN where any is NaN.
 
     A GPU's float maximum drops NaN.
 

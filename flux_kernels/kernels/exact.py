@@ -1,4 +1,4 @@
-"""compute="exact": the fused GEMM, its split-K form, one of the two small-M kernels, or two-stage."""
+"""compute="exact": the fused GEMM, its split-K form, either small-M kernel, or two-stage."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _fused(problem: Problem, choice: Choice) -> Run:
 
 
 def _one_launch(launch: Launch) -> Run:
-    """Return what computes a product by one launch that decodes in registers."""
+    """Return what computes a product by a launch that decodes in registers."""
 
     def run(x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor, branch: Branch | None) -> None:
         hidden, up = pointers(branch)

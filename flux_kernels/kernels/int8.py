@@ -101,7 +101,7 @@ def _step(problem: Problem, tile: Tile, rowwise: bool, chunk: slice | None) -> C
         if chunk is not None:
             bias, up = (None if part is None else part[chunk] for part in (bias, up))
             weight, y = weight.rows(chunk), y[:, chunk]
-        # The unpacked chunk is let go before the next one is allocated.
+        # The unpacked chunk is let go before the next is allocated.
         multiply(*quantized, *unpack(weight), bias, hidden, up, y)
 
     return run

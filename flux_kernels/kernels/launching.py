@@ -24,7 +24,7 @@ class Launch:
 
     Grid, integers and constants stay the same.
 
-    Triton's own launch finds the compiled kernel anew from all arguments and options each time, 8 us of Python. What it found for
+    Triton's own launch finds the compiled kernel anew from all arguments and options each time, 8 us of Python. What serves
     16-byte aligned tensors is kept here and launched directly, 3 us; other tensors take Triton's way, which compiles for them.
     """
 
@@ -84,7 +84,7 @@ def table_of(weight: Packed) -> Tensor:
 
 
 def pointers(branch: Branch | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the hidden [M, r] and up [N, r] of a branch, contiguous; (None, None) without one."""
+    """Return the hidden [M, r] and up [N, r] of a branch, contiguous; (None, None) for no branch."""
     if branch is None:
         return None, None
     hidden, up = branch

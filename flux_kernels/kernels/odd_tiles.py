@@ -26,7 +26,7 @@ class OddTile:
 
     Attributes:
         tile: the default it changes.
-        branch: whether for calls with a low-rank branch, on top of the change without one.
+        branch: whether for calls with a low-rank branch, on top of the change without a branch.
         formats: names of ggml types.
         cards: compute capabilities, empty for all.
         changes: member of `Tile` -> value; a `tile_k` is never longer than the default's.

@@ -79,8 +79,8 @@ class Problem(NamedTuple):
         fmt: the format's row.
         planes: whether rows are stored field by field.
         dtype: of x and y.
-        bias: dtype of the bias, None without one.
-        rank: R of the low-rank branch, 0 without one.
+        bias: dtype of the bias, or None.
+        rank: R of the low-rank branch, 0 where there is none.
         device: of everything.
     """
 

@@ -188,7 +188,7 @@ def _code(path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def _known() -> list[TuningRecord]:
-    """Load every record, the user's first; one that cannot be read is left out with a warning."""
+    """Load every record, the user's first; a file that cannot be read is left out with a warning."""
     paths = [path for folder in (records_folder(), _PACKAGED) if folder.is_dir() for path in sorted(folder.glob("*.json"))]
     records = []
     for path in paths:
@@ -257,7 +257,7 @@ def nearest(
 ) -> TuningRow | None:
     """Return the row whose M is nearest on a logarithmic scale, where it is near enough.
 
-    A row without a branch serves a call with one where torch's own product adds it, which has no tile that could spill.
+    A row without a branch serves a call with a branch where torch's own product adds it, which has no tile that could spill.
     """
     wanted = compute, format, n, k, dtype
     rows = [row for row in record.rows.values() if (row.compute, row.format, row.n, row.k, row.dtype) == wanted]

@@ -103,7 +103,7 @@ def small_m_codes_kernel(
     x has unit stride along K, y is contiguous.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    # EXCESS is what a widened code has too much, UNIT what one of its units is worth (see widen_codes).
+    # EXCESS is what a widened code has too much, UNIT what its unit is worth (see widen_codes).
     EXCESS: tl.constexpr = ((ZERO + 128) if DTYPE == tl.bfloat16 else ZERO * 2.0**-24) if CODE_BITS < 8 else 0
     UNIT: tl.constexpr = 1.0 if DTYPE == tl.bfloat16 else 2.0**24
     TIMES: tl.constexpr = -EXCESS if EXCESS > 0 else -1.0

@@ -63,7 +63,7 @@ SMALL_M = 2
 # The kernel that multiplies codes: 32 rows of w a warp, K shared by the warps of a program. Triton keeps a stage less than it is
 # asked for, so that with two nothing would be in flight while a program computes; three and four warps leave Q6_K no room on GeForce.
 _CODES = Tile(block_m=8, block_n=32, tile_k=256, num_warps=2, num_stages=3, splits=2)
-# Rows that the kernel multiplies at the price of one.
+# Rows that the kernel multiplies at the price of one row.
 CODES_M = _CODES.block_m
 
 # 128 x 128 spills on sm_86 to sm_120.
@@ -73,7 +73,7 @@ _SHORT_K = 64
 
 INT8_TILE = Tile(block_m=128, block_n=128, tile_k=128, num_warps=8, num_stages=3)
 _INT8_LOW = Tile(block_m=64, block_n=128, tile_k=128, num_warps=8, num_stages=3)
-# Cards on which the high tile spills with float32 x, 92 and 12 times; the low one spills on sm_80.
+# Cards on which the high tile spills with float32 x, 92 and 12 times; the low tile spills on sm_80.
 _INT8_BRANCH_SPILLS = {(9, 0), (12, 0)}
 # Rows a program of the unpack kernels decodes.
 UNPACK_ROWS = 16
@@ -146,7 +146,7 @@ def int8_tile(
 ) -> Tile:
     """Choose the int8 GEMM's tile.
 
-    It is half as high where M fills no more than half of the high one, or where that spills.
+    It is half as high where M fills no more than half of the high tile, or where that spills.
     """
     spills = branch and dtype == torch.float32 and capability in _INT8_BRANCH_SPILLS
     return _INT8_LOW if spills or m <= _INT8_LOW.block_m else INT8_TILE
@@ -183,7 +183,7 @@ def _odd(tile: Tile, name: str, fmt: BlockFormat, capability: tuple[int, int] | 
 def fused_tile(fmt: BlockFormat, m: int, n: int, k: int, capability: tuple[int, int] | None, branch: bool = False) -> Tile:
     """Choose the fused GEMM's tile for y[M, N] = x[M, K] @ w.T.
 
-    capability: of the card, None for one that is not NVIDIA's. branch: whether a low-rank branch is added in the epilogue.
+    capability: of the card, None for other vendors' cards. branch: whether a low-rank branch is added in the epilogue.
     """
     if m <= _NARROW.block_m:
         name, tile = "narrow", _NARROW
@@ -220,7 +220,7 @@ def codes_serve(fmt: BlockFormat, capability: tuple[int, int] | None, dtype: tor
 
 
 def small_m_tile(fmt: BlockFormat, k: int, codes: bool = False, capability: tuple[int, int] | None = None) -> Tile:
-    """Choose the tile of the small-M kernel, or of the one that multiplies codes (`codes_serve`)."""
+    """Choose the tile of the small-M kernel, or of the kernel that multiplies codes (`codes_serve`)."""
     tile = _odd(_CODES, "small_m_codes", fmt, capability) if codes else _odd(_SMALL, "small_m", fmt, capability)
     tile_k = largest_tile_k(fmt, k, max(tile.tile_k, fmt.block_size))
     return split_by_warps(replace(tile, tile_k=tile_k), k) if codes else replace(tile, tile_k=tile_k)

@@ -40,7 +40,7 @@ def prepare(problem: Problem, rows: int | None) -> Run:
             _multiply(x, whole(weight), bias, y, branch is not None)
             return
         for chunk, unpack_chunk in chunks:
-            # Not kept in a variable: the next chunk's scratch would be allocated beside it.
+            # Not kept in a variable: the next chunk's scratch would be allocated before it is let go.
             _multiply(
                 x, unpack_chunk(weight.rows(chunk)), None if bias is None else bias[chunk], y[:, chunk], branch is not None
             )

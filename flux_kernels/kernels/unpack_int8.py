@@ -32,7 +32,7 @@ def _decode_slices(
 
 @jit
 def _largest(slices, SLICES: tl.constexpr):
-    """Return the largest magnitude of each row of some slices, NaN where one holds NaN.
+    """Return the largest magnitude of each row of some slices, NaN where any holds NaN.
 
     One reduction for all.
     """

@@ -48,7 +48,7 @@ def dispatched(
     branch: tuple[Tensor | None, Tensor | None] = (None, None),
     outliers: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """Call the op: the one place that takes a weight apart for it."""
+    """Call the op: the only place that takes a weight apart for it."""
     data, fmt, planes, row_scale = weight
     names = (fmt.name, backend, compute, planes)
     return torch.ops.flux_kernels.linear(x, data, bias, *names, *branch, *outliers, row_scale)
@@ -80,7 +80,7 @@ class Prepared:
         self.cache_clear = self._calls.clear
 
     def __call__(self, x: Tensor, weight: Packed, bias: Tensor | None, backend: str, compute: str) -> Call | None:
-        """Return what computes calls like this one."""
+        """Return what computes calls like this."""
         data = weight.data
         about_bias = None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device)
         about_data = (data.shape, data.stride(), data.dtype, data.device, weight.fmt, weight.planes)

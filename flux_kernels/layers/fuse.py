@@ -62,7 +62,7 @@ def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: J
     """Fuse the packed projections of a model, in place.
 
     Every layer is checked before the first is touched. Attention modules of diffusers get `to_qkv` (and `to_added_qkv`, `to_kv`), as `model.fuse_qkv_projections()` makes them.
-    Outputs change by the order of sums at most. Parts keep their names: adapters go on and come off as before, and while one
+    Outputs change by the order of sums at most. Parts keep their names: adapters go on and come off as before, and while any
     is on, its group is computed part by part. State dicts name the fused layers; `save_gguf` writes the parts. Packed memory is
     the same: each group's rows are copied together once, and its parts let go.
 
@@ -70,7 +70,7 @@ def fuse_projections(model: nn.Module, single_blocks: str = "qkv", *, rows_of: J
         model: a model with GGUFLinear layers, such as `pipe.transformer`, not under offloading hooks yet.
         single_blocks: "qkv", or "linear1" to compute q, k, v and the MLP input of the single blocks of FLUX.1 in one product.
             Attention processors of your own that read hidden_states otherwise than through the projections need "qkv".
-        rows_of: takes the layer names of a group, returns their packed rows where they lie in one piece already, or None.
+        rows_of: takes the layer names of a group, returns their packed rows where they lie together already, or None.
 
     Returns:
         What was fused, and what was left with the reason: parts of different types cannot be joined.
@@ -210,7 +210,7 @@ def _obstacle(groups: list[_Group]) -> str | None:
     """Return why the layers of some group cannot be joined, or None.
 
     Raises:
-        ValueError: where one is under offloading or casting hooks.
+        ValueError: where a layer is under offloading or casting hooks.
     """
     for group in groups:
         layers = group.layers()

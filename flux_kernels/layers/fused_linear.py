@@ -1,8 +1,8 @@
 """FusedLinear: the packed rows of several layers that share an input, as one layer.
 
-FusedPart is one of those layers, without bytes.
+FusedPart stands for each of those layers, without bytes.
 
-Rows of one type are one matrix wherever they lie one after the other, so joining them changes no value and needs no memory.
+Rows of one type are a matrix wherever they follow each other, so joining them changes no value and needs no memory.
 The parts stay in the model under their own names: adapters, `save_gguf` and patterns find them there.
 """
 
@@ -175,7 +175,8 @@ class FusedPart(GGUFLinear):
         """Register a parameter of a branch; refuse rows and bias, which the fused layer holds."""
         if name in ("qweight", "bias"):
             raise FormatError(
-                f"The {name} of this layer is part of a fused one and cannot be replaced. Call unfuse_projections(model) first."
+                f"The {name} of this layer is part of a fused layer and cannot be replaced. Call "
+                "unfuse_projections(model) first."
             )
         super().register_parameter(name, param)
 
@@ -256,7 +257,7 @@ def join_layers(layers: dict[str, GGUFLinear], home: nn.Module, qweight: Tensor 
     Args:
         layers: path from `home` -> layer, in the order of the rows.
         home: the module that holds them all.
-        qweight: their packed rows in one piece, where a caller has them so; otherwise they are copied together.
+        qweight: their packed rows together, where a caller has them so; otherwise they are copied together.
 
     Raises:
         FormatError: where `qweight` does not have the shape of the rows together.

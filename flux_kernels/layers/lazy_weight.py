@@ -18,7 +18,7 @@ _VIEWS_OF_ALL = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 def decode_whole(packed: Packed, dtype: torch.dtype, backend: str, branch: Branch | None = None) -> Tensor:
-    """Decode packed rows and add the branch (down [r, K], up [N, r]) where there is one.
+    """Decode packed rows and add the branch (down [r, K], up [N, r]) where the layer has it.
 
     The sum is rounded to `dtype` once.
     """
@@ -61,7 +61,7 @@ class LazyWeight(torch.Tensor):
         raise FormatError(_read_only(self))
 
     def __setitem__(self, index, value) -> None:
-        """Refuse the write, which dispatch would see only as one into a decoded copy."""
+        """Refuse the write, which dispatch would send to a decoded copy."""
         raise FormatError(_read_only(self))
 
     @classmethod

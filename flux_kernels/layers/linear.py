@@ -28,7 +28,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
         compute: "exact", "fp16_accumulate" or "int8".
         compute_dtype: dtype of `weight` and of adapters put on the layer; the product is computed in the dtype of x.
         weight: [out_features, in_features], a stand-in that decodes when computed with (see `LazyWeight`).
-        low_rank_down, low_rank_up: an optional branch beside W, part of `weight` (see `LowRankLayer`).
+        low_rank_down, low_rank_up: an optional branch added to W, part of `weight` (see `LowRankLayer`).
         outlier_index, outlier_weight: input channels that "int8" computes in x's dtype, or None.
         row_scale: what "int8" keeps of the rows on some cards (see `KeepsRowScale`), or None; no part of the state dict.
     """
@@ -46,7 +46,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ):
-        """Make a layer of empty bytes; use `from_linear` or `from_packed` to fill one."""
+        """Make a layer of empty bytes; use `from_linear` or `from_packed` for a filled layer."""
         row_bytes = get_format(format).row_bytes(in_features)
         qweight = torch.empty(out_features, row_bytes, dtype=torch.uint8, device=device)
         made_bias = torch.zeros(out_features, dtype=compute_dtype, device=device) if bias else None
@@ -96,7 +96,7 @@ class GGUFLinear(LowRankLayer, KeepsRowScale, nn.Linear):  # type: ignore[overri
             planes: whether the rows were rearranged with `Layout.to_planes`.
             backend: "auto", "triton" or "torch".
             compute: "exact", "fp16_accumulate" or "int8".
-            compute_dtype: dtype of `.weight`; by default the bias's dtype where it is one we compute in, else bfloat16.
+            compute_dtype: dtype of `.weight`; by default the bias's dtype where the kernels compute in it, else bfloat16.
 
         Raises:
             FormatError: on shapes or dtypes that do not fit.

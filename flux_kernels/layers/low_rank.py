@@ -67,7 +67,7 @@ class LowRankLayer(PackedRows):
     def set_low_rank(self, down: Tensor | None, up: Tensor | None, *, trainable: bool = False) -> None:
         """Put a branch (x @ down.T) @ up.T on the packed weight; None removes it.
 
-        It takes the place of the one that was there.
+        It takes the place of the branch that was there.
 
         Args:
             down: [r, K] of a floating dtype, on the layer's device.
@@ -79,7 +79,7 @@ class LowRankLayer(PackedRows):
         """
         if down is None or up is None or down.numel() == 0:
             if (down is None) != (up is None):
-                raise FormatError("A low-rank branch needs both down [r, K] and up [N, r], got one of them.")
+                raise FormatError("A low-rank branch needs both down [r, K] and up [N, r], got only half of it.")
             self.low_rank_down = self.low_rank_up = None
             return
         problem = _misfit(self.in_features, self.out_features, {"low_rank_down": down, "low_rank_up": up})
@@ -101,7 +101,7 @@ class LowRankLayer(PackedRows):
         return self.low_rank_down, self.low_rank_up
 
     def _make_room(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """Make this layer fit a saved one, its branch too."""
+        """Make this layer fit a saved layer, its branch too."""
         return super()._make_room(state_dict, prefix) or self._fit_branch(state_dict, prefix)
 
     def _fit_branch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
@@ -123,7 +123,7 @@ def _misfit(k: int, n: int, tensors: dict[str, Tensor]) -> str | None:
     """Return why the tensors of a branch do not belong to a layer [n, k], or None."""
     for first, second in (("low_rank_down", "low_rank_up"), ("outlier_index", "outlier_weight")):
         if (first in tensors) != (second in tensors):
-            return f"{first} and {second} belong together, only one is given."
+            return f"{first} and {second} belong together, and the other is missing."
     if "low_rank_down" in tensors:
         down, up = tensors["low_rank_down"], tensors["low_rank_up"]
         if down.dim() != 2 or up.shape != (n, down.shape[0]) or down.shape[1] != k:

@@ -56,16 +56,16 @@ class PackedRows(nn.Module):
         return None
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; refuse one named `weight`, which is computed from `qweight`."""
+        """Register a parameter; refuse the name `weight`, which is computed from `qweight`."""
         if name == "weight":
             raise FormatError(
                 f"The weight of a {type(self).__name__} is packed {self.format} and cannot be assigned. Replace the layer by "
-                "layer.dequantize(), or make a new one of packed rows."
+                "layer.dequantize(), or make a new layer of packed rows."
             )
         super().register_parameter(name, param)
 
     def _apply(self, fn, recurse: bool = True):
-        """Move or cast; `qweight` keeps its dtype, and `compute_dtype` follows where it is one we compute in."""
+        """Move or cast; `qweight` keeps its dtype, and `compute_dtype` follows where kernels compute in it."""
         if fn(torch.empty(1, dtype=torch.uint8)).dtype != torch.uint8:
             raise FormatError(
                 f"The packed bytes of a {type(self).__name__} stay uint8: .to(dtype) leaves them, .type(dtype) does not."
@@ -121,7 +121,7 @@ class PackedRows(nn.Module):
         elif row is not here.fmt:
             return (
                 f"the saved weight is {row.name}, this layer holds {self.format}. Load into a model swapped with the "
-                "same formats, or into one on the meta device with assign=True."
+                "same formats, or into a model on the meta device with assign=True."
             )
         elif bool(planes) != self.planes and prefix + "qweight" in state_dict:
             saved = Packed(state_dict[prefix + "qweight"], row, bool(planes))

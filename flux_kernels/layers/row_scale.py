@@ -106,7 +106,7 @@ class KeepsRowScale(PackedRows):
             else:
                 self._set_row_scale(scale)
             if scale is not None and scale.device.type == "cuda":
-                # The next call may be on a stream that does not wait for this one.
+                # The next call may be on a stream that does not wait for this stream.
                 torch.cuda.current_stream(scale.device).synchronize()
 
 

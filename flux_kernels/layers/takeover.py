@@ -42,7 +42,7 @@ def plain_bytes(parameter: Tensor) -> Tensor:
 
 
 def plain_bias(module: Any, compute_dtype: torch.dtype) -> Tensor | None:
-    """Return the layer's bias as a float tensor; one that diffusers holds as packed bytes is decoded."""
+    """Return the layer's bias as a float tensor; packed bytes of diffusers are decoded."""
     bias = module.bias
     if bias is None or not hasattr(bias, "quant_type"):
         return bias

@@ -196,7 +196,7 @@ def _advice(packages: list[PackageFact]) -> list[str]:
     if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
         return [*advice, *_compiler_advice()]
     if torch.version.cuda or torch.version.hip:
-        why = "this torch was built for one, so the driver is missing, too old, or the card is hidden (CUDA_VISIBLE_DEVICES)"
+        why = "this torch was built for a GPU, so the driver is missing, too old, or the card is hidden (CUDA_VISIBLE_DEVICES)"
     else:
         why = "this torch is a CPU build; for an NVIDIA card install the CUDA build that torch's own installation page names"
     return [*advice, f"No GPU is seen, everything runs on the torch backend on the CPU: {why}."]

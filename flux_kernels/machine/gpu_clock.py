@@ -51,9 +51,9 @@ class GpuClock:
         """Return the device's milliseconds of one run of `function`.
 
         `before` runs between the sleep and the start event. A run whose start event was reached before the last launch is
-        repeated behind a longer sleep. A function that no sleep serves is timed without one, with a log line: its time may
-        include the host's. A replay that none serves is timed behind the longest: it is one launch, which no longer waits for
-        the host once it has begun.
+        repeated behind a longer sleep. A function that no sleep serves is timed without a sleep, with a log line: its time may
+        include the host's. A replay that no sleep serves is timed behind the longest: a single launch, which no longer waits
+        for the host once it has begun.
         """
         with cuda.device(self._device):
             for retry in range(_RETRIES + 1):

@@ -21,8 +21,8 @@ _PROBE_BLOCKS = 256
 def random_rows(fmt: BlockFormat, n: int, k: int, planes: bool = False, seed: int = 0) -> Tensor:
     """Make uint8 [n, row bytes] on the CPU, every byte random but those of scales.
 
-    The decoded weights have a mean near 0 and an RMS near RMS. A scale is an f16 field, or one whose `scale_bits` say what it may
-    be. Random bytes (not zeros) keep a GPU's power draw, and so its clock, as real weights would.
+    The decoded weights have a mean near 0 and an RMS near RMS. A scale is an f16 field, or has `scale_bits` that say what it
+    may be. Random bytes (not zeros) keep a GPU's power draw, and so its clock, as real weights would.
     """
     data = _random(fmt, n, fmt.row_bytes(k), seed)
     _set_scales(data, fmt, _half_scales(fmt))

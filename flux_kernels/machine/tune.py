@@ -61,7 +61,7 @@ def tune(
         minutes: of wall time after which no new call is begun.
         again: measure rows anew that are up to date.
         limit: of candidates per call, None for all.
-        processes: that compile; timing is done by this one alone, when they are idle.
+        processes: that compile; this process alone times, when they are idle.
         on_row: called after each job, with None where its row was up to date; not where nothing ran, which is logged.
 
     Returns:
@@ -109,7 +109,7 @@ def tune(
 def _replace(record: TuningRecord, rows: list[TuningRow]) -> None:
     """Put the rows of a call into the record.
 
-    A row with a branch that is there already goes, even where there is no new one.
+    A row with a branch that is there already goes, even where there is no new row.
     """
     record.rows.pop(replace(rows[0], branch=True).key, None)
     record.rows.update({row.key: row for row in rows})

@@ -20,7 +20,7 @@ from ..kernels.modes import MODES
 
 _PRODUCTS = tuple(kernel for mode in MODES.values() for kernel in mode.products)
 KILLED = "the process that compiled it was killed, or took too long"
-# Seconds that one may compile; the slowest kernel known took 50, on a busy core.
+# Seconds that a kernel may compile; the slowest known took 50, on a busy core.
 LONGEST = 300
 
 
@@ -45,7 +45,7 @@ class Compilers:
         """Run function(*task) for each task and return for each why it failed, "" where it did not.
 
         A task that kills its process, or takes so long that its process is ended, takes the others of the pool along. Those are
-        run again, one at a time in a new pool, and only what ends that one has failed.
+        run again, each in a new pool, and only what ends that pool has failed.
         """
         outcomes = self._together(function, tasks)
         for index, outcome in enumerate(outcomes):
@@ -99,7 +99,7 @@ def _outcome(future: Future[str]) -> str:
         return future.result()
     except BrokenProcessPool:
         return KILLED
-    # Such as one that could not be pickled.
+    # Such as an error that could not be pickled.
     except Exception as error:  # noqa: BLE001
         return one_line(error)
 

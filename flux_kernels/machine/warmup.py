@@ -44,7 +44,7 @@ class Compiled:
     Attributes:
         signature: the call.
         choice: algorithm and tile.
-        seconds: until it ran; far below one where it was compiled before.
+        seconds: until it ran; far below 1 where it was compiled before.
     """
 
     signature: Signature
@@ -86,7 +86,7 @@ def warmup(
     """
     layers = [module for module in model.modules() if isinstance(module, GGUFLinear)]
     if not layers:
-        raise ValueError("warmup found no packed layers. Call flux_kernels.swap_linear(model) or load_flux first.")
+        raise ValueError("The model has no packed layers to warm up. Call flux_kernels.swap_linear(model) or load_flux first.")
     target = _target(layers) if device is None else torch.device(device)
     counts = sorted(set(_rows(sizes, batch, text_tokens) if rows is None else rows))
     wanted = [signature for signature in _signatures(layers, counts, dtype) if _runs_triton(signature, target)]

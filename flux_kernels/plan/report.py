@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..files import write_whole
 from ..mixed.file_layout import KEY_VALUE_BYTES
+from ..report.amounts import size_text
 from ..report.html_page import document, image, table
 from ..report.plot_style import png
-from ..report.sizes import size_text
 from .budget import ROOM
 from .report_data import ReportData
 from .report_plots import all_plots

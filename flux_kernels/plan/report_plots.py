@@ -13,8 +13,8 @@ import numpy as np
 from ..mixed.option import Option
 from ..models.names import tensor_class
 from ..models.types import BLOCK, LEFTOVER, VECTOR, tensor_kind
+from ..report.amounts import counted, unit_of
 from ..report.plot_style import BLUE, FAINT, GREEN, INK, ORANGE, RED, panel
-from ..report.sizes import unit_of
 from .report_data import Measured, ReportData
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def bytes_by_type(data: ReportData) -> Figure:
     axes.barh(range(len(keys)), values, color=[FAINT if place else UNIFORM for place, _ in keys], height=0.7)
     for y, (key, value) in enumerate(zip(keys, values)):
         count, share = len(groups[key]), sum(prod(layout.shapes[name]) for name in groups[key]) / layout.parameters
-        text = f" {value:.3g} {unit_name}: {count} tensor{'s' * (count > 1)}, {100 * share:.2g} % of the weights"
+        text = f" {value:.3g} {unit_name}: {counted(count, 'tensor')}, {100 * share:.2g} % of the weights"
         axes.annotate(text, (value, y), va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(keys)), [f"{option}{place}" for place, option in keys], fontsize=9)
     axes.invert_yaxis()

@@ -26,7 +26,7 @@ def swap_linear(
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> SwapReport:
-    """Replace linear layers by packed ones, in place.
+    """Replace linear layers by packed layers, in place.
 
     Layers that diffusers loaded from a GGUF file are taken over: their bytes are moved, not copied and not decoded. Plain
     nn.Linear layers are quantized where `format` says so. Layers that are packed already keep their type and get the new backend
@@ -63,7 +63,7 @@ def swap_linear(
 
 
 def _carry_out(steps: list[Step]) -> None:
-    """Install the new layers one at a time, and let go of each old one; shared weights stay shared."""
+    """Install the new layers in turn, and let go of each old layer; shared weights stay shared."""
     weights = [step.layer.module._parameters.get("weight") for step in steps]
     count = Counter(map(id, weights))
     shared = {id(weight): weight for weight in weights if count[id(weight)] > 1}
@@ -74,7 +74,7 @@ def _carry_out(steps: list[Step]) -> None:
 
 
 def _install(step: Step, shared: Mapping[int, object], packed: dict[tuple[int, str], nn.Parameter]) -> None:
-    """Put a step's new layer, where it has one, in all places of the old one, which is let go."""
+    """Put a step's new layer, if any, in all places of the old layer, which is let go."""
     if step.make is None:
         return
     old, new = step.layer.module, step.make()

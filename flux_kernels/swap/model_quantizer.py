@@ -34,7 +34,7 @@ class SwappedModelQuantizer:
     """Stand in for `model.hf_quantizer`: refuse save_pretrained with a sentence, and dequantize.
 
     diffusers and transformers write a model without a quantizer as if its state dict could be loaded again, which a
-    packed one cannot yet. transformers' `generate` and `Trainer` ask any quantizer the other questions, as attributes.
+    packed model cannot yet. transformers' `generate` and `Trainer` ask any quantizer the other questions, as attributes.
     """
 
     is_serializable = False
@@ -59,7 +59,7 @@ class SwappedModelQuantizer:
 
 
 def decode_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every packed layer by the plain layer it stands for, in place; fused ones come apart first."""
+    """Replace every packed layer by its plain layer, in place; fused layers come apart first."""
     unfuse_projections(model)
     # The token table has two places in a text encoder.
     plain: dict[nn.Module, nn.Module] = {}

@@ -30,7 +30,7 @@ class LinearLayer:
     """Hold one linear layer of a model with its names and places.
 
     Attributes:
-        module: the layer; after the swap the one in its place.
+        module: the layer; after the swap the layer in its place.
         of_adapter: whether it is a part of an adapter.
         names: those it has in the model, without what adapters add.
         part_names: of the layers whose rows a fused layer holds.
@@ -69,7 +69,7 @@ class SwapPlan:
     """Hold what a swap is going to do.
 
     Attributes:
-        steps: one for each linear layer.
+        steps: a step for each linear layer.
         others: rows of modules that no step is for.
         unmatched: the user's patterns that match no layer.
     """

@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
+from ..report.amounts import counted, megabytes, size_text
+from ..report.text_table import aligned
+
 
 @dataclass(frozen=True)
 class SwapRow:
@@ -89,11 +92,11 @@ class SwapReport:
         header = ("layers", "count", "format", "shape", "MB", "16-bit MB", "runs as")
         body = [_line(pattern, rows) for pattern, rows in _group(self.rows)]
         totals = self._totals()
-        lines = _align([header, *body])
+        lines = aligned([header, *body], _is_number)
         lines.insert(1, "-" * max(len(line) for line in lines))
         lines.append(
-            f"{_count(totals['swapped'], 'layer')} swapped, {_megabytes(totals['bytes'])} MB "
-            f"({_megabytes(totals['bytes_16bit'])} MB in 16 bit); {totals['skipped']} skipped."
+            f"{counted(totals['swapped'], 'layer')} swapped, {size_text(totals['bytes'])} "
+            f"({size_text(totals['bytes_16bit'])} in 16 bit); {totals['skipped']} skipped."
         )
         lines += _surprises(self.swapped)
         lines += [f"Pattern {pattern!r} matched no linear layer." for pattern in self.unmatched]
@@ -124,11 +127,7 @@ def _surprises(rows: list[SwapRow]) -> list[str]:
 
 
 def _layers_were(count: int) -> str:
-    return f"{_count(count, 'layer')} {'was' if count == 1 else 'were'}"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{counted(count, 'layer')} {'was' if count == 1 else 'were'}"
 
 
 def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
@@ -151,21 +150,11 @@ def _line(pattern: str, rows: list[SwapRow]) -> tuple[str, ...]:
         str(len(rows)),
         first.format,
         f"{first.shape[0]} x {first.shape[1]}",
-        _megabytes(sum(row.bytes for row in rows)),
-        _megabytes(sum(row.bytes_16bit for row in rows)),
+        megabytes(sum(row.bytes for row in rows)),
+        megabytes(sum(row.bytes_16bit for row in rows)),
         runs,
     )
 
 
-def _align(lines: list[tuple[str, ...]]) -> list[str]:
-    """Pad columns; numbers to the right, words to the left."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["  ".join(_pad(cell, width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-
-
-def _pad(cell: str, width: int) -> str:
-    return cell.rjust(width) if cell[:1].isdigit() and " " not in cell else cell.ljust(width)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f}" if count < 1e8 else f"{count / 1e6:.0f}"
+def _is_number(_: int, cell: str) -> bool:
+    return cell[:1].isdigit() and " " not in cell

@@ -49,11 +49,11 @@ class Request:
         """Check all names, and return what is asked for each layer, and the patterns that match none of them.
 
         Args:
-            layers: (names of a layer, names of the parts of a fused one).
+            layers: (names of a layer, names of the parts of a fused layer).
 
         Raises:
             BackendUnavailable: for an unknown backend or compute mode.
-            FormatError: for an unknown type, or one without a quantizer here.
+            FormatError: for an unknown type, or a type without a quantizer here.
             TypeError: where a mode or type is neither a name nor a map.
         """
         for mode in names_in(self.compute, "compute"):
@@ -68,7 +68,7 @@ class Request:
         return wishes, [pattern for pattern in patterns if pattern != "*" and not matches(all_names, pattern)]
 
     def _wish(self, names: list[str], part_names: list[str], include: Iterable[str], exclude: Iterable[str]) -> Wish:
-        """Resolve the patterns for one layer; a fused one is "exact" where its parts' modes would differ."""
+        """Resolve the patterns for one layer; a fused layer is "exact" where its parts' modes would differ."""
         all_names = names + part_names
         format = first_match(self.format, all_names, None)
         modes = {mode_asked_for(self.compute, [*names, part]) for part in part_names} or {mode_asked_for(self.compute, names)}
@@ -106,7 +106,7 @@ def first_match(value: Value | Mapping[str, Value], names: list[str], default: V
 
 
 def matches(names: list[str], pattern: str) -> bool:
-    """Tell whether an fnmatch pattern matches one of a layer's names."""
+    """Return whether an fnmatch pattern matches any of a layer's names."""
     return any(fnmatchcase(name, pattern) for name in names)
 
 

@@ -40,7 +40,7 @@ def serves(weight: Packed, dtype: torch.dtype) -> bool:
 def dequantize(weight: Packed, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Decode a weight, contiguous in file order, to [N, K] of `dtype`.
 
-    float32 has libggml's bits, a 16-bit type is the float32 value rounded once; a NaN stays one, but of any bits.
+    float32 has libggml's bits, a 16-bit type is the float32 value rounded once; a NaN stays a NaN, but of any bits.
 
     Args:
         out: contiguous [N, K] of `dtype` on the CPU to write to, or None for a new tensor.

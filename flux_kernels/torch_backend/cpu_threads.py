@@ -24,12 +24,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..formats import BlockFormat
 
-# A chunk has at least as many: giving one to a thread costs tens of microseconds.
+# A chunk has at least as many: giving a chunk to a thread costs tens of microseconds.
 LEAST_WEIGHTS = 1 << 16
 # Chunk sizes whose memory a worker keeps: a full and a last chunk of two layer shapes.
 KEPT_UNPACKERS = 4
 _local = threading.local()
-# Whether this process is a fork of one that may have started threads.
+# Whether this process is a fork of a process that may have started threads.
 _forked = False
 
 Work = Callable[[int, int, "Scratch"], None]
@@ -56,7 +56,7 @@ class Scratch:
         return self._bytes[name][:size].view(dtype).view(shape)
 
     def unpacker(self, fmt: BlockFormat, blocks: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Return the unpacker for so many blocks of a format that has one."""
+        """Return the unpacker for so many blocks of a format, where there is any."""
         if (fmt.name, blocks) not in self._unpackers:
             if len(self._unpackers) == KEPT_UNPACKERS:
                 self._unpackers.clear()
@@ -83,7 +83,7 @@ def share_rows(n: int, k: int, weights: int, work: Work, multiple: int = 1) -> N
     Args:
         k: weights of a row.
         weights: of a chunk, about; at least a row.
-        multiple: rows of a chunk are a multiple of this, but for the last one.
+        multiple: rows of a chunk are a multiple of this, but for the last chunk.
 
     Raises:
         what `work` raises, in the calling thread.
@@ -174,7 +174,7 @@ def _team() -> Callable[[Worker, int], None] | None:
     except (OSError, AttributeError):
         return None
     first = getattr(ctypes.CDLL(None), entry, parallel)
-    # A preloaded runtime: torch runs on that one.
+    # A preloaded runtime: torch runs on that.
     if _address(first) != _address(parallel):
         return None
     callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

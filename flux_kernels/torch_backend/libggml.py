@@ -36,7 +36,7 @@ def quantize(rows: Tensor, fmt: BlockFormat, importance: Tensor | None = None) -
     Args:
         rows: floating [rows, K], K whole blocks; finite.
         fmt: the block type.
-        importance: float [rows, K] or None. libggml weighs by column: rows with weights of their own go one by one.
+        importance: float [rows, K] or None. libggml weighs by column: rows with weights of their own go row by row.
 
     Returns:
         uint8 [rows, row bytes], on the device of `rows`.

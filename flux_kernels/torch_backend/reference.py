@@ -18,7 +18,7 @@ CHUNK_WEIGHTS = 1 << 19  # weights decoded at a time: 2 MiB in float32
 
 
 def decode_rows(weight: Packed) -> Tensor:
-    """Decode packed rows in one piece to float32 [..., K], bit-equal to libggml."""
+    """Decode packed rows at once to float32 [..., K], bit-equal to libggml."""
     fmt = weight.fmt
     fields = fmt.layout.split(weight.data, weight.planes)
     if fmt.table is not None:
@@ -61,5 +61,5 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch | No
 
 
 def _rows_per_chunk(k: int) -> int:
-    """Return how many rows of `k` weights make one chunk (at least one)."""
+    """Return how many rows of `k` weights make one chunk (at least 1)."""
     return max(1, CHUNK_WEIGHTS // k)

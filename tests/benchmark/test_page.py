@@ -60,7 +60,7 @@ def test_a_speed_stands_beside_its_price_and_says_whose_pictures(text):
 
 
 def test_one_size_is_said_once_and_several_in_every_line():
-    """Speeds that are not told apart from torch's have a mark, which the words explain."""
+    """Speeds that do not differ from torch's have a mark, which the words explain."""
     run = found()
     one = prices(run, PICTURES)
     assert "all linear calls of one step together (1024x1024)" in one and one.count(SIZE) == 1 and "~" not in one
@@ -92,7 +92,9 @@ def test_the_verdict_speaks_of_the_whole_step_where_there_is_one():
     steps = [step_row("torch", 400.0, 23.8), step_row("ours exact", 412.0, 6.8)]
     lines = verdict(linear_rows(), steps)
     assert len(lines) == 5
-    assert lines[1] == "One whole step in exact mode beside the unquantized one: Q4_K 0.97 times the speed, 17.0 GB smaller."
+    assert (
+        lines[1] == "One whole step in exact mode, against the unquantized model: Q4_K 0.97 times the speed, 17.0 GB smaller."
+    )
     steps[0] |= dict(dtype="bfloat16")
     assert "17.0 GB smaller than in bfloat16" in verdict(linear_rows(), steps)[1]
     steps[1] |= dict(p20_ms="390.0")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flux_kernels.benchmark import plots
-from flux_kernels.benchmark.plots import memory_against_time, roofline, speed_beside_rows, throughput
+from flux_kernels.benchmark.plots import memory_against_time, roofline, speed_over_rows, throughput
 from flux_kernels.models.calls import step_calls
 
 from .made_rows import CEILINGS, ORIGIN, found, linear_rows, step_row
@@ -80,7 +80,7 @@ def test_the_roofline_has_both_measured_limits_and_leaves_out_unknown_bytes(draw
 
 
 def test_speed_is_beside_torch_in_the_same_call(drawn):
-    check(speed_beside_rows(linear_rows()), drawn[0])
+    check(speed_over_rows(linear_rows()), drawn[0])
     assert list(line(drawn[0], "diffusers' GGUF layers").get_ydata()) == pytest.approx([0.5] * 11, rel=1e-3)
 
 
@@ -102,7 +102,7 @@ def test_many_types_and_sides_still_have_room(drawn):
     """The widest case: every known side and all peers, more types than fit beside each other."""
     speeds = {f"a library with a long name {i}": 1.0 + i / 10 for i in range(12)} | {"torch": 1.0, "ours exact": 0.9}
     rows = [row for name in ("Q4_K", "Q6_K", "Q8_0", "Q5_K") for row in linear_rows(name)]
-    check(speed_beside_rows(rows), drawn[0])
+    check(speed_over_rows(rows), drawn[0])
     monkey = [row for row in found().linears if row["p50_ms"]]
     check(throughput(monkey), drawn[1])
     check(throughput(linear_rows(speeds=speeds)), drawn[2])

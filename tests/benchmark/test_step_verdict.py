@@ -20,22 +20,23 @@ def test_ratios_and_bytes_come_from_the_rows():
     rows = [row("torch", 1000, 24.0), row("ours exact", 1030), row("ours int8", 500), row("diffusers", 2060)]
     (sentence,) = step_verdict(rows)
     assert sentence == (
-        "One whole step at 1024x1024 with Q4_K takes 1.03 times the unquantized one, and its weights are 17.1 GB smaller; "
-        "int8 mode is 2.00 times as fast as the unquantized one; exact mode is 2.00 times as fast as diffusers' GGUF layers."
+        "One whole step at 1024x1024 with Q4_K takes 1.03 times as long as the unquantized model, and its weights are 17.1 GB "
+        "smaller; int8 mode is 2.00 times as fast as the unquantized model; exact mode is 2.00 times as fast as "
+        "diffusers' GGUF layers."
     )
 
 
 def test_a_slower_side_is_called_slower():
     (sentence,) = step_verdict([row("torch", 1000, 24.0), row("ours exact", 1500), row("ours int8", 3000)])
-    assert "takes 1.50 times" in sentence and "int8 mode takes 3.00 times as long as the unquantized one" in sentence
+    assert "takes 1.50 times" in sentence and "int8 mode takes 3.00 times as long as the unquantized model" in sentence
 
 
 def test_overlapping_spreads_are_no_difference_and_few_repeats_no_comparison():
     (sentence,) = step_verdict(
         [row("torch", 1000, 24.0, 0.1), row("ours exact", 1100, spread=0.1), row("ours int8", 500, repeats=2)]
     )
-    assert "with Q4_K: no difference seen from the unquantized one, and its weights" in sentence
-    unknown = "int8 mode: not compared with the unquantized one (spread unknown with fewer than 3 repeats)"
+    assert "with Q4_K: no difference seen from the unquantized model, and its weights" in sentence
+    unknown = "int8 mode: not compared with the unquantized model (spread unknown with fewer than 3 repeats)"
     assert unknown in sentence and "times" not in sentence
 
 
@@ -47,7 +48,7 @@ def test_what_is_saved_is_told_with_what_it_is_less_than():
 def test_what_is_missing_is_said_with_the_reason():
     wrong = row("ours int8", None, note="wrong result: relative error 0.9, at most 0.1")
     sentences = step_verdict([row("torch", None, 24.0, note="out of memory"), row("ours exact", 1000), wrong])
-    assert "takes 1000 ms in exact mode, with no unquantized one" in sentences[0]
+    assert "takes 1000 ms in exact mode, with no unquantized model" in sentences[0]
     assert sentences[1:] == ["No time is given for: Q4_K, ours int8, step (wrong result: relative error 0.9, at most 0.1)."]
     offloads = [
         row("torch", None, what="denoising, model offload", format=name, note="needs a GPU") for name in ("Q4_K", "Q8_0")

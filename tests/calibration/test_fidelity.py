@@ -260,7 +260,7 @@ def test_the_printed_report_is_short_and_begins_with_the_worst():
     report = errors_of({f"blocks.{number}.attn": number / 1000 for number in range(1, 61)})
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["blocks.60.attn", "blocks.59.attn", "blocks.58.attn"]
-    assert len(lines) == 1 + SHOWN + 1 + 2 and lines[SHOWN + 1].startswith(f"... and {60 - SHOWN} better ones")
+    assert len(lines) == 1 + SHOWN + 1 + 2 and lines[SHOWN + 1].startswith(f"... and {60 - SHOWN} with smaller errors")
     assert lines[-1] == "int8: median 3 %, worst 6 % at blocks.60.attn; 40 of 60 layers above 2 %"
     assert lines[-2].startswith("exact: ") and lines[-2].endswith("no layer above 2 %")
     assert len(report.table(rows=None).splitlines()) == 1 + 60 + 2

@@ -159,7 +159,7 @@ def test_lora_scales(gguf_file, tmp_path):
 
 def test_generate_tells_people_what_it_did(gguf_file, tmp_path):
     arguments = ("generate", "--gguf", gguf_file, "--prompt", PROMPT, "--steps", 1, "--out", tmp_path / "a.png", "--force")
-    assert re.search(r"26 layers swapped.*64 x 64, 1 steps in [\d.]+ s", ok(*arguments), re.DOTALL)
+    assert re.search(r"26 layers swapped.*64 x 64, 1 step in [\d.]+ s", ok(*arguments), re.DOTALL)
     assert "transformer_blocks.0.norm1.linear" in ok(*arguments, "--report")
 
 

@@ -128,7 +128,7 @@ def test_what_belongs_to_the_other_half_is_refused(fused):
         part.whole.set_low_rank(torch.zeros(4, 256), torch.zeros(768, 4))
     with pytest.raises(fk.FormatError, match="Set them on a part: to_q, to_k, to_v"):
         part.whole.keep_outliers(torch.tensor([1]))
-    with pytest.raises(fk.FormatError, match="bias of this layer is part of a fused one"):
+    with pytest.raises(fk.FormatError, match="bias of this layer is part of a fused layer"):
         part.bias = nn.Parameter(torch.zeros(256))
     with pytest.raises(fk.FormatError, match=r"qweight of this layer .* Call unfuse_projections\(model\) first"):
         part.qweight = nn.Parameter(part.qweight.clone(), requires_grad=False)

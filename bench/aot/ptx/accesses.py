@@ -61,7 +61,7 @@ def _load(instruction: Instruction) -> Step:
 
 
 def _scattered(values: np.ndarray, threads: Threads, mask: Mask) -> np.ndarray:
-    """Return a register value per thread from the active ones'; a byte takes a 16-bit register at least."""
+    """Return a register value per thread from the active threads'; a byte takes at least 16 bits."""
     wide = UNSIGNED[max(2, values.dtype.itemsize)]
     if mask is None:
         return values.astype(wide)

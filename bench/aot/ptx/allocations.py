@@ -38,7 +38,7 @@ class Allocations:
         return poisoned
 
     def pointers(self, tensors: list[Tensor]) -> list[Pointer]:
-        """Return where each tensor begins; their storages may be touched where one of them has elements."""
+        """Return where each tensor begins; their storages may be touched where any of them has elements."""
         allowed: dict[int, np.ndarray] = {}
         pointers = []
         for tensor in tensors:

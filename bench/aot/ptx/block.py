@@ -29,7 +29,7 @@ class _Decoded:
 
 
 class Executable:
-    """Hold a program whose instructions are decoded; raise Fault for the first one that is not known."""
+    """Hold a program whose instructions are decoded; raise Fault for the first that is not known."""
 
     def __init__(self, program: Program):
         self.program = program

@@ -68,7 +68,7 @@ def launch(
     count_banks: bool = False,
     copies_need_fence: bool = True,
 ) -> Counts:
-    """Run a grid of blocks, one after the other, and update the buffers in place.
+    """Run a grid of blocks, block after block, and update the buffers in place.
 
     Args:
         code: the decoded kernel.

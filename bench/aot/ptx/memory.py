@@ -35,7 +35,7 @@ class Memory:
         """Return [threads, count] unsigned words of `width` bytes from byte addresses int64 [threads].
 
         Raises:
-            Fault: where one is misaligned (for all `count` words together), outside every buffer, or was never written.
+            Fault: where any is misaligned (for all `count` words together), outside every buffer, or was never written.
         """
         at = self._words(addresses, width, count)
         if not (self._written_words[width][at] == _ALL[width]).all():

@@ -20,7 +20,7 @@ _WORDS = tuple(f"{kind}{size}" for kind in "bsu" for size in (16, 32, 64)) + ("f
 
 @form(*(f"mov.{t}" for t in _WORDS), "mov.pred")
 def _move(instruction: Instruction) -> Step:
-    """Copy a register, pack {a, b} into one or split one into {a, b}, the first in the low bits."""
+    """Copy a register, pack {a, b} into it or split it into {a, b}, the first in the low bits."""
     destination, source = instruction.operands
     ptx_type = instruction.opcode.removeprefix("mov.")
     if source.startswith("{"):

@@ -69,7 +69,7 @@ def _nan(ptx_type: str) -> np.ndarray:
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
-    """Round float32 to the nearest bfloat16, ties to even: uint16; NaN becomes the canonical one."""
+    """Round float32 to the nearest bfloat16, ties to even: uint16; NaN becomes the canonical NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + np.uint64(0x7FFF) + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
     return np.where(np.isnan(values), np.uint16(CANONICAL_NAN["bf16"]), rounded.astype(np.uint16))

@@ -99,5 +99,5 @@ def _instruction(text: str, line: int, source: str) -> Instruction:
 
 
 def names_in(operand: str) -> list[str]:
-    """Split a braced list such as {%r1, %r2} into its parts; a plain operand is a list of one."""
+    """Split a braced list such as {%r1, %r2} into its parts; a plain operand is a list of itself."""
     return [part.strip() for part in operand.strip("{} ").split(",")]

@@ -1,8 +1,8 @@
 """Accesses to shared memory by different warps without a barrier between them.
 
 Each byte remembers the last warp that wrote it and the last that read it, with the barrier interval in which that was. Two
-warps that touch a byte in one interval, one of them writing, race: on a GPU either may come first. This finds a missing barrier
-in any order of execution. Warps count as running in step within themselves.
+warps that touch a byte in one interval, at least one writing, race: on a GPU either may come first. This finds a missing
+barrier in any order of execution. Warps count as running in step within themselves.
 """
 
 from __future__ import annotations

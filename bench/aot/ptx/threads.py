@@ -71,7 +71,7 @@ class Threads:
         self.special = {name: self.spread(np.uint32(value)) for name, value in special.items()}
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """Return an array with one value per thread, the given one where it is that already."""
+        """Return an array with one value per thread, the given array where it is that already."""
         return values if values.shape == (self.count,) else np.array(np.broadcast_to(values, self.count))
 
     def write(self, name: str, values: np.ndarray, mask: Mask = None) -> None:
@@ -88,7 +88,7 @@ class Threads:
         self.write(name, to_bits(values, ptx_type), mask)
 
     def move_in_flight(self, source: str, parts: dict[str, Callable[[np.ndarray], np.ndarray]]) -> bool:
-        """Let `parts` of an accumulator under way land in other registers; tell whether `source` is one.
+        """Let `parts` of an accumulator under way land in other registers; return whether `source` is any.
 
         PTX leaves this undefined. Triton splits fp16 accumulators so before it waits, and ptxas makes no instruction of it, so
         it is counted and the parts stay unreadable until the wait, but it is no fault.
@@ -173,7 +173,7 @@ def _immediate(text: str, ptx_type: str) -> np.ndarray:
 
 
 def address_reader(operand: str) -> Reader:
-    """Return what reads [register + offset] as int64 byte addresses, one per thread."""
+    """Return what reads [register + offset] as int64 byte addresses, an address a thread."""
     base, _, offset = (part.strip() for part in operand.strip("[] ").partition("+"))
     read = reader(base, "u64")
     try:

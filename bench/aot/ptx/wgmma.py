@@ -1,6 +1,6 @@
 """Multiply as a warpgroup (128 threads) of sm_90 does: wgmma runs on until somebody waits for it.
 
-The left matrix comes from registers or, like the right one, from shared memory through a descriptor. From its start to its
+The left matrix comes from registers or, like the right matrix, from shared memory through a descriptor. From its start to its
 wait a product owns its registers: its accumulator cannot be read or written (another product may go on adding to it), its left
 registers cannot be written, and the shared memory it reads must stay as it is. Before the start, registers written since the
 last wgmma.fence and shared memory written since the last fence.proxy.async must not be used.
@@ -180,7 +180,7 @@ def _wait(instruction: Instruction) -> Step:
         for ended in landed:
             _finish(threads, ended)
         _reserve(threads)
-        # What products delivered is in order with the next ones.
+        # What products delivered is in order with the next products.
         threads.fenced = dict(threads.registers)
 
     return step

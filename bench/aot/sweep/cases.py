@@ -65,7 +65,8 @@ def whole(kernels=(), formats=(), dtypes=(), capabilities=()) -> list[Case]:
 def small(kernels=(), capabilities=()) -> list[Case]:
     """Return the part for every change: each kernel with each format once, dtypes and cards taken in turn.
 
-    Branches, which share the kernel's main loop, meet every fifth format; kernels without a format run in every dtype.
+    Branches, which share the kernel's main loop, meet every fifth format; kernels without a format run in every dtype. Every
+    format meets every card.
     """
     cards = tuple(capabilities or CAPABILITIES)
     cases = []

@@ -62,7 +62,7 @@ class Inputs:
 
 
 def make(case: Case, k: int = K) -> Inputs:
-    """Make a case's inputs, the same ones in every process."""
+    """Make a case's inputs, the same in every process."""
     fmt, dtype = FORMATS[case.format], DTYPES[case.dtype]
     seed = crc32(str(case).encode())
     generator = torch.Generator().manual_seed(seed)

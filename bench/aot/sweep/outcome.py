@@ -35,7 +35,7 @@ class Outcome:
 
 
 def run_case(case: Case, warps: bool = False, seed: int = 0, unfenced_copies: bool = False) -> Outcome:
-    """Compile and run one case; `warps` runs a block's warps one by one, in an order from `seed`.
+    """Compile and run one case; `warps` runs a block's warps in turn, in an order from `seed`.
 
     `unfenced_copies` lets wgmma read what cp.async wrote without a proxy fence: Triton 3.6 leaves the fence out.
     """

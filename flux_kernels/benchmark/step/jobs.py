@@ -122,7 +122,7 @@ def true_size(size: str) -> StepCase:
 
 
 def embedded() -> StepCase:
-    """Describe a step of the embedded model; without safetensors its weights are random ones."""
+    """Describe a step of the embedded model; without safetensors its weights are random."""
     folder, stored = embedded_model_path() / "transformer", None
     if _installed("safetensors"):
         from safetensors.torch import load_file

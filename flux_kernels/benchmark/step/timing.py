@@ -15,7 +15,7 @@ from ...formats import FORMATS
 from ...generation.embedded import PIPELINE_KWARGS
 from ...machine.clock import interleaved, percentiles
 from ...machine.free_memory import free_bytes
-from ...report.sizes import size_text
+from ...report.amounts import size_text
 from ..memory import extra_peak
 from ..names import OURS, TORCH, wrong
 from ..providers import CANNOT_RUN, PROVIDERS, Unavailable, why
@@ -34,7 +34,7 @@ _OTHER_ORDER = "in a round of its own: both arrangements of the rows do not fit;
 
 @dataclass(frozen=True)
 class StepCase:
-    """Say what is timed: the model's sizes, the picture's, and weights to quantize (None: random ones).
+    """Say what is timed: the model's sizes, the picture's, and weights to quantize (None: random).
 
     With `at_once` each provider is checked on the first double and the first single block alone, whose oracle takes seconds where
     that of 57 blocks takes minutes, and its row is made as soon as it is timed, in turn with the unquantized step.
@@ -67,7 +67,7 @@ class Oracle:
         return relative(y, self.exact(first_blocks_only))
 
     def _gate(self, of_layer: float, first_blocks_only: bool = False) -> float:
-        """Return how far off a step may be: as one whose packed layers are each as far off as a call may be.
+        """Return how far off a step may be: like a step whose packed layers are as far off as a call may be.
 
         That step runs in the dtype of the others, so what else rounds there is allowed too.
         """

@@ -1,7 +1,7 @@
-"""Make the weights of a whole step, packed or not, and the models on them, one for each side.
+"""Make the weights of a whole step, packed or not, and the models on them, a model a side.
 
 Packed rows are random where none are given: those of the first double and the first single block are made, every further
-block has a copy with the rows moved on by one, so that its bytes are its own in memory and its matrix another one.
+block has a copy with the rows moved on by one, so that its bytes are its own in memory and its matrix differs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _INDEX = re.compile(r"(?<=blocks\.)\d+")
 
 @dataclass(frozen=True)
 class StepWeights:
-    """Hold a transformer's weights by module name: packed ones of the blocks, plain ones around, norms."""
+    """Hold a transformer's weights by module name: packed in the blocks, plain around them, norms."""
 
     config: StepConfig
     fmt: BlockFormat
@@ -58,7 +58,7 @@ class StepWeights:
         return replace(self, config=config, packed=kept(self.packed), plain=kept(self.plain), norms=kept(self.norms))
 
     def to_file_order(self) -> None:
-        """Undo field planes one weight at a time; models made before must be gone, or both stay in memory."""
+        """Undo field planes weight by weight; models made before must be gone, or both stay in memory."""
         for name, problem in self.packed.items():
             self.packed[name] = replace(problem, weight=problem.weight.arranged(planes=False))
 
@@ -143,7 +143,7 @@ def build(weights: StepWeights, provider: str, first_blocks_only: bool = False) 
     """Build one provider's model; only "torch" and, with field planes, "diffusers" need more memory.
 
     Args:
-        provider: "torch", "ours " and a compute mode, or another one of PROVIDERS.
+        provider: "torch", "ours " and a compute mode, or another of PROVIDERS.
         first_blocks_only: whether the first block of each kind stands for all (a model that would not fit otherwise).
 
     Raises:
