@@ -35,8 +35,9 @@ DATACENTER = frozenset({(8, 0), (9, 0), (10, 0), (10, 3), (11, 0)})
 # Layers that one compute mode for a whole model leaves as "exact": modulation, embedders and the final projection, where an
 # error reaches every token and little time is spent. A map of patterns overrides this.
 WEIGHT_ONLY_LAYERS = (
-    *("x_embedder", "context_embedder", "time_text_embed.*", "*_embedder.*"),
-    *("*norm*.linear", "*modulation*", "proj_out"),
+    *("x_embedder", "context_embedder", "time_text_embed.*", "*_embedder.*", "img_in", "txt_in", "txt_in.*", "time_embed.*"),
+    *("*norm*.linear", "*modulation*", "*.img_mod.*", "*.txt_mod.*", "time_mod_proj", "distilled_guidance_layer.*"),
+    *("proj_out", "final_layer.*", "all_final_layer.*", "text_fusion.projector"),
 )
 
 

@@ -12,6 +12,7 @@ import torch
 from ..errors import FormatError
 from ..generation.base_pipeline import one_thread
 from ..models.calls import STEPS, Call, step_calls
+from ..models.variant_calls import MAIN_MODEL, variant_calls
 from .ceilings import Ceilings, measure_ceilings
 from .linears import measure
 from .record import origin
@@ -33,6 +34,7 @@ class Plan:
 
     Attributes:
         formats: ggml types, by name.
+        model: whose linear calls, by its name for options; whole steps are FLUX.1-dev's alone.
         providers: for the linear calls; the whole step has its own.
         sizes: names of `shapes.STEPS`.
         scale: M and N of the linear calls are divided by it.
@@ -50,14 +52,24 @@ class Plan:
     minutes: float | None = None
     steps: bool = True
     denoise: int = 1
+    model: str = MAIN_MODEL
+
+    def step(self, size: str) -> list[Call]:
+        """List the linear calls of one step of the model."""
+        return variant_calls(self.model, **STEPS[size])
+
+    def size_name(self, size: str) -> str:
+        """Name a size in result rows: with the model where that is not FLUX.1-dev."""
+        named = size_name(size, self.scale)
+        return named if self.model == MAIN_MODEL else f"{self.model} {named}"
 
     def calls(self) -> list[tuple[str, str, Call]]:
         """List size, type and call of every comparison of linear calls."""
-        return [(size, name, call) for size in self.sizes for name in self.formats for call in step_calls(**STEPS[size])]
+        return [(size, name, call) for size in self.sizes for name in self.formats for call in self.step(size)]
 
     def whole_runs(self, device: torch.device) -> list[tuple[str, str, bool]]:
         """List size, type and whether it is of pictures for every whole run; a CPU has one size."""
-        if not self.steps:
+        if not self.steps or self.model != MAIN_MODEL:
             return []
         sizes = self.sizes if device.type != "cpu" else self.sizes[:1]
         steps = [(size, name, False) for size in sizes for name in self.formats]
@@ -74,6 +86,7 @@ class Found:
 
     Attributes:
         calls: how many comparisons of linear calls were asked for.
+        calls_a_step: how many linear calls a step has.
         minutes: after how long nothing more was begun; None: no limit.
         calls_late: how many comparisons of linear calls were not begun in time.
         not_run: which whole runs were left out, and why.
@@ -84,6 +97,7 @@ class Found:
     linears: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
     calls: int = 0
+    calls_a_step: int = len(step_calls())
     minutes: float | None = None
     calls_late: int = 0
     not_run: list[str] = field(default_factory=list)
@@ -104,7 +118,7 @@ class Found:
         calls: dict[str, set[str]] = {}
         for row in rows:
             calls.setdefault(row["format"], set()).add(row["where"])
-        expected = len(step_calls())
+        expected = self.calls_a_step
         return [row for row in rows if len(calls[row["format"]]) == expected]
 
 
@@ -121,6 +135,7 @@ def _measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tel
     started, limit = time.monotonic(), float("inf") if plan.minutes is None else 60 * plan.minutes
     tell("ceilings", 0)
     run = Found(origin(device), measure_ceilings(device, dtype), calls=len(plan.calls()), minutes=plan.minutes)
+    run.calls_a_step = len(plan.step(plan.sizes[0]))
     for kind, row in _linears(plan, run, device, dtype, tell, started + limit * (_LINEAR_SHARE if plan.steps else 1)):
         on_row(kind, row)
     for kind, row in _steps(plan, run, device, tell, started + limit):
@@ -134,7 +149,7 @@ def _linears(plan, run: Found, device, dtype, tell: Tell, end: float) -> Iterato
             run.calls_late += 1
             continue
         tell(f"{name} {call.where}", 0)
-        named = size_name(size, plan.scale)
+        named = plan.size_name(size)
         for row in measure(
             name, reduced(call, plan.scale), list(plan.providers), device, dtype, plan.repeats, run.ceilings, named
         ):

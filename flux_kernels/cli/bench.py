@@ -25,6 +25,9 @@ _CPU_SCALE = 16
 
 
 def bench(
+    model: Annotated[
+        str, typer.Option(help="Whose linear calls: flux1-dev, flux2-klein-4b, z-image-turbo, ... An unknown name lists all.")
+    ] = "flux1-dev",
     formats: Annotated[str, typer.Option(help="ggml types, comma-separated.")] = "Q4_K,Q6_K,Q8_0",
     peers: Annotated[
         bool,
@@ -49,7 +52,7 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and verdict as JSON, for machines.")] = False,
 ) -> None:
-    """Time every linear call of a FLUX.1-dev step, and a step as a whole.
+    """Time every linear call of a step of FLUX.1-dev or another model; of FLUX.1-dev, a step as a whole too.
 
     Unquantized, diffusers' GGUF layers and this library are compared. A speed is shown only where the result is right,
     checked in the same run. Ends with what the numbers say, in plain words.
@@ -57,6 +60,7 @@ def bench(
     [bold]Examples[/]
 
       flux-kernels bench
+      flux-kernels bench --model flux2-klein-4b
       flux-kernels bench --report bench.html
       flux-kernels bench --formats Q4_K --peers --contribute my-card.csv
       flux-kernels bench --all --report everything.html
@@ -73,7 +77,7 @@ def bench(
     files = RowFiles(contribute, lambda line: console.print(line, markup=False, soft_wrap=True))
     _check_targets(report, plot)
     device = own_device()
-    plan = _plan(device, formats, peers or everything, everything, step, minutes, repeats, scale)
+    plan = _plan(device, model, formats, peers or everything, everything, step, minutes, repeats, scale)
     rows: dict[str, list[dict]] = dict(linear=[], step=[])
 
     def keep(kind: str, row: dict) -> None:
@@ -134,6 +138,7 @@ def _check_targets(report: Path | None, plot: Path | None) -> None:
 
 def _plan(
     device: torch.device,
+    model: str,
     formats: str,
     peers: bool,
     everything: bool,
@@ -147,6 +152,7 @@ def _plan(
     from ..benchmark.session import MAIN_SIZE, Plan
     from ..formats import FORMATS, get_format
     from ..models.calls import STEPS
+    from ..models.variant_calls import find_variant
 
     groups = ("base", "ours", "peer") if peers else ("base", "ours")
     wanted = [side.name for side in PROVIDERS.values() if side.group in groups and (peers or "compiled" not in side.name)]
@@ -159,26 +165,25 @@ def _plan(
         minutes=_MINUTES[device.type] if minutes is None and not everything else minutes,
         steps=step,
         denoise=len(FORMATS) if everything else 1,
+        model=find_variant(model)[1].slug,
     )
 
 
 def _verdict(measured: Found, plan: Plan) -> list[str]:
     from ..benchmark.session import MAIN_SIZE
-    from ..benchmark.shapes import size_name
     from ..benchmark.verdict import verdict
 
     steps = [row for row in measured.steps if row["size"] == MAIN_SIZE or row["what"] == "embedded step"]
-    return verdict(measured.whole(size_name(MAIN_SIZE, plan.scale)), steps)
+    return verdict(measured.whole(plan.size_name(MAIN_SIZE)), steps)
 
 
 def _print(console: Console, measured: Found, plan: Plan, lines: list[str]) -> None:
     from ..benchmark.linears import summary
     from ..benchmark.record import origin_text
-    from ..benchmark.shapes import size_name
     from ..benchmark.verdict import step_verdict
 
     console.print(origin_text(measured.origin), soft_wrap=True)
-    console.print(summary([row for size in plan.sizes for row in measured.whole(size_name(size, plan.scale))]), soft_wrap=True)
+    console.print(summary([row for size in plan.sizes for row in measured.whole(plan.size_name(size))]), soft_wrap=True)
     for row in (row for row in measured.steps if row["p50_ms"]):
         time = f"{float(row['p50_ms']):10.1f} ms"
         console.print(f"{row['format']:8} {row['provider']:30} {time} {row['what']}, {row['size']}", soft_wrap=True)

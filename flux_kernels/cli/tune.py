@@ -23,13 +23,16 @@ def tune(
     width: Width = 1024,
     height: Height = 1024,
     batch: Batch = 1,
+    model: Annotated[
+        str, typer.Option(help="Whose calls: flux1-dev, flux2-klein-4b, z-image-turbo, ... An unknown name lists all.")
+    ] = "flux1-dev",
     minutes: Annotated[float, typer.Option(help="Begin no new call after this time; a second run goes on.")] = 10.0,
     processes: Annotated[int, typer.Option(help="Processes that compile (each takes some 0.5 GB on the GPU).")] = 2,
     dtype: Annotated[str, one_of(DTYPES, "Of the activations: {}.")] = "bfloat16",
     again: Annotated[bool, typer.Option("--again", help="Measure anew what is up to date.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record's path and rows as JSON.")] = False,
 ) -> None:
-    """Measure which kernel and tile is fastest for each call of a FLUX.1 step on this card.
+    """Measure which kernel and tile is fastest for each call of a model's step on this card.
 
     Without it a table of defaults is used; with it the measured choice, from then on and in every program. The result is one
     file per card (flux-kernels doctor shows where); contribute it, so that others with this card need not measure.
@@ -38,6 +41,7 @@ def tune(
 
       flux-kernels tune
       flux-kernels tune --formats Q4_K --compute exact --minutes 3
+      flux-kernels tune --model z-image-turbo
       flux-kernels tune --width 1360 --height 768
     """
     from ..backends import BACKENDS, check_names, resolve
@@ -45,8 +49,9 @@ def tune(
     from ..formats import get_format
     from ..machine.tune import tune
     from ..machine.tune_jobs import step_jobs
-    from ..models.calls import step_calls
+    from ..models.variant_calls import find_variant, variant_calls
 
+    find_variant(model)
     device = own_device()
     names, modes = [get_format(name).name for name in comma_separated(formats)], comma_separated(computes)
     for mode in modes:
@@ -59,7 +64,7 @@ def tune(
     for mode in modes:
         # Says why where this card refuses a mode that was asked for.
         resolve("triton", mode, device, get_format(names[0]))
-    jobs = step_jobs(step_calls(width, height, batch), modes, names)
+    jobs = step_jobs(variant_calls(model, width=width, height=height, batch=batch), modes, names)
     console = Console(highlight=False, stderr=as_json)
     rows = []
     with progress(console, MofNCompleteColumn()) as bar:

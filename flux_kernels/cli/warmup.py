@@ -34,9 +34,9 @@ def warmup(
       flux-kernels warmup --gguf flux1-dev-Q4_K_S.gguf --compute int8
     """
     from ..machine.warmup import warmup
-    from ..models import load_flux
+    from ..models import load_transformer
 
-    model = load_flux(gguf, dtype=DTYPES[dtype], compute=compute)
+    model = load_transformer(gguf, dtype=DTYPES[dtype], compute=compute)
     console = Console(highlight=False, stderr=as_json)
     with progress(console, MofNCompleteColumn()) as bar:
         task = bar.add_task("compiling", total=None)

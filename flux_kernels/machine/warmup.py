@@ -19,7 +19,8 @@ from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..kernels.choice import Choice, choose
 from ..layers.linear import GGUFLinear
-from ..models.calls import TEXT, image_tokens
+from ..models.architectures.flux1 import FLUX1
+from ..models.model_class import architecture_of_model
 from .random_rows import random_rows
 
 
@@ -57,7 +58,7 @@ def warmup(
     sizes: Iterable[tuple[int, int]] = ((1024, 1024),),
     *,
     batch: int = 1,
-    text_tokens: int = TEXT,
+    text_tokens: int | None = None,
     rows: Iterable[int] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -71,8 +72,8 @@ def warmup(
         model: a swapped model.
         sizes: (width, height) of the pictures to come, in pixels.
         batch: pictures at once (2 with true classifier-free guidance).
-        text_tokens: of the prompt, the pipeline's max_sequence_length.
-        rows: M of the calls, where the model is not a Flux; overrides sizes, batch and text_tokens.
+        text_tokens: of the prompt, the pipeline's max_sequence_length; None takes the most that the model's makers use.
+        rows: M of the calls; overrides sizes, batch and text_tokens. Needed where the model is none that flux_kernels loads.
         dtype: of the activations; by default each layer's `compute_dtype`.
         device: to compile for; by default the accelerator that the layers are on or may be moved to.
         on_compiled: called with (done, total, what was compiled) after each.
@@ -88,7 +89,7 @@ def warmup(
     if not layers:
         raise ValueError("The model has no packed layers to warm up. Call flux_kernels.swap_linear(model) or load_flux first.")
     target = _target(layers) if device is None else torch.device(device)
-    counts = sorted(set(_rows(sizes, batch, text_tokens) if rows is None else rows))
+    counts = sorted(set(_rows(model, sizes, batch, text_tokens) if rows is None else rows))
     wanted = [signature for signature in _signatures(layers, counts, dtype) if _runs_triton(signature, target)]
     done = []
     for signature in wanted:
@@ -102,12 +103,19 @@ def _target(layers: list[GGUFLinear]) -> torch.device:
     return execution_devices(layers[0].qweight.device)[-1]
 
 
-def _rows(sizes: Iterable[tuple[int, int]], batch: int, text_tokens: int) -> set[int]:
-    """Return the M of a Flux's calls: modulation, text, image, and both together."""
-    counts = {batch, batch * text_tokens}
+def _rows(model: nn.Module, sizes: Iterable[tuple[int, int]], batch: int, text_tokens: int | None) -> set[int]:
+    """Return the M of a transformer's calls: modulation, text, image, and both together.
+
+    Other models count as a FLUX.1.
+    """
+    known = architecture_of_model(model)
+    architecture = known or FLUX1
+    usual = architecture.settings(model.config if known else {})  # type: ignore[arg-type]
+    text = batch * (text_tokens or architecture.text_tokens)
+    counts = {batch, text}
     for width, height in sizes:
-        image = batch * image_tokens(width, height)
-        counts |= {image, image + batch * text_tokens}
+        image = batch * architecture.picture_tokens(usual, width, height)
+        counts |= {image, image + text}
     return counts
 
 

@@ -116,8 +116,8 @@ class Architecture:
         flags: name of a tensor without weights -> the config value that is True where a file holds it.
         original: what the original naming is called.
         patch: pixels of a side that become a token.
-        tokens: fnmatch pattern of layers in the blocks (diffusers' names, "*" for the block) -> what reaches them: "text", "both"
-            or "batch" (a row a picture); the first that matches counts, and others get the picture's tokens.
+        tokens: fnmatch pattern of layers in the blocks (diffusers' names, "*" for the block) -> what reaches them: "text", "both",
+            "batch" (a row a picture), or a multiple such as "text*12"; the first that matches counts, and others get the picture's tokens.
     """
 
     name: str

@@ -106,7 +106,7 @@ def _stored_type(model: nn.Module, architecture: Architecture, name: str, shape:
     if kind in PLAIN_TYPES and (len(shape) < 2 or re.fullmatch(architecture.precise, architecture.original_of(name))):
         return _EXACT
     original = architecture.original_of(name)
-    if kind == "BF16" and (original in architecture.never_bf16 or re.fullmatch(architecture.undecoded, original)):
+    if kind == "BF16" and (name in architecture.never_bf16 or re.fullmatch(architecture.undecoded, original)):
         return _EXACT
     return kind
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -12,10 +11,11 @@ from torch import nn
 from ..errors import FormatError
 from .architecture import Architecture, Variant
 from .architectures import ARCHITECTURES
-from .calls import Call
+from .calls import Call, step_calls
 from .model_class import empty_model
 from .names import block_of, tensor_class
 
+MAIN_MODEL = "flux1-dev"
 VARIANTS: dict[str, tuple[Architecture, Variant]] = {
     variant.slug: (row, variant) for row in reversed(ARCHITECTURES) for variant in row.variants
 }
@@ -33,7 +33,18 @@ def find_variant(slug: str) -> tuple[Architecture, Variant]:
 
 
 def variant_calls(slug: str, *, width: int | None = None, height: int | None = None, batch: int = 1) -> list[Call]:
-    """List the calls inside the blocks of a published model for one step.
+    """List the calls inside the blocks of a published model for one step, as `derived_calls`.
+
+    FLUX.1-dev's are `step_calls`, which need no diffusers.
+    """
+    if slug != MAIN_MODEL:
+        return derived_calls(slug, width=width, height=height, batch=batch)
+    usual = find_variant(slug)[1].size
+    return step_calls(width or usual[0], height or usual[1], batch)
+
+
+def derived_calls(slug: str, *, width: int | None = None, height: int | None = None, batch: int = 1) -> list[Call]:
+    """List the calls inside the blocks of a published model for one step, from its layers' shapes.
 
     Layers that share a shape and the rows that reach them are one entry, the most work first.
 
@@ -53,7 +64,8 @@ def variant_calls(slug: str, *, width: int | None = None, height: int | None = N
     rows[BOTH] = rows[IMAGE] + rows[TEXT]
     calls: dict[tuple[int, int, int], tuple[list[str], int]] = {}
     for (layer, n, k), count in _layers(slug).items():
-        key = (rows[reaching(architecture.tokens, layer)], n, k)
+        kind, _, times = reaching(architecture.tokens, layer).partition("*")
+        key = (rows[kind] * int(times or 1), n, k)
         names, counted = calls.get(key, ([], 0))
         calls[key] = ([*names, layer], counted + count)
     listed = [Call(*key, count, _where(names)) for key, (names, count) in calls.items()]
@@ -61,7 +73,10 @@ def variant_calls(slug: str, *, width: int | None = None, height: int | None = N
 
 
 def reaching(tokens: Mapping[str, str], layer: str) -> str:
-    """Return what reaches a layer: IMAGE, TEXT, BOTH or BATCH, by the first pattern that its name matches."""
+    """Return what reaches a layer: IMAGE, TEXT, BOTH or BATCH, or a multiple such as "text*12".
+
+    The first pattern that its name matches counts.
+    """
     return next((kind for pattern, kind in tokens.items() if fnmatchcase(layer, pattern)), IMAGE)
 
 
@@ -78,6 +93,6 @@ def _layers(slug: str) -> dict[tuple[str, int, int], int]:
 
 
 def _where(names: list[str]) -> str:
-    """Name layers in words: "single: attn.to_q, to_k, to_v"."""
-    short = [re.sub(r"^(\w+?)(_?transformer)?_blocks\.\*\.|^\w+\.\*\.", "", name) for name in names]
-    return ", ".join(dict.fromkeys(short))
+    """Name layers in words: "single: attn.to_q, attn.to_k, attn.to_v"."""
+    lists = {name.split(".*.")[0].split(".")[-1].replace("_transformer", "").removesuffix("_blocks") for name in names}
+    return f"{' and '.join(sorted(lists))}: {', '.join(dict.fromkeys(name.split('.*.')[1] for name in names))}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -27,9 +29,12 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 RANK = 4
 
 
+_ACTIVATIONS = re.compile(r"hidden_states|projections$|^x$|^cap_feats$")
+
+
 def half_inputs(inputs: dict, dtype: torch.dtype) -> dict:
     """Give activations the model's dtype, as pipelines do; positions and times stay."""
-    return {name: _cast(value, dtype) if "hidden_states" in name else value for name, value in inputs.items()}
+    return {name: _cast(value, dtype) if _ACTIVATIONS.search(name) else value for name, value in inputs.items()}
 
 
 def _cast(value, dtype):

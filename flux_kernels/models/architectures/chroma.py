@@ -9,7 +9,7 @@ from typing import Any
 
 from ..architecture import Architecture, Link, Variant, norm
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM
+from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS
 from .flux1 import default_rope
 
 _APPROXIMATOR = "distilled_guidance_layer"
@@ -70,4 +70,5 @@ CHROMA = Architecture(
     # cannot hold, so that it stays plain in theirs too.
     plain=("img_in.", "txt_in.", "final_layer.", f"{_APPROXIMATOR}.in_proj."),
     original="bfl",
+    tokens=TOKENS,
 )

@@ -97,4 +97,6 @@ KREA2 = Architecture(
     precise=r"last\.modulation\.lin",
     # A picture of 6144 x 6144 that packers hid in the published files, under the names of two matrices.
     unused=r"last\.(up|down)\.weight",
+    # The encoder's hidden states of 12 layers, fused into one.
+    tokens={"text_fusion.layerwise_blocks.*": "text*12", "text_fusion.*": "text", "*": "both"},
 )

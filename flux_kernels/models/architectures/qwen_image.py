@@ -80,4 +80,11 @@ QWEN_IMAGE = Architecture(
     # ComfyUI-GGUF's tools do not know this model. Of these, stable-diffusion.cpp leaves img_in and txt_in alone.
     plain=("img_in.", "txt_in.", "time_text_embed.", "norm_out.", "proj_out."),
     flags={_ZERO_TIME: "zero_cond_t"},
+    tokens={
+        "*.img_mod.*": "batch",
+        "*.txt_mod.*": "batch",
+        "*.attn.add_*_proj": "text",
+        "*.attn.to_add_out": "text",
+        "*.txt_mlp.*": "text",
+    },
 )

@@ -126,4 +126,10 @@ SD3 = Architecture(
     plain=("x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "final_layer."),
     # ComfyUI adds it to the tokens as it lies.
     undecoded="pos_embed",
+    tokens={
+        "*.norm1*.linear": "batch",
+        "*.attn.add_*_proj": "text",
+        "*.attn.to_add_out": "text",
+        "*.ff_context.*": "text",
+    },
 )

@@ -127,4 +127,6 @@ WAN = Architecture(
     plain=("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "img_emb.", "head."),
     # ComfyUI decodes none of them: the tables are no layer's weight, and its convolution is not GGUF's.
     precise=r"(.*\.)?(modulation|emb_pos)|patch_embedding\.weight",
+    # Also of the picture that a video begins with, whose 257 tokens stand for text here.
+    tokens={"*.attn2.to_[kv]": "text", "*.attn2.add_[kv]_proj": "text"},
 )

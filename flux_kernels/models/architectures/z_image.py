@@ -98,4 +98,5 @@ Z_IMAGE = Architecture(
     precise=r"(x|cap|siglip)_pad_token",
     # A norm that the makers' files hold and no forward uses.
     unused=r"norm_final\.weight",
+    tokens={"*adaLN_modulation*": "batch", "noise_refiner.*": "image", "context_refiner.*": "text", "*": "both"},
 )
