@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends import own_device, usable_device
 from ..errors import BackendUnavailable, FormatError, GGUFError
 from ..formats import FORMATS
-from ..gguf.conventions import KeyValues, written_shape
+from ..gguf.conventions import KeyValues, as_written, written_shape
 from ..gguf.file import planned_size, write_gguf
 from ..gguf.spec import shown_path
 from ..mixed.covariance import load_covariance
@@ -137,7 +137,7 @@ class Conversion:
                 factors.update(zip(correction_names(name), halves, strict=True))
                 return packed
             rows = make_tensor(tensor, self.choice.types[name], self.importance.get(name), work)
-            return rows.flatten(1) if written_shape(tensor.shape) != tensor.shape else rows
+            return as_written(rows)
 
         with threads(self.workers) as pool:
             work = Work(pool, self.device, self.engine, report)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from .spec import MAX_WRITTEN_DIMS
 
 # Before it a tensor's name: the shape of a tensor that its converter reshaped, as ComfyUI-GGUF reads it.
@@ -39,11 +41,17 @@ def architecture_of(metadata: Mapping[str, Any]) -> str | None:
 
 
 def written_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape in which a tensor is written: a matrix where it has too many dimensions.
+    """Return the shape in which a tensor is written, its first dimensions as one where it has too many.
 
-    The matrix has as many rows.
+    stable-diffusion.cpp stores the weight of a 3-D convolution so, and ComfyUI-GGUF reads the shape that a key-value gives it.
     """
-    return shape if len(shape) <= MAX_WRITTEN_DIMS else (shape[0], prod(shape[1:]))
+    merged = len(shape) - MAX_WRITTEN_DIMS + 1
+    return shape if merged <= 1 else (prod(shape[:merged]), *shape[merged:])
+
+
+def as_written(tensor: Tensor) -> Tensor:
+    """Return a tensor (packed rows or plain) in the shape in which it is written."""
+    return tensor if tensor.dim() <= MAX_WRITTEN_DIMS else tensor.flatten(0, tensor.dim() - MAX_WRITTEN_DIMS)
 
 
 def original_shape_keys(shapes: Mapping[str, tuple[int, ...]]) -> KeyValues:

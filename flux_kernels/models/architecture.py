@@ -61,6 +61,7 @@ class Variant:
         text_tokens: that a prompt is padded or cut to.
         size: (width, height) in pixels of a usual picture.
         latent_frames: of a usual video; 1 for pictures.
+        patch: pixels of a side that become a token, where that is not the architecture's.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Variant:
     text_tokens: int = 512
     size: tuple[int, int] = (1024, 1024)
     latent_frames: int = 1
+    patch: int | None = None
 
     @property
     def pipeline_arguments(self) -> dict[str, Any]:
@@ -171,7 +173,8 @@ class Architecture:
 
     def picture_tokens(self, usual: Variant, width: int | None = None, height: int | None = None) -> int:
         """Return the tokens of a picture (or of a video of the usual length), by default of the usual size in pixels."""
-        across, down = (width or usual.size[0]) // self.patch, (height or usual.size[1]) // self.patch
+        patch = usual.patch or self.patch
+        across, down = (width or usual.size[0]) // patch, (height or usual.size[1]) // patch
         return usual.latent_frames * across * down
 
     @property

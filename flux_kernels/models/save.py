@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import GGUFError
 from ..formats import PLAIN_TYPES
-from ..gguf.conventions import KeyValues, general_keys, original_shape_keys, written_shape
+from ..gguf.conventions import KeyValues, as_written, general_keys, original_shape_keys, written_shape
 from ..gguf.file import write_gguf
 from ..layers.linear import GGUFLinear
 from .architecture import DIFFUSERS, Architecture
@@ -123,7 +123,7 @@ def _assemble(model: nn.Module, kind: str, parts: Mapping[str, Source]) -> Tenso
             taken += stop - start
     rows = [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
     tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
-    tensor = tensor.flatten(1) if written_shape(tuple(tensor.shape)) != tuple(tensor.shape) else tensor
+    tensor = as_written(tensor)
     return tensor.to(PLAIN_TYPES[kind].dtype) if kind in PLAIN_TYPES else tensor
 
 

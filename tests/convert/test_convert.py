@@ -287,7 +287,7 @@ def test_other_models_are_converted_by_pattern(tmp_path):
     }
     assert file.metadata["general.architecture"] == "wan"
     assert file.metadata["comfy.gguf.orig_shape.patch.weight"] == [8, 4, 1, 2, 2]
-    assert torch.equal(file.tensors["patch.weight"].data, tensors["patch.weight"].flatten(1).bfloat16())
+    assert torch.equal(file.tensors["patch.weight"].data, tensors["patch.weight"].flatten(0, 1).bfloat16())
     notes = " ".join(conversion.notes)
     assert "Not recognised, so nothing is checked" in notes
     assert "1 matrices stay BF16, as their rows are not whole blocks: layers.0.narrow.weight" in notes

@@ -116,8 +116,8 @@ SD3 = Architecture(
     ),
     read_config=_config,
     untold={"sample_size": 128},
-    # Files of large and large-turbo have the same tensors; turbo takes 4 steps and a guidance of 0. Steps and guidance are
-    # those of the model cards; a prompt is 77 tokens of CLIP and 256 of T5.
+    # Files of large and large-turbo have the same tensors; turbo takes 4 steps and a guidance of 0. Steps and guidance were
+    # not compared with the model cards; a prompt is 77 tokens of CLIP and 256 of T5.
     variants=(
         Variant("SD3.5-large", _sizes(38, 38, "rms_norm", 192), steps=28, guidance=3.5, text_tokens=333),
         Variant("SD3.5-medium", _sizes(24, 24, "rms_norm", 384, _DUAL), steps=40, guidance=4.5, text_tokens=333),

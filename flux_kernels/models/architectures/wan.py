@@ -113,13 +113,23 @@ WAN = Architecture(
         "rope_max_seq_len": 1024,
     },
     # Files of 2.1 T2V 14B and of both experts of 2.2 T2V A14B (high and low noise) have the same tensors. Steps, guidance and
-    # size are those of the model cards and of Wan2.2's wan/configs; the low-noise expert of T2V takes a guidance of 3.
+    # size were not compared with the model cards; those of the pipelines are 50, 5 and 832 x 480.
     variants=(
-        Variant("Wan2.2-T2V-A14B", _sizes(40, 40, 13824, 16), steps=40, guidance=4.0, size=(1280, 720)),
-        Variant("Wan2.2-I2V-A14B", _sizes(40, 40, 13824, 36), steps=40, guidance=3.5, size=(1280, 720)),
-        Variant("Wan2.2-TI2V-5B", _sizes(30, 24, 14336, 48, out=48), steps=50, guidance=5.0, size=(1280, 704)),
-        Variant("Wan2.1-T2V-1.3B", _sizes(30, 12, 8960, 16), steps=50, guidance=5.0, size=(832, 480)),
-        Variant("Wan2.1-I2V-14B", _sizes(40, 40, 13824, 36, image=1280), steps=50, guidance=5.0, size=(832, 480)),
+        Variant("Wan2.2-T2V-A14B", _sizes(40, 40, 13824, 16), steps=40, guidance=4.0, size=(1280, 720), latent_frames=21),
+        Variant("Wan2.2-I2V-A14B", _sizes(40, 40, 13824, 36), steps=40, guidance=3.5, size=(1280, 720), latent_frames=21),
+        Variant(
+            "Wan2.2-TI2V-5B",
+            _sizes(30, 24, 14336, 48, out=48),
+            steps=50,
+            guidance=5.0,
+            size=(1280, 704),
+            latent_frames=31,
+            patch=32,
+        ),
+        Variant("Wan2.1-T2V-1.3B", _sizes(30, 12, 8960, 16), steps=50, guidance=5.0, size=(832, 480), latent_frames=21),
+        Variant(
+            "Wan2.1-I2V-14B", _sizes(40, 40, 13824, 36, image=1280), steps=50, guidance=5.0, size=(832, 480), latent_frames=21
+        ),
         Variant(
             "Wan2.1-FLF2V-14B", _sizes(40, 40, 13824, 36, image=1280, positions=514), steps=50, guidance=5.5, size=(1280, 720)
         ),

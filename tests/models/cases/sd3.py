@@ -81,7 +81,7 @@ SD3 = Case(
     convert=convert_sd3_transformer_checkpoint_to_diffusers,
     inputs=_inputs,
     # Tensors: 24 a block with norms, 20 without, 6 more with a second attention, 6 fewer in the last; 17 outside. Parameters:
-    # those of the paper and the model cards (8.06, 2.24 and 2.03 billion), and the table of positions, which they do not count.
+    # those that are quoted of them (8.06, 2.24 and 2.03 billion), and the table of positions, which they do not count.
     published={
         "SD3.5-large": _published(38 * 24 - 6 + 17, 8_060_000_000 + 192**2 * 2432, 2432, 64, 38, 0, 192),
         "SD3.5-medium": _published(24 * 24 + 13 * 6 - 6 + 17, 2_240_000_000 + 384**2 * 1536, 1536, 64, 24, 13, 384),

@@ -97,8 +97,8 @@ WAN = Case(
     config=_config(*_SMALL),
     convert=_convert,
     inputs=_inputs,
-    # Tensors: 27 a block, 5 more with pictures, and 15, 23 or 24 outside. Parameters: half the bytes of the 16-bit files that
-    # ComfyUI's makers repackaged (28.6, 32.8, 10.0 and 2.84 GB).
+    # Tensors: 27 a block, 5 more with pictures, and 15, 23 or 24 outside. Parameters: half the bytes that are
+    # quoted of 16-bit files (28.6, 32.8, 10.0 and 2.84 GB); none was at hand.
     published={
         "Wan2.2-T2V-A14B": _published(40 * 27 + 15, 14_290_000_000, 5120, 13824, 40, 16, 16),
         "Wan2.2-I2V-A14B": _published(40 * 27 + 15, 14_290_000_000, 5120, 13824, 40, 36, 16),
