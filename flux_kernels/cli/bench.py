@@ -52,7 +52,9 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows and verdict as JSON, for machines.")] = False,
 ) -> None:
-    """Time every linear call of a step of FLUX.1-dev or another model; of FLUX.1-dev, a step as a whole too.
+    """Time every linear call of a step of FLUX.1-dev or another model.
+
+    Of FLUX.1-dev, a step as a whole is timed too.
 
     Unquantized, diffusers' GGUF layers and this library are compared. A speed is shown only where the result is right,
     checked in the same run. Ends with what the numbers say, in plain words.

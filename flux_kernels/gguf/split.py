@@ -1,4 +1,4 @@
-"""Files that were split into parts, "model-00001-of-00003.gguf" and so on: any part stands for all of them.
+"""Files in parts, "model-00001-of-00003.gguf" and so on: any part stands for all of them.
 
 Source: llama.cpp's gguf-split: each part has the keys split.no, split.count and split.tensors.count, the first has all others.
 """

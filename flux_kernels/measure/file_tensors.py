@@ -14,7 +14,7 @@ from ..formats import Packed, get_format
 from ..mixed.low_rank_fit import corrected
 from ..mixed.option import Option
 from ..models.model_class import architecture_of_model, parameter_shapes
-from ..models.names import Source, sources
+from ..models.names import Source, sources, stored_shapes
 from ..models.types import BLOCK, tensor_kind
 from ..packing import quantize
 from ..torch_backend.reference import dequantize
@@ -59,8 +59,10 @@ def file_tensors(model: nn.Module) -> dict[str, FileTensor]:
         )
     shapes = parameter_shapes(model)
     grouped: dict[str, dict[str, Source]] = {}
-    for parameter, source in sources(architecture, shapes, architecture.main_naming).items():
-        if tensor_kind(source.tensor, shapes[parameter], architecture) == BLOCK:
+    located = sources(architecture, shapes, architecture.main_naming)
+    stored = stored_shapes(located, shapes)
+    for parameter, source in located.items():
+        if tensor_kind(source.tensor, stored[source.tensor], architecture) == BLOCK:
             grouped.setdefault(source.tensor, {})[parameter] = source
     tensors = {}
     for name, parts in grouped.items():

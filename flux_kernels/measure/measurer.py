@@ -89,6 +89,8 @@ class Measurer:
         # Hidden states of every batch where stage `_at` begins; nothing is kept before the first measurement.
         self._at, self._cache = self.stages.last + 1, list[Hidden]()
         with torch.inference_mode():
+            # The first time, a look at the whole model, which is not to be counted in the sums.
+            self.stages.embed(self._batches[0].inputs)
             self._reference(items, importance == "collect", covariance, on_batch)
 
     def _reference(self, items: Sequence[State], collect: bool, covariance: bool, on_batch: Callable[[int, int], None]) -> None:

@@ -71,6 +71,8 @@ class Stages:
             (name, block) for name in self._lists for block in model.get_submodule(name).children()
         ]
         self.last = len(self._blocks) + 1
+        # Lists of which every block gets what the one before gave, and all else unchanged; known once inputs were seen.
+        self._alike: set[str] | None = None
 
     def stage_of(self, module: str) -> int:
         """Return the stage that a module (or parameter) of the model belongs to; 0 for all outside the blocks."""
@@ -82,6 +84,8 @@ class Stages:
 
     def embed(self, inputs: Mapping[str, Any]) -> Hidden:
         """Run stage 0 on the transformer's keyword arguments."""
+        if self._alike is None:
+            self._alike = self._look(inputs)
         return self._taken_up(Hidden(inputs, None, {}), 1)
 
     def block(self, stage: int, hidden: Hidden) -> Hidden:
@@ -89,14 +93,11 @@ class Stages:
         name, block = self._blocks[stage - 1]
         given = block(*(hidden.arguments or ()), **hidden.named)
         outputs = {**hidden.outputs, name: given}
-        following = self._blocks[stage][0] if stage < len(self._blocks) else None
-        if following != name:
-            behind = Hidden(hidden.inputs, None, {}, outputs)
-            return behind if following is None else self._taken_up(behind, stage + 1)
-        arguments = _passed_on(hidden, given)
-        if arguments is None:
-            return self._taken_up(Hidden(hidden.inputs, None, {}, outputs), stage + 1)
-        return Hidden(hidden.inputs, *arguments, outputs)
+        behind = Hidden(hidden.inputs, None, {}, outputs)
+        if stage == len(self._blocks):
+            return behind
+        arguments = _passed_on(hidden, given) if self._blocks[stage][0] == name and name in (self._alike or ()) else None
+        return self._taken_up(behind, stage + 1) if arguments is None else Hidden(hidden.inputs, *arguments, outputs)
 
     def velocity(self, hidden: Hidden) -> Tensor:
         """Run the last stage; return the velocity, [batch, ...]."""
@@ -109,10 +110,36 @@ class Stages:
             try:
                 self.model(**hidden.inputs, return_dict=False)
             except _Reached as reached:
-                return Hidden(
-                    hidden.inputs, reached.arguments, reached.named, _light(hidden.outputs, self._blocks[stage - 1][0])
-                )
+                # In the last list, of those before only the shapes count: what they gave is in its arguments.
+                is_last = self._blocks[stage - 1][0] == self._blocks[-1][0]
+                last = {name: given for name, given in hidden.outputs.items() if name == self._blocks[-1][0]}
+                outputs = {**_light(hidden.outputs), **last} if is_last else hidden.outputs
+                return Hidden(hidden.inputs, reached.arguments, reached.named, outputs)
         raise FormatError(f"The forward pass of {type(self.model).__name__} does not reach its block of stage {stage}.")
+
+    def _look(self, inputs: Mapping[str, Any]) -> set[str]:
+        """Run the model once; return the lists of blocks between which only what a block gives changes."""
+        unlike: set[str] = set()
+        # List and identities of the arguments of the block before, which its frame keeps alive.
+        before: list[tuple[str, list[Any]]] = []
+
+        def look(name: str) -> Any:
+            def hook(_block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                changing = {"hidden_states", "encoder_hidden_states"}
+                kept = [*arguments[1:], *(value for key, value in named.items() if key not in changing)]
+                if before and before[0][0] == name and not _same(before[0][1], kept):
+                    unlike.add(name)
+                before[:] = [(name, kept)]
+
+            return hook
+
+        hooks = [block.register_forward_pre_hook(look(name), with_kwargs=True) for name, block in self._blocks]
+        try:
+            self.model(**inputs, return_dict=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name for name, _ in self._blocks} - unlike
 
     @contextmanager
     def _replaced(self, outputs: Mapping[str, Any], stage: int) -> Iterator[None]:
@@ -159,12 +186,17 @@ def _passed_on(hidden: Hidden, given: Any) -> tuple[tuple[Any, ...], dict[str, A
     return None
 
 
-def _light(outputs: Mapping[str, Any], current: str) -> dict[str, Any]:
-    """Return outputs with those of finished lists as zeros that take no memory: only their shapes count from now on."""
+def _same(some: list[Any], others: list[Any]) -> bool:
+    """Tell whether two lists hold the same objects, not equal ones."""
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+def _light(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return outputs as zeros of their shapes that take no memory."""
 
     def shape_of(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.new_zeros(()).expand(value.shape)
         return tuple(map(shape_of, value)) if isinstance(value, tuple) else value
 
-    return {name: value if name == current else shape_of(value) for name, value in outputs.items()}
+    return {name: shape_of(value) for name, value in outputs.items()}

@@ -66,7 +66,7 @@ class State:
 
     @property
     def runs_alone(self) -> bool:
-        """Whether its inputs cannot be joined with another state's: lists, other arguments, more than a picture."""
+        """Whether its inputs cannot be joined with those of another state."""
         return bool(self.others) or self.velocity.shape[0] != 1 or any("." in name for name in self.inputs)
 
     @property

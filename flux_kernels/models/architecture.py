@@ -172,7 +172,7 @@ class Architecture:
         return config["dim"] if "dim" in config else config[heads[0]] * config[heads[1]]
 
     def picture_tokens(self, usual: Variant, width: int | None = None, height: int | None = None) -> int:
-        """Return the tokens of a picture (or of a video of the usual length), by default of the usual size in pixels."""
+        """Return the tokens of a picture, or of a video of the usual length, of so many pixels."""
         patch = usual.patch or self.patch
         across, down = (width or usual.size[0]) // patch, (height or usual.size[1]) // patch
         return usual.latent_frames * across * down

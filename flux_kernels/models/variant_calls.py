@@ -1,4 +1,4 @@
-"""Every linear call of a step of any published model: its layers' shapes, with the rows that reach them."""
+"""Every linear call of a step of any published model: shapes of layers, rows that reach them."""
 
 from __future__ import annotations
 

@@ -284,6 +284,6 @@ def test_traceback_lets_the_error_through():
 
 
 def test_missing_package_names_the_command(monkeypatch, gguf_file):
-    monkeypatch.setitem(sys.modules, "diffusers.models.transformers.transformer_flux", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     result = invoke("inspect", gguf_file)
     assert result.exit_code == 1 and f"diffusers is not installed. Run: {install_command()}" in result.stderr

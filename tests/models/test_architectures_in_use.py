@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from flux_kernels import load_transformer
+from flux_kernels import FluxKernelsConfig, load_transformer
 from flux_kernels.cli import app
 from flux_kernels.convert.choose_types import Request
 from flux_kernels.convert.convert import prepare
@@ -201,3 +201,17 @@ def test_inspect_names_the_model(tmp_path, case):
     result = CliRunner().invoke(app, ["inspect", str(write(case, tmp_path / "small.gguf"))])
     assert result.exit_code == 0, result.output
     assert case.name in result.output
+
+
+@all_cases
+def test_diffusers_quantizes_it_while_it_loads(tmp_path, case):
+    """FluxKernelsConfig, then save_pretrained and back, bit for bit."""
+    plain = oracle(case, small_file(case.name))
+    plain.save_pretrained(tmp_path / "plain")
+    config = FluxKernelsConfig(format={name: "Q8_0" for name in block_linears(case, loaded(case, tmp_path))})
+    model = type(plain).from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32)
+    assert len(packed(model)) == len(config.format)
+    model.save_pretrained(tmp_path / "packed")
+    again = type(plain).from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert packed(again) == packed(model)
+    torch.testing.assert_close(run(again, case), run(model, case), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The linear calls of a step of any model: what reaches a layer, and FLUX.1-dev's as they were typed by hand."""
+"""The linear calls of any model: what reaches a layer, and FLUX.1-dev's as typed by hand."""
 
 from __future__ import annotations
 
