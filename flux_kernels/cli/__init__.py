@@ -50,7 +50,7 @@ def main(
     ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,
 ) -> None:
-    """GGUF-quantized FLUX.1 in diffusers: draw with it, look into it."""
+    """GGUF-quantized Flux and its relatives in diffusers: draw with it, look into it."""
     go_offline_quietly()
 
 

@@ -27,7 +27,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, for machines.")] = False,
 ) -> None:
-    """Show what a GGUF file holds: a FLUX.1 transformer, or the T5 encoder of its pipeline.
+    """Show what a GGUF file holds: a transformer, or the T5 encoder of a FLUX.1 pipeline.
 
     That is its variant, layout, types, bits per weight and which card it fits, or why it is refused.
 

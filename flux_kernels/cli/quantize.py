@@ -55,7 +55,7 @@ def quantize(
     full_hash: Annotated[bool, typer.Option("--full-hash", help="Hash the whole source: reads it twice.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, for machines.")] = False,
 ) -> None:
-    """Make a GGUF file of one type, of a known layout, or of a plan, from a 16-bit FLUX.1.
+    """Make a GGUF file of one type, of a known layout, or of a plan, from a 16-bit model.
 
     The source is safetensors in 32, 16 or 8 bit (fp8), one file or shards, under BFL's names or diffusers', or a GGUF file. The
     layouts are those of published files: "new" (community files), "old" and "legacy" (city96, August 2024); sizes agree to the

@@ -87,7 +87,7 @@ class Variant:
     @property
     def slug(self) -> str:
         """The name for options and file names, such as "flux1-schnell"."""
-        return self.name.lower().replace(".", "").replace(" ", "-")
+        return re.sub(r"(?<=[a-z])\.", "", self.name.lower()).replace(" ", "-")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +114,7 @@ class Architecture:
         precise: regular expression of original names that are F32 in every layout, since readers decode nothing there.
         never_bf16: original names of matrices that readers take for something else in BF16.
         undecoded: regular expression of original names of tensors that readers take as they lie: F16 where a layout has BF16.
+        unlike: regular expression of names that only relatives have, where the mark is theirs too.
         unused: regular expression of names that files hold and the model has no use for.
         flags: name of a tensor without weights -> the config value that is True where a file holds it.
         original: what the original naming is called.
@@ -196,7 +197,9 @@ class Architecture:
         if self.describe is not None:
             return self.describe(config)
         known = self.variant(config)
-        return known.name if known else f"{self.name} architecture with {config['num_layers']} blocks"
+        counts = (config.get(name) for name in ("num_layers", "n_layers"))
+        blocks = next((f" with {count} blocks" for count in counts if count is not None), "")
+        return known.name if known else f"{self.name} architecture{blocks}"
 
     def original_of(self, name: str) -> str:
         """Return the original name of a tensor that has diffusers' name; any other name comes back as it is."""

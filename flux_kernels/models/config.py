@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GGUFError
+from ..gguf.spec import shown
 from .architecture import Architecture
 from .model_class import config_names
 from .stored_shapes import Shapes
@@ -44,7 +45,9 @@ def infer_config(
     inferred |= _override(architecture, config)
     for name, default in architecture.untold.items():
         if inferred.get(name) is None:
-            inferred[name] = default(inferred) if callable(default) else default
+            inferred[name] = _usual(architecture, inferred, default)
+        else:
+            _check_untold(name, inferred[name], default)
     # A config from JSON has lists where model classes take tuples.
     return {name: tuple(value) if isinstance(value, list) else value for name, value in inferred.items()}
 
@@ -63,6 +66,7 @@ def _written(architecture: Architecture, metadata: Mapping[str, Any], inferred: 
     for name, value in values.items():
         if name in _ROPE and (not isinstance(value, list) or not all(isinstance(axis, int) for axis in value)):
             raise GGUFError(f"{name} in the key {CONFIG_KEY!r} is no list of integers. Remove the key from the file.")
+        _check_untold(name, value, architecture.untold[name], f" in the key {CONFIG_KEY!r}")
     return {name: value for name, value in values.items() if name not in _ROPE or sum(value) == _head_dim(inferred)}
 
 
@@ -72,6 +76,45 @@ _ROPE = ("axes_dims_rope", "axes_dims")
 
 def _head_dim(inferred: Mapping[str, Any]) -> int:
     return inferred["attention_head_dim"] if "attention_head_dim" in inferred else inferred["dim"] // inferred["n_heads"]
+
+
+# Above any model's: wrong by far, or made to take all memory.
+_MOST = 2**16
+
+
+def _usual(architecture: Architecture, inferred: Mapping[str, Any], default: Any) -> Any:
+    """Return the default of a value that no tensor shows."""
+    try:
+        return default(inferred) if callable(default) else default
+    except (TypeError, ZeroDivisionError) as error:
+        raise GGUFError(f"The config given for {architecture.name} does not hold together ({error}).") from None
+
+
+def _check_untold(name: str, value: Any, default: Any, where: str = "") -> None:
+    """Raise GGUFError where a value that no tensor shows is none that a model can have."""
+    if name in _ROPE:
+        legal = "positive even numbers"
+        right = (
+            isinstance(value, list | tuple) and 0 < len(value) < 8 and all(_is_size(axis) and axis % 2 == 0 for axis in value)
+        )
+    elif isinstance(default, bool):
+        legal, right = "true or false", isinstance(value, bool)
+    elif isinstance(default, float):
+        legal = "a positive number"
+        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+    elif isinstance(default, tuple | list):
+        legal = f"{len(default)} positive integers up to {_MOST}"
+        right = isinstance(value, list | tuple) and len(value) == len(default) and all(map(_is_size, value))
+    elif isinstance(default, str):
+        legal, right = repr(default), value == default
+    else:
+        legal, right = f"a positive integer up to {_MOST}", _is_size(value)
+    if not right:
+        raise GGUFError(f"{name}{where} is {shown(str(value))}; legal are {legal}, as in the models that were published.")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST
 
 
 def _override(architecture: Architecture, config: object | None) -> dict[str, Any]:
@@ -97,4 +140,7 @@ def _read_config(path: Path) -> Any:
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise GGUFError(f"No config.json at {path}. Pass the file, or a directory that holds it (or transformer/config.json).")
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GGUFError(f"{file} is no JSON ({error}). Get it again, or leave config out.") from None

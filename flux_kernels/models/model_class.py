@@ -14,6 +14,9 @@ from ..errors import GGUFError
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
 
+# What a class of diffusers raises for a config that does not hold together.
+_REFUSALS = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, ZeroDivisionError, OverflowError)
+
 
 def model_class(architecture: Architecture) -> Any:
     """Return diffusers' class of an architecture.
@@ -54,9 +57,8 @@ def config_names(architecture: Architecture) -> tuple[str, ...]:
 
 def empty_model(architecture: Architecture, config: Mapping[str, Any]) -> Any:
     """Build a model on the meta device: its names and shapes, for any config, without memory."""
-    known = model_class(architecture)
     with torch.device("meta"):
-        return known(**config)
+        return _built(architecture, config)
 
 
 def unfilled_model(architecture: Architecture, config: Mapping[str, Any]) -> Any:
@@ -66,9 +68,19 @@ def unfilled_model(architecture: Architecture, config: Mapping[str, Any]) -> Any
     """
     from accelerate import init_empty_weights
 
-    known = model_class(architecture)
     with init_empty_weights(include_buffers=False):
+        return _built(architecture, config)
+
+
+def _built(architecture: Architecture, config: Mapping[str, Any]) -> Any:
+    known = model_class(architecture)
+    try:
         return known(**config)
+    except _REFUSALS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GGUFError(
+            f"{architecture.model_class} cannot be built with this config: {reason}. It is damaged, or wrongly given."
+        ) from error
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

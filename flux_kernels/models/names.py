@@ -16,7 +16,7 @@ from .architectures import ARCHITECTURES
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 _KINDS = sorted({kind for row in ARCHITECTURES for pair in row.blocks for kind in pair}, key=len, reverse=True)
-_BLOCK = re.compile(rf"^({'|'.join(map(re.escape, _KINDS))})\.(\d{{1,6}})\.")
+_BLOCK = re.compile(rf"^({'|'.join(map(re.escape, _KINDS))})\.([0-9]{{1,6}})\.")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ _TEXT_ENCODER = "It belongs to the pipeline's text encoder, not its transformer.
 _T5 = "Load it with flux_kernels.load_t5(path), or give it to `flux-kernels generate` as --t5."
 LORA = Mark(
     "a LoRA",
-    r".*(lora_[AB]\b|lora_(up|down)\b|hada_w[12]_|lokr_w[12]\b).*",
+    r".*(lora_[AB]\b|lora[_.](up|down)\b|hada_w[12]_|lokr_w[12]\b).*",
     "Load the base model, then pipeline.load_lora_weights(...).",
 )
 # First match wins: the finer marks stand before the coarser ones.
@@ -139,7 +139,7 @@ def _refusal(known: Architecture | None, names: Collection[str], stated: str | N
     if not names:
         return f"The file holds no tensors. {_LOADS}"
     some = "" if wanted == ARCHITECTURES else " or ".join(row.name for row in wanted)
-    instead = f", not {some}" if some else ", which it does not load"
+    instead = f", not {some}" if some else ", which flux_kernels does not load"
     if known is not None:
         advice = "Load it with flux_kernels.load_transformer(path)."
         return f"This is {known.name}{instead} (it holds {_shown_by(known.mark, names)!r}). {_LOADS} {advice}"

@@ -227,7 +227,7 @@ def _original_shape(key: str, sizes: Any, tensor: GGUFTensor) -> tuple[int, ...]
         GGUFError: where its bytes cannot have that shape.
     """
     row = tensor.block_format
-    integers = isinstance(sizes, list) and all(isinstance(size, int) for size in sizes)
+    integers = isinstance(sizes, list) and all(isinstance(size, int) and size >= 0 for size in sizes)
     if not integers or prod(sizes) != prod(tensor.shape) or not sizes or sizes[-1] % row.block_size:
         raise GGUFError(
             f"{key} says {sizes}, but the tensor is {row.name} of shape {list(tensor.shape)}: both must hold as many "
@@ -242,7 +242,7 @@ def check_tensors(architecture: Architecture, got: Shapes, expected: Shapes, wha
     if problems:
         raise GGUFError(
             f"{problems}. A {architecture.name} file with {_counted_blocks(architecture, expected)} holds exactly {len(expected)} "
-            f"tensors. {what} is incomplete, or its config must be passed as config=..."
+            f"tensors. {what} is incomplete, changed, or needs its config as config=..."
         )
 
 

@@ -11,6 +11,7 @@ from ..errors import GGUFError
 Shapes = Mapping[str, tuple[int, ...]]
 # Far above any model: they bound the time and the sizes that a hostile header can ask for.
 _MAX_WIDTH = 2**16
+_MAX_SIZE = 2**18
 _MAX_BLOCKS = 512
 
 
@@ -61,6 +62,10 @@ class StoredShapes:
             raise GGUFError(
                 f"{name!r} has shape {list(shape)}; {self.model} has {dims} dimension{'s' * (dims > 1)} there, none of them 0."
             )
+        if max(shape) > _MAX_SIZE:
+            raise GGUFError(
+                f"{name!r} has shape {list(shape)}; {self.model} has far less, and more than {_MAX_SIZE} is not read."
+            )
         return shape
 
     def heads(self, width: int, head_dim: int) -> int:
@@ -86,7 +91,7 @@ class StoredShapes:
             GGUFError: where indices are missing, or there are far too many.
         """
         kinds = next((pair for pair in self.kinds if pair[1] == kind), (kind, kind))
-        index = re.compile(rf"({'|'.join(map(re.escape, kinds))})\.(\d{{1,6}})\.")
+        index = re.compile(rf"({'|'.join(map(re.escape, kinds))})\.([0-9]{{1,6}})\.")
         matches = map(index.match, self.shapes)
         return self._counted({int(match[2]) for match in matches if match}, kinds[0])
 

@@ -152,7 +152,7 @@ def test_an_incomplete_model_names_what_is_missing(tmp_path, tensors):
 def test_another_model_is_said_to_be_one(tmp_path):
     save_file({"double_stream_blocks.0.block.ff_i.w1.weight": torch.ones(2, 2)}, tmp_path / "hidream.safetensors")
     model = understand_source(tmp_path / "hidream.safetensors")
-    assert model.config is None and "This is HiDream, which it does not load" in model.notes[0]
+    assert model.config is None and "This is HiDream, which flux_kernels does not load" in model.notes[0]
 
 
 def test_weights_that_are_integers_are_refused(tmp_path):

@@ -18,6 +18,7 @@ from flux_kernels.gguf.file import read_gguf
 
 from ..flux_files import FluxFile, random_tensor
 from .cases.qwen_image import QWEN_IMAGE
+from .test_architectures import ENGINE
 
 FLAG = "__index_timestep_zero__"
 ADDITION = "time_text_embed.addition_t_embedding.weight"
@@ -78,7 +79,7 @@ def test_the_mark_of_edit_2511_is_written(tmp_path, folder):
         config = {"_class_name": QWEN_IMAGE.model_class, **EDIT}
         (tmp_path / "config.json").write_text(json.dumps(config))
     source = tmp_path if folder else tmp_path / "diffusion_pytorch_model.safetensors"
-    prepare(source, Request(type="Q8_0"), provenance=False, device="cpu").write(tmp_path / "made.gguf")
+    prepare(source, Request(type="Q8_0"), provenance=False, device="cpu", engine=ENGINE).write(tmp_path / "made.gguf")
     made = read_gguf(tmp_path / "made.gguf")
     assert made.tensors.keys() == QWEN_IMAGE.shapes.keys() | {FLAG}
     assert load_transformer(tmp_path / "made.gguf").config.zero_cond_t

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import GGUFError
 from ..architecture import Architecture, Link, Variant, norm
 from ..stored_shapes import StoredShapes
 from ._flux_links import BLOCKS, TOKENS
@@ -54,6 +55,11 @@ def _config(stored: StoredShapes) -> dict[str, Any]:
 
 def _rope(config: dict[str, Any]) -> tuple[int, ...]:
     """Give each of the four axes a quarter of a head, (32, 32, 32, 32) of 128."""
+    if config["attention_head_dim"] % 8:
+        raise GGUFError(
+            f"The file has heads of {config['attention_head_dim']}; how they split into four rotary axes is not in the tensors, and equal "
+            "even axes need a multiple of 8. Pass config={'axes_dims_rope': (a, b, c, d)}."
+        )
     return (config["attention_head_dim"] // 4,) * 4
 
 
@@ -96,6 +102,8 @@ FLUX2 = Architecture(
     ),
     read_config=_config,
     untold={"axes_dims_rope": _rope, "rope_theta": 2000, "eps": 1e-6},
+    # ControlNets.
+    unlike=r"(controlnet_|control_).*",
     # Files of the distilled klein models and of their bases have the same tensors; the bases take 50 steps and a guidance of 4.
     variants=(
         Variant("FLUX.2-dev", _sizes(8, 48, 48, 15360, True), steps=50, guidance=4.0),
