@@ -163,7 +163,7 @@ def _joined(path: str, parts: list[GGUFFile]) -> GGUFFile:
             if name in tensors:
                 raise GGUFError(f"{shown_path(path)}: {name!r} is in two parts, {tensors[name].path} and {part.path}.")
             tensors[name] = tensor
-    check_parts(path, parts[0].metadata, len(tensors))
+    check_parts(path, [part.metadata for part in parts], len(tensors))
     first, size, paths = parts[0], sum(part.size for part in parts), tuple(part.path for part in parts)
     return replace(first, path=path, tensors=tensors, size=size, parts=paths)
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import GGUFError
 from .spec import shown_path
 
-_COUNT, _TENSORS = "split.count", "split.tensors.count"
+_COUNT, _NUMBER, _TENSORS = "split.count", "split.no", "split.tensors.count"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 # llama.cpp numbers with five digits; far fewer are of use.
 _MOST_PARTS = 1000
@@ -26,7 +26,9 @@ def part_paths(path: str, metadata: Mapping[str, Any]) -> list[str]:
         GGUFError: where a part is not there, or the name does not say where the others are.
     """
     count = metadata.get(_COUNT, 1)
-    if not isinstance(count, int) or count <= 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise GGUFError(f"{shown_path(path)}: the key {_COUNT!r} is {count!r}; legal is a number of parts. Get the file again.")
+    if count <= 1:
         return [path]
     match = _PART.search(path)
     if match is None or int(match[2]) != count or count > _MOST_PARTS:
@@ -46,9 +48,21 @@ def part_paths(path: str, metadata: Mapping[str, Any]) -> list[str]:
     return paths
 
 
-def check_parts(path: str, metadata: Mapping[str, Any], tensors: int) -> None:
-    """Raise GGUFError where the parts hold another number of tensors than they say."""
-    stated = metadata.get(_TENSORS, tensors)
+def check_parts(path: str, parts: Sequence[Mapping[str, Any]], tensors: int) -> None:
+    """Raise GGUFError where parts are not of one file, or hold another number of tensors than they say.
+
+    Args:
+        path: that was given.
+        parts: the key-values of each part, in order.
+        tensors: that they hold together.
+    """
+    for number, metadata in enumerate(parts):
+        if (metadata.get(_COUNT), metadata.get(_NUMBER, number)) != (len(parts), number):
+            raise GGUFError(
+                f"{shown_path(path)}: the keys of part {number + 1} of {len(parts)} say {metadata.get(_COUNT)} parts and number "
+                f"{metadata.get(_NUMBER)}. It is a part of another file."
+            )
+    stated = parts[0].get(_TENSORS, tensors)
     if stated != tensors:
         raise GGUFError(
             f"{shown_path(path)}: its parts hold {tensors} tensors, their keys say {stated}. They are not of one model."

@@ -184,8 +184,8 @@ class Architecture:
         return max(variant.text_tokens for variant in self.variants)
 
     def settings(self, config: Mapping[str, Any]) -> Variant:
-        """Return the variant whose settings a model takes: its own, or the first."""
-        return self.variant(config) or self.variants[0]
+        """Return the variant whose settings a model takes: its own, or that which most of its values fit."""
+        return min(self.variants, key=lambda row: sum(config.get(name) != value for name, value in row.config.items()))
 
     def variant(self, config: Mapping[str, Any]) -> Variant | None:
         """Return the published model whose values a config has, or None."""

@@ -61,6 +61,40 @@ def test_hostile_counts_are_refused_fast(tmp_path):
             read_gguf(write_parts(folder, stated=stated)[0])
 
 
+def test_a_part_of_another_file_is_refused(tmp_path):
+    """Its name fits, its keys do not: another count, another number, or none."""
+    for folder, change in (("count", dict(count=4)), ("number", None)):
+        (tmp_path / folder).mkdir()
+        paths = write_parts(tmp_path / folder)
+        if change:
+            (tmp_path / "four").mkdir()
+            write_parts(tmp_path / "four", **change)[1].replace(paths[1])
+        else:
+            third = paths[2].read_bytes()
+            paths[1].replace(paths[2])
+            paths[1].write_bytes(third)
+        with pytest.raises(GGUFError, match=r"the keys of part 2 of 3 say . parts and number .\. It is a part of another file"):
+            read_gguf(paths[0])
+
+
+@pytest.mark.parametrize("count", ["three", -1, True])
+def test_a_count_that_is_no_number_of_parts_is_refused(tmp_path, count):
+    writer = gguf.GGUFWriter(None, "flux")
+    writer.add_key_value(
+        "split.count",
+        count,
+        {str: gguf.GGUFValueType.STRING, bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.INT32}[type(count)],
+    )
+    writer.add_tensor("t", np.zeros(4, np.float32))
+    path = tmp_path / "x-00001-of-00003.gguf"
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(GGUFError, match="'split.count' is .*; legal is a number of parts"):
+        read_gguf(path)
+
+
 def test_parts_of_two_models_are_refused(tmp_path):
     paths = write_parts(tmp_path, tensors_stated=5)
     with pytest.raises(GGUFError, match="hold 3 tensors, their keys say 5"):

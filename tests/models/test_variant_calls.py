@@ -85,3 +85,16 @@ def test_one_mode_for_a_whole_model_leaves_out_what_reaches_every_token(case):
             layer = tensor_class(f"{name}.").rstrip(".")
             inside = block is not None and reaching(row.tokens, layer) != BATCH
             assert compute_of_layer("int8", [name]) == ("int8" if inside else "exact"), name
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "variant"),
+    [
+        ("Qwen-Image", {"num_layers": 20}, "Qwen-Image"),
+        ("FLUX.2", {"num_layers": 3, "guidance_embeds": False, "num_attention_heads": 32}, "FLUX.2-klein-9B"),
+        ("FLUX.1", {"num_layers": 8, "guidance_embeds": False}, "FLUX.1-schnell"),
+    ],
+)
+def test_a_model_of_another_size_takes_the_settings_that_fit_best(name, changed, variant):
+    published = next(row for row in ROWS[name].variants if row.name == variant)
+    assert ROWS[name].settings({**published.config, **changed}).name == variant
