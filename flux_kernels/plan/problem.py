@@ -102,7 +102,7 @@ def make_problem(
     full = next((row.option for row in table.rows if row.option in _SIXTEEN), _SIXTEEN[0])
     # 16 bit as in the source: no weight is rounded.
     plain = {name: full if option in _SIXTEEN else option for name, option in layout.types.items()}
-    layout = FileLayout(layout.shapes, {**plain, **kept}, layout.model)
+    layout = FileLayout(layout.shapes, {**plain, **kept}, layout.model, layout.architecture)
     about = {"model": layout.model, "metric": metric, "importance": table.importance, **constraints.described()}
     return Problem(layout, costs, tied(list(costs), constraints), about, costs_sha256)
 

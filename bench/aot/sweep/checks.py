@@ -17,7 +17,7 @@ from torch import Tensor
 from flux_kernels import kernels
 from flux_kernels.compute import PROMOTE_K, group_width
 from flux_kernels.kernels import exact, int8
-from flux_kernels.kernels.choice import Choice, tile_of
+from flux_kernels.kernels.choice import Choice, choose, tile_of
 from flux_kernels.kernels.tiles import codes_serve, int8_tile, split_k_tile
 from flux_kernels.torch_backend import low_precision
 
@@ -70,7 +70,7 @@ def _dequantize(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
     return [_same("weights rounded once", card.allocations.check(y), inputs.weight.to(inputs.dtype))]
 
 
-def _exact(roundings: Callable[[Inputs], int], choice: Callable[[Case, Inputs], Choice | None]):
+def _exact(roundings: Callable[[Inputs], int], choice: Callable[[Case, Inputs], Choice]):
     def run(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
         y = torch.empty(inputs.x.shape[0], inputs.data.shape[0], dtype=inputs.dtype)
         operands = (inputs.x, inputs.packed, inputs.bias, y, inputs.branch)
@@ -102,8 +102,10 @@ def _small_m(case: Case, inputs: Inputs, card: AbsentCard) -> list[Check]:
     return [_no_worse("against rounded weights", card.allocations.check(y), rounded.to(inputs.dtype), expected, 1.0)]
 
 
-def _shipped(case: Case, inputs: Inputs) -> None:
-    return None
+def _shipped(case: Case, inputs: Inputs) -> Choice:
+    """Return what such a call launches."""
+    shape = (inputs.x.shape[0], inputs.data.shape[0], K)
+    return choose("exact", inputs.fmt, *shape, inputs.x.device, inputs.dtype, inputs.branch is not None)
 
 
 def _fused(case: Case, inputs: Inputs) -> Choice:
