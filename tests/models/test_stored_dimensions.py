@@ -139,7 +139,9 @@ def test_positions_that_are_no_square_or_far_too_many_are_refused(tmp_path, monk
     monkeypatch.setattr("flux_kernels.models.architectures.sd3._MOST_POSITIONS", 2**20)
     file = FluxFile(dict(small_file(SD3.name).tensors))
     file.tensors["pos_embed"] = (np.zeros((1, positions, 256), np.float16), "F16", (1, positions, 256))
-    with pytest.raises(GGUFError, match=f"pos_embed holds {positions * 256} numbers; at width 256 it is a square|more than .* is not read"):
+    with pytest.raises(
+        GGUFError, match=f"pos_embed holds {positions * 256} numbers; at width 256 it is a square|more than .* is not read"
+    ):
         load_transformer(file.write(tmp_path / "small.gguf"))
 
 
