@@ -5,8 +5,10 @@ Shapes, names and types are typed by hand, never taken from flux_kernels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import gguf
@@ -102,6 +104,37 @@ class FluxFile:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+
+def write_hole(
+    path: Path, architecture: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], number: int | None = None
+) -> Path:
+    """Write the header of a file with gguf-py and leave the data a hole.
+
+    `tensors`: name -> (ggml type name, torch shape); `number`: the file type's, with the key-values of published files.
+    """
+    writer = gguf.GGUFWriter(None, architecture)
+    if number is not None:
+        writer.add_quantization_version(2)
+        writer.add_file_type(number)
+    size = 0
+    for name, (kind_name, shape) in tensors.items():
+        kind = getattr(gguf.GGMLQuantizationType, kind_name)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = prod(shape) // block * block_bytes
+        size += writer.ggml_pad(nbytes, 32)
+        plain = FLOATS.get(kind.name)
+        stored = shape if plain else gguf.quant_shape_to_byte_shape(shape, kind)
+        writer.add_tensor_info(name, stored, np.dtype(plain or np.uint8), nbytes, raw_dtype=kind)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(writer.fout[0], writer.fout[0].tell())
+    size += writer.fout[0].tell()
+    writer.close()
+    with open(path, "r+b") as file:
+        file.truncate(size)
+    return path
 
 
 def decode(data: np.ndarray, kind: str) -> np.ndarray:

@@ -18,7 +18,7 @@ DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 # gguf-py writes what torch has: weights of 3-D convolutions have five.
 MAX_DIMS = 5
-# ggml's own reader takes no more; what has more is written as a matrix, with its shape in a key-value.
+# ggml's own reader takes no more; of what has more, the first dimensions are written as one.
 MAX_WRITTEN_DIMS = 4
 # The specification's limit for keys, taken for tensor names too.
 MAX_NAME_BYTES = 2**16 - 1

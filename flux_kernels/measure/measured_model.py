@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,12 +52,24 @@ class Source16:
         return tuple(map(Path, self.opened.paths))
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """The row that the model belongs to; raises GGUFError where that is none."""
+        with self._named_in_errors():
+            return expect(self.opened.tensors, architecture_of(self.opened.metadata))
+
+    @cached_property
     def model(self) -> SourceModel:
         """What the files hold; raises GGUFError where that is no whole transformer of a known architecture."""
-        try:
-            shapes = {name: tensor.shape for name, tensor in self.opened.tensors.items()}
-            expect(shapes, architecture_of(self.opened.metadata))
+        # Other models are refused here; `understand` takes them as they are.
+        _ = self.architecture
+        with self._named_in_errors():
             return understand(self.opened)
+
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        """Name the file in what is raised about its content."""
+        try:
+            yield
         except GGUFError as error:
             raise GGUFError(f"{self.files[0]}: {error}") from None
 
@@ -63,12 +77,6 @@ class Source16:
     def config(self) -> dict[str, Any]:
         """Arguments of the model class; raises GGUFError as `model` does."""
         return self.model.config or {}
-
-    @property
-    def architecture(self) -> Architecture:
-        """The row that the model belongs to; raises GGUFError as `model` does."""
-        assert self.model.architecture is not None
-        return self.model.architecture
 
     @property
     def name(self) -> str:

@@ -15,11 +15,11 @@ from ..gguf.conventions import general_keys, original_shape_keys, written_shape
 from ..gguf.spec import DEFAULT_ALIGNMENT, padded, tensor_nbytes
 from ..gguf.write import planned_size
 from ..models.architecture import DIFFUSERS, Architecture
-from ..models.architectures import ARCHITECTURES
 from ..models.model_class import empty_model, parameter_shapes
 from ..models.names import sources, stored_shapes
 from ..models.recognise import naming_of, recognise
 from ..models.types import BLOCK, RULES, tensor_kind, tensor_types
+from ..models.variant_calls import VARIANTS, find_variant
 from ..source.source_files import open_source
 from .option import Option
 
@@ -119,8 +119,11 @@ def shapes_of_variant(slug: str) -> Shapes:
 
     Args:
         slug: such as "flux1-dev" or "flux2-klein-4b".
+
+    Raises:
+        FormatError: for an unknown name.
     """
-    architecture, variant = next((row, variant) for row in ARCHITECTURES for variant in row.variants if variant.slug == slug)
+    architecture, variant = find_variant(slug)
     return _as_original(architecture, parameter_shapes(empty_model(architecture, variant.config)))
 
 
@@ -130,7 +133,7 @@ def embedded_shapes() -> Shapes:
 
 
 NAMED_MODELS: dict[str, Callable[[], Shapes]] = {
-    **{variant.slug: partial(shapes_of_variant, variant.slug) for row in reversed(ARCHITECTURES) for variant in row.variants},
+    **{slug: partial(shapes_of_variant, slug) for slug in VARIANTS},
     "embedded": embedded_shapes,
 }
 """Models whose tensors are known without a file."""

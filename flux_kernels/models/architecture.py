@@ -49,6 +49,21 @@ def parameter(original: str, diffusers: str, *, flat: bool = False) -> Link:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """Name a model that is not loaded by a tensor name that shows it.
+
+    The name is a regular expression, matched against the whole.
+    """
+
+    model: str
+    tensor: str
+    advice: str = ""
+
+
+WITH_DIFFUSERS = "Load it with the diffusers class of that model and GGUFQuantizationConfig, then call swap_linear on it."
+
+
+@dataclass(frozen=True)
 class Variant:
     """Name a published model of an architecture, with the settings that its makers use.
 
@@ -114,7 +129,7 @@ class Architecture:
         precise: regular expression of original names that are F32 in every layout, since readers decode nothing there.
         never_bf16: original names of matrices that readers take for something else in BF16.
         undecoded: regular expression of original names of tensors that readers take as they lie: F16 where a layout has BF16.
-        unlike: regular expression of names that only relatives have, where the mark is theirs too.
+        relatives: models that have the mark too and are refused by name.
         unused: regular expression of names that files hold and the model has no use for.
         flags: name of a tensor without weights -> the config value that is True where a file holds it.
         original: what the original naming is called.
@@ -136,7 +151,7 @@ class Architecture:
     describe: Callable[[Mapping[str, Any]], str] | None = None
     untold: Mapping[str, Any] = field(default_factory=dict)
     mark_needs: tuple[str, ...] = ()
-    unlike: str = r"(?!)"
+    relatives: tuple[Mark, ...] = ()
     plain: tuple[str, ...] = ()
     narrow: str = r"(?!)"
     precise: str = r"(?!)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from .architecture import DIFFUSERS, INDEX, Architecture, Link
 from .architectures import ARCHITECTURES
@@ -84,7 +85,7 @@ def _located(
         name = _joined(module, theirs).replace(INDEX, str(index))
         if name not in shapes:
             continue
-        size = _numel(shapes[name]) if link.flat else shapes[name][0]
+        size = prod(shapes[name]) if link.flat else shapes[name][0]
         half = start + size // 2
         swapped = link.swap_halves is True or (link.swap_halves == "last" and _is_last(link, index, shapes))
         rows = ((half, start + size), (start, half)) if swapped else ((start, start + size),)
@@ -100,13 +101,6 @@ def _is_last(link: Link, index: int, shapes: Mapping[str, tuple[int, ...]]) -> b
 
 def _joined(module: str, kind: str) -> str:
     return f"{module}.{kind}" if kind else module
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _expanded(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[tuple[Link, int]]:

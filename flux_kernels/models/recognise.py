@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from ..errors import GGUFError
-from .architecture import DIFFUSERS, Architecture
+from .architecture import DIFFUSERS, WITH_DIFFUSERS, Architecture, Mark
 from .architectures import ARCHITECTURES
 from .names import PREFIXES, strip_prefix
 
@@ -25,19 +24,6 @@ _COMPANIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Name a model that no row describes by a tensor name that only it has.
-
-    The name is a regular expression, matched against the whole.
-    """
-
-    model: str
-    tensor: str
-    advice: str = ""
-
-
-_DIFFUSERS_GGUF = "Load it with the diffusers class of that model and GGUFQuantizationConfig, then call swap_linear on it."
 _TEXT_ENCODER = "It belongs to the pipeline's text encoder, not its transformer."
 _T5 = "Load it with flux_kernels.load_t5(path), or give it to `flux-kernels generate` as --t5."
 LORA = Mark(
@@ -47,31 +33,21 @@ LORA = Mark(
 )
 # First match wins: the finer marks stand before the coarser ones.
 OTHER_TRANSFORMERS: tuple[Mark, ...] = (
-    LORA,
-    Mark("Chroma Radiance", r"(nerf_(blocks|image_embedder|final_layer|final_layer_conv)|img_in_patch)\..*"),
-    Mark("FLUX.3", r"early_stream_modulations\..*", _DIFFUSERS_GGUF),
-    Mark("Lens", r"transformer_blocks\.\d+\.(img_mlp\.w1|attn\.img_qkv)\..*"),
-    # Of the models with this tensor, only what the architecture's row refuses comes here.
-    Mark("a Qwen-Image ControlNet", r"transformer_blocks\.\d+\.img_mod\..*"),
-    Mark("Qwen-Image 2.1", r"txt_in\.text_norm\.weight", _DIFFUSERS_GGUF),
-    Mark("a Stable Diffusion 3 ControlNet", r"pos_embed_input\..*"),
+    Mark("FLUX.3", r"early_stream_modulations\..*", WITH_DIFFUSERS),
+    Mark("Qwen-Image 2.1", r"txt_in\.text_norm\.weight", WITH_DIFFUSERS),
     Mark("a FLUX.1 ControlNet", r"(controlnet_(x_embedder|blocks|single_blocks)|controlnet_mode_embedder)\..*"),
     Mark("FLUX.1 Redux (an image encoder)", r"redux_(up|down)\..*"),
-    Mark("HunyuanVideo", r"(txt_in\.individual_token_refiner|context_embedder\.token_refiner)\..*", _DIFFUSERS_GGUF),
-    Mark("HunyuanVideo or HunyuanImage", r"double_blocks\.\d+\.img_attn_qkv\..*", _DIFFUSERS_GGUF),
-    Mark("Wan VACE", r"vace_(blocks|patch_embedding)\..*", _DIFFUSERS_GGUF),
-    Mark("Wan Animate", r"(motion_encoder|face_adapter|face_encoder|pose_patch_embedding)\..*", _DIFFUSERS_GGUF),
-    Mark("Wan S2V", r"(casual_audio_encoder|audio_injector|trainable_cond_mask|cond_encoder)\..*"),
-    Mark("Wan Fun-Control", r"(control_adapter|ref_conv)\..*"),
-    Mark("HiDream", r"double_stream_blocks\..*", _DIFFUSERS_GGUF),
-    Mark("AuraFlow", r"(double_layers\..*|cond_seq_linear\.weight|joint_transformer_blocks\..*)", _DIFFUSERS_GGUF),
-    Mark("LTX-Video", r"(patchify_proj\.weight|transformer_blocks\.\d+\.scale_shift_table)", _DIFFUSERS_GGUF),
+    Mark("HunyuanVideo", r"(txt_in\.individual_token_refiner|context_embedder\.token_refiner)\..*", WITH_DIFFUSERS),
+    Mark("HunyuanVideo or HunyuanImage", r"double_blocks\.\d+\.img_attn_qkv\..*", WITH_DIFFUSERS),
+    Mark("HiDream", r"double_stream_blocks\..*", WITH_DIFFUSERS),
+    Mark("AuraFlow", r"(double_layers\..*|cond_seq_linear\.weight|joint_transformer_blocks\..*)", WITH_DIFFUSERS),
+    Mark("LTX-Video", r"(patchify_proj\.weight|transformer_blocks\.\d+\.scale_shift_table)", WITH_DIFFUSERS),
     Mark("a Z-Image ControlNet", r"control_(all_x_embedder|layers|noise_refiner)\..*"),
     Mark("OmniGen 2 or Boogu", r"ref_image_(refiner|patch_embedder)\..*"),
-    Mark("Lumina 2", r"(cap_embedder|noise_refiner|context_refiner)\..*", _DIFFUSERS_GGUF),
-    Mark("Mochi", r"blocks\.\d+\.attn\.qkv_x\.weight", _DIFFUSERS_GGUF),
-    Mark("Cosmos", r"net\.blocks\..*", _DIFFUSERS_GGUF),
-    Mark("Stable Diffusion 1, 2 or XL (a UNet)", r"(input_blocks|down_blocks)\..*", _DIFFUSERS_GGUF),
+    Mark("Lumina 2", r"(cap_embedder|noise_refiner|context_refiner)\..*", WITH_DIFFUSERS),
+    Mark("Mochi", r"blocks\.\d+\.attn\.qkv_x\.weight", WITH_DIFFUSERS),
+    Mark("Cosmos", r"net\.blocks\..*", WITH_DIFFUSERS),
+    Mark("Stable Diffusion 1, 2 or XL (a UNet)", r"(input_blocks|down_blocks)\..*", WITH_DIFFUSERS),
 )
 # What may also lie beside a transformer in one file, and is only asked about where no such transformer is found.
 OTHER_PARTS: tuple[Mark, ...] = (
@@ -101,14 +77,18 @@ def transformer_names(names: Collection[str]) -> list[str]:
 
 def recognise(names: Collection[str]) -> Architecture | None:
     """Return the architecture that tensor names (without prefix) belong to, or None."""
-    if lora_tensor(names) is not None:
+    if any(_shown_by(mark.tensor, names) for mark in (LORA, *_relatives(names))):
         return None
-    rows = [row for row in ARCHITECTURES if not _shown_by(row.unlike, names)]
-    fine = next((row for row in rows if not row.mark_needs and _shown_by(row.mark, names)), None)
+    fine = next((row for row in ARCHITECTURES if not row.mark_needs and _shown_by(row.mark, names)), None)
     if fine is not None or any(_shown_by(mark.tensor, names) for mark in OTHER_TRANSFORMERS):
         return fine
-    coarse = (row for row in rows if not {*row.mark_needs}.isdisjoint(names) and _shown_by(row.mark, names))
+    coarse = (row for row in ARCHITECTURES if not {*row.mark_needs}.isdisjoint(names) and _shown_by(row.mark, names))
     return next(coarse, None)
+
+
+def _relatives(names: Collection[str]) -> list[Mark]:
+    """Return the marks of the relatives of each architecture whose mark the names have."""
+    return [mark for row in ARCHITECTURES if row.relatives and _shown_by(row.mark, names) for mark in row.relatives]
 
 
 def naming_of(architecture: Architecture, names: Collection[str]) -> str:
@@ -143,7 +123,7 @@ def _refusal(known: Architecture | None, names: Collection[str], stated: str | N
     if known is not None:
         advice = "Load it with flux_kernels.load_transformer(path)."
         return f"This is {known.name}{instead} (it holds {_shown_by(known.mark, names)!r}). {_LOADS} {advice}"
-    for mark in OTHER_TRANSFORMERS + OTHER_PARTS:
+    for mark in (LORA, *_relatives(names), *OTHER_TRANSFORMERS, *OTHER_PARTS):
         tensor = _shown_by(mark.tensor, names)
         if tensor is not None:
             return f"This is {mark.model}{instead} (it holds {tensor!r}). {_LOADS} {mark.advice}".rstrip()

@@ -80,11 +80,11 @@ def test_facts_are_ready_for_json_and_show_short_keys(tiny):
 
 
 def test_a_refused_model_is_still_described(tmp_path):
-    tensors = {"joint_blocks.0.x_block.attn.qkv.weight": (np.zeros((4, 4), np.float16), "F16", (4, 4))}
-    facts = inspect_file(FluxFile(tensors).write(tmp_path / "sd3.gguf", architecture="sd3"))
-    assert "This is Stable Diffusion 3" in facts.refused
+    tensors = {"double_stream_blocks.0.block.ff_i.w1.weight": (np.zeros((4, 4), np.float16), "F16", (4, 4))}
+    facts = inspect_file(FluxFile(tensors).write(tmp_path / "hidream.gguf", architecture="hidream"))
+    assert "This is HiDream" in facts.refused
     assert (facts.variant, facts.layout, facts.fits) == (None, None, {})
-    assert facts.parameters == 16 and facts.bits_per_weight == 16 and facts.metadata == {"general.architecture": "sd3"}
+    assert facts.parameters == 16 and facts.bits_per_weight == 16 and facts.metadata == {"general.architecture": "hidream"}
 
 
 def test_a_damaged_file_is_refused_with_the_readers_words(tmp_path, tiny):

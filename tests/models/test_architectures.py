@@ -6,10 +6,8 @@ import inspect
 import json
 import time
 from functools import cache
-from math import prod
 
 import diffusers
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -28,7 +26,7 @@ from flux_kernels.models.model_class import config_names
 from flux_kernels.packing import Engine
 from flux_kernels.torch_backend import libggml
 
-from ..flux_files import FluxFile, random_tensor
+from ..flux_files import FluxFile, random_tensor, write_hole
 from .cases import CASES, Case
 
 ROWS = {row.name: row for row in ARCHITECTURES}
@@ -92,36 +90,14 @@ def write(case: Case, path, **options):
     return small_file(case.name).write(path, architecture=options.pop("architecture", case.gguf_name), **options)
 
 
-def write_sparse(path, shapes, types, architecture):
-    """Write the header of a full-size file with gguf-py and leave the data a hole."""
-    writer = gguf.GGUFWriter(None, architecture)
-    size = 0
-    for name, shape in shapes.items():
-        kind = getattr(gguf.GGMLQuantizationType, types[name])
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = prod(shape) // block * block_bytes
-        size += writer.ggml_pad(nbytes, 32)
-        plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
-        stored = shape if plain else gguf.quant_shape_to_byte_shape(shape, kind)
-        writer.add_tensor_info(name, stored, np.dtype(plain or np.uint8), nbytes, raw_dtype=kind)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.write_padding(writer.fout[0], writer.fout[0].tell())
-    size += writer.fout[0].tell()
-    writer.close()
-    with open(path, "r+b") as file:
-        file.truncate(size)
-    return path
-
-
 @pytest.mark.parametrize(("name", "variant"), PUBLISHED)
 def test_a_file_of_true_size_says_what_it_is(tmp_path, name, variant):
     case, published = CASES[name], CASES[name].published[variant]
     quantized = {tensor for tensor, shape in published.shapes.items() if len(shape) == 2 and tensor not in case.plain}
     packed_as = {tensor: "Q4_K" if published.shapes[tensor][-1] % 256 == 0 else "Q4_0" for tensor in quantized}
     types = {tensor: packed_as.get(tensor, "F16") for tensor in published.shapes}
-    path = write_sparse(tmp_path / "true.gguf", published.shapes, types, "pig")
+    tensors = {tensor: (types[tensor], shape) for tensor, shape in published.shapes.items()}
+    path = write_hole(tmp_path / "true.gguf", "pig", tensors)
     start = time.perf_counter()
     facts = inspect_file(path)
     seconds = time.perf_counter() - start

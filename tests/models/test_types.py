@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gguf
-import numpy as np
 import pytest
 
 from flux_kernels.errors import FormatError
 from flux_kernels.generation.inspect_file import inspect_file
 from flux_kernels.models.types import NAMED_TYPES, file_type, tensor_types
 
-from ..flux_files import Architecture
+from ..flux_files import Architecture, write_hole
 
 DEV = Architecture(19, 38, width=3072, head=128, text=4096, pooled=768)
 SCHNELL = Architecture(19, 38, guidance=False, width=3072, head=128, text=4096, pooled=768)
@@ -32,28 +31,9 @@ PUBLISHED = [
 
 
 def write_sparse(path, architecture, types, number):
-    """Write the header of a full-size file with gguf-py and leave the data a hole."""
-    writer = gguf.GGUFWriter(None, "flux")
-    writer.add_quantization_version(2)
-    writer.add_file_type(number)
-    size = 0
-    for name, shape in architecture.bfl_shapes().items():
-        kind = getattr(gguf.GGMLQuantizationType, types[name])
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = shape[0] * (shape[1] if len(shape) == 2 else 1) // block * block_bytes
-        size += writer.ggml_pad(nbytes, 32)
-        plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
-        stored = shape if plain else gguf.quant_shape_to_byte_shape(shape, kind)
-        writer.add_tensor_info(name, stored, np.dtype(plain or np.uint8), nbytes, raw_dtype=kind)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.write_padding(writer.fout[0], writer.fout[0].tell())
-    size += writer.fout[0].tell()
-    writer.close()
-    with open(path, "r+b") as file:
-        file.truncate(size)
-    return path
+    """Write a full-size FLUX.1 file whose data are a hole."""
+    tensors = {name: (types[name], shape) for name, shape in architecture.bfl_shapes().items()}
+    return write_hole(path, "flux", tensors, number)
 
 
 @pytest.mark.parametrize(("architecture", "rule", "name", "size"), PUBLISHED)

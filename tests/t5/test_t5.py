@@ -18,6 +18,7 @@ from flux_kernels.generation.memory_plan import companions
 from flux_kernels.t5.names import written_name
 
 from ..conftest import random_packed
+from ..flux_files import write_hole
 from ..t5_files import TINY, decoded_twin, llama_name, tiny_t5, type_of, write_t5
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(3))
@@ -169,27 +170,11 @@ def anonymous_bytes() -> int:
 
 
 def write_header(model, path):
-    """Write the header of a Q8_0 file of a model on the meta device and leave the data a hole."""
-    writer = gguf.GGUFWriter(None, "t5encoder")
-    size = 0
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        kind = gguf.GGMLQuantizationType[type_of(name, shape, ("Q8_0",))]
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = parameter.numel() // block * block_bytes
-        size += writer.ggml_pad(nbytes, 32)
-        plain = kind is gguf.GGMLQuantizationType.F32
-        stored = shape if plain else gguf.quant_shape_to_byte_shape(shape, kind)
-        writer.add_tensor_info(llama_name(name), stored, np.dtype(np.float32 if plain else np.uint8), nbytes, raw_dtype=kind)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.write_padding(writer.fout[0], writer.fout[0].tell())
-    size += writer.fout[0].tell()
-    writer.close()
-    with open(path, "r+b") as file:
-        file.truncate(size)
-    return path
+    """Write a Q8_0 file of a model on the meta device whose data are a hole."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return write_hole(
+        path, "t5encoder", {llama_name(name): (type_of(name, shape, ("Q8_0",)), shape) for name, shape in shapes.items()}
+    )
 
 
 def test_damaged_headers_raise_one_error(tmp_path):

@@ -7,33 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..architecture import Architecture, Link, Variant, norm
+from ..architecture import Architecture, Link, Mark, Variant, norm
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS
+from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS, flux_config
 from .flux1 import default_rope
 
 _APPROXIMATOR = "distilled_guidance_layer"
 
 
 def _config(stored: StoredShapes) -> dict[str, Any]:
-    num_layers, num_single_layers = stored.blocks("transformer_blocks"), stored.blocks("single_transformer_blocks")
-    first = "transformer_blocks.0" if num_layers else "single_transformer_blocks.0"
-    head_dim = stored.length(f"{first}.attn.norm_q.weight")
-    width, in_channels = stored.matrix("x_embedder.weight")
-    _, joint_dim = stored.matrix("context_embedder.weight")
-    approximator_width, approximator_channels = stored.matrix(f"{_APPROXIMATOR}.in_proj.weight")
-    out_channels, _ = stored.matrix("proj_out.weight")
+    width, channels = stored.matrix(f"{_APPROXIMATOR}.in_proj.weight")
     return {
-        "patch_size": 1,
-        "in_channels": in_channels,
-        "out_channels": None if out_channels == in_channels else out_channels,
-        "num_layers": num_layers,
-        "num_single_layers": num_single_layers,
-        "attention_head_dim": head_dim,
-        "num_attention_heads": stored.heads(width, head_dim),
-        "joint_attention_dim": joint_dim,
-        "approximator_num_channels": approximator_channels,
-        "approximator_hidden_dim": approximator_width,
+        **flux_config(stored),
+        "approximator_num_channels": channels,
+        "approximator_hidden_dim": width,
         "approximator_layers": stored.blocks(f"{_APPROXIMATOR}.layers"),
     }
 
@@ -43,8 +30,7 @@ CHROMA = Architecture(
     covers="Base, HD, Flash",
     gguf_name="flux",
     mark=rf"{_APPROXIMATOR}\..*",
-    # Chroma Radiance.
-    unlike=r"(nerf_(blocks|image_embedder|final_layer|final_layer_conv)|img_in_patch)\..*",
+    relatives=(Mark("Chroma Radiance", r"(nerf_(blocks|image_embedder|final_layer|final_layer_conv)|img_in_patch)\..*"),),
     model_class="ChromaTransformer2DModel",
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     blocks=BLOCKS,

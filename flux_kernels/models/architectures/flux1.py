@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import GGUFError
 from ..architecture import Architecture, Link, Variant
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS
+from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS, flux_config
 
 # The halves of a rotary axis are pairs, so every axis is even; the index axis has an eighth of a head, the two image axes
 # the rest: (16, 56, 56) of 128.
@@ -33,23 +33,9 @@ def _embedder(original: str, diffusers: str) -> tuple[Link, Link]:
 
 
 def _config(stored: StoredShapes) -> dict[str, Any]:
-    num_layers, num_single_layers = stored.blocks("transformer_blocks"), stored.blocks("single_transformer_blocks")
-    first = "transformer_blocks.0" if num_layers else "single_transformer_blocks.0"
-    head_dim = stored.length(f"{first}.attn.norm_q.weight")
-    width, in_channels = stored.matrix("x_embedder.weight")
-    _, joint_dim = stored.matrix("context_embedder.weight")
-    _, pooled_dim = stored.matrix("time_text_embed.text_embedder.linear_1.weight")
-    out_channels, _ = stored.matrix("proj_out.weight")
     return {
-        "patch_size": 1,
-        "in_channels": in_channels,
-        "out_channels": None if out_channels == in_channels else out_channels,
-        "num_layers": num_layers,
-        "num_single_layers": num_single_layers,
-        "attention_head_dim": head_dim,
-        "num_attention_heads": stored.heads(width, head_dim),
-        "joint_attention_dim": joint_dim,
-        "pooled_projection_dim": pooled_dim,
+        **flux_config(stored),
+        "pooled_projection_dim": stored.matrix("time_text_embed.text_embedder.linear_1.weight")[1],
         "guidance_embeds": stored.has("time_text_embed.guidance_embedder.linear_1.weight"),
     }
 

@@ -1,6 +1,6 @@
 """Krea 2: Raw and Turbo. One stream; the text is fused from twelve layers of its encoder.
 
-Source: diffusers' Krea2Transformer2DModel, which reads no single file; stable-diffusion.cpp's krea2.hpp and name_conversion.cpp.
+Source: diffusers' Krea2Transformer2DModel and its conversion of single files; stable-diffusion.cpp's krea2.hpp and name_conversion.cpp.
 """
 
 from __future__ import annotations

@@ -5,11 +5,10 @@ Source: diffusers' QwenImageTransformer2DModel; stable-diffusion.cpp's qwen_imag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ...errors import GGUFError
-from ..architecture import Architecture, Variant
+from ..architecture import Architecture, Mark, Variant
 from ..stored_shapes import StoredShapes
 from .flux1 import default_rope
 
@@ -47,11 +46,6 @@ def _config(stored: StoredShapes) -> dict[str, Any]:
     }
 
 
-def _describe(config: Mapping[str, Any]) -> str:
-    known = QWEN_IMAGE.variant(config)
-    return known.name if known else f"Qwen-Image architecture with {config['num_layers']} blocks"
-
-
 _SIZES = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584}
 
 QWEN_IMAGE = Architecture(
@@ -59,7 +53,10 @@ QWEN_IMAGE = Architecture(
     covers="2512, Edit, Edit-2509, Edit-2511, Layered",
     gguf_name="qwen_image",
     mark=r"transformer_blocks\.\d{1,6}\.img_mod\..*",
-    unlike=r"(controlnet_(x_embedder|blocks)\..*|transformer_blocks\.\d{1,6}\.(img_mlp\.w1|attn\.img_qkv)\..*)",
+    relatives=(
+        Mark("a Qwen-Image ControlNet", r"controlnet_(x_embedder|blocks)\..*"),
+        Mark("Lens", r"transformer_blocks\.\d{1,6}\.(img_mlp\.w1|attn\.img_qkv)\..*"),
+    ),
     model_class="QwenImageTransformer2DModel",
     pipelines=(
         *("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "QwenImageEditPipeline"),
@@ -76,7 +73,6 @@ QWEN_IMAGE = Architecture(
         Variant("Qwen-Image-Edit-2511", _SIZES | {"zero_cond_t": True}, steps=50, guidance=4.0),
         Variant("Qwen-Image", _SIZES, steps=50, guidance=4.0),
     ),
-    describe=_describe,
     # ComfyUI-GGUF's tools do not know this model. Of these, stable-diffusion.cpp leaves img_in and txt_in alone.
     plain=("img_in.", "txt_in.", "time_text_embed.", "norm_out.", "proj_out."),
     flags={_ZERO_TIME: "zero_cond_t"},

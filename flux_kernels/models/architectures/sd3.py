@@ -9,7 +9,7 @@ from math import isqrt, prod
 from typing import Any
 
 from ...errors import GGUFError
-from ..architecture import Architecture, Link, Variant, parameter
+from ..architecture import WITH_DIFFUSERS, Architecture, Link, Mark, Variant, parameter
 from ..stored_shapes import StoredShapes
 
 # Where no norm shows it.
@@ -92,9 +92,11 @@ SD3 = Architecture(
     name="Stable Diffusion 3",
     covers="3.5 large, large-turbo and medium; 3 medium",
     gguf_name="sd3",
-    mark=r"joint_blocks\.\d{1,6}\..*|transformer_blocks\.\d{1,6}\.norm1_context\.linear\.weight",
-    # ControlNets and AuraFlow have the same marks, and are asked about before.
-    mark_needs=("x_embedder.proj.weight", "x_embedder.proj.bias", "pos_embed.proj.weight", "pos_embed.proj.bias"),
+    mark=r"joint_blocks\.\d{1,6}\..*|pos_embed\.proj\.(weight|bias)",
+    relatives=(
+        Mark("a Stable Diffusion 3 ControlNet", r"(pos_embed_input|controlnet_blocks)\..*"),
+        Mark("AuraFlow", r"joint_transformer_blocks\..*", WITH_DIFFUSERS),
+    ),
     model_class="SD3Transformer2DModel",
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     blocks=(("joint_blocks", "transformer_blocks"),),

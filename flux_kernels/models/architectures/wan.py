@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from ..architecture import Architecture, Link, Variant, parameter
+from ..architecture import WITH_DIFFUSERS, Architecture, Link, Mark, Variant, parameter
 from ..stored_shapes import StoredShapes
 
 # Norms span all heads, so that no tensor shows a head.
@@ -75,8 +75,12 @@ WAN = Architecture(
     covers="2.2 T2V A14B, I2V A14B, TI2V 5B; 2.1 T2V 1.3B and 14B, I2V, FLF2V",
     gguf_name="wan",
     mark=r"head\.modulation|blocks\.\d{1,6}\.self_attn\.q\.weight|condition_embedder\.time_proj\.weight",
-    # VACE and Animate have the same marks, and are asked about before.
-    mark_needs=("patch_embedding.weight", "patch_embedding.bias", "head.head.weight", "proj_out.weight"),
+    relatives=(
+        Mark("Wan VACE", r"vace_(blocks|patch_embedding)\..*", WITH_DIFFUSERS),
+        Mark("Wan Animate", r"(motion_encoder|face_adapter|face_encoder|pose_patch_embedding)\..*", WITH_DIFFUSERS),
+        Mark("Wan S2V", r"(casual_audio_encoder|audio_injector|trainable_cond_mask|cond_encoder)\..*"),
+        Mark("Wan Fun-Control", r"(control_adapter|ref_conv)\..*"),
+    ),
     model_class="WanTransformer3DModel",
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     blocks=(("blocks", "blocks"),),
@@ -131,7 +135,12 @@ WAN = Architecture(
             "Wan2.1-I2V-14B", _sizes(40, 40, 13824, 36, image=1280), steps=50, guidance=5.0, size=(832, 480), latent_frames=21
         ),
         Variant(
-            "Wan2.1-FLF2V-14B", _sizes(40, 40, 13824, 36, image=1280, positions=514), steps=50, guidance=5.5, size=(1280, 720)
+            "Wan2.1-FLF2V-14B",
+            _sizes(40, 40, 13824, 36, image=1280, positions=514),
+            steps=50,
+            guidance=5.5,
+            size=(1280, 720),
+            latent_frames=21,
         ),
     ),
     plain=("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "img_emb.", "head."),
