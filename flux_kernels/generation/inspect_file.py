@@ -89,6 +89,7 @@ class FileFacts:
         refused: why `load_transformer` (or `load_t5`) would refuse it, without its path; None where it loads.
         architecture: name of the row it belongs to, such as "FLUX.2"; None where no row does.
         pipelines: diffusers' pipeline classes for it.
+        notes: sentences about a file that loads and may still be wrong.
         variant: the published model, or the encoder's size; None where refused.
         layout: "legacy", "old", "new", "mixed" or "other"; None where refused, and for a T5 encoder.
         naming: "bfl" (of Flux), "original" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
@@ -110,6 +111,7 @@ class FileFacts:
     nbytes: int
     role: str = TRANSFORMER
     refused: str | None = None
+    notes: tuple[str, ...] = ()
     architecture: str | None = None
     pipelines: tuple[str, ...] = ()
     variant: str | None = None
@@ -150,6 +152,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
     part = _part(file, architecture, stored.config)
     return FileFacts(
         **known,
+        notes=(stored.lacking,) if stored.lacking else (),
         pipelines=architecture.pipelines,
         variant=architecture.variant_name(stored.config),
         layout=layout_of(stored.types, stored.shapes, architecture),

@@ -118,11 +118,13 @@ class Architecture:
         model_class: of diffusers.
         pipelines: diffusers' pipeline classes, the one for drawing from text first.
         blocks: names of the lists of blocks, (original, diffusers), in the order in which they run.
+        counts: original name of a list of blocks -> the config value that counts it.
         links: how the original names become diffusers'; what no link names has one name in both. () where all names agree.
         read_config: all arguments of `model_class`, from a file's shapes.
         untold: config values that no tensor shows -> what they are by default, or a function of the other values; a file or a
             caller may say otherwise.
         variants: published models.
+        pruned: counts of blocks of published models that are a variant with fewer of them.
         describe: names the model of a config; None where the fitting variant's name does.
         plain: starts of the original names of matrices that stay in 16 or 32 bit, as ComfyUI-GGUF's tools leave them.
         narrow: regular expression of original names that the "old" layout of FLUX.1 keeps in 32 bit.
@@ -145,10 +147,12 @@ class Architecture:
     model_class: str
     pipelines: tuple[str, ...]
     blocks: tuple[tuple[str, str], ...]
+    counts: Mapping[str, str]
     links: tuple[Link, ...]
     read_config: Callable[[StoredShapes], dict[str, Any]]
     variants: tuple[Variant, ...]
     describe: Callable[[Mapping[str, Any]], str] | None = None
+    pruned: tuple[Mapping[str, int], ...] = ()
     untold: Mapping[str, Any] = field(default_factory=dict)
     mark_needs: tuple[str, ...] = ()
     relatives: tuple[Mark, ...] = ()

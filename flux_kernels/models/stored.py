@@ -23,6 +23,7 @@ from ..torch_backend.reference import dequantize
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
 from .config import infer_config
+from .cut_short import lacking_blocks
 from .low_rank_tensors import check_corrections, correction_names, is_correction
 from .model_class import empty_model, parameter_shapes
 from .names import Source, block_of, sources, stored_shapes
@@ -74,6 +75,11 @@ class StoredTransformer:
     def types(self) -> dict[str, str]:
         """Tensor name without prefix -> ggml type name."""
         return {bare: self.file.tensors[name].format for bare, name in self.names.items()}
+
+    @property
+    def lacking(self) -> str | None:
+        """Blocks of the published model that the file lacks, in a sentence; None where it lacks none."""
+        return lacking_blocks(self.architecture, self.config)
 
     def packed_layer(self, name: str, dtype: torch.dtype) -> StoredLayer | None:
         """Return what the file stores of the linear layer `name`, or None where its matrix is plain.

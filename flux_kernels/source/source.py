@@ -18,6 +18,7 @@ from ..gguf.conventions import architecture_of
 from ..gguf.spec import shown_path
 from ..models.architecture import DIFFUSERS, Architecture
 from ..models.config import infer_config
+from ..models.cut_short import lacking_blocks
 from ..models.model_class import empty_model, parameter_shapes
 from ..models.names import Source, sources, stored_shapes
 from ..models.recognise import expect, lora_tensor, naming_of, recognise
@@ -166,7 +167,9 @@ def understand(files: SourceFiles, config: object | None = None) -> SourceModel:
     else:
         tensors = {name: _whole(name, replace(files.tensors[name], shape=shape)) for name, shape in stored.items()}
     tensors |= {name: SourceTensor(name, (0,), (), name) for name in architecture.flagged(known)}
-    return SourceModel(files, architecture.variant_name(known), tensors, known, _notes(files), architecture)
+    lacking = lacking_blocks(architecture, known)
+    notes = (*_notes(files), *([lacking] if lacking else []))
+    return SourceModel(files, architecture.variant_name(known), tensors, known, notes, architecture)
 
 
 def _unknown(files: SourceFiles, shapes: Mapping[str, tuple[int, ...]]) -> SourceModel:

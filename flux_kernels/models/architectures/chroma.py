@@ -9,7 +9,7 @@ from typing import Any
 
 from ..architecture import Architecture, Link, Mark, Variant, norm
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS, flux_config
+from ._flux_links import BLOCKS, COUNTS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS, flux_config
 from .flux1 import default_rope
 
 _APPROXIMATOR = "distilled_guidance_layer"
@@ -34,6 +34,7 @@ CHROMA = Architecture(
     model_class="ChromaTransformer2DModel",
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     blocks=BLOCKS,
+    counts={**COUNTS, f"{_APPROXIMATOR}.layers": "approximator_layers"},
     links=(
         Link("img_in", ("x_embedder",)),
         Link("txt_in", ("context_embedder",)),

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import GGUFError
 from ..architecture import Architecture, Link, Mark, Variant, norm
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, TOKENS, flux_config, streams
+from ._flux_links import BLOCKS, COUNTS, TOKENS, flux_config, streams
 
 _SINGLE = "single_transformer_blocks.{i}"
 _IMAGE_STREAM, _TEXT_STREAM = streams("linear_in", "linear_out")
@@ -60,6 +60,7 @@ FLUX2 = Architecture(
     model_class="Flux2Transformer2DModel",
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     blocks=BLOCKS,
+    counts=COUNTS,
     links=(
         Link("img_in", ("x_embedder",)),
         Link("time_in.in_layer", (f"{_EMBED}.timestep_embedder.linear_1",)),

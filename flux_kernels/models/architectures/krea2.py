@@ -15,6 +15,7 @@ _BLOCKS = (
     ("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
     ("blocks", "transformer_blocks"),
 )
+_COUNTS = ("num_layerwise_text_blocks", "num_refiner_text_blocks", "num_layers")
 
 
 def _block(original: str, diffusers: str) -> tuple[Link, ...]:
@@ -72,6 +73,7 @@ KREA2 = Architecture(
     model_class="Krea2Transformer2DModel",
     pipelines=("Krea2Pipeline",),
     blocks=_BLOCKS,
+    counts=dict(zip((original for original, _ in _BLOCKS), _COUNTS)),
     links=(
         Link("first", ("img_in",)),
         Link("tmlp.0", ("time_embed.linear_1",)),

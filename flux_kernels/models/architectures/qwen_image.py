@@ -63,6 +63,7 @@ QWEN_IMAGE = Architecture(
         *("QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline", "QwenImageLayeredPipeline"),
     ),
     blocks=(("transformer_blocks", "transformer_blocks"),),
+    counts={"transformer_blocks": "num_layers"},
     links=(),
     read_config=_config,
     untold={"patch_size": _PATCH, "guidance_embeds": False, "axes_dims_rope": default_rope},

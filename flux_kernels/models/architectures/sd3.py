@@ -100,6 +100,7 @@ SD3 = Architecture(
     model_class="SD3Transformer2DModel",
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     blocks=(("joint_blocks", "transformer_blocks"),),
+    counts={"joint_blocks": "num_layers"},
     links=(
         parameter("pos_embed", "pos_embed.pos_embed"),
         Link("x_embedder.proj", ("pos_embed.proj",)),

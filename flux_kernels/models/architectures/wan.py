@@ -84,6 +84,7 @@ WAN = Architecture(
     model_class="WanTransformer3DModel",
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     blocks=(("blocks", "blocks"),),
+    counts={"blocks": "num_layers"},
     links=(
         Link("text_embedding.0", (f"{_EMBED}.text_embedder.linear_1",)),
         Link("text_embedding.2", (f"{_EMBED}.text_embedder.linear_2",)),

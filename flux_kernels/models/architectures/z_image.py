@@ -72,6 +72,7 @@ Z_IMAGE = Architecture(
     model_class="ZImageTransformer2DModel",
     pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline", "ZImageOmniPipeline"),
     blocks=BLOCKS,
+    counts={"noise_refiner": "n_refiner_layers", "context_refiner": "n_refiner_layers", "layers": "n_layers"},
     links=(
         Link("x_embedder", (_EMBEDDER,)),
         *(link for blocks, _ in BLOCKS for link in _attention(blocks)),
