@@ -1,6 +1,6 @@
-"""Tell a model that has fewer blocks than a published one: pruned on purpose, or a file that was cut short.
+"""Tell a model that has fewer blocks than a published one.
 
-No tensor tells the two apart, so such a file loads, and the user hears of it.
+It was pruned, or its file was cut short. No tensor tells the two apart, so it loads, and the user hears of it.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.conventions import ORIGINAL_SHAPE_KEY, architecture_of
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..gguf.spec import MAX_WRITTEN_DIMS
+from ..gguf.split import hint_of_part
 from ..torch_backend.reference import dequantize
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
@@ -166,6 +167,11 @@ def understand(
     Raises:
         GGUFError: where it cannot be loaded, with the reason.
     """
+    with hint_of_part(file.path, file.metadata):
+        return _understood(file, config, wanted)
+
+
+def _understood(file: GGUFFile, config: object | None, wanted: tuple[Architecture, ...]) -> StoredTransformer:
     names = canonical_names(transformer_names(file.tensors))
     shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
     extra = {bare: names.pop(bare) for bare in [*names] if is_correction(bare)}

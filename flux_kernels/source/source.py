@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import GGUFError
 from ..gguf.conventions import architecture_of
 from ..gguf.spec import shown_path
+from ..gguf.split import hint_of_part
 from ..models.architecture import DIFFUSERS, Architecture
 from ..models.config import infer_config
 from ..models.cut_short import lacking_blocks
@@ -23,6 +24,7 @@ from ..models.model_class import empty_model, parameter_shapes
 from ..models.names import Source, sources, stored_shapes
 from ..models.recognise import expect, lora_tensor, naming_of, recognise
 from ..models.stored import check_tensors, used_shapes
+from ..models.stored_shapes import Shapes
 from .source_files import SourceFiles, open_source
 from .stored_tensor import StoredTensor
 
@@ -156,8 +158,14 @@ def understand(files: SourceFiles, config: object | None = None) -> SourceModel:
     architecture = recognise(shapes)
     if architecture is None:
         return _unknown(files, shapes)
+    with hint_of_part(files.paths[0], files.metadata):
+        return _known(architecture, files, shapes, files.config if config is None else config)
+
+
+def _known(architecture: Architecture, files: SourceFiles, shapes: Shapes, config: object | None) -> SourceModel:
+    """Take the tensors of a model of a known architecture, which must all be there."""
     naming = naming_of(architecture, shapes)
-    known = infer_config(architecture, shapes, naming, files.metadata, files.config if config is None else config)
+    known = infer_config(architecture, shapes, naming, files.metadata, config)
     expected = parameter_shapes(empty_model(architecture, known))
     located = sources(architecture, expected, naming)
     stored = stored_shapes(located, expected)

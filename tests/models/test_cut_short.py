@@ -1,4 +1,4 @@
-"""Models that lack the last blocks of a list: no tensor tells a pruned model from a file that was cut short."""
+"""Models that lack the last blocks of a list: pruned, or files that were cut short."""
 
 from __future__ import annotations
 

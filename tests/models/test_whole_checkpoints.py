@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flux_kernels import load_transformer
+from flux_kernels import load_t5, load_transformer
 from flux_kernels.errors import GGUFError
 from flux_kernels.generation.inspect_file import inspect_file
 from flux_kernels.source.source import understand_source
@@ -61,3 +61,35 @@ def test_a_model_in_parts(tmp_path, case):
     paths[1].unlink()
     with pytest.raises(GGUFError, match="one of 2 parts; m-00002-of-00002.gguf is not beside it"):
         load_transformer(paths[0])
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@all_cases
+def test_a_part_whose_keys_do_not_say_so_is_known_by_its_name(tmp_path, case, half):
+    tensors = list(small_file(case.name).tensors.items())
+    kept = dict(tensors[: len(tensors) // 2] if half == 0 else tensors[len(tensors) // 2 :])
+    path = FluxFile(kept).write(tmp_path / f"m-0000{half + 1}-of-00002.gguf")
+    hint = f"By its name it is part {half + 1} of 2, but it lacks the key 'split.count'"
+    with pytest.raises(GGUFError, match=hint):
+        load_transformer(path)
+    assert hint in inspect_file(path).refused
+    path.rename(tmp_path / "m.gguf")
+    with pytest.raises(GGUFError) as error:
+        load_transformer(tmp_path / "m.gguf")
+    assert "By its name" not in str(error.value)
+
+
+def test_a_whole_file_with_the_name_of_a_part_loads(tmp_path):
+    file = small_file("Krea 2")
+    assert packed(load_transformer(file.write(tmp_path / "m-00001-of-00001.gguf")))
+    assert packed(load_transformer(file.write(tmp_path / "m-00001-of-00003.gguf")))
+
+
+def test_a_part_as_a_source_and_a_part_of_a_t5_are_known_by_their_names(tmp_path):
+    tensors = small_file("Krea 2").tensors
+    path = FluxFile(dict(list(tensors.items())[:-1])).write(tmp_path / "m-00001-of-00003.gguf")
+    with pytest.raises(GGUFError, match="missing: last.linear.bias.* By its name it is part 1 of 3"):
+        understand_source(path)
+    norm = {"enc.blk.0.attn_norm.weight": (np.zeros(4, np.float32), "F32", (4,))}
+    with pytest.raises(GGUFError, match="By its name it is part 2 of 3"):
+        load_t5(FluxFile(norm).write(tmp_path / "t5-00002-of-00003.gguf"))
