@@ -17,11 +17,13 @@ from .names import PREFIXES, strip_prefix
 _LOADS = "flux_kernels loads " + ", ".join(f"{row.name} ({row.covers})" for row in reversed(ARCHITECTURES)) + "."
 
 
-# What stands next to the transformer in whole checkpoints.
-_COMPANIONS = (
-    *("first_stage_model.", "vae.", "text_encoders.", "text_encoder.", "text_encoder_2.", "cond_stage_model.", "conditioner."),
-    *("text_model.", "clip_l.", "clip_g.", "t5xxl.", "te.", "te1.", "te2."),
+# What stands next to the transformer in whole checkpoints. No transformer has tensors of these names.
+COMPANIONS = (
+    *("first_stage_model.", "cond_stage_model.", "conditioner.", "vae.", "text_encoders."),
+    *("text_encoder.", "text_encoder_2.", "text_encoder_3."),
 )
+# These are only taken for parts of a whole checkpoint where the transformer has a prefix of its own.
+_BESIDE_PREFIX = ("text_model.", "clip_l.", "clip_g.", "t5xxl.", "te.", "te1.", "te2.")
 
 
 _TEXT_ENCODER = "It belongs to the pipeline's text encoder, not its transformer."
@@ -70,9 +72,18 @@ def canonical_names(names: Collection[str]) -> dict[str, str]:
 
 
 def transformer_names(names: Collection[str]) -> list[str]:
-    """Return the names of a file's transformer: of a whole checkpoint, text encoders and VAE are left out."""
+    """Return the names of a file's transformer: text encoders and VAE beside it are left out.
+
+    Where there is nothing else, they are returned, so that it can be said what they are.
+    """
     whole = any(name.startswith(PREFIXES[0]) for name in names)
-    return [name for name in names if not (whole and name.startswith(_COMPANIONS))]
+    companions = COMPANIONS + _BESIDE_PREFIX if whole else COMPANIONS
+    return [name for name in names if not name.startswith(companions)] or list(names)
+
+
+def note_left_out(names: Collection[str]) -> tuple[str, ...]:
+    """Say how many tensors of other parts were left out; () for none."""
+    return (f"{len(names)} tensors of other parts (text encoders, VAE) are left out.",) if names else ()
 
 
 def recognise(names: Collection[str]) -> Architecture | None:

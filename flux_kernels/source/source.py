@@ -22,7 +22,7 @@ from ..models.config import infer_config
 from ..models.cut_short import lacking_blocks
 from ..models.model_class import empty_model, parameter_shapes
 from ..models.names import Source, sources, stored_shapes
-from ..models.recognise import expect, lora_tensor, naming_of, recognise
+from ..models.recognise import expect, lora_tensor, naming_of, note_left_out, recognise
 from ..models.stored import check_tensors, used_shapes
 from ..models.stored_shapes import Shapes
 from .source_files import SourceFiles, open_source
@@ -176,7 +176,7 @@ def _known(architecture: Architecture, files: SourceFiles, shapes: Shapes, confi
         tensors = {name: _whole(name, replace(files.tensors[name], shape=shape)) for name, shape in stored.items()}
     tensors |= {name: SourceTensor(name, (0,), (), name) for name in architecture.flagged(known)}
     lacking = lacking_blocks(architecture, known)
-    notes = (*_notes(files), *([lacking] if lacking else []))
+    notes = (*note_left_out(files.left_out), *([lacking] if lacking else []))
     return SourceModel(files, architecture.variant_name(known), tensors, known, notes, architecture)
 
 
@@ -188,7 +188,7 @@ def _unknown(files: SourceFiles, shapes: Mapping[str, tuple[int, ...]]) -> Sourc
         seen = str(error).split(". ")[0].rstrip(".")
     tensors = {name: _whole(name, tensor) for name, tensor in files.tensors.items()}
     note = f"Not recognised, so nothing is checked and no name changed: {seen}."
-    return SourceModel(files, "not recognised", tensors, None, (note, *_notes(files)))
+    return SourceModel(files, "not recognised", tensors, None, (note, *note_left_out(files.left_out)))
 
 
 def _whole(name: str, tensor: StoredTensor) -> SourceTensor:
@@ -216,12 +216,6 @@ def _fused(
         ordered = tuple(piece for _, piece in sorted(pieces, key=lambda piece: piece[0]))
         fused[name] = SourceTensor(name, shape, ordered, parts[name][0][0])
     return fused
-
-
-def _notes(files: SourceFiles) -> tuple[str, ...]:
-    if not files.left_out:
-        return ()
-    return (f"{len(files.left_out)} tensors of other parts (text encoders, VAE) are left out.",)
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

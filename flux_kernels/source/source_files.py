@@ -70,7 +70,7 @@ def open_source(path: str | os.PathLike[str]) -> SourceFiles:
     tensors = join_scales(tensors)
     if not tensors:
         raise GGUFError(f"{shown_path(str(source))} holds no tensors.")
-    chosen = [name for name in tensors if name.startswith(_WHOLE_CHECKPOINT)] or list(tensors)
+    chosen = [name for name in tensors if name.startswith(_WHOLE_CHECKPOINT)] or transformer_names(tensors)
     return SourceFiles(
         tuple(map(str, paths)),
         {bare: tensors[name] for bare, name in canonical_names(chosen).items()},
