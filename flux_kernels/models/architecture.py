@@ -264,7 +264,7 @@ class Architecture:
         return tuple(f"{ours}." for ours, theirs in self.blocks if ours != theirs)
 
 
-_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,6}(?=\.)")
 
 
 def _with_and_without_index(name: str) -> tuple[tuple[str, str], ...]:

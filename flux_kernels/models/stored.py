@@ -252,14 +252,12 @@ def check_tensors(architecture: Architecture, got: Shapes, expected: Shapes, wha
     """Raise one GGUFError that names what is missing, superfluous or wrongly shaped."""
     problems = tensor_problems(got, expected)
     if problems:
-        reasons = ["incomplete"] * (not expected.keys() <= got.keys()) + ["changed, or made for another config"]
+        reasons = ["incomplete"] * (not expected.keys() <= got.keys()) + ["changed", "made for another config"]
         if not got.keys() <= expected.keys():
-            reasons.append(
-                f"of a relative of {architecture.name} that is not known here, or holds another part of its pipeline"
-            )
+            reasons += [f"of a relative of {architecture.name} that is not known here", "holding another part of its pipeline"]
         raise GGUFError(
             f"{problems}. A {architecture.name} file with {_counted_blocks(architecture, expected)} holds exactly {len(expected)} "
-            f"tensors. {what} is {', '.join(reasons)}. Get it again, or pass the config.json that belongs to it as config=..."
+            f"tensors. {what} is {', '.join(reasons[:-1])} or {reasons[-1]}. Get it again, or pass the config.json that belongs to it as config=..."
         )
 
 

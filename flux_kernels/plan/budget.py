@@ -25,7 +25,7 @@ from ..mixed.option import Option
 from ..models.architectures.flux1 import FLUX1
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
+_SIZE = re.compile(r"(?P<number>[0-9][0-9_]*(\.[0-9]+)?)\s*(?P<unit>[a-zA-Z]*)")
 RESOLUTIONS = ((512, 512), (768, 768), (1024, 1024), (1536, 1536), (2048, 2048))
 OFFLOADS = ("model", "none")
 ROOM = (
@@ -63,7 +63,7 @@ def parse_size(text: str, layout: FileLayout, tensors: Collection[str]) -> int:
 
 def parse_card(text: str) -> float:
     """Return the GiB of a card written as "12GB" or "12": the names of cards mean powers of two."""
-    match = re.fullmatch(r"(?P<number>\d+(\.\d+)?)\s*(GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(GB|GiB|G)?", text.strip(), re.IGNORECASE)
     if match is None or float(match["number"]) <= 0:
         raise FormatError(f"{text!r} is no card. Write its memory, as in 12GB.")
     return float(match["number"])
@@ -71,7 +71,7 @@ def parse_card(text: str) -> float:
 
 def parse_resolution(text: str) -> tuple[int, int]:
     """Return (width, height) in pixels of "1024x1024"."""
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
+    match = re.fullmatch(r"([0-9]{1,5})[xX]([0-9]{1,5})", text.strip())
     if match is None or min(int(match[1]), int(match[2])) < 16:
         raise FormatError(f"{text!r} is no resolution. Write width x height in pixels, as in 1024x1024.")
     return int(match[1]), int(match[2])

@@ -23,7 +23,7 @@ from .safetensors_header import join_scales, read_safetensors
 from .stored_tensor import StoredTensor
 
 _INDEX = ".safetensors.index.json"
-_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_SHARD = re.compile(r"-[0-9]+-of-[0-9]+\.safetensors$")
 # The transformer's prefix in files that hold text encoders and VAE too.
 _WHOLE_CHECKPOINT = "model.diffusion_model."
 _LEGAL = (

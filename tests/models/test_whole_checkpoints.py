@@ -72,7 +72,7 @@ def test_advice_is_about_what_is_wrong(tmp_path):
     tensors = small_file("Wan").tensors
     lost = FluxFile({name: value for name, value in tensors.items() if name != "head.head.bias"})
     with pytest.raises(
-        GGUFError, match="This file is incomplete, changed, or made for another config. Get it again, or"
+        GGUFError, match="This file is incomplete, changed or made for another config. Get it again, or"
     ) as error:
         load_transformer(lost.write(tmp_path / "lost.gguf"))
     assert "relative" not in str(error.value)

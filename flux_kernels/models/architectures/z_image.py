@@ -68,7 +68,7 @@ Z_IMAGE = Architecture(
     # ComfyUI reads both models as one, by their tensors.
     gguf_name="lumina2",
     # Lumina 2 has a function before this matrix, so its number is 1 there; ControlNets have it in control_layers.
-    mark=r"layers\.\d{1,6}\.adaLN_modulation\.0\.(weight|bias)",
+    mark=r"layers\.[0-9]{1,6}\.adaLN_modulation\.0\.(weight|bias)",
     model_class="ZImageTransformer2DModel",
     pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline", "ZImageOmniPipeline"),
     blocks=BLOCKS,
