@@ -39,7 +39,7 @@ class Case:
         shapes: of a small file, original name -> shape; the blocks' matrices have whole K-quant blocks.
         config: all arguments of diffusers' class for the small file.
         convert: diffusers' own conversion, from a state dict in original names to one in diffusers'.
-        inputs: keyword arguments of the small model's forward, in float32.
+        inputs: keyword arguments of the small model's forward, in float32; even numbers of tokens where processes share them.
         published: name of a variant -> its true sizes.
         plain: original names of matrices that published files never quantize.
         extra: original name -> shape of tensors that files carry and the model has no use for.

@@ -53,11 +53,11 @@ def _config(heads: int, head: int, double: int, single: int, text: int, guidance
 def _inputs(generator: torch.Generator) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(1, 6, 128, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 5, 512, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 4, 512, generator=generator),
         "timestep": torch.tensor([0.7]),
         "guidance": torch.tensor([3.5]),
-        "img_ids": torch.tensor([[0.0, i // 3, i % 3, 0] for i in range(6)]),
-        "txt_ids": torch.tensor([[0.0, 0, 0, i] for i in range(5)]),
+        "img_ids": torch.tensor([[[0.0, i // 3, i % 3, 0] for i in range(6)]]),
+        "txt_ids": torch.tensor([[[0.0, 0, 0, i] for i in range(4)]]),
     }
 
 
