@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import GGUFError
 from ..formats import FORMATS
+from ..gguf.conventions import file_title
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..gguf.spec import shown_path
 from ..models.architecture import Architecture
@@ -156,7 +157,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         **known,
         notes=(*note_left_out(others), *([stored.lacking] if stored.lacking else [])),
         pipelines=architecture.pipelines,
-        variant=architecture.variant_name(stored.config),
+        variant=architecture.variant_name(stored.config, file_title(name, file.metadata)),
         layout=layout_of(stored.types, stored.shapes, architecture),
         naming=stored.naming,
         config=stored.config,

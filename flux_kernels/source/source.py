@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GGUFError
-from ..gguf.conventions import architecture_of
+from ..gguf.conventions import architecture_of, file_title
 from ..gguf.spec import shown_path
 from ..gguf.split import hint_of_part
 from ..models.architecture import DIFFUSERS, Architecture
@@ -177,7 +177,8 @@ def _known(architecture: Architecture, files: SourceFiles, shapes: Shapes, confi
     tensors |= {name: SourceTensor(name, (0,), (), name) for name in architecture.flagged(known)}
     lacking = lacking_blocks(architecture, known)
     notes = (*note_left_out(files.left_out), *([lacking] if lacking else []))
-    return SourceModel(files, architecture.variant_name(known), tensors, known, notes, architecture)
+    name = architecture.variant_name(known, file_title(files.paths[0], files.metadata))
+    return SourceModel(files, name, tensors, known, notes, architecture)
 
 
 def _unknown(files: SourceFiles, shapes: Mapping[str, tuple[int, ...]]) -> SourceModel:

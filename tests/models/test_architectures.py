@@ -100,7 +100,7 @@ def write_true_size(case: Case, shapes, path):
 @pytest.mark.parametrize(("name", "variant"), PUBLISHED)
 def test_a_file_of_true_size_says_what_it_is(tmp_path, name, variant):
     case, published = CASES[name], CASES[name].published[variant]
-    path = write_true_size(case, published.shapes, tmp_path / "true.gguf")
+    path = write_true_size(case, published.shapes, tmp_path / f"{published.title}.gguf")
     start = time.perf_counter()
     facts = inspect_file(path)
     seconds = time.perf_counter() - start

@@ -48,8 +48,8 @@ CHROMA = Architecture(
     ),
     read_config=_config,
     untold={"axes_dims_rope": default_rope},
-    # Files of Base, HD and Flash have the same tensors. The settings are those of diffusers' documentation, for HD; Flash is
-    # distilled and takes a guidance of 1.
+    # Files of Base, HD and Flash have the same tensors. The settings are those of diffusers' documentation, for HD; for
+    # Flash, which is distilled, it gives none.
     variants=(
         Variant("Chroma1", {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}, steps=40, guidance=3.0),
     ),

@@ -21,12 +21,14 @@ class Published:
         config: the arguments of diffusers' class that are expected, those of `Case.untold` left out.
         tensors: how many there are, and
         parameters: how many weights they hold, both from another source than the shapes.
+        title: what a file is called that holds this model and no other of the same tensors.
     """
 
     shapes: Shapes
     config: Mapping[str, Any]
     tensors: int
     parameters: int
+    title: str = "true"
 
 
 @dataclass(frozen=True, eq=False)
