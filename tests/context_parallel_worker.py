@@ -40,7 +40,10 @@ def variants(packed) -> dict[str, torch.nn.Module]:
 
 
 def split(model, inputs: dict) -> dict:
-    """Return by how much a model's output differs when its tokens are split, and how many the last block saw alone and then."""
+    """Return by how much a model's output differs when its tokens are split.
+
+    Beside it, how many tokens the last block saw before and then.
+    """
     tokens: list[int] = []
     blocks = [module for module in model.children() if isinstance(module, torch.nn.ModuleList)][-1]
     blocks[-1].register_forward_pre_hook(

@@ -51,7 +51,9 @@ def part_paths(path: str, metadata: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def hint_of_part(path: str, metadata: Mapping[str, Any]) -> Iterator[None]:
-    """Add to a GGUFError about what a file lacks that its name is that of a part, where its keys do not say so.
+    """Say in a GGUFError about what a file lacks that it looks like a part.
+
+    Its name does, where its keys do not say so.
 
     Args:
         path: of the file.

@@ -219,7 +219,10 @@ class Architecture:
         return self._of_one_config(nearest, title)[0]
 
     def published(self, config: Mapping[str, Any], title: str = "") -> list[Variant]:
-        """Return the published models that a file can be: none, one, or several of one config that its title does not tell apart."""
+        """Return the published models that a file can be.
+
+        They are several where variants have one config and its title does not tell them apart.
+        """
         fits = next((row for row in self.variants if not _misfits(row, config)), None)
         return [] if fits is None else self._of_one_config(fits, title)
 

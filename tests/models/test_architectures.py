@@ -126,7 +126,7 @@ def converted(convert, shapes) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(("name", "variant"), PUBLISHED)
 def test_the_table_of_a_published_model_becomes_diffusers_class(name, variant):
-    """The tables were typed from other programs: every tensor of diffusers' class must come of them, and none besides."""
+    """The tables were typed from other programs: just the tensors of diffusers' class come of them."""
     case, published = CASES[name], CASES[name].published[variant]
     assert converted(case.convert, published.shapes) == of_class(case.model_class, published.config)
 

@@ -9,8 +9,10 @@ import diffusers
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from flux_kernels import load_transformer
+from flux_kernels.cli import app
 from flux_kernels.generation.inspect_file import inspect_file
 from flux_kernels.models.architectures import ARCHITECTURES
 from flux_kernels.models.cut_short import lacking_blocks
@@ -55,6 +57,8 @@ def test_loading_and_quantizing_say_it_too(tmp_path):
         model = load_transformer(path)
     assert len(model.blocks) == 27 and warned[0].filename == __file__
     assert understand_source(path).notes[0].startswith(sentence)
+    shown = CliRunner().invoke(app, ["inspect", str(path)])
+    assert shown.exit_code == 0 and f"Note: {sentence}" in shown.output
 
 
 @pytest.mark.parametrize(

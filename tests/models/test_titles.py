@@ -1,4 +1,4 @@
-"""Models that share all tensors: a word in the file's title tells them apart, or nothing does and both are named."""
+"""Models that share all tensors: a word in the file's title tells them apart, or both are named."""
 
 from __future__ import annotations
 
