@@ -102,6 +102,22 @@ def test_imports_make_no_circle():
         follow(name, ())
 
 
+ANY_DIGIT = re.compile(r"\\d|\.is(decimal|digit|numeric)\(")
+
+
+def test_digits_in_names_are_ascii():
+    """Names in files come from strangers, and `\\d` matches the digits of every script, which int() reads."""
+    folders = ("gguf", "models", "t5", "source", "mixed", "convert", "plan", "swap", "integrations")
+    lines = {
+        f"{path}: {line.strip()}"
+        for folder in folders
+        for path in (PACKAGE / folder).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if ANY_DIGIT.search(line) and "isascii" not in line
+    }
+    assert not lines
+
+
 def names_in(path: Path) -> set[str]:
     """Return every name that a file's code speaks, in capitals.
 

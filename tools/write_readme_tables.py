@@ -31,7 +31,12 @@ def model_table() -> str:
     """Return the table of ARCHITECTURES: published models, weights, and diffusers' pipelines."""
     lines = ["| models | weights | for diffusers' |", "|---|---|---|"]
     for row in reversed(ARCHITECTURES):
-        sizes = [f"{variant.name} {_billions(row, variant)}" for variant in row.variants]
+        alike = [row.published(variant.config) for variant in row.variants]
+        sizes = [
+            f"{' and '.join(one.name for one in group)} {_billions(row, group[0])}"
+            for group, variant in zip(alike, row.variants)
+            if group[0] is variant
+        ]
         pipelines = ", ".join(f"`{name}`" for name in row.pipelines)
         lines.append(f"| {row.name}: {row.covers} | {', '.join(sizes)} | {pipelines} |")
     return "\n".join(lines)

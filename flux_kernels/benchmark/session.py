@@ -67,9 +67,14 @@ class Plan:
         """List size, type and call of every comparison of linear calls."""
         return [(size, name, call) for size in self.sizes for name in self.formats for call in self.step(size)]
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether whole runs are measured too: asked for, and known of the model."""
+        return self.steps and self.model == MAIN_MODEL
+
     def whole_runs(self, device: torch.device) -> list[tuple[str, str, bool]]:
         """List size, type and whether it is of pictures for every whole run; a CPU has one size."""
-        if not self.steps or self.model != MAIN_MODEL:
+        if not self.runs_whole:
             return []
         sizes = self.sizes if device.type != "cpu" else self.sizes[:1]
         steps = [(size, name, False) for size in sizes for name in self.formats]
@@ -136,7 +141,11 @@ def _measure_all(plan: Plan, device: torch.device, dtype: torch.dtype, tell: Tel
     tell("ceilings", 0)
     run = Found(origin(device), measure_ceilings(device, dtype), calls=len(plan.calls()), minutes=plan.minutes)
     run.calls_a_step = len(plan.step(plan.sizes[0]))
-    for kind, row in _linears(plan, run, device, dtype, tell, started + limit * (_LINEAR_SHARE if plan.steps else 1)):
+    if plan.steps and not plan.runs_whole:
+        run.not_run.append(
+            f"whole steps (timed of {MAIN_MODEL} alone; of {plan.model}, the linear calls of a step are added up)"
+        )
+    for kind, row in _linears(plan, run, device, dtype, tell, started + limit * (_LINEAR_SHARE if plan.runs_whole else 1)):
         on_row(kind, row)
     for kind, row in _steps(plan, run, device, tell, started + limit):
         on_row(kind, row)

@@ -67,6 +67,8 @@ def _print(console: Console, facts: FileFacts, rows: list[dict]) -> None:
     else:
         layout = f"layout {facts.layout}, " if facts.layout else ""
         console.print(f"{facts.variant}; {layout}{facts.naming} names", highlight=False, soft_wrap=True)
+    for note in facts.notes:
+        console.print(f"[yellow]Note:[/] {note}", highlight=False, soft_wrap=True)
     if facts.pipelines:
         console.print(f"For diffusers' {' and '.join(facts.pipelines)}", highlight=False, soft_wrap=True)
     if facts.types:

@@ -230,7 +230,7 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
 
     sizes = []
     for part in filter(None, text.split(",")):
-        match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", part)
+        match = re.fullmatch(r"\s*([0-9]+)x([0-9]+)\s*", part)
         if match is None or any(int(side) % 16 or not int(side) for side in match.groups()):
             raise FormatError(
                 f"--sizes has {part!r}; sizes are WIDTHxHEIGHT in multiples of 16 pixels, such as 1024x1024,832x1216."

@@ -21,7 +21,7 @@ from ..torch_backend import libggml
 
 DEFAULT_RULE = "new"
 # What other models' blocks have in common: an index in the name.
-_NUMBERED = re.compile(r"(^|\.)\d+\.")
+_NUMBERED = re.compile(r"(^|\.)[0-9]+\.")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..backends import check_names
 from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..files import check_writable, written_whole
+from ..gguf.conventions import file_title
 from ..models import load_flux
 from ..models.architectures.flux1 import FLUX1
 from ..swap import swap_linear
@@ -143,7 +144,7 @@ def check_request(request: Request) -> Job:
             f"{request.gguf} is a {facts.variant}, and generate draws with FLUX.1. Load it in Python: "
             f"flux_kernels.load_transformer(path), for diffusers' {facts.pipelines[0]}."
         )
-    task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
+    task = choose_task(facts.config, request, file_title(str(request.gguf), facts.metadata))
     check_fit(base_sizes(request.base, _t5_width(request.t5)), facts.config)
     return Job(facts, task, read_pictures(task, request))
 

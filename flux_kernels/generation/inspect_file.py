@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from ..errors import GGUFError
 from ..formats import FORMATS
+from ..gguf.conventions import file_title
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..gguf.spec import shown_path
 from ..models.architecture import Architecture
 from ..models.architectures.flux1 import FLUX1
 from ..models.names import strip_prefix, tensor_class
-from ..models.recognise import recognise, transformer_names
+from ..models.recognise import note_left_out, recognise, transformer_names
 from ..models.stored import understand
 from ..models.types import BLOCK, layout_of, tensor_kind
 from ..t5.load import understand_t5
@@ -89,6 +90,7 @@ class FileFacts:
         refused: why `load_transformer` (or `load_t5`) would refuse it, without its path; None where it loads.
         architecture: name of the row it belongs to, such as "FLUX.2"; None where no row does.
         pipelines: diffusers' pipeline classes for it.
+        notes: sentences about a file that loads and may still be wrong.
         variant: the published model, or the encoder's size; None where refused.
         layout: "legacy", "old", "new", "mixed" or "other"; None where refused, and for a T5 encoder.
         naming: "bfl" (of Flux), "original" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
@@ -110,6 +112,7 @@ class FileFacts:
     nbytes: int
     role: str = TRANSFORMER
     refused: str | None = None
+    notes: tuple[str, ...] = ()
     architecture: str | None = None
     pipelines: tuple[str, ...] = ()
     variant: str | None = None
@@ -147,11 +150,14 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
     except GGUFError as error:
         return FileFacts(**known, refused=str(error))
     architecture = stored.architecture
-    part = _part(file, architecture, stored.config)
+    tensors = [file.tensors[name] for name in stored.names.values()]
+    part = _part(tensors, architecture, stored.config)
+    others = file.tensors.keys() - set(transformer_names(file.tensors))
     return FileFacts(
         **known,
+        notes=(*note_left_out(others), *([stored.lacking] if stored.lacking else [])),
         pipelines=architecture.pipelines,
-        variant=architecture.variant_name(stored.config),
+        variant=architecture.variant_name(stored.config, file_title(name, file.metadata)),
         layout=layout_of(stored.types, stored.shapes, architecture),
         naming=stored.naming,
         config=stored.config,
@@ -167,7 +173,7 @@ def _t5_facts(known: dict[str, Any], file: GGUFFile) -> FileFacts:
         config = understand_t5(file).config
     except GGUFError as error:
         return FileFacts(**known, role=T5_ENCODER, refused=str(error))
-    sizes, decoded = _sizes(file)
+    sizes, decoded = _sizes(file.tensors.values())
     blocks = f"{config['num_layers']} block{'s' * (config['num_layers'] != 1)}"
     working = text_working(config["d_model"], config["num_heads"], TEXT_TOKENS, decoded=decoded)
     return FileFacts(
@@ -240,9 +246,9 @@ def _resident(tensor: GGUFTensor) -> int:
     return tensor.nbytes if packed else prod(tensor.shape) * ACTIVATION_BYTES
 
 
-def _part(file: GGUFFile, architecture: Architecture, config: Mapping[str, Any]) -> Part:
+def _part(stored: Sequence[GGUFTensor], architecture: Architecture, config: Mapping[str, Any]) -> Part:
     """Return what the transformer needs on a card for one picture."""
-    sizes, decoded = _sizes(file)
+    sizes, decoded = _sizes(stored)
     tokens = architecture.picture_tokens(architecture.settings(config)) + architecture.text_tokens
     working = transformer_working(architecture.width(config), tokens, decoded=decoded)
     return Part("transformer", sum(sizes), max(sizes), working)
@@ -256,11 +262,11 @@ def _overhead(architecture: Architecture, config: Mapping[str, Any]) -> str:
     return OVERHEAD.format(image=architecture.picture_tokens(usual), text=architecture.text_tokens, **size)
 
 
-def _sizes(file: GGUFFile) -> tuple[list[int], int]:
+def _sizes(stored: Collection[GGUFTensor]) -> tuple[list[int], int]:
     """Return the bytes of each tensor once loaded, and of the largest packed matrix once decoded."""
-    packed = (tensor for tensor in file.tensors.values() if tensor.format in FORMATS)
+    packed = (tensor for tensor in stored if tensor.format in FORMATS)
     decoded = max((prod(tensor.shape) for tensor in packed), default=0) * ACTIVATION_BYTES
-    return [_resident(tensor) for tensor in file.tensors.values()], decoded
+    return [_resident(tensor) for tensor in stored], decoded
 
 
 def _offloads(part: Part) -> dict[str, dict[int, str]]:

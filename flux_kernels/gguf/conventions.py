@@ -40,6 +40,17 @@ def architecture_of(metadata: Mapping[str, Any]) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
+def file_title(path: str, metadata: Mapping[str, Any] | None = None) -> str:
+    """Return what a file calls itself: its name, and the name that its key-values state.
+
+    Of a folder's file that has the name which diffusers gives to all, the names of the two folders that hold it.
+    """
+    *folders, name = path.replace("\\", "/").split("/")[-3:]
+    stated = (metadata or {}).get("general.name")
+    own = " ".join(folders) if name.startswith("diffusion_pytorch_model") else name
+    return f"{own} {stated}" if isinstance(stated, str) else own
+
+
 def written_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which a tensor is written, its first dimensions as one where it has too many.
 

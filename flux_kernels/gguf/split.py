@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import GGUFError
 from .spec import shown_path
 
 _COUNT, _NUMBER, _TENSORS = "split.count", "split.no", "split.tensors.count"
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+_PART = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.gguf$", re.IGNORECASE)
 # llama.cpp numbers with five digits; far fewer are of use.
 _MOST_PARTS = 1000
 
@@ -46,6 +47,28 @@ def part_paths(path: str, metadata: Mapping[str, Any]) -> list[str]:
             f"{shown_path(path)}: one of {count} parts; {names}{more} {'is' if len(missing) == 1 else 'are'} not beside it."
         )
     return paths
+
+
+@contextmanager
+def hint_of_part(path: str, metadata: Mapping[str, Any]) -> Iterator[None]:
+    """Say in a GGUFError about what a file lacks that it looks like a part.
+
+    Its name does, where its keys do not say so.
+
+    Args:
+        path: of the file.
+        metadata: its key-values.
+    """
+    try:
+        yield
+    except GGUFError as error:
+        match = _PART.search(path)
+        if match is None or _COUNT in metadata or int(match[2]) < 2:
+            raise
+        raise GGUFError(
+            f"{error} By its name it is part {int(match[1])} of {int(match[2])}, but it lacks the key {_COUNT!r} by which parts are put "
+            "together: get the model as one file, or in parts made by llama.cpp's gguf-split."
+        ) from None
 
 
 def check_parts(path: str, parts: Sequence[Mapping[str, Any]], tensors: int) -> None:

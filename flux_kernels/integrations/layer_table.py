@@ -16,7 +16,7 @@ from ..layers.linear import GGUFLinear
 from ..swap.request import first_match
 
 # A component of a dotted name that is a number.
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 _OWN_PARAMETERS = ("qweight", "bias")
 
 

@@ -18,7 +18,7 @@ from ..files import file_sha256
 from ..formats import PLAIN_TYPES
 from ..generation.base_pipeline import check_base, load_pipeline, pipeline_class
 from ..generation.embedded import PIPELINE_KWARGS, embedded_model_path
-from ..gguf.conventions import architecture_of
+from ..gguf.conventions import architecture_of, file_title
 from ..gguf.file import map_file
 from ..models.architecture import Architecture
 from ..models.architectures.flux1 import FLUX1
@@ -171,6 +171,7 @@ def open_pipeline(source: Source16, transformer: nn.Module) -> tuple[Any, dict[s
     base = base_of(source)
     kind = pipeline_class(base, source.architecture)
     pipeline = load_pipeline(base, transformer, parameter.dtype, kind=kind).to(parameter.device)
-    settings = PIPELINE_KWARGS if source.embedded else source.architecture.settings(source.config).pipeline_arguments
+    title = file_title(str(source.files[0]), source.opened.metadata)
+    settings = PIPELINE_KWARGS if source.embedded else source.architecture.settings(source.config, title).pipeline_arguments
     taken = inspect.signature(pipeline.__call__).parameters
     return pipeline, {name: value for name, value in settings.items() if name in taken}

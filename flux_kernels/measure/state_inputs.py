@@ -47,7 +47,7 @@ def as_arguments(tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> di
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         stem, dot, number = name.partition(".")
-        if dot and number.isdecimal():
+        if dot and number.isascii() and number.isdecimal():
             arguments.setdefault(stem, []).append(tensor)
         else:
             arguments[name] = tensor

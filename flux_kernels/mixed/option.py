@@ -10,7 +10,7 @@ from ..formats import PLAIN_TYPES, type_row, types_by_name
 from ..gguf.spec import tensor_nbytes
 from ..models.low_rank_tensors import RANK_TYPE, low_rank_shapes
 
-_TEXT = re.compile(r"(?P<type>\w+?)(\+r(?P<rank>[1-9]\d*))?")
+_TEXT = re.compile(r"(?P<type>\w+?)(\+r(?P<rank>[1-9][0-9]*))?")
 
 
 class Option(NamedTuple):

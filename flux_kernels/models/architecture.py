@@ -77,6 +77,7 @@ class Variant:
         size: (width, height) in pixels of a usual picture.
         latent_frames: of a usual video; 1 for pictures.
         patch: pixels of a side that become a token, where that is not the architecture's.
+        word: regular expression of a word by which the titles of its files tell it from variants of the same config.
     """
 
     name: str
@@ -87,6 +88,11 @@ class Variant:
     size: tuple[int, int] = (1024, 1024)
     latent_frames: int = 1
     patch: int | None = None
+    word: str = r"(?!)"
+
+    def is_named(self, title: str) -> bool:
+        """Tell whether a file's title has the variant's word."""
+        return re.search(rf"(?<![a-z])({self.word})(?![a-z])", title.lower()) is not None
 
     @property
     def pipeline_arguments(self) -> dict[str, Any]:
@@ -118,12 +124,14 @@ class Architecture:
         model_class: of diffusers.
         pipelines: diffusers' pipeline classes, the one for drawing from text first.
         blocks: names of the lists of blocks, (original, diffusers), in the order in which they run.
+        counts: original name of a list of blocks -> the config value that counts it.
         links: how the original names become diffusers'; what no link names has one name in both. () where all names agree.
         read_config: all arguments of `model_class`, from a file's shapes.
         untold: config values that no tensor shows -> what they are by default, or a function of the other values; a file or a
             caller may say otherwise.
-        variants: published models.
-        describe: names the model of a config; None where the fitting variant's name does.
+        variants: published models; of those with one config, the first is taken where a file's title has no word of another.
+        pruned: counts of blocks of published models that are a variant with fewer of them.
+        describe: names the model of a config, or gives None where the fitting variant's name does.
         plain: starts of the original names of matrices that stay in 16 or 32 bit, as ComfyUI-GGUF's tools leave them.
         narrow: regular expression of original names that the "old" layout of FLUX.1 keeps in 32 bit.
         precise: regular expression of original names that are F32 in every layout, since readers decode nothing there.
@@ -145,10 +153,12 @@ class Architecture:
     model_class: str
     pipelines: tuple[str, ...]
     blocks: tuple[tuple[str, str], ...]
+    counts: Mapping[str, str]
     links: tuple[Link, ...]
     read_config: Callable[[StoredShapes], dict[str, Any]]
     variants: tuple[Variant, ...]
-    describe: Callable[[Mapping[str, Any]], str] | None = None
+    describe: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    pruned: tuple[Mapping[str, int], ...] = ()
     untold: Mapping[str, Any] = field(default_factory=dict)
     mark_needs: tuple[str, ...] = ()
     relatives: tuple[Mark, ...] = ()
@@ -198,23 +208,36 @@ class Architecture:
         """The most text tokens that its models take."""
         return max(variant.text_tokens for variant in self.variants)
 
-    def settings(self, config: Mapping[str, Any]) -> Variant:
-        """Return the variant whose settings a model takes: its own, or that which most of its values fit."""
-        return min(self.variants, key=lambda row: sum(config.get(name) != value for name, value in row.config.items()))
+    def settings(self, config: Mapping[str, Any], title: str = "") -> Variant:
+        """Return the variant whose settings a model takes: its own, or that which most of its values fit.
 
-    def variant(self, config: Mapping[str, Any]) -> Variant | None:
-        """Return the published model whose values a config has, or None."""
-        fits = (row for row in self.variants if all(config.get(name) == value for name, value in row.config.items()))
-        return next(fits, None)
+        Args:
+            config: of the model.
+            title: of its file, as `file_title` gives it.
+        """
+        nearest = min(self.variants, key=lambda row: _misfits(row, config))
+        return self._of_one_config(nearest, title)[0]
 
-    def variant_name(self, config: Mapping[str, Any]) -> str:
-        """Name the model of a config."""
-        if self.describe is not None:
-            return self.describe(config)
-        known = self.variant(config)
+    def published(self, config: Mapping[str, Any], title: str = "") -> list[Variant]:
+        """Return the published models that a file can be.
+
+        They are several where variants have one config and its title does not tell them apart.
+        """
+        fits = next((row for row in self.variants if not _misfits(row, config)), None)
+        return [] if fits is None else self._of_one_config(fits, title)
+
+    def _of_one_config(self, variant: Variant, title: str) -> list[Variant]:
+        """Return the variants of one config, or the one of them that a title names."""
+        alike = [row for row in self.variants if row.config == variant.config]
+        named = [row for row in alike if row.is_named(title)]
+        return named if len(named) == 1 else alike
+
+    def variant_name(self, config: Mapping[str, Any], title: str = "") -> str:
+        """Name the model of a config; where neither it nor a file's title tells variants apart, all of them."""
         counts = (config.get(name) for name in ("num_layers", "n_layers"))
         blocks = next((f" with {count} blocks" for count in counts if count is not None), "")
-        return known.name if known else f"{self.name} architecture{blocks}"
+        known = " or ".join(variant.name for variant in self.published(config, title))
+        return self.describe(config) or known or f"{self.name} architecture{blocks}"
 
     def original_of(self, name: str) -> str:
         """Return the original name of a tensor that has diffusers' name; any other name comes back as it is."""
@@ -260,7 +283,12 @@ class Architecture:
         return tuple(f"{ours}." for ours, theirs in self.blocks if ours != theirs)
 
 
-_NUMBER = re.compile(r"(?<=\.)\d{1,6}(?=\.)")
+def _misfits(variant: Variant, config: Mapping[str, Any]) -> int:
+    """Count the values of a variant that a config does not have."""
+    return sum(config.get(name) != value for name, value in variant.config.items())
+
+
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,6}(?=\.)")
 
 
 def _with_and_without_index(name: str) -> tuple[tuple[str, str], ...]:

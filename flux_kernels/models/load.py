@@ -6,6 +6,7 @@ Block matrices stay packed and memory-mapped; nothing is decoded.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from ..backends import check_activation_dtype, check_names, check_runnable, usable_device
 from ..compute import compute_of_layer
 from ..formats import FORMATS
+from ..gguf.spec import shown_path
 from ..layers.fuse import fuse_projections, offer_fusing
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over
@@ -46,7 +48,7 @@ def load_transformer(
     The tensors tell the model, whatever the file says of itself. Original or diffusers names, with or without prefix, any
     width and number of blocks. Quantized matrices become GGUFLinear layers over the mapped bytes of the file; everything else
     (norm scales, biases, plain matrices) becomes `dtype`, and stays mapped where the file has that type. One tensor is in work
-    at a time.
+    at a time. A file with fewer blocks than a published model, and otherwise its values, loads with a warning.
 
     Args:
         path: the GGUF file.
@@ -109,6 +111,9 @@ def _load(
     check_activation_dtype(dtype, "dtype")
     place = usable_device("cpu" if device is None else device)
     stored = open_stored(path, config, wanted)
+    lacking = stored.lacking
+    if lacking:
+        warnings.warn(f"{shown_path(os.fspath(path))}: {lacking}", stacklevel=3)
     for format in {tensor.format for tensor in stored.file.tensors.values()} & FORMATS.keys():
         check_runnable(backend, compute, place, FORMATS[format])
     model = unfilled_model(stored.architecture, stored.config).eval()

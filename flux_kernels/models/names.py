@@ -111,7 +111,7 @@ def _expanded(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]])
             continue
         stem = group[0].diffusers[0].split(INDEX)[0]
         found = {name[len(stem) :].split(".", 1)[0] for name in shapes if name.startswith(stem)}
-        for index in sorted(int(number) for number in found if number.isdecimal()):
+        for index in sorted(int(number) for number in found if number.isascii() and number.isdecimal()):
             yield from ((link, index) for link in group)
 
 

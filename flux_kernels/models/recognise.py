@@ -17,11 +17,13 @@ from .names import PREFIXES, strip_prefix
 _LOADS = "flux_kernels loads " + ", ".join(f"{row.name} ({row.covers})" for row in reversed(ARCHITECTURES)) + "."
 
 
-# What stands next to the transformer in whole checkpoints.
-_COMPANIONS = (
-    *("first_stage_model.", "vae.", "text_encoders.", "text_encoder.", "text_encoder_2.", "cond_stage_model.", "conditioner."),
-    *("text_model.", "clip_l.", "clip_g.", "t5xxl.", "te.", "te1.", "te2."),
+# What stands next to the transformer in whole checkpoints. No transformer has tensors of these names.
+COMPANIONS = (
+    *("first_stage_model.", "cond_stage_model.", "conditioner.", "vae.", "text_encoders."),
+    *("text_encoder.", "text_encoder_2.", "text_encoder_3."),
 )
+# These are only taken for parts of a whole checkpoint where the transformer has a prefix of its own.
+_BESIDE_PREFIX = ("text_model.", "clip_l.", "clip_g.", "t5xxl.", "te.", "te1.", "te2.")
 
 
 _TEXT_ENCODER = "It belongs to the pipeline's text encoder, not its transformer."
@@ -38,22 +40,22 @@ OTHER_TRANSFORMERS: tuple[Mark, ...] = (
     Mark("a FLUX.1 ControlNet", r"(controlnet_(x_embedder|blocks|single_blocks)|controlnet_mode_embedder)\..*"),
     Mark("FLUX.1 Redux (an image encoder)", r"redux_(up|down)\..*"),
     Mark("HunyuanVideo", r"(txt_in\.individual_token_refiner|context_embedder\.token_refiner)\..*", WITH_DIFFUSERS),
-    Mark("HunyuanVideo or HunyuanImage", r"double_blocks\.\d+\.img_attn_qkv\..*", WITH_DIFFUSERS),
+    Mark("HunyuanVideo or HunyuanImage", r"double_blocks\.[0-9]+\.img_attn_qkv\..*", WITH_DIFFUSERS),
     Mark("HiDream", r"double_stream_blocks\..*", WITH_DIFFUSERS),
     Mark("AuraFlow", r"(double_layers\..*|cond_seq_linear\.weight|joint_transformer_blocks\..*)", WITH_DIFFUSERS),
-    Mark("LTX-Video", r"(patchify_proj\.weight|transformer_blocks\.\d+\.scale_shift_table)", WITH_DIFFUSERS),
+    Mark("LTX-Video", r"(patchify_proj\.weight|transformer_blocks\.[0-9]+\.scale_shift_table)", WITH_DIFFUSERS),
     Mark("a Z-Image ControlNet", r"control_(all_x_embedder|layers|noise_refiner)\..*"),
     Mark("OmniGen 2 or Boogu", r"ref_image_(refiner|patch_embedder)\..*"),
     Mark("Lumina 2", r"(cap_embedder|noise_refiner|context_refiner)\..*", WITH_DIFFUSERS),
-    Mark("Mochi", r"blocks\.\d+\.attn\.qkv_x\.weight", WITH_DIFFUSERS),
+    Mark("Mochi", r"blocks\.[0-9]+\.attn\.qkv_x\.weight", WITH_DIFFUSERS),
     Mark("Cosmos", r"net\.blocks\..*", WITH_DIFFUSERS),
     Mark("Stable Diffusion 1, 2 or XL (a UNet)", r"(input_blocks|down_blocks)\..*", WITH_DIFFUSERS),
 )
 # What may also lie beside a transformer in one file, and is only asked about where no such transformer is found.
 OTHER_PARTS: tuple[Mark, ...] = (
-    Mark("a T5 encoder", r"(enc\.blk\.\d+\..*|encoder\.block\.\d+\.layer\.\d+\..*)", _T5),
-    Mark("a CLIP model", r"(text_model\..*|v\.blk\.\d+\..*|vision_model\..*)", _TEXT_ENCODER),
-    Mark("a language model", r"(blk\.\d+\..*|token_embd\.weight|model\.layers\.\d+\..*)", _TEXT_ENCODER),
+    Mark("a T5 encoder", r"(enc\.blk\.[0-9]+\..*|encoder\.block\.[0-9]+\.layer\.[0-9]+\..*)", _T5),
+    Mark("a CLIP model", r"(text_model\..*|v\.blk\.[0-9]+\..*|vision_model\..*)", _TEXT_ENCODER),
+    Mark("a language model", r"(blk\.[0-9]+\..*|token_embd\.weight|model\.layers\.[0-9]+\..*)", _TEXT_ENCODER),
     Mark("a VAE", r"(decoder|encoder|first_stage_model)\..*", "It belongs to the pipeline's vae, not its transformer."),
 )
 
@@ -70,9 +72,18 @@ def canonical_names(names: Collection[str]) -> dict[str, str]:
 
 
 def transformer_names(names: Collection[str]) -> list[str]:
-    """Return the names of a file's transformer: of a whole checkpoint, text encoders and VAE are left out."""
+    """Return the names of a file's transformer: text encoders and VAE beside it are left out.
+
+    Where there is nothing else, they are returned, so that it can be said what they are.
+    """
     whole = any(name.startswith(PREFIXES[0]) for name in names)
-    return [name for name in names if not (whole and name.startswith(_COMPANIONS))]
+    companions = COMPANIONS + _BESIDE_PREFIX if whole else COMPANIONS
+    return [name for name in names if not name.startswith(companions)] or list(names)
+
+
+def note_left_out(names: Collection[str]) -> tuple[str, ...]:
+    """Say how many tensors of other parts were left out; () for none."""
+    return (f"{len(names)} tensors of other parts (text encoders, VAE) are left out.",) if names else ()
 
 
 def recognise(names: Collection[str]) -> Architecture | None:

@@ -19,10 +19,12 @@ from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.conventions import ORIGINAL_SHAPE_KEY, architecture_of
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..gguf.spec import MAX_WRITTEN_DIMS
+from ..gguf.split import hint_of_part
 from ..torch_backend.reference import dequantize
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
 from .config import infer_config
+from .cut_short import lacking_blocks
 from .low_rank_tensors import check_corrections, correction_names, is_correction
 from .model_class import empty_model, parameter_shapes
 from .names import Source, block_of, sources, stored_shapes
@@ -74,6 +76,11 @@ class StoredTransformer:
     def types(self) -> dict[str, str]:
         """Tensor name without prefix -> ggml type name."""
         return {bare: self.file.tensors[name].format for bare, name in self.names.items()}
+
+    @property
+    def lacking(self) -> str | None:
+        """Blocks of the published model that the file lacks, in a sentence; None where it lacks none."""
+        return lacking_blocks(self.architecture, self.config)
 
     def packed_layer(self, name: str, dtype: torch.dtype) -> StoredLayer | None:
         """Return what the file stores of the linear layer `name`, or None where its matrix is plain.
@@ -160,6 +167,11 @@ def understand(
     Raises:
         GGUFError: where it cannot be loaded, with the reason.
     """
+    with hint_of_part(file.path, file.metadata):
+        return _understood(file, config, wanted)
+
+
+def _understood(file: GGUFFile, config: object | None, wanted: tuple[Architecture, ...]) -> StoredTransformer:
     names = canonical_names(transformer_names(file.tensors))
     shapes = {bare: torch_shape(file, bare, name) for bare, name in names.items()}
     extra = {bare: names.pop(bare) for bare in [*names] if is_correction(bare)}
@@ -240,9 +252,12 @@ def check_tensors(architecture: Architecture, got: Shapes, expected: Shapes, wha
     """Raise one GGUFError that names what is missing, superfluous or wrongly shaped."""
     problems = tensor_problems(got, expected)
     if problems:
+        reasons = ["incomplete"] * (not expected.keys() <= got.keys()) + ["changed", "made for another config"]
+        if not got.keys() <= expected.keys():
+            reasons += [f"of a relative of {architecture.name} that is not known here", "holding another part of its pipeline"]
         raise GGUFError(
             f"{problems}. A {architecture.name} file with {_counted_blocks(architecture, expected)} holds exactly {len(expected)} "
-            f"tensors. {what} is incomplete, changed, or needs its config as config=..."
+            f"tensors. {what} is {', '.join(reasons[:-1])} or {reasons[-1]}. Get it again, or pass the config.json that belongs to it as config=..."
         )
 
 

@@ -23,9 +23,10 @@ from ..generation.memory_plan import (
 from ..mixed.file_layout import KEY_VALUE_BYTES, FileLayout
 from ..mixed.option import Option
 from ..models.architectures.flux1 import FLUX1
+from ..models.config import infer_config
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
+_SIZE = re.compile(r"(?P<number>[0-9][0-9_]*(\.[0-9]+)?)\s*(?P<unit>[a-zA-Z]*)")
 RESOLUTIONS = ((512, 512), (768, 768), (1024, 1024), (1536, 1536), (2048, 2048))
 OFFLOADS = ("model", "none")
 ROOM = (
@@ -63,7 +64,7 @@ def parse_size(text: str, layout: FileLayout, tensors: Collection[str]) -> int:
 
 def parse_card(text: str) -> float:
     """Return the GiB of a card written as "12GB" or "12": the names of cards mean powers of two."""
-    match = re.fullmatch(r"(?P<number>\d+(\.\d+)?)\s*(GB|GiB|G)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(GB|GiB|G)?", text.strip(), re.IGNORECASE)
     if match is None or float(match["number"]) <= 0:
         raise FormatError(f"{text!r} is no card. Write its memory, as in 12GB.")
     return float(match["number"])
@@ -71,7 +72,7 @@ def parse_card(text: str) -> float:
 
 def parse_resolution(text: str) -> tuple[int, int]:
     """Return (width, height) in pixels of "1024x1024"."""
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
+    match = re.fullmatch(r"([0-9]{1,5})[xX]([0-9]{1,5})", text.strip())
     if match is None or min(int(match[1]), int(match[2])) < 16:
         raise FormatError(f"{text!r} is no resolution. Write width x height in pixels, as in 1024x1024.")
     return int(match[1]), int(match[2])
@@ -106,8 +107,9 @@ def room_on_card(layout: FileLayout, card_gib: float, width: int, height: int, o
     if layout.architecture is not FLUX1:
         if offload == "none":
             raise FormatError(
-                f"What the text encoder of {layout.model or 'this model'} takes is known of FLUX.1 alone, so nothing can be said about "
-                "a card that holds it too. Take --offload model, or give the file's size."
+                "--offload none counts the text encoders and the VAE, whose sizes are known here of FLUX.1 alone, not of "
+                f"{layout.model or 'this model'}. Take --offload model, or subtract what they take from the card yourself "
+                "and give what is left for the file: --size 6GB."
             )
         return Room(width, height, working, 0, 0, free_on_card(card_gib) - working)
     others = companions(width, height)
@@ -125,7 +127,7 @@ def _transformer_bytes(layout: FileLayout, width: int, height: int) -> int:
         raise FormatError(
             f"What {layout.model or 'this model'} takes on a card is not known. Give the file's size instead of a card."
         )
-    config = architecture.read_config(architecture.stored(layout.shapes, architecture.main_naming))
+    config = infer_config(architecture, layout.shapes, architecture.main_naming)
     tokens = architecture.picture_tokens(architecture.settings(config), width, height) + architecture.text_tokens
     decoded = 2 * max(prod(layout.shapes[name]) for name in layout.blocks)
     return transformer_working(architecture.width(config), tokens, decoded=decoded)

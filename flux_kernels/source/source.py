@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from ..errors import GGUFError
-from ..gguf.conventions import architecture_of
+from ..gguf.conventions import architecture_of, file_title
 from ..gguf.spec import shown_path
+from ..gguf.split import hint_of_part
 from ..models.architecture import DIFFUSERS, Architecture
 from ..models.config import infer_config
+from ..models.cut_short import lacking_blocks
 from ..models.model_class import empty_model, parameter_shapes
 from ..models.names import Source, sources, stored_shapes
-from ..models.recognise import expect, lora_tensor, naming_of, recognise
+from ..models.recognise import expect, lora_tensor, naming_of, note_left_out, recognise
 from ..models.stored import check_tensors, used_shapes
+from ..models.stored_shapes import Shapes
 from .source_files import SourceFiles, open_source
 from .stored_tensor import StoredTensor
 
@@ -155,8 +158,14 @@ def understand(files: SourceFiles, config: object | None = None) -> SourceModel:
     architecture = recognise(shapes)
     if architecture is None:
         return _unknown(files, shapes)
+    with hint_of_part(files.paths[0], files.metadata):
+        return _known(architecture, files, shapes, files.config if config is None else config)
+
+
+def _known(architecture: Architecture, files: SourceFiles, shapes: Shapes, config: object | None) -> SourceModel:
+    """Take the tensors of a model of a known architecture, which must all be there."""
     naming = naming_of(architecture, shapes)
-    known = infer_config(architecture, shapes, naming, files.metadata, files.config if config is None else config)
+    known = infer_config(architecture, shapes, naming, files.metadata, config)
     expected = parameter_shapes(empty_model(architecture, known))
     located = sources(architecture, expected, naming)
     stored = stored_shapes(located, expected)
@@ -166,7 +175,10 @@ def understand(files: SourceFiles, config: object | None = None) -> SourceModel:
     else:
         tensors = {name: _whole(name, replace(files.tensors[name], shape=shape)) for name, shape in stored.items()}
     tensors |= {name: SourceTensor(name, (0,), (), name) for name in architecture.flagged(known)}
-    return SourceModel(files, architecture.variant_name(known), tensors, known, _notes(files), architecture)
+    lacking = lacking_blocks(architecture, known)
+    notes = (*note_left_out(files.left_out), *([lacking] if lacking else []))
+    name = architecture.variant_name(known, file_title(files.paths[0], files.metadata))
+    return SourceModel(files, name, tensors, known, notes, architecture)
 
 
 def _unknown(files: SourceFiles, shapes: Mapping[str, tuple[int, ...]]) -> SourceModel:
@@ -177,7 +189,7 @@ def _unknown(files: SourceFiles, shapes: Mapping[str, tuple[int, ...]]) -> Sourc
         seen = str(error).split(". ")[0].rstrip(".")
     tensors = {name: _whole(name, tensor) for name, tensor in files.tensors.items()}
     note = f"Not recognised, so nothing is checked and no name changed: {seen}."
-    return SourceModel(files, "not recognised", tensors, None, (note, *_notes(files)))
+    return SourceModel(files, "not recognised", tensors, None, (note, *note_left_out(files.left_out)))
 
 
 def _whole(name: str, tensor: StoredTensor) -> SourceTensor:
@@ -205,12 +217,6 @@ def _fused(
         ordered = tuple(piece for _, piece in sorted(pieces, key=lambda piece: piece[0]))
         fused[name] = SourceTensor(name, shape, ordered, parts[name][0][0])
     return fused
-
-
-def _notes(files: SourceFiles) -> tuple[str, ...]:
-    if not files.left_out:
-        return ()
-    return (f"{len(files.left_out)} tensors of other parts (text encoders, VAE) are left out.",)
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from .safetensors_header import join_scales, read_safetensors
 from .stored_tensor import StoredTensor
 
 _INDEX = ".safetensors.index.json"
-_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_SHARD = re.compile(r"-[0-9]+-of-[0-9]+\.safetensors$")
 # The transformer's prefix in files that hold text encoders and VAE too.
 _WHOLE_CHECKPOINT = "model.diffusion_model."
 _LEGAL = (
@@ -70,7 +70,7 @@ def open_source(path: str | os.PathLike[str]) -> SourceFiles:
     tensors = join_scales(tensors)
     if not tensors:
         raise GGUFError(f"{shown_path(str(source))} holds no tensors.")
-    chosen = [name for name in tensors if name.startswith(_WHOLE_CHECKPOINT)] or list(tensors)
+    chosen = [name for name in tensors if name.startswith(_WHOLE_CHECKPOINT)] or transformer_names(tensors)
     return SourceFiles(
         tuple(map(str, paths)),
         {bare: tensors[name] for bare, name in canonical_names(chosen).items()},

@@ -134,7 +134,7 @@ def _group(rows: list[SwapRow]) -> list[tuple[str, list[SwapRow]]]:
     """Group rows that differ only in the numbers of their names, in first-seen order."""
     groups: dict[SwapRow, list[SwapRow]] = {}
     for row in rows:
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+        pattern = re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", row.name)
         key = replace(row, name=pattern, bytes=0, backend="")
         groups.setdefault(key, []).append(row)
     return [(key.name if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
@@ -157,4 +157,4 @@ def _line(pattern: str, rows: list[SwapRow]) -> tuple[str, ...]:
 
 
 def _is_number(_: int, cell: str) -> bool:
-    return cell[:1].isdigit() and " " not in cell
+    return "0" <= cell[:1] <= "9" and " " not in cell

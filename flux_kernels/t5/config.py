@@ -90,7 +90,7 @@ def _matrix(shapes: Shapes, name: str) -> tuple[int, int]:
 
 
 def _count_blocks(shapes: Shapes) -> int:
-    matches = (re.match(r"encoder\.block\.(\d+)\.", name) for name in shapes)
+    matches = (re.match(r"encoder\.block\.([0-9]{1,6})\.", name) for name in shapes)
     indices = {int(match[1]) for match in matches if match}
     if len(indices) > _MAX_BLOCKS:
         raise GGUFError(f"The file has {len(indices)} blocks; T5 XXL has 24, and more than {_MAX_BLOCKS} are not read.")

@@ -17,6 +17,7 @@ from ..errors import GGUFError
 from ..formats import FORMATS, Packed, PlainType
 from ..gguf.check import check_weight_type, tensor_problems
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
+from ..gguf.split import hint_of_part
 from ..layers.embedding import GGUFEmbedding
 from ..layers.linear import GGUFLinear
 from ..layers.takeover import carry_over
@@ -108,6 +109,11 @@ def understand_t5(file: GGUFFile) -> StoredT5:
     Raises:
         GGUFError: where it cannot be loaded, with the reason.
     """
+    with hint_of_part(file.path, file.metadata):
+        return _understood(file)
+
+
+def _understood(file: GGUFFile) -> StoredT5:
     tensors = {parameter: file.tensors[name] for parameter, name in parameter_names(file.tensors).items()}
     shapes = {parameter: tuple(tensor.shape) for parameter, tensor in tensors.items()}
     config = infer_config(shapes, file.metadata)

@@ -32,8 +32,8 @@ _GATE, _UP_WITHOUT_GATE = "ffn_gate", f"{_FEED_FORWARD}.wi"
 _OUTSIDE = {"token_embd.weight": TABLE, "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
 # Parts of a whole T5 that its encoder has no use for: the decoder and the output head.
 _NOT_ENCODER = re.compile(r"(dec\.|decoder\.|output\.weight|lm_head\.)")
-_IN_ANY_BLOCK = re.compile(r"(enc\.blk|encoder\.block)\.\d+\.(.+)")
-_BLOCK = re.compile(r"enc\.blk\.(\d+)\.(\w+)\.weight")
+_IN_ANY_BLOCK = re.compile(r"(enc\.blk|encoder\.block)\.[0-9]{1,6}\.(.+)")
+_BLOCK = re.compile(r"enc\.blk\.([0-9]{1,6})\.(\w+)\.weight")
 
 
 def strip_prefix(name: str) -> str:
@@ -87,7 +87,7 @@ def written_name(parameter: str) -> str:
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     if parameter in outside:
         return outside[parameter]
-    match = re.fullmatch(r"encoder\.block\.(\d+)\.(.+)\.weight", parameter)
+    match = re.fullmatch(r"encoder\.block\.([0-9]{1,6})\.(.+)\.weight", parameter)
     inside = {theirs: ours for ours, theirs in _IN_BLOCK.items()} | {_UP_WITHOUT_GATE: "ffn_up"}
     if not match or match[2] not in inside:
         raise GGUFError(f"{parameter!r} is no parameter of a T5 encoder that GGUF has a name for.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,3 +146,29 @@ def test_a_whole_step_is_begun_only_where_one_as_long_as_those_before_fits(monke
     ]
     assert pipelines == [False, False, True]
     assert sum(pieces) == plan.work(torch.device("cpu")) - 1
+
+
+def test_another_model_s_linear_calls_are_added_up_to_a_step():
+    result = bench("--model", "z-image-turbo", "--repeats", 1)
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if "ours exact" in line)
+    assert "ms a step" in line and "z-image-turbo 1024x1024" in line
+    assert "Not run: whole steps (timed of flux1-dev alone; of z-image-turbo, the linear calls of a step are added up)." in (
+        result.output
+    )
+
+
+def test_where_no_whole_step_follows_the_linear_calls_have_all_the_time(monkeypatch):
+    clock = [0.0]
+
+    def measured(*_):
+        clock[0] += 10
+        return iter(())
+
+    monkeypatch.setattr(session.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(session, "measure", measured)
+    monkeypatch.setattr(session, "measure_ceilings", lambda *_: None)
+    plan = Plan(["Q4_K"], ["torch"], model="flux2-klein-4b")
+    plan = replace(plan, minutes=10 * len(plan.calls()) / 60)
+    run = session.measure_all(plan, torch.device("cpu"), torch.float32, lambda *_: None, lambda *_: None)
+    assert run.calls_late == 0 and len(plan.calls()) > 4

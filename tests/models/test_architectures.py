@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,7 +27,7 @@ from flux_kernels.models.model_class import config_names
 from flux_kernels.packing import Engine
 from flux_kernels.torch_backend import libggml
 
-from ..flux_files import FluxFile, random_tensor, write_hole
+from ..flux_files import Architecture, FluxFile, random_tensor, write_hole
 from .cases import CASES, Case
 
 ROWS = {row.name: row for row in ARCHITECTURES}
@@ -90,22 +91,51 @@ def write(case: Case, path, **options):
     return small_file(case.name).write(path, architecture=options.pop("architecture", case.gguf_name), **options)
 
 
+def write_true_size(case: Case, shapes, path):
+    """Write a hole with tensors of these shapes, as tools quantize them."""
+    quantized = {tensor for tensor, shape in shapes.items() if len(shape) == 2 and tensor not in case.plain}
+    packed_as = {tensor: "Q4_K" if shapes[tensor][-1] % 256 == 0 else "Q4_0" for tensor in quantized}
+    return write_hole(path, "pig", {tensor: (packed_as.get(tensor, "F16"), shape) for tensor, shape in shapes.items()})
+
+
 @pytest.mark.parametrize(("name", "variant"), PUBLISHED)
 def test_a_file_of_true_size_says_what_it_is(tmp_path, name, variant):
     case, published = CASES[name], CASES[name].published[variant]
-    quantized = {tensor for tensor, shape in published.shapes.items() if len(shape) == 2 and tensor not in case.plain}
-    packed_as = {tensor: "Q4_K" if published.shapes[tensor][-1] % 256 == 0 else "Q4_0" for tensor in quantized}
-    types = {tensor: packed_as.get(tensor, "F16") for tensor in published.shapes}
-    tensors = {tensor: (types[tensor], shape) for tensor, shape in published.shapes.items()}
-    path = write_hole(tmp_path / "true.gguf", "pig", tensors)
+    path = write_true_size(case, published.shapes, tmp_path / f"{published.title}.gguf")
     start = time.perf_counter()
     facts = inspect_file(path)
     seconds = time.perf_counter() - start
-    assert facts.refused is None and facts.variant == variant
+    assert facts.refused is None and facts.variant == variant and not facts.notes
     assert {key: facts.config[key] for key in published.config} == dict(published.config)
     # Model cards round to three digits, some of them down.
     assert len(published.shapes) == published.tensors and abs(facts.parameters / published.parameters - 1) < 0.005
     assert seconds < 5
+
+
+def of_class(model_class: str, config) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the state dict of diffusers' class, without memory."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in getattr(diffusers, model_class)(**config).state_dict().items()}
+
+
+def converted(convert, shapes) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that diffusers' conversion makes of a file's, without tensors that hold nothing."""
+    stored = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if 0 not in shape}
+    return {name: tuple(value.shape) for name, value in convert(stored).items()}
+
+
+@pytest.mark.parametrize(("name", "variant"), PUBLISHED)
+def test_the_table_of_a_published_model_becomes_diffusers_class(name, variant):
+    """The tables were typed from other programs: just the tensors of diffusers' class come of them."""
+    case, published = CASES[name], CASES[name].published[variant]
+    assert converted(case.convert, published.shapes) == of_class(case.model_class, published.config)
+
+
+def test_the_table_of_flux1_becomes_diffusers_class():
+    shapes = Architecture(19, 38, width=3072, head=128, text=4096, pooled=768).bfl_shapes()
+    assert len(shapes) == 780
+    ours = converted(convert_flux_transformer_checkpoint_to_diffusers, shapes)
+    assert ours == of_class("FluxTransformer2DModel", {"guidance_embeds": True})
 
 
 @all_cases

@@ -8,6 +8,7 @@ from flux_kernels import FormatError
 from flux_kernels.mixed.file_layout import KEY_VALUE_BYTES, embedded_shapes, layout_of_shapes, shapes_of_variant
 from flux_kernels.mixed.option import Option
 from flux_kernels.models.names import block_of
+from flux_kernels.models.variant_calls import VARIANTS
 from flux_kernels.plan.budget import parse_card, parse_resolution, parse_size, room_on_card, room_table
 
 
@@ -82,3 +83,15 @@ def test_without_offload_the_text_encoders_take_their_share(dev):
     assert room_on_card(dev, 8, 1024, 1024, "none").file < 0
     with pytest.raises(FormatError, match="Unknown offload"):
         room_on_card(dev, 8, 1024, 1024, "all")
+
+
+FIRST_OF_EACH = {row.name: slug for slug, (row, _) in reversed(VARIANTS.items())}
+
+
+@pytest.mark.parametrize("slug", [slug for name, slug in FIRST_OF_EACH.items() if name != "FLUX.1"])
+def test_companions_of_other_models_are_not_guessed(slug):
+    layout = layout_of_shapes(shapes_of_variant(slug), VARIANTS[slug][1].name)
+    with pytest.raises(FormatError, match=f"not of {VARIANTS[slug][1].name}. Take --offload model, or .* --size 6GB"):
+        room_on_card(layout, 24, 1024, 1024, "none")
+    room = room_on_card(layout, 24, 1024, 1024)
+    assert room.beside == room.vae == 0 and room.file == int(24 * 2**30 * 0.95) - 2**29 - room.activations

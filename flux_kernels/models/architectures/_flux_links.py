@@ -8,6 +8,7 @@ from ..architecture import Link, norm
 from ..stored_shapes import StoredShapes
 
 BLOCKS = (("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks"))
+COUNTS = {"double_blocks": "num_layers", "single_blocks": "num_single_layers"}
 _SINGLE = "single_transformer_blocks.{i}"
 
 

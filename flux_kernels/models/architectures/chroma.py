@@ -9,7 +9,7 @@ from typing import Any
 
 from ..architecture import Architecture, Link, Mark, Variant, norm
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS, flux_config
+from ._flux_links import BLOCKS, COUNTS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS, flux_config
 from .flux1 import default_rope
 
 _APPROXIMATOR = "distilled_guidance_layer"
@@ -34,6 +34,7 @@ CHROMA = Architecture(
     model_class="ChromaTransformer2DModel",
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     blocks=BLOCKS,
+    counts={**COUNTS, f"{_APPROXIMATOR}.layers": "approximator_layers"},
     links=(
         Link("img_in", ("x_embedder",)),
         Link("txt_in", ("context_embedder",)),
@@ -47,8 +48,8 @@ CHROMA = Architecture(
     ),
     read_config=_config,
     untold={"axes_dims_rope": default_rope},
-    # Files of Base, HD and Flash have the same tensors. The settings are those of diffusers' documentation, for HD; Flash is
-    # distilled and takes a guidance of 1.
+    # Files of Base, HD and Flash have the same tensors. The settings are those of diffusers' documentation, for HD; for
+    # Flash, which is distilled, it gives none.
     variants=(
         Variant("Chroma1", {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}, steps=40, guidance=3.0),
     ),

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import GGUFError
 from ..architecture import Architecture, Link, Variant
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS, flux_config
+from ._flux_links import BLOCKS, COUNTS, IMAGE_STREAM, SINGLE_BLOCK, TEXT_STREAM, TOKENS, flux_config
 
 # The halves of a rotary axis are pairs, so every axis is even; the index axis has an eighth of a head, the two image axes
 # the rest: (16, 56, 56) of 128.
@@ -70,15 +70,20 @@ def _describe(config: Mapping[str, Any]) -> str:
     return name if known else f"{name}, {size}"
 
 
+def _sizes(guidance: bool) -> dict[str, Any]:
+    return {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "guidance_embeds": guidance}
+
+
 FLUX1 = Architecture(
     name="FLUX.1",
     covers="dev, schnell, Kontext, Krea, Fill, Canny, Depth, Flex, Flux-Lite",
     gguf_name="flux",
-    mark=r"(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.\d{1,6}\..*",
+    mark=r"(double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.[0-9]{1,6}\..*",
     mark_needs=("img_in.weight", "x_embedder.weight"),
     model_class="FluxTransformer2DModel",
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"),
     blocks=BLOCKS,
+    counts=COUNTS,
     links=(
         Link("img_in", ("x_embedder",)),
         *_embedder("time_in", "timestep_embedder"),
@@ -98,9 +103,11 @@ FLUX1 = Architecture(
     untold={"axes_dims_rope": default_rope},
     # Files of dev and of its relatives have the same tensors; the settings of the relatives stand with the tasks (generation/tasks.py).
     variants=(
-        Variant("FLUX.1-dev", {"guidance_embeds": True}, steps=28, guidance=3.5),
-        Variant("FLUX.1-schnell", {"guidance_embeds": False}, steps=4, guidance=0.0, text_tokens=256),
+        Variant("FLUX.1-dev", _sizes(guidance=True), steps=28, guidance=3.5),
+        Variant("FLUX.1-schnell", _sizes(guidance=False), steps=4, guidance=0.0, text_tokens=256),
     ),
+    # Flex.1, Flex.2 and Flux-Lite.
+    pruned=({"num_layers": 8, "num_single_layers": 38},),
     describe=_describe,
     plain=("img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer."),
     narrow=r"(img_in|\w+_in\.in_layer|final_layer\.linear)\.weight",

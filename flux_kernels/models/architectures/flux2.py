@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import GGUFError
 from ..architecture import Architecture, Link, Mark, Variant, norm
 from ..stored_shapes import StoredShapes
-from ._flux_links import BLOCKS, TOKENS, flux_config, streams
+from ._flux_links import BLOCKS, COUNTS, TOKENS, flux_config, streams
 
 _SINGLE = "single_transformer_blocks.{i}"
 _IMAGE_STREAM, _TEXT_STREAM = streams("linear_in", "linear_out")
@@ -52,6 +52,9 @@ def _sizes(double: int, single: int, heads: int, text: int, guidance: bool) -> d
     }
 
 
+_KLEIN_9B = _sizes(8, 24, 32, 12288, False)
+_KLEIN_4B = _sizes(5, 20, 24, 7680, False)
+
 FLUX2 = Architecture(
     name="FLUX.2",
     covers="dev, klein-9B, klein-4B and their bases",
@@ -60,6 +63,7 @@ FLUX2 = Architecture(
     model_class="Flux2Transformer2DModel",
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     blocks=BLOCKS,
+    counts=COUNTS,
     links=(
         Link("img_in", ("x_embedder",)),
         Link("time_in.in_layer", (f"{_EMBED}.timestep_embedder.linear_1",)),
@@ -82,11 +86,14 @@ FLUX2 = Architecture(
     read_config=_config,
     untold={"axes_dims_rope": _rope, "rope_theta": 2000, "eps": 1e-6},
     relatives=(Mark("a FLUX.2 ControlNet", r"(controlnet_|control_).*"),),
-    # Files of the distilled klein models and of their bases have the same tensors; the bases take 50 steps and a guidance of 4.
+    # Files of the distilled klein models and of their bases have the same tensors. Source of the bases' settings: the example and
+    # the defaults of diffusers' Flux2KleinPipeline.
     variants=(
         Variant("FLUX.2-dev", _sizes(8, 48, 48, 15360, True), steps=50, guidance=4.0),
-        Variant("FLUX.2-klein-9B", _sizes(8, 24, 32, 12288, False), steps=4, guidance=1.0),
-        Variant("FLUX.2-klein-4B", _sizes(5, 20, 24, 7680, False), steps=4, guidance=1.0),
+        Variant("FLUX.2-klein-9B", _KLEIN_9B, steps=4, guidance=1.0, word="distilled"),
+        Variant("FLUX.2-klein-base-9B", _KLEIN_9B, steps=50, guidance=4.0, word="base"),
+        Variant("FLUX.2-klein-4B", _KLEIN_4B, steps=4, guidance=1.0, word="distilled"),
+        Variant("FLUX.2-klein-base-4B", _KLEIN_4B, steps=50, guidance=4.0, word="base"),
     ),
     plain=("img_in.", "txt_in.", "time_in.", "guidance_in.", "final_layer."),
     original="bfl",

@@ -15,6 +15,8 @@ _BLOCKS = (
     ("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
     ("blocks", "transformer_blocks"),
 )
+_COUNTS = ("num_layerwise_text_blocks", "num_refiner_text_blocks", "num_layers")
+_SIZES = {"num_layers": 28, "num_attention_heads": 48}
 
 
 def _block(original: str, diffusers: str) -> tuple[Link, ...]:
@@ -68,10 +70,11 @@ KREA2 = Architecture(
     name="Krea 2",
     covers="Raw, Turbo",
     gguf_name="krea2",
-    mark=r"(txtfusion|text_fusion)\.(projector|layerwise_blocks\.\d{1,6}|refiner_blocks\.\d{1,6})\..*",
+    mark=r"(txtfusion|text_fusion)\.(projector|layerwise_blocks\.[0-9]{1,6}|refiner_blocks\.[0-9]{1,6})\..*",
     model_class="Krea2Transformer2DModel",
     pipelines=("Krea2Pipeline",),
     blocks=_BLOCKS,
+    counts=dict(zip((original for original, _ in _BLOCKS), _COUNTS)),
     links=(
         Link("first", ("img_in",)),
         Link("tmlp.0", ("time_embed.linear_1",)),
@@ -89,9 +92,12 @@ KREA2 = Architecture(
     ),
     read_config=_config,
     untold={"axes_dims_rope": _rope, "rope_theta": 1000.0, "norm_eps": 1e-5},
-    # Files of Turbo and Raw have the same tensors. The settings are Turbo's in diffusers' documentation, which gives Raw 28 steps
-    # and a guidance of 4.5; this pipeline guides from 0 upwards, where others do from 1.
-    variants=(Variant("Krea 2", {"num_layers": 28, "num_attention_heads": 48}, steps=8, guidance=0.0),),
+    # Files of Turbo and Raw have the same tensors. Source of the settings: diffusers' Krea2Pipeline, which calls them the distilled
+    # and the base checkpoint; it guides from 0 upwards, where others do from 1.
+    variants=(
+        Variant("Krea 2 Turbo", _SIZES, steps=8, guidance=0.0, word="turbo"),
+        Variant("Krea 2 Raw", _SIZES, steps=28, guidance=4.5, word="raw|base"),
+    ),
     # ComfyUI-GGUF's tools know no Krea 2; these are what its fork that does (molbal/ComfyUI-GGUF) leaves alone.
     plain=("first.", "tmlp.", "tproj.", "txtmlp.", "txtfusion.projector.", "last."),
     precise=r"last\.modulation\.lin",

@@ -52,10 +52,10 @@ QWEN_IMAGE = Architecture(
     name="Qwen-Image",
     covers="2512, Edit, Edit-2509, Edit-2511, Layered",
     gguf_name="qwen_image",
-    mark=r"transformer_blocks\.\d{1,6}\.img_mod\..*",
+    mark=r"transformer_blocks\.[0-9]{1,6}\.img_mod\..*",
     relatives=(
         Mark("a Qwen-Image ControlNet", r"controlnet_(x_embedder|blocks)\..*"),
-        Mark("Lens", r"transformer_blocks\.\d{1,6}\.(img_mlp\.w1|attn\.img_qkv)\..*"),
+        Mark("Lens", r"transformer_blocks\.[0-9]{1,6}\.(img_mlp\.w1|attn\.img_qkv)\..*"),
     ),
     model_class="QwenImageTransformer2DModel",
     pipelines=(
@@ -63,6 +63,7 @@ QWEN_IMAGE = Architecture(
         *("QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline", "QwenImageLayeredPipeline"),
     ),
     blocks=(("transformer_blocks", "transformer_blocks"),),
+    counts={"transformer_blocks": "num_layers"},
     links=(),
     read_config=_config,
     untold={"patch_size": _PATCH, "guidance_embeds": False, "axes_dims_rope": default_rope},

@@ -92,7 +92,7 @@ SD3 = Architecture(
     name="Stable Diffusion 3",
     covers="3.5 large, large-turbo and medium; 3 medium",
     gguf_name="sd3",
-    mark=r"joint_blocks\.\d{1,6}\..*|pos_embed\.proj\.(weight|bias)",
+    mark=r"joint_blocks\.[0-9]{1,6}\..*|pos_embed\.proj\.(weight|bias)",
     relatives=(
         Mark("a Stable Diffusion 3 ControlNet", r"(pos_embed_input|controlnet_blocks)\..*"),
         Mark("AuraFlow", r"joint_transformer_blocks\..*", WITH_DIFFUSERS),
@@ -100,6 +100,7 @@ SD3 = Architecture(
     model_class="SD3Transformer2DModel",
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     blocks=(("joint_blocks", "transformer_blocks"),),
+    counts={"joint_blocks": "num_layers"},
     links=(
         parameter("pos_embed", "pos_embed.pos_embed"),
         Link("x_embedder.proj", ("pos_embed.proj",)),

@@ -74,7 +74,7 @@ WAN = Architecture(
     name="Wan",
     covers="2.2 T2V A14B, I2V A14B, TI2V 5B; 2.1 T2V 1.3B and 14B, I2V, FLF2V",
     gguf_name="wan",
-    mark=r"head\.modulation|blocks\.\d{1,6}\.self_attn\.q\.weight|condition_embedder\.time_proj\.weight",
+    mark=r"head\.modulation|blocks\.[0-9]{1,6}\.self_attn\.q\.weight|condition_embedder\.time_proj\.weight",
     relatives=(
         Mark("Wan VACE", r"vace_(blocks|patch_embedding)\..*", WITH_DIFFUSERS),
         Mark("Wan Animate", r"(motion_encoder|face_adapter|face_encoder|pose_patch_embedding)\..*", WITH_DIFFUSERS),
@@ -84,6 +84,7 @@ WAN = Architecture(
     model_class="WanTransformer3DModel",
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     blocks=(("blocks", "blocks"),),
+    counts={"blocks": "num_layers"},
     links=(
         Link("text_embedding.0", (f"{_EMBED}.text_embedder.linear_1",)),
         Link("text_embedding.2", (f"{_EMBED}.text_embedder.linear_2",)),

@@ -19,6 +19,7 @@ _EMBEDDER, _FINAL = f"all_x_embedder.{_PATCH}-{_FRAMES}", f"all_final_layer.{_PA
 # Of a head of 128, text and picture axes have 32, 48, 48.
 _ROPE_PARTS = 8
 _ROPE = (2, 3, 3)
+_SIZES = {"dim": 3840, "n_layers": 30, "n_heads": 30}
 
 
 def _attention(blocks: str) -> tuple[Link, ...]:
@@ -55,11 +56,10 @@ def _axes(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(head_dim * part // _ROPE_PARTS for part in _ROPE)
 
 
-def _describe(config: Mapping[str, Any]) -> str:
-    known = Z_IMAGE.variant(config)
-    if known:
-        return known.name if config["siglip_feat_dim"] is None else "Z-Image-Omni"
-    return f"Z-Image architecture with {config['n_layers']} blocks, width {config['dim']}"
+def _describe(config: Mapping[str, Any]) -> str | None:
+    if not Z_IMAGE.published(config):
+        return f"Z-Image architecture with {config['n_layers']} blocks, width {config['dim']}"
+    return None if config["siglip_feat_dim"] is None else "Z-Image-Omni"
 
 
 Z_IMAGE = Architecture(
@@ -68,10 +68,11 @@ Z_IMAGE = Architecture(
     # ComfyUI reads both models as one, by their tensors.
     gguf_name="lumina2",
     # Lumina 2 has a function before this matrix, so its number is 1 there; ControlNets have it in control_layers.
-    mark=r"layers\.\d{1,6}\.adaLN_modulation\.0\.(weight|bias)",
+    mark=r"layers\.[0-9]{1,6}\.adaLN_modulation\.0\.(weight|bias)",
     model_class="ZImageTransformer2DModel",
     pipelines=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline", "ZImageOmniPipeline"),
     blocks=BLOCKS,
+    counts={"noise_refiner": "n_refiner_layers", "context_refiner": "n_refiner_layers", "layers": "n_layers"},
     links=(
         Link("x_embedder", (_EMBEDDER,)),
         *(link for blocks, _ in BLOCKS for link in _attention(blocks)),
@@ -89,9 +90,12 @@ Z_IMAGE = Architecture(
         "axes_dims": _axes,
         "axes_lens": (1024, 512, 512),
     },
-    # Files of the distilled model and of its base have the same tensors; the base takes 50 steps and a guidance of 5. Source:
-    # diffusers' ZImagePipeline, its defaults and its example.
-    variants=(Variant("Z-Image-Turbo", {"dim": 3840, "n_layers": 30, "n_heads": 30}, steps=8, guidance=0.0),),
+    # Files of the distilled model and of its base have the same tensors. Source of the settings: diffusers' ZImagePipeline, its
+    # example (Turbo) and its defaults.
+    variants=(
+        Variant("Z-Image-Turbo", _SIZES, steps=8, guidance=0.0, word="turbo"),
+        Variant("Z-Image", _SIZES, steps=50, guidance=5.0, word="base"),
+    ),
     describe=_describe,
     plain=("x_embedder.", "t_embedder.", "cap_embedder.", "noise_refiner.", "context_refiner.", "siglip_", "final_layer."),
     # ComfyUI-GGUF decodes BF16 in layers alone, and these are no layers.

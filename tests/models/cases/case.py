@@ -21,12 +21,14 @@ class Published:
         config: the arguments of diffusers' class that are expected, those of `Case.untold` left out.
         tensors: how many there are, and
         parameters: how many weights they hold, both from another source than the shapes.
+        title: what a file is called that holds this model and no other of the same tensors.
     """
 
     shapes: Shapes
     config: Mapping[str, Any]
     tensors: int
     parameters: int
+    title: str = "true"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ class Case:
         shapes: of a small file, original name -> shape; the blocks' matrices have whole K-quant blocks.
         config: all arguments of diffusers' class for the small file.
         convert: diffusers' own conversion, from a state dict in original names to one in diffusers'.
-        inputs: keyword arguments of the small model's forward, in float32.
+        inputs: keyword arguments of the small model's forward, in float32; even numbers of tokens where processes share them.
         published: name of a variant -> its true sizes.
         plain: original names of matrices that published files never quantize.
         extra: original name -> shape of tensors that files carry and the model has no use for.

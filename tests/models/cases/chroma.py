@@ -71,7 +71,7 @@ def _conversion(width: int):
 
 
 def _convert(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
-    return _conversion(256)(checkpoint)
+    return _conversion(checkpoint["img_in.weight"].shape[0])(checkpoint)
 
 
 def _inputs(generator: torch.Generator) -> dict[str, Any]:

@@ -53,17 +53,23 @@ def _config(heads: int, head: int, double: int, single: int, text: int, guidance
 def _inputs(generator: torch.Generator) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(1, 6, 128, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 5, 512, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 4, 512, generator=generator),
         "timestep": torch.tensor([0.7]),
         "guidance": torch.tensor([3.5]),
-        "img_ids": torch.tensor([[0.0, i // 3, i % 3, 0] for i in range(6)]),
-        "txt_ids": torch.tensor([[0.0, 0, 0, i] for i in range(5)]),
+        "img_ids": torch.tensor([[[0.0, i // 3, i % 3, 0] for i in range(6)]]),
+        "txt_ids": torch.tensor([[[0.0, 0, 0, i] for i in range(4)]]),
     }
 
 
-def _published(heads: int, double: int, single: int, text: int, guidance: bool, tensors: int, parameters: int) -> Published:
+def _published(
+    heads: int, double: int, single: int, text: int, guidance: bool, tensors: int, parameters: int, title: str = "true"
+) -> Published:
     shapes = _shapes(128 * heads, 128, double, single, text, guidance)
-    return Published(shapes, _config(heads, 128, double, single, text, guidance), tensors, parameters)
+    return Published(shapes, _config(heads, 128, double, single, text, guidance), tensors, parameters, title)
+
+
+_KLEIN_9B = (32, 8, 24, 12288, False, 201, 9_080_000_000)
+_KLEIN_4B = (24, 5, 20, 7680, False, 149, 3_870_000_000)
 
 
 FLUX2 = Case(
@@ -77,8 +83,10 @@ FLUX2 = Case(
     # Parameters in billions as their makers state them, to the digits that they give.
     published={
         "FLUX.2-dev": _published(48, 8, 48, 15360, True, 299, 32_200_000_000),
-        "FLUX.2-klein-9B": _published(32, 8, 24, 12288, False, 201, 9_080_000_000),
-        "FLUX.2-klein-4B": _published(24, 5, 20, 7680, False, 149, 3_870_000_000),
+        "FLUX.2-klein-9B": _published(*_KLEIN_9B, "flux-2-klein-9b-distilled-Q4_K"),
+        "FLUX.2-klein-base-9B": _published(*_KLEIN_9B, "flux-2-klein-base-9b-Q4_K"),
+        "FLUX.2-klein-4B": _published(*_KLEIN_4B, "flux-2-klein-4b-distilled-Q4_K"),
+        "FLUX.2-klein-base-4B": _published(*_KLEIN_4B, "FLUX.2-klein-base-4B-Q4_K"),
     },
     plain=frozenset(
         f"{name}.weight"

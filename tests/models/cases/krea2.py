@@ -125,6 +125,15 @@ def _inputs(generator: torch.Generator) -> dict[str, Any]:
     }
 
 
+# The model card: 12.9 billion parameters. Readers of the published files count 432 tensors, of which two [6144, 6144] are a
+# hidden picture.
+_FULL = (
+    _shapes(6144, 128, 1536, 16384, 28, 2560, 128, 6912),
+    _config(48, 12, 128, 16384, 28, 2560, 20, 6912),
+    432 - 2,
+    12_900_000_000 - 2 * 6144**2,
+)
+
 KREA2 = Case(
     name="Krea 2",
     gguf_name="krea2",
@@ -133,15 +142,9 @@ KREA2 = Case(
     config=_config(4, 2, 64, 512, 2, 256, 8, 512),
     convert=_convert,
     inputs=_inputs,
-    # The model card: 12.9 billion parameters. Readers of the published files count 432 tensors, of which two [6144, 6144] are a
-    # hidden picture.
     published={
-        "Krea 2": Published(
-            _shapes(6144, 128, 1536, 16384, 28, 2560, 128, 6912),
-            _config(48, 12, 128, 16384, 28, 2560, 20, 6912),
-            432 - 2,
-            12_900_000_000 - 2 * 6144**2,
-        )
+        "Krea 2 Turbo": Published(*_FULL, "krea2_turbo-Q4_K"),
+        "Krea 2 Raw": Published(*_FULL, "Krea-2-Raw-Q4_K"),
     },
     plain=frozenset(
         (

@@ -54,8 +54,8 @@ def _config(heads: int, head: int, layers: int, text: int) -> dict[str, Any]:
 def _inputs(generator: torch.Generator) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(1, 12, 64, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 5, 256, generator=generator),
-        "encoder_hidden_states_mask": torch.tensor([[True, True, True, True, False]]),
+        "encoder_hidden_states": torch.randn(1, 6, 256, generator=generator),
+        "encoder_hidden_states_mask": torch.tensor([[True] * 5 + [False]]),
         "timestep": torch.tensor([0.7]),
         "img_shapes": [[(1, 4, 3)]],
     }

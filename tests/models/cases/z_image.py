@@ -67,6 +67,8 @@ def _plain() -> frozenset[str]:
     return frozenset(f"{name}.weight" for name in matrices) | {"x_pad_token", "cap_pad_token"}
 
 
+_FULL = _shapes(3840, 10240, 128, 30, 2, 2560), _config(30, 30, 2, 2560), 453, 6_150_000_000
+
 Z_IMAGE = Case(
     name="Z-Image",
     gguf_name="lumina2",
@@ -78,7 +80,8 @@ Z_IMAGE = Case(
     inputs=_inputs,
     # Parameters as reviews of the model state them; tensors: the sum of the table, 32 x 13 + 2 x 11 + 15, no listing was at hand.
     published={
-        "Z-Image-Turbo": Published(_shapes(3840, 10240, 128, 30, 2, 2560), _config(30, 30, 2, 2560), 453, 6_150_000_000)
+        "Z-Image-Turbo": Published(*_FULL, "z_image_turbo-Q4_K_M"),
+        "Z-Image": Published(*_FULL, "z-image-base-Q4_K_M"),
     },
     plain=_plain(),
 )
