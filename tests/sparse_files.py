@@ -33,8 +33,10 @@ def sparse_base(folder: Path, dtype: str = "BF16") -> Path:
     Its text encoders and VAE have the published numbers of parameters.
     """
     (folder / "model_index.json").parent.mkdir(parents=True)
-    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    for part in ("scheduler", "tokenizer", "tokenizer_2"):
+    plain, models = ("scheduler", "tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2", "transformer", "vae")
+    parts = {part: ["library", "Class"] for part in (*plain, *models)}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
+    for part in plain:
         (folder / part).mkdir()
     sparse_safetensors(folder / "text_encoder" / "model.safetensors", {"w": (123_060_480,)}, dtype)
     sparse_safetensors(folder / "text_encoder_2" / "model-00001-of-00002.safetensors", {"a": (4_000_000_000,)}, dtype)

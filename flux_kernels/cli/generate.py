@@ -41,7 +41,13 @@ def generate(
         typer.Option(help="FILE or FILE:SCALE, .safetensors; give it several times.", rich_help_panel=_FILES),
     ] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw; doubles the time.", rich_help_panel=_PICTURE)] = None,
-    true_cfg: Annotated[float, typer.Option(help="Strength of the negative prompt.", rich_help_panel=_PICTURE)] = 4.0,
+    true_cfg: Annotated[
+        float | None,
+        typer.Option(
+            help="Strength of FLUX.1's negative prompt, 4 by default; with other models --guidance is.",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
     width: Annotated[
         int | None,
         typer.Option(

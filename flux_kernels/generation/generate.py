@@ -18,21 +18,23 @@ from ..backends import check_names
 from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..files import check_writable, written_whole
-from ..models import load_flux
-from ..models.architectures.flux1 import FLUX1
+from ..models import load_transformer
+from ..models.architecture import Architecture
+from ..models.architectures import ARCHITECTURES
 from ..swap import swap_linear
 from ..swap.report import SwapReport
 from ..t5 import load_t5
 from ..t5.load import open_t5
-from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one_thread
+from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one_thread, says_distilled, tokenizer_of
 from .embedded import PIPELINE_KWARGS
 from .inspect_file import TRANSFORMER, FileFacts, inspect_file
 from .memory_check import check_pipeline_memory
 from .memory_plan import MemoryPlan
 from .picture_size import check_memory, check_positions
 from .placement import check_offload, measured_parts, place
-from .request import Lora, Request
-from .tasks import IMAGE_OPTIONS, KONTEXT, TEXT, Task, choose_task, fitted_size, read_pictures
+from .request import TRUE_CFG, Lora, Request
+from .tasks import IMAGE_OPTIONS, KONTEXT, TEXT, Task, fitted_size, read_pictures, task_of
+from .text_pipelines import TEXT_PIPELINES, TextPipeline, check_draws, drawing_classes, text_arguments
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,11 +48,23 @@ class Job:
         facts: about the transformer's file.
         task: what to do with it.
         pictures: argument of the pipeline -> picture.
+        kind: the class that draws from text with the folder's parts.
     """
 
     facts: FileFacts
     task: Task = TEXT
     pictures: dict[str, Image] = field(default_factory=dict)
+    kind: str = TEXT.pipeline
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of the transformer."""
+        return next(row for row in ARCHITECTURES if row.name == self.facts.architecture)
+
+    @property
+    def asks(self) -> TextPipeline:
+        """What the pipeline asks for."""
+        return TEXT_PIPELINES[self.kind]
 
 
 @dataclass(frozen=True)
@@ -91,18 +105,19 @@ def generate(
 
     Raises:
         FileNotFoundError: for files and folders that are missing or incomplete.
-        GGUFError: for a file that is no FLUX.1 transformer or T5 encoder, does not fit the base, or not the pictures given.
+        GGUFError: for a file that is no transformer or T5 encoder, does not fit the base, or not the pictures given.
         FormatError: for a LoRA that does not fit, and a picture that is too large.
         BackendUnavailable: where backend, compute mode or offload cannot run here.
     """
     job = check_request(request)
-    settings = call_settings(request, job)
+    settings, asks = call_settings(request, job), job.asks
     width, height = settings["width"], settings["height"]
-    check_positions(width, height, request.dtype)
-    check_pipeline_memory(request.gguf, request.base, request.t5, request.dtype, request.pin)
+    check_positions(width, height, request.dtype, job.architecture, job.facts.config, rounded=asks.rounded_positions)
+    check_pipeline_memory(request.gguf, request.base, request.t5, request.dtype, request.pin, t5_part=asks.t5)
     started = time.perf_counter()
     pipeline, report = _load(request, job, status)
-    parts = measured_parts(pipeline, width, height, job.task.reference_tokens, settings["max_sequence_length"])
+    text_tokens = settings["max_sequence_length"] + asks.other_tokens
+    parts = measured_parts(pipeline, width, height, job.task.reference_tokens, text_tokens, asks.batch(settings))
     if not torch.cuda.is_available():
         check_memory(parts, width, height)
     plan = place(pipeline, request.offload, parts, width, height, pin=request.pin)
@@ -116,7 +131,27 @@ def generate(
 def check_request(request: Request) -> Job:
     """Check what goes together before anything large is read; return what is to be done."""
     if not request.gguf.is_file():
-        raise FileNotFoundError(f"{request.gguf} is no file. --gguf is a FLUX.1 transformer in a GGUF file.")
+        raise FileNotFoundError(f"{request.gguf} is no file. --gguf is a transformer in a GGUF file.")
+    _check_options(request)
+    check_names(request.backend, request.compute)
+    check_offload(request.offload, request.pin)
+    facts = inspect_file(request.gguf)
+    if facts.refused:
+        raise GGUFError(f"{request.gguf}: {facts.refused}")
+    if facts.role != TRANSFORMER:
+        raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a transformer as --gguf.")
+    architecture = Job(facts).architecture
+    _check_can_draw(request, facts, architecture)
+    kind = check_base(request.base, architecture, given=_given(request, architecture))
+    task = task_of(architecture, kind, facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
+    if request.true_cfg is not None and TEXT_PIPELINES[kind].negative in (None, TEXT_PIPELINES[kind].guidance):
+        raise FormatError(f"--true-cfg is not taken by a {kind}, whose guidance is what --guidance says. Leave it out.")
+    check_fit(base_sizes(request.base, kind, _t5_width(request.t5)), facts.config)
+    return Job(facts, task, read_pictures(task, request), kind)
+
+
+def _check_options(request: Request) -> None:
+    """Raise where a number is none, and where a LoRA is not there."""
     numbers = {"--guidance": request.guidance, "--true-cfg": request.true_cfg}
     numbers |= {f"--lora {lora.file.name}": lora.scale for lora in request.loras}
     for option, number in numbers.items():
@@ -130,22 +165,31 @@ def check_request(request: Request) -> Job:
                     f"--lora {lora.file}: {scale!r} is no scale. Write FILE:SCALE with a number, such as {name}:0.8."
                 )
             raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")
-    check_names(request.backend, request.compute)
-    check_offload(request.offload, request.pin)
-    check_base(request.base, given=() if request.t5 is None else ("text_encoder_2",))
-    facts = inspect_file(request.gguf)
-    if facts.refused:
-        raise GGUFError(f"{request.gguf}: {facts.refused}")
-    if facts.role != TRANSFORMER:
-        raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a FLUX.1 transformer as --gguf.")
-    if facts.architecture != FLUX1.name:
+
+
+def _check_can_draw(request: Request, facts: FileFacts, architecture: Architecture) -> None:
+    """Raise GGUFError where nothing draws from text with a file, or its own parts are not named."""
+    try:
+        check_draws(architecture, facts.config)
+    except GGUFError as error:
+        raise GGUFError(f"{request.gguf}: {error}") from None
+    kinds = drawing_classes(architecture)
+    if request.embedded and TEXT.pipeline not in kinds:
         raise GGUFError(
-            f"{request.gguf} is a {facts.variant}, and generate draws with FLUX.1. Load it in Python: "
-            f"flux_kernels.load_transformer(path), for diffusers' {facts.pipelines[0]}."
+            f"{request.gguf} is a {facts.variant}, and without --base the embedded model's text encoders and VAE are taken, which "
+            f"do not fit it. Give --base, the folder of a {' or '.join(kinds)}."
         )
-    task = choose_task(facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
-    check_fit(base_sizes(request.base, _t5_width(request.t5)), facts.config)
-    return Job(facts, task, read_pictures(task, request))
+
+
+def _given(request: Request, architecture: Architecture) -> tuple[str, ...]:
+    """Name the parts that come as files of their own."""
+    if request.t5 is None:
+        return ()
+    kinds = drawing_classes(architecture)
+    part = TEXT_PIPELINES[kinds[0]].t5
+    if part is None:
+        raise GGUFError(f"--t5 is not taken: a {' or '.join(kinds)} has no T5 encoder. Leave it out.")
+    return (part,)
 
 
 def _t5_width(path: Path | None) -> int | None:
@@ -158,10 +202,14 @@ def _t5_width(path: Path | None) -> int | None:
 
 def call_settings(request: Request, job: Job) -> dict[str, Any]:
     """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
+    architecture, asks = job.architecture, job.asks
+    usual = architecture.settings(job.facts.config)
     if request.embedded:
         settings = dict(PIPELINE_KWARGS)
     else:
-        settings = {**FLUX1.settings(job.facts.config).pipeline_arguments, **job.task.defaults}
+        # Only where it matters is the folder asked.
+        distilled = usual.undistilled is None or says_distilled(request.base)
+        settings = {**text_arguments(job.kind, usual, distilled=distilled), **job.task.defaults}
     if job.pictures:
         area = settings["width"] * settings["height"]
         picture = next(iter(job.pictures.values()))
@@ -171,12 +219,31 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
         "height": request.height,
         "width": request.width,
         "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
+        asks.guidance: request.guidance,
         "strength": request.strength,
     }
     settings.update({name: value for name, value in asked.items() if value is not None})
-    if request.negative is not None:
-        settings.update(negative_prompt=request.negative, true_cfg_scale=request.true_cfg)
+    patch = usual.patch or architecture.patch
+    for side in ("width", "height"):
+        if settings[side] < patch:
+            raise FormatError(f"--{side} is {settings[side]}; a picture has at least {patch} pixels a side.")
+        settings[side] -= settings[side] % patch
+    return _with_negative(request, asks, settings)
+
+
+def _with_negative(request: Request, asks: TextPipeline, settings: dict[str, Any]) -> dict[str, Any]:
+    """Add the negative prompt and its strength; leave out what would not count."""
+    counts = asks.negative != asks.guidance or settings[asks.guidance] > asks.counts_above
+    if request.negative is None:
+        return settings if counts else {name: value for name, value in settings.items() if name != "negative_prompt"}
+    if not counts:
+        raise FormatError(
+            f"--negative counts with a guidance above {asks.counts_above:g}, and it is {settings[asks.guidance]:g}. Give --guidance "
+            "too, such as 4, or leave --negative out."
+        )
+    settings["negative_prompt"] = request.negative
+    if asks.negative is not None and asks.negative != asks.guidance:
+        settings[asks.negative] = TRUE_CFG if request.true_cfg is None else request.true_cfg
     return settings
 
 
@@ -185,7 +252,7 @@ def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[An
     status(f"loading {request.gguf.name}: {job.facts.variant}")
     # The other modes scale each activation: once for q, k and v.
     fuse = None if request.compute == "exact" else "qkv"
-    transformer = load_flux(request.gguf, dtype=request.dtype, fuse=fuse)
+    transformer = load_transformer(request.gguf, dtype=request.dtype, fuse=fuse)
     # The swap arranges packed rows as a GPU wants them, before offloading moves them behind the layers' backs, and its report
     # says what runs: so it comes second, and backend and compute mode are given to it alone.
     report = swap_linear(transformer, backend=request.backend, compute=request.compute)
@@ -195,21 +262,26 @@ def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[An
         t5 = load_t5(request.t5, dtype=request.dtype, backend=request.backend)
         swap_linear(t5, backend=request.backend)
     status(f"loading text encoders and VAE from {request.base}")
-    pipeline = load_pipeline(request.base, transformer, request.dtype, kind=job.task.pipeline, text_encoder_2=t5)
-    if t5 is not None and len(pipeline.tokenizer_2) > t5.config.vocab_size:
-        raise GGUFError(
-            f"{request.t5} has a table of {t5.config.vocab_size} tokens, the tokenizer_2 of {request.base} has "
-            f"{len(pipeline.tokenizer_2)}. Take the T5 encoder of that model."
-        )
+    part = job.asks.t5
+    encoders = {} if part is None else {part: t5}
+    pipeline = load_pipeline(request.base, transformer, request.dtype, kind=job.task.pipeline, **encoders)
+    if t5 is not None and part is not None:
+        name = tokenizer_of(part)
+        known = len(getattr(pipeline, name))
+        if known > t5.config.vocab_size:
+            raise GGUFError(
+                f"{request.t5} has a table of {t5.config.vocab_size} tokens, the {name} of {request.base} has {known}. Take the T5 "
+                "encoder of that model."
+            )
     for number, lora in enumerate(request.loras):
         status(f"loading {lora.file.name}")
-        _load_lora(pipeline, lora, f"lora{number}")
+        _load_lora(pipeline, lora, f"lora{number}", job.architecture.name)
     if request.loras:
         pipeline.set_adapters([f"lora{i}" for i in range(len(request.loras))], [lora.scale for lora in request.loras])
     return pipeline, report
 
 
-def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
+def _load_lora(pipeline: Any, lora: Lora, name: str, model: str) -> None:
     if lora.file.suffix == ".gguf":
         raise FormatError(f"{lora.file} is a GGUF file; diffusers reads LoRAs from safetensors. A whole model goes to --gguf.")
     where = {"weight_name": lora.file.name, "adapter_name": name, "local_files_only": True}
@@ -220,7 +292,7 @@ def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
             pipeline.load_lora_weights(str(lora.file.parent), **where)
     # What diffusers, peft and safetensors raise on wrong files.
     except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise FormatError(f"{lora.file} does not load as a LoRA of this FLUX.1 model: {error}") from error
+        raise FormatError(f"{lora.file} does not load as a LoRA of this {model} model: {error}") from error
 
 
 def _draw(pipeline: Any, request: Request, arguments: dict[str, Any], step: Callable[[int, int], None]) -> Image:
@@ -245,6 +317,7 @@ def _parameters(request: Request, settings: dict[str, Any], job: Job) -> dict[st
         "seed": request.seed,
         "task": job.task.name,
         **{name: getattr(request, name).name for name in IMAGE_OPTIONS if getattr(request, name) is not None},
+        "model": job.facts.variant,
         "gguf": request.gguf.name,
         **({} if request.t5 is None else {"t5": request.t5.name}),
         "bits_per_weight": round(job.facts.block_bits_per_weight, 3),

@@ -77,6 +77,9 @@ class Variant:
         size: (width, height) in pixels of a usual picture.
         latent_frames: of a usual video; 1 for pictures.
         patch: pixels of a side that become a token, where that is not the architecture's.
+        undistilled: (steps, guidance) of the model that it was distilled from, whose files have the same tensors; a pipeline's
+            `is_distilled` tells them apart. None where there is none.
+        from_text: whether it draws from text alone.
     """
 
     name: str
@@ -87,17 +90,8 @@ class Variant:
     size: tuple[int, int] = (1024, 1024)
     latent_frames: int = 1
     patch: int | None = None
-
-    @property
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """The settings as arguments of a diffusers pipeline."""
-        return {
-            "height": self.size[1],
-            "width": self.size[0],
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
-            "max_sequence_length": self.text_tokens,
-        }
+    undistilled: tuple[int, float] | None = None
+    from_text: bool = True
 
     @property
     def slug(self) -> str:
@@ -136,6 +130,7 @@ class Architecture:
         patch: pixels of a side that become a token.
         tokens: fnmatch pattern of layers in the blocks (diffusers' names, "*" for the block) -> what reaches them: "text", "both",
             "batch" (a row a picture), or a multiple such as "text*12"; the first that matches counts, and others get the picture's tokens.
+        side_tokens: the most tokens of a picture's side that a model of a config has positions for; None where that is no limit.
     """
 
     name: str
@@ -162,6 +157,7 @@ class Architecture:
     original: str = "original"
     patch: int = 16
     tokens: Mapping[str, str] = field(default_factory=dict)
+    side_tokens: Callable[[Mapping[str, Any]], int] | None = None
 
     @property
     def namings(self) -> tuple[str, ...]:

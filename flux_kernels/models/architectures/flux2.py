@@ -82,11 +82,11 @@ FLUX2 = Architecture(
     read_config=_config,
     untold={"axes_dims_rope": _rope, "rope_theta": 2000, "eps": 1e-6},
     relatives=(Mark("a FLUX.2 ControlNet", r"(controlnet_|control_).*"),),
-    # Files of the distilled klein models and of their bases have the same tensors; the bases take 50 steps and a guidance of 4.
+    # Files of the distilled klein models and of their bases have the same tensors.
     variants=(
         Variant("FLUX.2-dev", _sizes(8, 48, 48, 15360, True), steps=50, guidance=4.0),
-        Variant("FLUX.2-klein-9B", _sizes(8, 24, 32, 12288, False), steps=4, guidance=1.0),
-        Variant("FLUX.2-klein-4B", _sizes(5, 20, 24, 7680, False), steps=4, guidance=1.0),
+        Variant("FLUX.2-klein-9B", _sizes(8, 24, 32, 12288, False), steps=4, guidance=1.0, undistilled=(50, 4.0)),
+        Variant("FLUX.2-klein-4B", _sizes(5, 20, 24, 7680, False), steps=4, guidance=1.0, undistilled=(50, 4.0)),
     ),
     plain=("img_in.", "txt_in.", "time_in.", "guidance_in.", "final_layer."),
     original="bfl",

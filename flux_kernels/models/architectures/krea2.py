@@ -89,9 +89,9 @@ KREA2 = Architecture(
     ),
     read_config=_config,
     untold={"axes_dims_rope": _rope, "rope_theta": 1000.0, "norm_eps": 1e-5},
-    # Files of Turbo and Raw have the same tensors. The settings are Turbo's in diffusers' documentation, which gives Raw 28 steps
-    # and a guidance of 4.5; this pipeline guides from 0 upwards, where others do from 1.
-    variants=(Variant("Krea 2", {"num_layers": 28, "num_attention_heads": 48}, steps=8, guidance=0.0),),
+    # Files of Turbo and Raw have the same tensors. The settings are Turbo's in diffusers' documentation, and those of Raw; this
+    # pipeline guides from 0 upwards, where others do from 1.
+    variants=(Variant("Krea 2", {"num_layers": 28, "num_attention_heads": 48}, steps=8, guidance=0.0, undistilled=(28, 4.5)),),
     # ComfyUI-GGUF's tools know no Krea 2; these are what its fork that does (molbal/ComfyUI-GGUF) leaves alone.
     plain=("first.", "tmlp.", "tproj.", "txtmlp.", "txtfusion.projector.", "last."),
     precise=r"last\.modulation\.lin",
