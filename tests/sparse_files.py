@@ -38,6 +38,13 @@ def sparse_base(folder: Path, dtype: str = "BF16") -> Path:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
     for part in plain:
         (folder / part).mkdir()
+    for part, sizes in {
+        "text_encoder": {"hidden_size": 768},
+        "text_encoder_2": {"d_model": 4096},
+        "vae": {"latent_channels": 16},
+    }.items():
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(sizes))
     sparse_safetensors(folder / "text_encoder" / "model.safetensors", {"w": (123_060_480,)}, dtype)
     sparse_safetensors(folder / "text_encoder_2" / "model-00001-of-00002.safetensors", {"a": (4_000_000_000,)}, dtype)
     sparse_safetensors(folder / "text_encoder_2" / "model-00002-of-00002.safetensors", {"b": (762_310_656,)}, dtype)

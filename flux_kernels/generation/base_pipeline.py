@@ -8,18 +8,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import GGUFError
+from ..errors import BackendUnavailable, GGUFError
 from ..integrations.on_import import after_import
 from ..models.architecture import Architecture
 from .text_pipelines import TEXT_PIPELINES, drawing_classes
 
 _INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers")
 
 
 def go_offline_quietly() -> None:
@@ -95,6 +97,28 @@ def _listed(index: Mapping[str, Any]) -> list[str]:
     # [library, class] of each; null for what the pipeline goes without.
     parts = (name for name, made in index.items() if isinstance(made, list) and len(made) == 2 and all(made))
     return [name for name in parts if not name.startswith("transformer")]
+
+
+def check_classes(base: Path) -> None:
+    """Raise BackendUnavailable where the installed libraries lack the class of a part, or what that class needs.
+
+    Args:
+        base: folder that passes `check_base`.
+    """
+    index = _read_json(base / _INDEX)
+    for part in listed_parts(base):
+        library, name = index[part]
+        if library not in _LIBRARIES:
+            continue
+        known = getattr(import_module(library), name, None)
+        needs = f"The {part} of {base} is a {name}"
+        if known is None:
+            raise BackendUnavailable(f"{needs}, which the installed {library} does not have. Update {library}.")
+        # What both libraries put in the place of a class that cannot be used here.
+        if type(known).__name__ == "DummyObject":
+            raise BackendUnavailable(
+                f"{needs}, which needs {', '.join(known._backends)}. Install it: pip install {' '.join(known._backends)}."
+            )
 
 
 def says_distilled(base: Path) -> bool:

@@ -25,7 +25,16 @@ from ..swap import swap_linear
 from ..swap.report import SwapReport
 from ..t5 import load_t5
 from ..t5.load import open_t5
-from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one_thread, says_distilled, tokenizer_of
+from .base_pipeline import (
+    base_sizes,
+    check_base,
+    check_classes,
+    check_fit,
+    load_pipeline,
+    one_thread,
+    says_distilled,
+    tokenizer_of,
+)
 from .embedded import PIPELINE_KWARGS
 from .inspect_file import TRANSFORMER, FileFacts, inspect_file
 from .memory_check import check_pipeline_memory
@@ -146,6 +155,7 @@ def check_request(request: Request) -> Job:
     task = task_of(architecture, kind, facts.config, request, f"{request.gguf.name} {facts.metadata.get('general.name', '')}")
     if request.true_cfg is not None and TEXT_PIPELINES[kind].negative in (None, TEXT_PIPELINES[kind].guidance):
         raise FormatError(f"--true-cfg is not taken by a {kind}, whose guidance is what --guidance says. Leave it out.")
+    check_classes(request.base)
     check_fit(base_sizes(request.base, kind, _t5_width(request.t5)), facts.config)
     return Job(facts, task, read_pictures(task, request), kind)
 

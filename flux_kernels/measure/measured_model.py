@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import FormatError, GGUFError
 from ..files import file_sha256
 from ..formats import PLAIN_TYPES
-from ..generation.base_pipeline import base_sizes, check_base, check_fit, load_pipeline, says_distilled
+from ..generation.base_pipeline import base_sizes, check_base, check_classes, check_fit, load_pipeline, says_distilled
 from ..generation.embedded import PIPELINE_KWARGS, embedded_model_path
 from ..generation.text_pipelines import check_draws, text_arguments
 from ..gguf.conventions import architecture_of
@@ -157,6 +157,7 @@ def base_of(source: Source16) -> tuple[Path, str]:
         raise FormatError("States are captured by drawing: give the folder with text encoders and VAE as --base DIR.")
     check_draws(source.architecture, source.config)
     kind = check_base(source.base, source.architecture)
+    check_classes(source.base)
     check_fit(base_sizes(source.base, kind), source.config)
     return source.base, kind
 

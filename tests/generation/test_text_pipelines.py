@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from flux_kernels import FormatError, GGUFError
+from flux_kernels import BackendUnavailable, FormatError, GGUFError
 from flux_kernels.cli import app
 from flux_kernels.generation import generate as work
-from flux_kernels.generation.base_pipeline import base_sizes, check_base, check_fit, load_pipeline
+from flux_kernels.generation.base_pipeline import base_sizes, check_base, check_classes, check_fit, load_pipeline
 from flux_kernels.generation.generate import Job, call_settings, generate
 from flux_kernels.generation.inspect_file import FileFacts
 from flux_kernels.generation.placement import measured_parts
@@ -324,6 +324,26 @@ def test_folders_are_whole_by_their_own_index(made, tmp_path):
     shutil.rmtree(base / "vae")
     with pytest.raises(FileNotFoundError, match=r"lacks vae\."):
         check_base(base, row)
+
+
+def test_a_part_whose_class_cannot_be_used_here_is_named(made, tmp_path, monkeypatch):
+    """Published folders of FLUX.2-dev have a PixtralProcessor, which needs torchvision."""
+    base = tmp_path / "base"
+    shutil.copytree(made("Flux2Pipeline").base, base)
+    check_classes(base)
+    index = json.loads((base / "model_index.json").read_text())
+
+    class DummyObject(type):
+        pass
+
+    monkeypatch.setattr(transformers, "PixtralProcessor", DummyObject("PixtralProcessor", (), {"_backends": ["torchvision"]}))
+    for name, sentence in (
+        ("PixtralProcessor", "is a PixtralProcessor, which needs torchvision. Install it: pip install torchvision."),
+        ("NoSuchTokenizer", "is a NoSuchTokenizer, which the installed transformers does not have. Update transformers."),
+    ):
+        (base / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", name]}))
+        with pytest.raises(BackendUnavailable, match=re.escape(f"The tokenizer of {base} {sentence}")):
+            generate(request(made("Flux2Pipeline"), base=base))
 
 
 def test_pipelines_that_edit_do_not_stand_in(tmp_path):
