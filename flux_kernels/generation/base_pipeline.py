@@ -42,7 +42,7 @@ def _silence(name: str) -> None:
 
 
 def check_base(base: Path, architecture: Architecture, given: Sequence[str] = ()) -> str:
-    """Check that `base` is a whole pipeline folder of a model that draws from text; return the class that draws.
+    """Check that `base` is a whole pipeline folder that draws from text; return the class that draws.
 
     Args:
         base: the folder.
@@ -89,7 +89,7 @@ def tokenizer_of(part: str) -> str:
 
 
 def listed_parts(base: Path) -> list[str]:
-    """List the parts of a pipeline folder besides its transformer, as its index names them; [] where it has none."""
+    """List the parts that a pipeline folder's index names, its transformer left out; [] without an index."""
     return _listed(_read_json(base / _INDEX)) if (base / _INDEX).is_file() else []
 
 
@@ -100,7 +100,7 @@ def _listed(index: Mapping[str, Any]) -> list[str]:
 
 
 def check_classes(base: Path) -> None:
-    """Raise BackendUnavailable where the installed libraries lack the class of a part, or what that class needs.
+    """Raise BackendUnavailable where the installed libraries lack a part's class, or what it needs.
 
     Args:
         base: folder that passes `check_base`.

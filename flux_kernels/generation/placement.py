@@ -77,7 +77,7 @@ def _working(model: Any, width: int, height: int, reference_tokens: int, text_to
 
 
 def _vae_channels(config: Any) -> int | None:
-    """Return the channels that reach a VAE's full resolution: those of its second finest; None for another model."""
+    """Return the channels that reach a VAE's full resolution, its second finest; None for another model."""
     if hasattr(config, "block_out_channels"):
         return config.block_out_channels[:2][-1]
     if hasattr(config, "dim_mult"):

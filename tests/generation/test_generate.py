@@ -12,8 +12,9 @@ from PIL import Image
 from flux_kernels import FormatError, GGUFError
 from flux_kernels.generation.base_pipeline import base_sizes, check_base, check_fit
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.generation.generate import Drawing, Job, call_settings, check_out, save_png
+from flux_kernels.generation.generate import Drawing, check_out, save_png
 from flux_kernels.generation.inspect_file import FileFacts
+from flux_kernels.generation.job import Job, call_settings
 from flux_kernels.generation.request import Lora, Request
 from flux_kernels.generation.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
 from flux_kernels.models.architectures.flux1 import FLUX1

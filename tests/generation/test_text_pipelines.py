@@ -1,4 +1,4 @@
-"""Drawing from text with every architecture: a packed file and a pipeline folder in, a picture out, beside diffusers alone."""
+"""Drawing from text with every architecture: a packed file and a pipeline folder give diffusers' picture."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from flux_kernels import BackendUnavailable, FormatError, GGUFError
 from flux_kernels.cli import app
 from flux_kernels.generation import generate as work
 from flux_kernels.generation.base_pipeline import base_sizes, check_base, check_classes, check_fit, load_pipeline
-from flux_kernels.generation.generate import Job, call_settings, generate
+from flux_kernels.generation.generate import generate
 from flux_kernels.generation.inspect_file import FileFacts
+from flux_kernels.generation.job import Job, call_settings
 from flux_kernels.generation.placement import measured_parts
 from flux_kernels.generation.request import Lora, Request
 from flux_kernels.generation.text_pipelines import TEXT_PIPELINES, check_draws, drawing_classes

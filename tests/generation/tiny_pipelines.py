@@ -1,6 +1,6 @@
-"""A tiny random pipeline for each class that draws from text, as folders in the diffusers layout; nothing is downloaded.
+"""A tiny random pipeline for each class that draws from text, as folders in the diffusers layout.
 
-Parts and transformers fit each other: text encoders of width 32, VAEs that shrink by 8, transformers of few blocks. Tokenizers of
+Nothing is downloaded. Parts and transformers fit each other: text encoders of width 32, VAEs that shrink by 8, transformers of few blocks. Tokenizers of
 CLIP and T5 are the embedded model's; the others know bytes and a few special tokens.
 """
 
@@ -204,7 +204,7 @@ def tiny_transformer(kind: str) -> nn.Module:
 
 
 def write_packed(kind: str, path: Path) -> nn.Module:
-    """Write the transformer as a GGUF file with packed blocks; return a model that holds what it decodes to."""
+    """Write the transformer as a GGUF file with packed blocks; return a model of what they decode to."""
     model, twin = tiny_transformer(kind), tiny_transformer(kind)
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     for seed, (name, layer) in enumerate(list(twin.named_modules())):

@@ -1,4 +1,4 @@
-"""Capturing with a pipeline folder of every architecture that draws from text: states are what its transformer was given."""
+"""Capturing with a pipeline folder of every architecture that draws from text."""
 
 from __future__ import annotations
 
