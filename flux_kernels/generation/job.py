@@ -1,4 +1,4 @@
-"""Check what `generate` is asked for, before anything large is read, and say how the pipeline is called."""
+"""Check what `generate` is asked for before anything large is read, and say how to call the pipeline."""
 
 from __future__ import annotations
 
@@ -147,6 +147,10 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
         "strength": request.strength,
     }
     settings.update({name: value for name, value in asked.items() if value is not None})
+    if asks.deaf and request.guidance is not None and request.guidance > asks.counts_above and says_distilled(request.base):
+        raise FormatError(
+            f"--guidance {request.guidance:g} would be ignored: {request.base} says that its model is distilled. Leave it out."
+        )
     patch = usual.patch or architecture.patch
     for side in ("width", "height"):
         if settings[side] < patch:

@@ -46,6 +46,7 @@ class TextPipeline:
         guidance: argument that takes the model's guidance.
         negative: argument that takes the strength of a negative prompt; None where the class takes no such prompt.
         counts_above: strength above which a negative prompt counts, and the transformer runs twice a step.
+        deaf: whether it ignores guidance where it says that its model is distilled.
         nothing: negative prompt to give where the user gives none; the class guides with one alone. None leaves it to the class.
         one_batch: whether prompt and negative prompt run in one batch.
         t5: part that is a T5 encoder.
@@ -59,6 +60,7 @@ class TextPipeline:
     guidance: str = "guidance_scale"
     negative: str | None = None
     counts_above: float = 1.0
+    deaf: bool = False
     nothing: str | None = None
     one_batch: bool = False
     t5: str | None = None
@@ -99,7 +101,10 @@ TEXT_PIPELINES: Mapping[str, TextPipeline] = {
     ),
     # Hidden states of three layers, side by side.
     "Flux2Pipeline": TextPipeline((_text("joint_attention_dim", times=3), _vae("in_channels", _PATCH))),
-    "Flux2KleinPipeline": TextPipeline((_text("joint_attention_dim", times=3), _vae("in_channels", _PATCH))),
+    "Flux2KleinPipeline": TextPipeline(
+        (_text("joint_attention_dim", times=3), _vae("in_channels", _PATCH)),
+        deaf=True,
+    ),
     "ChromaPipeline": TextPipeline(
         (_text("joint_attention_dim", key="d_model"), _vae("in_channels", _PATCH)),
         negative="guidance_scale",

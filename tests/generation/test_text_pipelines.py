@@ -1,4 +1,4 @@
-"""Drawing from text with every architecture: a packed file and a pipeline folder give diffusers' picture."""
+"""Drawing from text with every architecture: file and folder give the picture of diffusers."""
 
 from __future__ import annotations
 
@@ -157,6 +157,15 @@ def test_a_negative_prompt_that_would_not_count_is_refused(made):
         settings_of("QwenImagePipeline", base=made("QwenImagePipeline").base, negative="rain", guidance=1.0)
     # Nothing is guided, so no empty prompt is given either.
     assert "negative_prompt" not in settings_of("QwenImagePipeline", base=made("QwenImagePipeline").base, guidance=1.0)
+
+
+def test_guidance_that_would_be_ignored_is_refused(made, tmp_path):
+    kind, config = "Flux2KleinPipeline", {"guidance_embeds": False}
+    with pytest.raises(FormatError, match="--guidance 4 would be ignored: .* says that its model is distilled"):
+        settings_of(kind, config, base=made(kind).base, guidance=4.0)
+    assert settings_of(kind, config, base=made(kind).base, guidance=1.0)["guidance_scale"] == 1.0
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    assert settings_of(kind, config, base=tmp_path, guidance=3.0)["guidance_scale"] == 3.0
 
 
 def test_sides_are_whole_tokens(made):
