@@ -67,8 +67,9 @@ def check_base(base: Path, architecture: Architecture, given: Sequence[str] = ()
     row = TEXT_PIPELINES[kind]
     # What encodes text and what decodes the picture must be listed; null stands for a part that is left out on purpose.
     listed = [*_listed(index), *(part for fit in row.fits for part in fit.parts if part not in index)]
-    needed = sorted({*listed, *map(tokenizer_of, given)} - {*given})
-    missing = [part for part in needed if not (base / part).is_dir()]
+    tokenizers = {tokenizer_of(part) for part in given}
+    missing = [part for part in sorted({*listed} - {*given}) if not (base / part).is_dir()]
+    missing += sorted(tokenizers - {*listed})
     if missing:
         instead = " Or give the T5 encoder as a GGUF file with --t5." if missing == [row.t5] else ""
         raise FileNotFoundError(f"{base} lacks {', '.join(missing)}. {how}{instead}")
@@ -97,6 +98,10 @@ def _listed(index: Mapping[str, Any]) -> list[str]:
     # [library, class] of each; null for what the pipeline goes without.
     parts = (name for name, made in index.items() if isinstance(made, list) and len(made) == 2 and all(made))
     return [name for name in parts if not name.startswith("transformer")]
+
+
+def _left_out(index: Mapping[str, Any]) -> list[str]:
+    return [name for name, made in index.items() if made == [None, None] and not name.startswith("transformer")]
 
 
 def check_classes(base: Path) -> None:
@@ -214,8 +219,10 @@ def load_pipeline(
     import diffusers
 
     replaced = {name: part for name, part in parts.items() if part is not None}
+    # diffusers wants to be told what its own index says.
+    without = {name: None for name in _left_out(_read_json(base / _INDEX)) if name not in replaced}
     pipeline = getattr(diffusers, kind).from_pretrained(
-        base, transformer=transformer, dtype=dtype, local_files_only=True, **replaced
+        base, transformer=transformer, dtype=dtype, local_files_only=True, **replaced, **without
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -171,6 +171,12 @@ def drawing_classes(architecture: Architecture) -> tuple[str, ...]:
     return tuple(name for name in architecture.pipelines if name in TEXT_PIPELINES)
 
 
+def usual_batch(architecture: Architecture, usual: Variant) -> int:
+    """Return how many pictures a transformer computes at once with the settings of its makers."""
+    kinds = drawing_classes(architecture)
+    return TEXT_PIPELINES[kinds[0]].batch(text_arguments(kinds[0], usual)) if kinds else 1
+
+
 def text_arguments(kind: str, usual: Variant, *, distilled: bool = True) -> dict[str, Any]:
     """Return the arguments of a pipeline call that draws as a model's makers do.
 

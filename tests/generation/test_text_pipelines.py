@@ -321,7 +321,7 @@ def test_folders_are_whole_by_their_own_index(made, tmp_path):
         check_base(base, row)
     index = json.loads((base / "model_index.json").read_text())
     (base / "tokenizer_2").mkdir()
-    # As diffusers writes a pipeline without its T5 encoder, which it draws with.
+    # As diffusers writes a pipeline without its T5 encoder.
     without = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     (base / "model_index.json").write_text(json.dumps({**index, **without}))
     assert check_base(base, row) == "StableDiffusion3Pipeline"
@@ -334,6 +334,21 @@ def test_folders_are_whole_by_their_own_index(made, tmp_path):
     shutil.rmtree(base / "vae")
     with pytest.raises(FileNotFoundError, match=r"lacks vae\."):
         check_base(base, row)
+
+
+def test_a_folder_may_say_that_it_goes_without_t5(made, tmp_path):
+    kind, files = "StableDiffusion3Pipeline", made("StableDiffusion3Pipeline")
+    base = tmp_path / "base"
+    shutil.copytree(files.base, base, ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"))
+    index = json.loads((base / "model_index.json").read_text())
+    none = {"text_encoder_3": None, "tokenizer_3": None}
+    (base / "model_index.json").write_text(json.dumps({**index, **{name: [None, None] for name in none}}))
+    pipeline = getattr(diffusers, kind).from_pretrained(files.base, transformer=files.twin, dtype=torch.float32, **none)
+    size = {"width": 64, "height": 48, "num_inference_steps": STEPS}
+    expected = pipeline(prompt="a fox", generator=torch.Generator("cpu").manual_seed(3), **size, **CALLS[kind]).images[0]
+    assert generate(request(files, base=base)).image.tobytes() == expected.tobytes()
+    with pytest.raises(FileNotFoundError, match=r"lacks tokenizer_3\."):
+        generate(request(files, base=base, t5=files.gguf))
 
 
 def test_a_part_whose_class_cannot_be_used_here_is_named(made, tmp_path, monkeypatch):

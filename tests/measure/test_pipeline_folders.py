@@ -16,7 +16,7 @@ from flux_kernels.cli import app
 from flux_kernels.errors import FormatError, GGUFError
 from flux_kernels.measure.capture import capture
 from flux_kernels.measure.measured_model import base_of, find_source, open_pipeline, open_transformer
-from flux_kernels.measure.memory import check_memory
+from flux_kernels.measure.memory import check_memory, memory_needs
 from flux_kernels.measure.state_inputs import as_arguments, velocity_of
 from flux_kernels.measure.states import States, batches
 from flux_kernels.mixed.plan_file import Plan
@@ -87,6 +87,16 @@ def test_the_command_measures_a_plan_of_another_model(made, tmp_path):
     assert 0 < json.loads(done.stdout)["cost"] < 0.1
     kept = States.load(tmp_path / "costs.states.safetensors")
     assert kept.prompts == ["a fox", "a red seven"] and kept.summary()["sizes"] == ["64x48"] and kept.items[0].steps == 2
+
+
+def test_two_pictures_at_once_take_the_memory_of_two(made):
+    needs = {}
+    for kind in ("StableDiffusion3Pipeline", "ZImagePipeline"):
+        source = find_source(gguf=made(kind).gguf, base=made(kind).base)
+        found = memory_needs(source, source.config, CPU, torch.float32, [(64, 48)], capturing=False)
+        needs[kind] = found["hidden states of 1 pictures"]
+    # Three hidden states of 12 picture and 333 or 512 text tokens; Z-Image-Turbo is not guided.
+    assert needs == {"StableDiffusion3Pipeline": 3 * 2 * 345 * 256 * 4, "ZImagePipeline": 3 * 524 * 384 * 4}
 
 
 def test_what_cannot_be_captured_is_said_before_anything_is_read(made, tmp_path):
