@@ -33,9 +33,18 @@ def sparse_base(folder: Path, dtype: str = "BF16") -> Path:
     Its text encoders and VAE have the published numbers of parameters.
     """
     (folder / "model_index.json").parent.mkdir(parents=True)
-    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    for part in ("scheduler", "tokenizer", "tokenizer_2"):
+    plain, models = ("scheduler", "tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2", "transformer", "vae")
+    parts = {part: ["library", "Class"] for part in (*plain, *models)}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
+    for part in plain:
         (folder / part).mkdir()
+    for part, sizes in {
+        "text_encoder": {"hidden_size": 768},
+        "text_encoder_2": {"d_model": 4096},
+        "vae": {"latent_channels": 16},
+    }.items():
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(sizes))
     sparse_safetensors(folder / "text_encoder" / "model.safetensors", {"w": (123_060_480,)}, dtype)
     sparse_safetensors(folder / "text_encoder_2" / "model-00001-of-00002.safetensors", {"a": (4_000_000_000,)}, dtype)
     sparse_safetensors(folder / "text_encoder_2" / "model-00002-of-00002.safetensors", {"b": (762_310_656,)}, dtype)

@@ -13,6 +13,7 @@ import flux_kernels as fk
 from flux_kernels import install_hints
 from flux_kernels.generation.base_pipeline import check_base
 from flux_kernels.install_hints import PIPELINE_DOWNLOAD, install_command
+from flux_kernels.models.architectures.flux1 import FLUX1
 
 ROOT = Path(fk.__file__).parents[1]
 TEXTS = [
@@ -65,7 +66,7 @@ def test_every_download_in_a_text_is_that_one(monkeypatch, tmp_path):
     assert downloads
     assert set(downloads) == {PIPELINE_DOWNLOAD}
     with pytest.raises(FileNotFoundError) as error:
-        check_base(tmp_path / "missing")
+        check_base(tmp_path / "missing", FLUX1)
     assert f"`{PIPELINE_DOWNLOAD}`" in str(error.value)
 
 

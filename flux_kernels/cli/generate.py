@@ -20,28 +20,40 @@ _FILES, _PICTURE, _IMAGES, _RUN, _OUTPUT = "Files", "The picture", "Pictures to 
 
 
 def generate(
-    gguf: Annotated[Path, typer.Option(help="The FLUX.1 transformer, a GGUF file.", rich_help_panel=_FILES)],
+    gguf: Annotated[
+        Path, typer.Option(help="The transformer, a GGUF file: FLUX.1, Qwen-Image, Z-Image and others.", rich_help_panel=_FILES)
+    ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.", rich_help_panel=_PICTURE)],
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Folder in the diffusers layout with text encoders, tokenizers, VAE and scheduler; its transformer is not "
-            "read. The embedded model's own by default, which fits files made by `demo`.",
+            help="The file's own model as a folder in the diffusers layout: text encoders, tokenizers, VAE and scheduler; its "
+            "transformer is not read. The embedded model's own by default, which fits files made by `demo`.",
             rich_help_panel=_FILES,
         ),
     ] = None,
     t5: Annotated[
         Path | None,
         typer.Option(
-            "--t5", help="The T5 encoder, a GGUF file; --base then needs no text_encoder_2 folder.", rich_help_panel=_FILES
+            "--t5",
+            help="The T5 encoder of FLUX.1, Chroma or SD3, a GGUF file; --base then needs no folder of it.",
+            rich_help_panel=_FILES,
         ),
     ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(help="FILE or FILE:SCALE, .safetensors; give it several times.", rich_help_panel=_FILES),
     ] = None,
-    negative: Annotated[str | None, typer.Option(help="What not to draw; doubles the time.", rich_help_panel=_PICTURE)] = None,
-    true_cfg: Annotated[float, typer.Option(help="Strength of the negative prompt.", rich_help_panel=_PICTURE)] = 4.0,
+    negative: Annotated[
+        str | None, typer.Option(help="What not to draw; doubles the time. FLUX.2 takes none.", rich_help_panel=_PICTURE)
+    ] = None,
+    true_cfg: Annotated[
+        float | None,
+        typer.Option(
+            help="Strength of FLUX.1's negative prompt, 4 by default; with other models --guidance is.",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
     width: Annotated[
         int | None,
         typer.Option(
@@ -51,12 +63,17 @@ def generate(
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, as --width.", rich_help_panel=_PICTURE)] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Denoising steps; 28 by default, 4 for schnell, 50 for Fill.", rich_help_panel=_PICTURE),
+        typer.Option(
+            min=1,
+            help="Denoising steps; the model's own by default: 28 for FLUX.1-dev, 4 for schnell, 50 for Qwen-Image.",
+            rich_help_panel=_PICTURE,
+        ),
     ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Guidance; by default 3.5 for dev, 2.5 Kontext, 30 Fill and Canny, 10 Depth, none for schnell.",
+            help="Guidance; the model's own by default: 3.5 for FLUX.1-dev, 2.5 Kontext, 30 Fill and Canny, 10 Depth, none for "
+            "schnell, 4 Qwen-Image, none for Z-Image-Turbo. Z-Image and Krea 2 guide from 0 upwards, others from 1.",
             rich_help_panel=_PICTURE,
         ),
     ] = None,
@@ -133,13 +150,14 @@ def generate(
 ) -> None:
     """Draw an image with your own GGUF file. Everything is local: nothing is downloaded.
 
-    The file decides what can be done: Fill repaints, Canny and Depth draw along lines, Kontext edits, all others draw from
-    text.
+    The file decides what can be done: every model but Wan, which makes videos, draws from text. Of FLUX.1, Fill repaints, Canny
+    and Depth draw along lines, Kontext edits.
 
     [bold]Examples[/]
 
       flux-kernels generate --gguf flux1-dev-Q4_K_S.gguf --base FLUX.1-dev -p "a lighthouse in a storm"
       flux-kernels generate --gguf flux1-schnell-Q8_0.gguf --base FLUX.1-schnell -p "a fox" --width 768 --seed 7
+      flux-kernels generate --gguf qwen-image-Q4_K_S.gguf --base Qwen-Image -p "a fox" --negative "rain" --steps 30
       flux-kernels generate --gguf dev-Q4_K_S.gguf --t5 t5-v1_1-xxl-encoder-Q8_0.gguf --base FLUX.1-dev -p "a fox"
       flux-kernels generate --gguf dev-Q6_K.gguf --base FLUX.1-dev -p "a fox" --lora style.safetensors:0.8 --offload model
       flux-kernels generate --gguf flux1-kontext-Q4_K_S.gguf --base FLUX.1-dev -p "make it night" --image day.png

@@ -8,23 +8,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import GGUFError
-from ..install_hints import PIPELINE_DOWNLOAD
+from ..errors import BackendUnavailable, GGUFError
 from ..integrations.on_import import after_import
 from ..models.architecture import Architecture
+from .text_pipelines import TEXT_PIPELINES, drawing_classes
 
-PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 _INDEX = "model_index.json"
-_HOW = (
-    "--base is a folder in the diffusers layout, with {parts}; the transformer's weights are not needed in it. Get one with "
-    "`" + PIPELINE_DOWNLOAD + "`."
-)
+_LIBRARIES = ("diffusers", "transformers")
 
 
 def go_offline_quietly() -> None:
@@ -44,49 +41,104 @@ def _silence(name: str) -> None:
     logging.disable_progress_bar()
 
 
-def check_base(base: Path, given: Sequence[str] = ()) -> None:
-    """Raise FileNotFoundError where `base` is no complete Flux pipeline folder.
-
-    The sentence says what is missing and how to get it.
+def check_base(base: Path, architecture: Architecture, given: Sequence[str] = ()) -> str:
+    """Check that `base` is a whole pipeline folder that draws from text; return the class that draws.
 
     Args:
         base: the folder.
+        architecture: of the model.
         given: parts that come from elsewhere and may be missing.
-    """
-    needed = [part for part in PARTS if part not in given]
-    how = _HOW.format(parts=", ".join(needed))
-    made_for = _pipeline_of(base, how)
-    missing = [part for part in needed if not (base / part).is_dir()]
-    if missing:
-        instead = " Or give the T5 encoder as a GGUF file with --t5." if missing == ["text_encoder_2"] else ""
-        raise FileNotFoundError(f"{base} lacks {', '.join(missing)}. {how}{instead}")
-    if not made_for.startswith("Flux"):
-        raise FileNotFoundError(f"{base} is a {made_for or 'pipeline without a name'}, not a FLUX.1 pipeline. {how}")
-
-
-def pipeline_class(base: Path, architecture: Architecture) -> str:
-    """Return the class of the pipeline in a folder.
 
     Raises:
-        FileNotFoundError: where it is none, or of another model.
+        FileNotFoundError: where it is none. The sentence says what is missing and how to get it.
     """
-    how = f"Give the folder of a {architecture.pipelines[0]} in the diffusers layout; the transformer's weights are not needed in it."
-    made_for = _pipeline_of(base, how)
-    if made_for not in architecture.pipelines:
-        raise FileNotFoundError(
-            f"{base} is a {made_for or 'pipeline without a name'}, no pipeline of {architecture.name}. {how}"
-        )
-    return made_for
+    kinds = drawing_classes(architecture)
+    how = _how(kinds[0])
+    index = _index_of(base, how)
+    made_for = str(index.get("_class_name", ""))
+    kind = next((kind for kind in kinds if made_for in (kind, *TEXT_PIPELINES[kind].twins)), None)
+    if kind is None:
+        made = made_for or "pipeline without a name"
+        if made_for in architecture.pipelines:
+            raise FileNotFoundError(
+                f"{base} is a {made}, which does not draw from text alone. Give a {' or '.join(kinds)}. {how}"
+            )
+        raise FileNotFoundError(f"{base} is a {made}, not a {architecture.name} pipeline. {how}")
+    row = TEXT_PIPELINES[kind]
+    # What encodes text and what decodes the picture must be listed; null stands for a part that is left out on purpose.
+    listed = [*_listed(index), *(part for fit in row.fits for part in fit.parts if part not in index)]
+    tokenizers = {tokenizer_of(part) for part in given}
+    missing = [part for part in sorted({*listed} - {*given}) if not (base / part).is_dir()]
+    missing += sorted(tokenizers - {*listed})
+    if missing:
+        instead = " Or give the T5 encoder as a GGUF file with --t5." if missing == [row.t5] else ""
+        raise FileNotFoundError(f"{base} lacks {', '.join(missing)}. {how}{instead}")
+    return kind
 
 
-def _pipeline_of(base: Path, how: str) -> str:
-    """Return the pipeline class that a folder names."""
+def _how(kind: str) -> str:
+    get = TEXT_PIPELINES[kind].download
+    return (
+        f"--base is a folder in the diffusers layout, with text encoders, tokenizers, VAE and scheduler of a {kind}; the "
+        f"transformer's weights are not needed in it.{f' Get one with `{get}`.' if get else ''}"
+    )
+
+
+def tokenizer_of(part: str) -> str:
+    """Return the name of a text encoder's tokenizer, such as "tokenizer_2" of "text_encoder_2"."""
+    return part.replace("text_encoder", "tokenizer")
+
+
+def listed_parts(base: Path) -> list[str]:
+    """List the parts that a pipeline folder's index names, its transformer left out; [] without an index."""
+    return _listed(_read_json(base / _INDEX)) if (base / _INDEX).is_file() else []
+
+
+def _listed(index: Mapping[str, Any]) -> list[str]:
+    # [library, class] of each; null for what the pipeline goes without.
+    parts = (name for name, made in index.items() if isinstance(made, list) and len(made) == 2 and all(made))
+    return [name for name in parts if not name.startswith("transformer")]
+
+
+def _left_out(index: Mapping[str, Any]) -> list[str]:
+    return [name for name, made in index.items() if made == [None, None] and not name.startswith("transformer")]
+
+
+def check_classes(base: Path) -> None:
+    """Raise BackendUnavailable where the installed libraries lack a part's class, or what it needs.
+
+    Args:
+        base: folder that passes `check_base`.
+    """
+    index = _read_json(base / _INDEX)
+    for part in listed_parts(base):
+        library, name = index[part]
+        if library not in _LIBRARIES:
+            continue
+        known = getattr(import_module(library), name, None)
+        needs = f"The {part} of {base} is a {name}"
+        if known is None:
+            raise BackendUnavailable(f"{needs}, which the installed {library} does not have. Update {library}.")
+        # What both libraries put in the place of a class that cannot be used here.
+        if type(known).__name__ == "DummyObject":
+            raise BackendUnavailable(
+                f"{needs}, which needs {', '.join(known._backends)}. Install it: pip install {' '.join(known._backends)}."
+            )
+
+
+def says_distilled(base: Path) -> bool:
+    """Tell whether a folder's pipeline says that its model is distilled; what says nothing is not."""
+    return bool(_read_json(base / _INDEX).get("is_distilled"))
+
+
+def _index_of(base: Path, how: str) -> dict[str, Any]:
+    """Return what a folder says of its pipeline."""
     if not base.is_dir():
         raise FileNotFoundError(f"{base} is not a folder. {how}")
     index = base / _INDEX
     if not index.is_file():
         raise FileNotFoundError(f"{base} holds no {_INDEX}. {how}")
-    return str(_read_json(index).get("_class_name", ""))
+    return _read_json(index)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -97,22 +149,35 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def base_sizes(base: Path, t5_width: int | None = None) -> dict[str, tuple[str, int | None]]:
-    """Read what the parts of a base folder give the transformer: argument of its config -> (part, size).
+def base_sizes(base: Path, kind: str, t5_width: int | None = None) -> dict[str, tuple[str, int | None]]:
+    """Read what the parts of a base folder give the transformer: argument of its config -> (parts, size).
 
     Args:
         base: folder that passes `check_base`.
+        kind: the class that it returned.
         t5_width: of a T5 encoder that replaces the folder's.
     """
-    latent = _read_json(base / "vae" / "config.json").get("latent_channels")
-    pooled = _read_json(base / "text_encoder" / "config.json").get("hidden_size")
-    if t5_width is None:
-        t5_width = _read_json(base / "text_encoder_2" / "config.json").get("d_model")
-    return {
-        "joint_attention_dim": ("text_encoder_2", t5_width),
-        "pooled_projection_dim": ("text_encoder", pooled),
-        "out_channels": ("vae", None if latent is None else 4 * latent),
-    }
+    row, listed = TEXT_PIPELINES[kind], listed_parts(base)
+    sizes = {}
+    for fit in row.fits:
+        if t5_width is not None and row.t5 in fit.parts:
+            found: list[int | None] = [t5_width]
+        elif listed and not set(fit.parts) <= {*listed}:
+            # Left out on purpose: the pipeline does without.
+            continue
+        else:
+            found = [_size(_read_json(base / part / "config.json"), key) for part, key in fit.sizes]
+        numbers = [size for size in found if size is not None]
+        whole = fit.times * sum(numbers) if len(numbers) == len(found) else None
+        sizes[fit.argument] = (" and ".join(fit.parts), whole)
+    return sizes
+
+
+def _size(config: Mapping[str, Any], key: str) -> int | None:
+    """Return a size of a part; models of text and pictures keep those of text by themselves."""
+    text = config.get("text_config")
+    value = {**config, **(text if isinstance(text, dict) else {})}.get(key)
+    return value if isinstance(value, int) else None
 
 
 def check_fit(sizes: Mapping[str, tuple[str, int | None]], config: Mapping[str, Any]) -> None:
@@ -140,22 +205,24 @@ def load_pipeline(
     dtype: torch.dtype,
     *,
     kind: str = "FluxPipeline",
-    text_encoder_2: nn.Module | None = None,
+    **parts: nn.Module | None,
 ) -> Any:
     """Load a pipeline around `transformer` from local files alone.
 
     Args:
-        base: folder that passes `check_base`, or has a `pipeline_class`.
+        base: folder that passes `check_base`.
         transformer: the model, or None to put one in later with `register_modules`.
         dtype: of the text encoders and the VAE.
         kind: class name in diffusers, such as "FluxFillPipeline".
-        text_encoder_2: a T5EncoderModel instead of the folder's, which is then not read.
+        parts: models instead of the folder's, which are then not read, such as text_encoder_2=T5EncoderModel; None for none.
     """
     import diffusers
 
-    replaced = {} if text_encoder_2 is None else {"text_encoder_2": text_encoder_2}
+    replaced = {name: part for name, part in parts.items() if part is not None}
+    # diffusers wants to be told what its own index says.
+    without = {name: None for name in _left_out(_read_json(base / _INDEX)) if name not in replaced}
     pipeline = getattr(diffusers, kind).from_pretrained(
-        base, transformer=transformer, dtype=dtype, local_files_only=True, **replaced
+        base, transformer=transformer, dtype=dtype, local_files_only=True, **replaced, **without
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

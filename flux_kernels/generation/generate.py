@@ -3,55 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends import check_names
 from ..compute import dtype_name
 from ..errors import FormatError, GGUFError
 from ..files import check_writable, written_whole
-from ..gguf.conventions import file_title
-from ..models import load_flux
-from ..models.architectures.flux1 import FLUX1
+from ..models import load_transformer
 from ..swap import swap_linear
 from ..swap.report import SwapReport
 from ..t5 import load_t5
-from ..t5.load import open_t5
-from .base_pipeline import base_sizes, check_base, check_fit, load_pipeline, one_thread
-from .embedded import PIPELINE_KWARGS
-from .inspect_file import TRANSFORMER, FileFacts, inspect_file
+from .base_pipeline import load_pipeline, one_thread, tokenizer_of
+from .job import Job, call_settings, check_request
 from .memory_check import check_pipeline_memory
 from .memory_plan import MemoryPlan
 from .picture_size import check_memory, check_positions
-from .placement import check_offload, measured_parts, place
+from .placement import measured_parts, place
 from .request import Lora, Request
-from .tasks import IMAGE_OPTIONS, KONTEXT, TEXT, Task, choose_task, fitted_size, read_pictures
+from .tasks import IMAGE_OPTIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class Job:
-    """Hold a checked request: facts about the file, what to do with it, and the pictures.
-
-    Attributes:
-        facts: about the transformer's file.
-        task: what to do with it.
-        pictures: argument of the pipeline -> picture.
-    """
-
-    facts: FileFacts
-    task: Task = TEXT
-    pictures: dict[str, Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,18 +71,19 @@ def generate(
 
     Raises:
         FileNotFoundError: for files and folders that are missing or incomplete.
-        GGUFError: for a file that is no FLUX.1 transformer or T5 encoder, does not fit the base, or not the pictures given.
+        GGUFError: for a file that is no transformer or T5 encoder, does not fit the base, or not the pictures given.
         FormatError: for a LoRA that does not fit, and a picture that is too large.
         BackendUnavailable: where backend, compute mode or offload cannot run here.
     """
     job = check_request(request)
-    settings = call_settings(request, job)
+    settings, asks = call_settings(request, job), job.asks
     width, height = settings["width"], settings["height"]
-    check_positions(width, height, request.dtype)
-    check_pipeline_memory(request.gguf, request.base, request.t5, request.dtype, request.pin)
+    check_positions(width, height, request.dtype, job.architecture, job.facts.config, rounded=asks.rounded_positions)
+    check_pipeline_memory(request.gguf, request.base, request.t5, request.dtype, request.pin, t5_part=asks.t5)
     started = time.perf_counter()
     pipeline, report = _load(request, job, status)
-    parts = measured_parts(pipeline, width, height, job.task.reference_tokens, settings["max_sequence_length"])
+    text_tokens = settings["max_sequence_length"] + asks.other_tokens
+    parts = measured_parts(pipeline, width, height, job.task.reference_tokens, text_tokens, asks.batch(settings))
     if not torch.cuda.is_available():
         check_memory(parts, width, height)
     plan = place(pipeline, request.offload, parts, width, height, pin=request.pin)
@@ -114,79 +94,12 @@ def generate(
     return Drawing(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded)
 
 
-def check_request(request: Request) -> Job:
-    """Check what goes together before anything large is read; return what is to be done."""
-    if not request.gguf.is_file():
-        raise FileNotFoundError(f"{request.gguf} is no file. --gguf is a FLUX.1 transformer in a GGUF file.")
-    numbers = {"--guidance": request.guidance, "--true-cfg": request.true_cfg}
-    numbers |= {f"--lora {lora.file.name}": lora.scale for lora in request.loras}
-    for option, number in numbers.items():
-        if number is not None and not math.isfinite(number):
-            raise FormatError(f"{option} is {number}; give a finite number.")
-    for lora in request.loras:
-        if not lora.file.is_file():
-            name, _, scale = str(lora.file).rpartition(":")
-            if name and Path(name).is_file():
-                raise FormatError(
-                    f"--lora {lora.file}: {scale!r} is no scale. Write FILE:SCALE with a number, such as {name}:0.8."
-                )
-            raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")
-    check_names(request.backend, request.compute)
-    check_offload(request.offload, request.pin)
-    check_base(request.base, given=() if request.t5 is None else ("text_encoder_2",))
-    facts = inspect_file(request.gguf)
-    if facts.refused:
-        raise GGUFError(f"{request.gguf}: {facts.refused}")
-    if facts.role != TRANSFORMER:
-        raise GGUFError(f"{request.gguf} is a {facts.variant}: give it as --t5, and a FLUX.1 transformer as --gguf.")
-    if facts.architecture != FLUX1.name:
-        raise GGUFError(
-            f"{request.gguf} is a {facts.variant}, and generate draws with FLUX.1. Load it in Python: "
-            f"flux_kernels.load_transformer(path), for diffusers' {facts.pipelines[0]}."
-        )
-    task = choose_task(facts.config, request, file_title(str(request.gguf), facts.metadata))
-    check_fit(base_sizes(request.base, _t5_width(request.t5)), facts.config)
-    return Job(facts, task, read_pictures(task, request))
-
-
-def _t5_width(path: Path | None) -> int | None:
-    if path is None:
-        return None
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file. --t5 is a T5 encoder in a GGUF file.")
-    return open_t5(path).config["d_model"]
-
-
-def call_settings(request: Request, job: Job) -> dict[str, Any]:
-    """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
-    if request.embedded:
-        settings = dict(PIPELINE_KWARGS)
-    else:
-        settings = {**FLUX1.settings(job.facts.config).pipeline_arguments, **job.task.defaults}
-    if job.pictures:
-        area = settings["width"] * settings["height"]
-        picture = next(iter(job.pictures.values()))
-        size = fitted_size(picture, area, enlarge=job.task is KONTEXT, width=request.width, height=request.height)
-        settings.update(width=size[0], height=size[1])
-    asked = {
-        "height": request.height,
-        "width": request.width,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-        "strength": request.strength,
-    }
-    settings.update({name: value for name, value in asked.items() if value is not None})
-    if request.negative is not None:
-        settings.update(negative_prompt=request.negative, true_cfg_scale=request.true_cfg)
-    return settings
-
-
 def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[Any, SwapReport]:
     """Load the pipeline on the CPU, with its LoRAs."""
     status(f"loading {request.gguf.name}: {job.facts.variant}")
     # The other modes scale each activation: once for q, k and v.
     fuse = None if request.compute == "exact" else "qkv"
-    transformer = load_flux(request.gguf, dtype=request.dtype, fuse=fuse)
+    transformer = load_transformer(request.gguf, dtype=request.dtype, fuse=fuse)
     # The swap arranges packed rows as a GPU wants them, before offloading moves them behind the layers' backs, and its report
     # says what runs: so it comes second, and backend and compute mode are given to it alone.
     report = swap_linear(transformer, backend=request.backend, compute=request.compute)
@@ -196,21 +109,26 @@ def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[An
         t5 = load_t5(request.t5, dtype=request.dtype, backend=request.backend)
         swap_linear(t5, backend=request.backend)
     status(f"loading text encoders and VAE from {request.base}")
-    pipeline = load_pipeline(request.base, transformer, request.dtype, kind=job.task.pipeline, text_encoder_2=t5)
-    if t5 is not None and len(pipeline.tokenizer_2) > t5.config.vocab_size:
-        raise GGUFError(
-            f"{request.t5} has a table of {t5.config.vocab_size} tokens, the tokenizer_2 of {request.base} has "
-            f"{len(pipeline.tokenizer_2)}. Take the T5 encoder of that model."
-        )
+    part = job.asks.t5
+    encoders = {} if part is None else {part: t5}
+    pipeline = load_pipeline(request.base, transformer, request.dtype, kind=job.task.pipeline, **encoders)
+    if t5 is not None and part is not None:
+        name = tokenizer_of(part)
+        known = len(getattr(pipeline, name))
+        if known > t5.config.vocab_size:
+            raise GGUFError(
+                f"{request.t5} has a table of {t5.config.vocab_size} tokens, the {name} of {request.base} has {known}. Take the T5 "
+                "encoder of that model."
+            )
     for number, lora in enumerate(request.loras):
         status(f"loading {lora.file.name}")
-        _load_lora(pipeline, lora, f"lora{number}")
+        _load_lora(pipeline, lora, f"lora{number}", job.architecture.name)
     if request.loras:
         pipeline.set_adapters([f"lora{i}" for i in range(len(request.loras))], [lora.scale for lora in request.loras])
     return pipeline, report
 
 
-def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
+def _load_lora(pipeline: Any, lora: Lora, name: str, model: str) -> None:
     if lora.file.suffix == ".gguf":
         raise FormatError(f"{lora.file} is a GGUF file; diffusers reads LoRAs from safetensors. A whole model goes to --gguf.")
     where = {"weight_name": lora.file.name, "adapter_name": name, "local_files_only": True}
@@ -221,7 +139,7 @@ def _load_lora(pipeline: Any, lora: Lora, name: str) -> None:
             pipeline.load_lora_weights(str(lora.file.parent), **where)
     # What diffusers, peft and safetensors raise on wrong files.
     except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise FormatError(f"{lora.file} does not load as a LoRA of this FLUX.1 model: {error}") from error
+        raise FormatError(f"{lora.file} does not load as a LoRA of this {model} model: {error}") from error
 
 
 def _draw(pipeline: Any, request: Request, arguments: dict[str, Any], step: Callable[[int, int], None]) -> Image:
@@ -246,6 +164,7 @@ def _parameters(request: Request, settings: dict[str, Any], job: Job) -> dict[st
         "seed": request.seed,
         "task": job.task.name,
         **{name: getattr(request, name).name for name in IMAGE_OPTIONS if getattr(request, name) is not None},
+        "model": job.facts.variant,
         "gguf": request.gguf.name,
         **({} if request.t5 is None else {"t5": request.t5.name}),
         "bits_per_weight": round(job.facts.block_bits_per_weight, 3),

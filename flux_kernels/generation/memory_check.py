@@ -20,6 +20,7 @@ from ..gguf.file import read_gguf
 from ..machine.free_memory import free_bytes, total_bytes
 from ..source.safetensors_header import read_safetensors
 from ..source.stored_tensor import FLOATS
+from .base_pipeline import listed_parts
 from .memory_plan import GIB
 
 # Further copies of the weights, which diffusers reads only when asked to.
@@ -68,7 +69,7 @@ def loaded_weights(files: Iterable[Path], dtype: torch.dtype, device: torch.devi
 
 def companion_files(base: Path, left_out: Iterable[str] = ()) -> list[Path]:
     """List the files of text encoders and VAE in a diffusers folder, without those of `left_out`."""
-    parts = [part for part in ("text_encoder", "text_encoder_2", "vae") if part not in left_out]
+    parts = [part for part in listed_parts(base) if part not in left_out]
     files = [file for part in parts for file in sorted((base / part).glob("*.safetensors"))]
     return [file for file in files if not any(variant in file.name for variant in _VARIANTS)]
 
@@ -95,7 +96,9 @@ def require_memory(what: str, needs: Mapping[str, int], device: torch.device, wa
     raise FormatError(f"{what} needs about {need / GIB:.1f} GiB of {where} ({listed}), and {shortage}. {ways_out}")
 
 
-def check_pipeline_memory(gguf: Path, base: Path, t5: Path | None, dtype: torch.dtype, pin: bool) -> None:
+def check_pipeline_memory(
+    gguf: Path, base: Path, t5: Path | None, dtype: torch.dtype, pin: bool, *, t5_part: str | None
+) -> None:
     """Raise FormatError where a pipeline's weights do not fit in this computer's memory.
 
     Packed weights stay mapped from their file, and so do text encoders and VAE in the dtype of theirs; other dtypes are copies.
@@ -103,14 +106,15 @@ def check_pipeline_memory(gguf: Path, base: Path, t5: Path | None, dtype: torch.
     Args:
         gguf: the transformer's file.
         base: diffusers folder with the rest of the pipeline.
-        t5: GGUF file instead of the folder's text_encoder_2.
+        t5: GGUF file instead of the folder's `t5_part`.
         dtype: of text encoders and VAE.
         pin: whether all weights are copied to pinned memory.
+        t5_part: the part that is a T5 encoder, None where the pipeline has none.
     """
     cpu = torch.device("cpu")
-    companions = loaded_weights(companion_files(base, left_out=() if t5 is None else ("text_encoder_2",)), dtype, cpu)
+    companions = loaded_weights(companion_files(base, left_out=() if t5 is None else (t5_part or "",)), dtype, cpu)
     needs = {f"text encoders and VAE in {dtype_name(dtype)}": companions.held}
-    ways_out = ["--t5 FILE.gguf, which stays mapped"] if t5 is None else []
+    ways_out = ["--t5 FILE.gguf, which stays mapped"] if t5 is None and t5_part is not None else []
     if dtype != torch.bfloat16:
         ways_out.append("--dtype bfloat16, which published files are in")
     if pin:

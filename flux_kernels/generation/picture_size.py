@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from ..compute import dtype_name
 from ..errors import FormatError
 from ..machine.free_memory import free_bytes
-from ..models.calls import PIXELS_A_TOKEN
+from ..models.architecture import Architecture
 from .memory_plan import GIB, Part
 
 
-def longest_side(dtype: torch.dtype) -> int:
+def longest_side(dtype: torch.dtype, pixels_a_token: int) -> int:
     """Return the pixels of the longest side whose tokens all have a position of their own.
 
-    diffusers counts rows and columns in the activations' dtype, in which whole numbers are exact up to 2 / eps: 256 in
-    bfloat16. Tokens further out share positions, and the picture repeats itself.
+    For pipelines of diffusers that count rows and columns in the activations' dtype, in which whole numbers are exact up to
+    2 / eps: 256 in bfloat16. Tokens further out share positions, and the picture repeats itself.
 
     Source: diffusers 0.42.1 FluxPipeline._prepare_latent_image_ids.
     """
-    return (int(2 / torch.finfo(dtype).eps) + 1) * PIXELS_A_TOKEN
+    return (int(2 / torch.finfo(dtype).eps) + 1) * pixels_a_token
 
 
-def check_positions(width: int, height: int, dtype: torch.dtype) -> None:
-    """Raise FormatError where a picture of so many pixels has more positions than `dtype` can count."""
-    longest = longest_side(dtype)
-    if max(width, height) <= longest:
-        return
-    name = dtype_name(dtype)
-    raise FormatError(
-        f"A picture of {width} x {height} is too large: positions in {name} are exact up to {longest} pixels a side, and "
-        "FLUX.1 was made for about 1024 x 1024. Take a smaller --width and --height, or another --dtype (float32 "
-        "counts further)."
-    )
+def check_positions(
+    width: int, height: int, dtype: torch.dtype, architecture: Architecture, config: Mapping[str, Any], *, rounded: bool
+) -> None:
+    """Raise FormatError where a picture of so many pixels has more positions than can be told apart.
+
+    Args:
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        dtype: of the activations.
+        architecture: of the transformer.
+        config: of the transformer.
+        rounded: whether the pipeline counts positions in `dtype`.
+    """
+    usual = architecture.settings(config)
+    patch = usual.patch or architecture.patch
+    made_for = f"{architecture.name} was made for about {usual.size[0]} x {usual.size[1]}"
+    start, smaller = f"A picture of {width} x {height} is too large", "Take a smaller --width and --height"
+    if architecture.side_tokens is not None and max(width, height) > architecture.side_tokens(config) * patch:
+        longest = architecture.side_tokens(config) * patch
+        raise FormatError(f"{start}: the model has positions for {longest} pixels a side, and {made_for}. {smaller}.")
+    if rounded and max(width, height) > longest_side(dtype, patch):
+        raise FormatError(
+            f"{start}: positions in {dtype_name(dtype)} are exact up to {longest_side(dtype, patch)} pixels a side, and "
+            f"{made_for}. {smaller}, or another --dtype (float32 counts further)."
+        )
 
 
 def check_memory(parts: Iterable[Part], width: int, height: int) -> None:

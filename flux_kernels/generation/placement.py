@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import BackendUnavailable
 from ..layers.linear import GGUFLinear
 from ..layers.memory import memory_footprint, pin_memory
-from ..models.calls import image_tokens
+from ..models.model_class import architecture_of_model
 from .memory_plan import OFFLOADS, MemoryPlan, Part, plan_memory, text_working, transformer_working, vae_working
 
 # What reads weights from host memory at every step, and gains by pinning it.
@@ -34,22 +34,24 @@ def check_offload(offload: str, pin: bool) -> None:
         )
 
 
-def measured_parts(pipeline: Any, width: int, height: int, reference_tokens: int, text_tokens: int) -> list[Part]:
+def measured_parts(
+    pipeline: Any, width: int, height: int, reference_tokens: int, text_tokens: int, batch: int = 1
+) -> list[Part]:
     """Measure the models of a pipeline, in bytes, for one picture.
 
     Args:
-        pipeline: a diffusers Flux pipeline.
+        pipeline: a diffusers pipeline that draws a picture.
         width: of the picture, in pixels.
         height: of the picture, in pixels.
         reference_tokens: of pictures that the transformer sees besides the result.
         text_tokens: of the prompt, at most.
+        batch: pictures that the transformer computes at once; 2 where a negative prompt runs beside the prompt.
     """
-    tokens = image_tokens(width, height) + reference_tokens + text_tokens
     parts = []
     for name, model in pipeline.components.items():
         if isinstance(model, nn.Module):
-            weights = memory_footprint(model)["total"]
-            parts.append(Part(name, weights, _largest_layer(model), _working(model, width, height, tokens, text_tokens)))
+            working = _working(model, width, height, reference_tokens, text_tokens, batch)
+            parts.append(Part(name, memory_footprint(model)["total"], _largest_layer(model), working))
     return parts
 
 
@@ -58,16 +60,29 @@ def _largest_layer(model: nn.Module) -> int:
     return max(sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)) for module in model.modules())
 
 
-def _working(model: Any, width: int, height: int, tokens: int, text_tokens: int) -> int:
+def _working(model: Any, width: int, height: int, reference_tokens: int, text_tokens: int, batch: int) -> int:
     """Return the bytes of the activations of one model of a pipeline."""
     config, itemsize = model.config, model.dtype.itemsize
-    if hasattr(config, "block_out_channels"):
-        return vae_working(config.block_out_channels[:2][-1], width, height, itemsize=itemsize)
+    channels = _vae_channels(config)
+    if channels is not None:
+        return vae_working(channels, width, height, itemsize=itemsize)
     decoded = max((module.weight.numel() for module in model.modules() if isinstance(module, GGUFLinear)), default=0) * itemsize
-    if hasattr(config, "joint_attention_dim"):
-        hidden = config.num_attention_heads * config.attention_head_dim
-        return transformer_working(hidden, tokens, itemsize=itemsize, decoded=decoded)
-    return text_working(config.hidden_size, config.num_attention_heads, text_tokens, itemsize=itemsize, decoded=decoded)
+    architecture = architecture_of_model(model)
+    if architecture is not None:
+        tokens = architecture.picture_tokens(architecture.settings(config), width, height) + reference_tokens + text_tokens
+        return transformer_working(architecture.width(config), tokens, batch=batch, itemsize=itemsize, decoded=decoded)
+    # Of a model of text and pictures, what reads the text.
+    text = config.get_text_config()
+    return text_working(text.hidden_size, text.num_attention_heads, text_tokens, itemsize=itemsize, decoded=decoded)
+
+
+def _vae_channels(config: Any) -> int | None:
+    """Return the channels that reach a VAE's full resolution, its second finest; None for another model."""
+    if hasattr(config, "block_out_channels"):
+        return config.block_out_channels[:2][-1]
+    if hasattr(config, "dim_mult"):
+        return config.base_dim * config.dim_mult[:2][-1]
+    return None
 
 
 def place(pipeline: Any, offload: str, parts: list[Part], width: int, height: int, *, pin: bool = False) -> MemoryPlan:

@@ -10,6 +10,8 @@ import torch
 
 from .embedded import embedded_model_path
 
+TRUE_CFG = 4.0
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -36,8 +38,8 @@ class Request:
         gguf: the transformer's GGUF file.
         base: diffusers folder with the rest of the pipeline.
         negative: negative prompt; costs a second pass a step.
-        true_cfg: strength of the negative prompt.
-        t5: GGUF file of the T5 encoder, instead of the base's text_encoder_2.
+        true_cfg: strength of the negative prompt, where that is not the guidance; None takes TRUE_CFG.
+        t5: GGUF file of the T5 encoder, instead of the base's.
         image: picture to edit, repaint or redraw.
         mask: picture whose white part is repainted (Fill).
         control_image: edges or depth map to draw along (Canny, Depth).
@@ -55,7 +57,7 @@ class Request:
     base: Path
     prompt: str
     negative: str | None = None
-    true_cfg: float = 4.0
+    true_cfg: float | None = None
     width: int | None = None
     height: int | None = None
     steps: int | None = None

@@ -1,7 +1,8 @@
 """What `generate` can do with a file, as data: one row for each use of a transformer.
 
-Text to image, Fill, Canny and Depth, Kontext, image to image: a file's input channels decide. dev and Kontext have the same
-tensors, and only the user (or the file's name) can tell them apart. Everything is checked before anything large is read.
+Every architecture draws from text. With FLUX.1 pictures can go in, too: Fill, Canny and Depth, Kontext, image to image; a file's
+input channels decide. dev and Kontext have the same tensors, and only the user (or the file's name) can tell them apart.
+Everything is checked before anything large is read.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GGUFError
+from ..models.architecture import Architecture
+from ..models.architectures.flux1 import FLUX1
 from ..models.calls import PIXELS_A_TOKEN
 from .request import Request
+from .text_pipelines import TEXT_PIPELINES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +50,8 @@ class Task:
     reference_tokens: int = 0
 
 
-_TEXT_TO_IMAGE = ("text to image", "FluxPipeline")
+_TEXT = "text to image"
+_TEXT_TO_IMAGE = (_TEXT, "FluxPipeline")
 TEXT = Task(*_TEXT_TO_IMAGE, "This file draws from text, or redraws --image with --strength", takes=("negative",))
 SCHNELL = Task(*_TEXT_TO_IMAGE, "This is a schnell file, which draws from text alone", takes=("negative",))
 FILL = Task(
@@ -83,8 +88,34 @@ IMAGE = Task(
 )
 
 
+def task_of(architecture: Architecture, kind: str, config: Mapping[str, Any], request: Request, title: str) -> Task:
+    """Choose what to do with a transformer of any architecture.
+
+    Args:
+        architecture: of the transformer.
+        kind: the pipeline class that draws from text with it.
+        config: its config.
+        request: as in `choose_task`.
+        title: as in `choose_task`.
+
+    Raises:
+        GGUFError: where file and options do not go together; the sentence says what the file needs.
+    """
+    if architecture is FLUX1:
+        return choose_task(config, request, title)
+    negative = TEXT_PIPELINES[kind].negative is not None
+    task = Task(_TEXT, kind, f"This is a file of {architecture.name}, which draws from text", takes=("negative",) * negative)
+    given = [option for name, option in IMAGE_OPTIONS.items() if getattr(request, name) is not None]
+    given += ["--strength"] * (request.strength is not None) + ["--kontext"] * request.kontext
+    if given:
+        raise GGUFError(_mismatch(task, [], given, of=f" of {FLUX1.name}"))
+    if request.negative is not None and not negative:
+        raise GGUFError(f"{task.says}; --negative is not taken. {kind} has no negative prompt.")
+    return task
+
+
 def choose_task(config: Mapping[str, Any], request: Request, title: str) -> Task:
-    """Choose what to do with a transformer and the request's pictures.
+    """Choose what to do with a FLUX.1 transformer and the request's pictures.
 
     Args:
         config: the transformer's config.
@@ -141,13 +172,13 @@ def _by_channels(config: Mapping[str, Any], request: Request, title: str) -> Tas
     )
 
 
-def _mismatch(task: Task, missing: list[str], superfluous: list[str]) -> str:
+def _mismatch(task: Task, missing: list[str], superfluous: list[str], of: str = "") -> str:
     problems = [
         f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {word}"
         for names, word in ((missing, "missing"), (superfluous, "not taken"))
         if names
     ]
-    homes = ", ".join(f"{name} is for {_HOMES[name]}" for name in superfluous)
+    homes = ", ".join(f"{name} is for {_HOMES[name]}{of}" for name in superfluous)
     return f"{task.says}; {', '.join(problems)}.{f' {homes}.' if homes else ''}"
 
 

@@ -136,7 +136,8 @@ def _capture_one(pipeline: Any, prompt: str, step: int, seed: int, settings: dic
     hook = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
     try:
         with torch.inference_mode():
-            pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **settings)
+            # By name: the first argument of some pipelines is a picture.
+            pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent", **settings)
     finally:
         hook.remove()
     sigmas = pipeline.scheduler.sigmas

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from torch import nn
 from ..errors import FormatError, GGUFError
 from ..files import file_sha256
 from ..formats import PLAIN_TYPES
-from ..generation.base_pipeline import check_base, load_pipeline, pipeline_class
+from ..generation.base_pipeline import base_sizes, check_base, check_classes, check_fit, load_pipeline, says_distilled
 from ..generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from ..generation.text_pipelines import check_draws, text_arguments
 from ..gguf.conventions import architecture_of, file_title
 from ..gguf.file import map_file
 from ..models.architecture import Architecture
-from ..models.architectures.flux1 import FLUX1
 from ..models.model_class import parameter_shapes, unfilled_model
 from ..models.names import sources
 from ..models.recognise import expect
@@ -146,20 +145,21 @@ def open_transformer(source: Source16, device: torch.device, dtype: torch.dtype)
     return model, max(blocks, key=lambda kind: PLAIN_TYPES[kind].type_size)
 
 
-def base_of(source: Source16) -> Path:
-    """Return the folder of the rest of the pipeline.
+def base_of(source: Source16) -> tuple[Path, str]:
+    """Return the folder of the rest of the pipeline, and the class that draws with it.
 
     Raises:
         FormatError: where none was given.
         FileNotFoundError: where it is incomplete.
+        GGUFError: where it does not fit the transformer, or nothing draws from text with that.
     """
     if source.base is None:
         raise FormatError("States are captured by drawing: give the folder with text encoders and VAE as --base DIR.")
-    if source.architecture is FLUX1:
-        check_base(source.base)
-    else:
-        pipeline_class(source.base, source.architecture)
-    return source.base
+    check_draws(source.architecture, source.config)
+    kind = check_base(source.base, source.architecture)
+    check_classes(source.base)
+    check_fit(base_sizes(source.base, kind), source.config)
+    return source.base, kind
 
 
 def open_pipeline(source: Source16, transformer: nn.Module) -> tuple[Any, dict[str, Any]]:
@@ -168,10 +168,9 @@ def open_pipeline(source: Source16, transformer: nn.Module) -> tuple[Any, dict[s
     Raises as `base_of` does.
     """
     parameter = next(transformer.parameters())
-    base = base_of(source)
-    kind = pipeline_class(base, source.architecture)
+    base, kind = base_of(source)
     pipeline = load_pipeline(base, transformer, parameter.dtype, kind=kind).to(parameter.device)
+    if source.embedded:
+        return pipeline, dict(PIPELINE_KWARGS)
     title = file_title(str(source.files[0]), source.opened.metadata)
-    settings = PIPELINE_KWARGS if source.embedded else source.architecture.settings(source.config, title).pipeline_arguments
-    taken = inspect.signature(pipeline.__call__).parameters
-    return pipeline, {name: value for name, value in settings.items() if name in taken}
+    return pipeline, text_arguments(kind, source.architecture.settings(source.config, title, says_distilled(base)))

@@ -14,6 +14,7 @@ from ..compute import dtype_name
 from ..errors import GGUFError
 from ..generation.memory_check import companion_files, loaded_weights, require_memory
 from ..generation.memory_plan import GIB, transformer_working
+from ..generation.text_pipelines import usual_batch
 from .measured_model import Source16
 from .request import Size
 from .states import BATCH_TOKENS, SCHEMA
@@ -83,7 +84,8 @@ def memory_needs(
     """
     width = source.architecture.width(config)
     usual = source.architecture.settings(config)
-    tokens = [source.architecture.picture_tokens(usual, *size) + usual.text_tokens for size in sizes]
+    at_a_time = usual_batch(source.architecture, usual)
+    tokens = [at_a_time * (source.architecture.picture_tokens(usual, *size) + usual.text_tokens) for size in sizes]
     at_once = max(*tokens, min(sum(tokens), BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])))
     transformer = loaded_weights(source.files, dtype, device).held
     companions = loaded_weights(companion_files(source.base), dtype, device).held if capturing and source.base else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..files import file_sha256, written_whole
 from .state_inputs import as_arguments
 
 SCHEMA = "flux_kernels.states/1"
+# Of a token.
+_LATENT_PIXELS = 4
 # Tokens that run together, at most; a larger picture runs alone.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
@@ -71,9 +74,12 @@ class State:
 
     @property
     def tokens(self) -> int:
-        """Number of image and text tokens, or of numbers at a place where the inputs do not say."""
-        sequences = [self.inputs[name] for name in ("hidden_states", "encoder_hidden_states") if name in self.inputs]
-        return sum(tensor.shape[1] for tensor in sequences if tensor.dim() == 3) or 1
+        """Number of image and text tokens of one picture; the text of inputs that run alone may be left out."""
+        _, *sizes = self.velocity.shape
+        # Latents [channels, ..., height, width] become tokens of 2 x 2.
+        image = sizes[0] if len(sizes) == 2 else prod(sizes[1:]) // _LATENT_PIXELS
+        text = self.inputs.get("encoder_hidden_states")
+        return image + (0 if text is None else text.shape[1])
 
 
 @dataclass

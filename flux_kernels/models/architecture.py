@@ -78,6 +78,9 @@ class Variant:
         latent_frames: of a usual video; 1 for pictures.
         patch: pixels of a side that become a token, where that is not the architecture's.
         word: regular expression of a word by which the titles of its files tell it from variants of the same config.
+        distilled: what `is_distilled` of its pipeline's folder tells it from variants of the same config by; None where its
+            pipeline does not say.
+        from_text: whether it draws from text alone.
     """
 
     name: str
@@ -89,21 +92,12 @@ class Variant:
     latent_frames: int = 1
     patch: int | None = None
     word: str = r"(?!)"
+    distilled: bool | None = None
+    from_text: bool = True
 
     def is_named(self, title: str) -> bool:
         """Tell whether a file's title has the variant's word."""
         return re.search(rf"(?<![a-z])({self.word})(?![a-z])", title.lower()) is not None
-
-    @property
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """The settings as arguments of a diffusers pipeline."""
-        return {
-            "height": self.size[1],
-            "width": self.size[0],
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
-            "max_sequence_length": self.text_tokens,
-        }
 
     @property
     def slug(self) -> str:
@@ -144,6 +138,7 @@ class Architecture:
         patch: pixels of a side that become a token.
         tokens: fnmatch pattern of layers in the blocks (diffusers' names, "*" for the block) -> what reaches them: "text", "both",
             "batch" (a row a picture), or a multiple such as "text*12"; the first that matches counts, and others get the picture's tokens.
+        side_tokens: the most tokens of a picture's side that a model of a config has positions for; None where that is no limit.
     """
 
     name: str
@@ -172,6 +167,7 @@ class Architecture:
     original: str = "original"
     patch: int = 16
     tokens: Mapping[str, str] = field(default_factory=dict)
+    side_tokens: Callable[[Mapping[str, Any]], int] | None = None
 
     @property
     def namings(self) -> tuple[str, ...]:
@@ -208,15 +204,17 @@ class Architecture:
         """The most text tokens that its models take."""
         return max(variant.text_tokens for variant in self.variants)
 
-    def settings(self, config: Mapping[str, Any], title: str = "") -> Variant:
+    def settings(self, config: Mapping[str, Any], title: str = "", distilled: bool | None = None) -> Variant:
         """Return the variant whose settings a model takes: its own, or that which most of its values fit.
 
         Args:
             config: of the model.
             title: of its file, as `file_title` gives it.
+            distilled: what its pipeline's folder says; None where there is none.
         """
         nearest = min(self.variants, key=lambda row: _misfits(row, config))
-        return self._of_one_config(nearest, title)[0]
+        alike = self._of_one_config(nearest, title)
+        return next((row for row in alike if distilled is not None and row.distilled == distilled), alike[0])
 
     def published(self, config: Mapping[str, Any], title: str = "") -> list[Variant]:
         """Return the published models that a file can be.

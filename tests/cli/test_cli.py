@@ -65,9 +65,9 @@ def generate(gguf_file, out, *more):
 def test_generate_fuses_q_k_and_v_in_modes_that_scale_activations(gguf_file, tmp_path, monkeypatch):
     from flux_kernels.generation import generate as module
 
-    fused, original = [], module.load_flux
+    fused, original = [], module.load_transformer
     monkeypatch.setattr(
-        module, "load_flux", lambda *paths, **options: fused.append(options["fuse"]) or original(*paths, **options)
+        module, "load_transformer", lambda *paths, **options: fused.append(options["fuse"]) or original(*paths, **options)
     )
     for compute in ("exact", "int8"):
         generate(gguf_file, tmp_path / f"{compute}.png", "--compute", compute)

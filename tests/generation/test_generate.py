@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 from flux_kernels import FormatError, GGUFError
-from flux_kernels.generation.base_pipeline import PARTS, base_sizes, check_base, check_fit
+from flux_kernels.generation.base_pipeline import base_sizes, check_base, check_fit
 from flux_kernels.generation.embedded import PIPELINE_KWARGS, embedded_model_path
-from flux_kernels.generation.generate import Drawing, Job, call_settings, check_out, save_png
+from flux_kernels.generation.generate import Drawing, check_out, save_png
 from flux_kernels.generation.inspect_file import FileFacts
+from flux_kernels.generation.job import Job, call_settings
 from flux_kernels.generation.request import Lora, Request
 from flux_kernels.generation.tasks import CANNY, DEPTH, FILL, IMAGE, KONTEXT
+from flux_kernels.models.architectures.flux1 import FLUX1
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def request(**changes) -> Request:
 
 
 def job(guidance: bool = True, **changes) -> Job:
-    return Job(FileFacts("x.gguf", 0, config={"guidance_embeds": guidance}), **changes)
+    return Job(FileFacts("x.gguf", 0, architecture="FLUX.1", config={"guidance_embeds": guidance}), **changes)
 
 
 def test_defaults_follow_the_model():
@@ -90,42 +92,45 @@ def base(tmp_path):
 
 def test_base_needs_no_transformer(base):
     shutil.rmtree(base / "transformer")
-    check_base(base)
+    check_base(base, FLUX1)
+
+
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_base_that_lacks_a_part_is_named(base, part):
     shutil.rmtree(base / part)
     with pytest.raises(FileNotFoundError, match=rf"lacks {part}\. --base is a folder in the diffusers layout.*hf download"):
-        check_base(base)
+        check_base(base, FLUX1)
 
 
 def test_base_of_another_pipeline_is_named(base):
     (base / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(FileNotFoundError, match="is a StableDiffusionPipeline, not a FLUX.1 pipeline"):
-        check_base(base)
+        check_base(base, FLUX1)
 
 
 def test_a_t5_file_stands_in_for_the_folder(base):
     shutil.rmtree(base / "text_encoder_2")
-    check_base(base, given=("text_encoder_2",))
+    check_base(base, FLUX1, given=("text_encoder_2",))
     with pytest.raises(FileNotFoundError, match=r"lacks text_encoder_2\..* Or give the T5 encoder as a GGUF file with --t5\.$"):
-        check_base(base)
+        check_base(base, FLUX1)
 
 
 def test_parts_that_do_not_fit_are_named_before_they_are_read(base):
     config = {"joint_attention_dim": 256, "pooled_projection_dim": 256, "in_channels": 64, "out_channels": None}
-    check_fit(base_sizes(base), config)
-    check_fit(base_sizes(base), {**config, "in_channels": 384, "out_channels": 64})
+    check_fit(base_sizes(base, "FluxPipeline"), config)
+    check_fit(base_sizes(base, "FluxPipeline"), {**config, "in_channels": 384, "out_channels": 64})
     with pytest.raises(
         GGUFError, match="text_encoder_2 gives 256, the file's joint_attention_dim is 4096; .*out_channels is 16"
     ):
-        check_fit(base_sizes(base), {**config, "joint_attention_dim": 4096, "in_channels": 16})
+        check_fit(base_sizes(base, "FluxPipeline"), {**config, "joint_attention_dim": 4096, "in_channels": 16})
     with pytest.raises(GGUFError, match="its text_encoder_2 gives 4096"):
-        check_fit(base_sizes(base, t5_width=4096), config)
+        check_fit(base_sizes(base, "FluxPipeline", t5_width=4096), config)
     (base / "vae" / "config.json").write_text("{")
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing or no JSON"):
-        base_sizes(base)
+        base_sizes(base, "FluxPipeline")
 
 
 def test_where_the_picture_goes_is_checked_before_loading(tmp_path):

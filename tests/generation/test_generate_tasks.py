@@ -125,7 +125,7 @@ REFUSALS = [
     ("kontext", ("--image", "@text.png"), r"text\.png is no picture that can be read"),
     ("digits", ("--t5", "@none.gguf"), r"none\.gguf is no file\. --t5 is a T5 encoder in a GGUF file"),
     ("digits", ("--t5", "@dev.gguf"), r"This is no T5 encoder"),
-    ("t5", (), r"t5\.gguf is a T5 encoder with 1 block, width 256: give it as --t5, and a FLUX\.1 transformer"),
+    ("t5", (), r"t5\.gguf is a T5 encoder with 1 block, width 256: give it as --t5, and a transformer as --gguf"),
 ]
 
 
@@ -134,7 +134,7 @@ def test_what_does_not_go_together_is_refused_before_loading(files, gguf, option
     def forbidden(*args, **kwargs):
         raise AssertionError("a model was loaded before the refusal")
 
-    monkeypatch.setattr(work, "load_flux", forbidden)
+    monkeypatch.setattr(work, "load_transformer", forbidden)
     monkeypatch.setattr(work, "load_t5", forbidden)
     (files / "out.png").unlink(missing_ok=True)
     result = run(files, gguf, *options)

@@ -96,7 +96,7 @@ def check_drawing(tmp_path, dtype=torch.bfloat16, pin=False, t5=None) -> None:
     gguf, base = tmp_path / "flux1-dev-Q4_K_S.gguf", tmp_path / "FLUX.1-dev"
     with gguf.open("wb") as file:
         file.truncate(6 * GIB)
-    check_pipeline_memory(gguf, base if base.exists() else sparse_base(base), t5, dtype, pin)
+    check_pipeline_memory(gguf, base if base.exists() else sparse_base(base), t5, dtype, pin, t5_part="text_encoder_2")
 
 
 def test_drawing_holds_what_is_not_in_the_dtype_of_its_files(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_generate_checks_before_it_loads(tmp_path, monkeypatch):
         raise Loaded
 
     request = module.Request(tmp_path / "demo.gguf", embedded_model_path(), "a red seven", dtype=torch.float32)
-    monkeypatch.setattr(module, "check_request", lambda request: module.Job(SimpleNamespace()))
+    monkeypatch.setattr(module, "check_request", lambda request: module.Job(SimpleNamespace(architecture="FLUX.1", config={})))
     monkeypatch.setattr(module, "_load", load)
     with pytest.raises(Loaded):
         module.generate(request)

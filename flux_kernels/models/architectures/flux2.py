@@ -90,10 +90,10 @@ FLUX2 = Architecture(
     # the defaults of diffusers' Flux2KleinPipeline.
     variants=(
         Variant("FLUX.2-dev", _sizes(8, 48, 48, 15360, True), steps=50, guidance=4.0),
-        Variant("FLUX.2-klein-9B", _KLEIN_9B, steps=4, guidance=1.0, word="distilled"),
-        Variant("FLUX.2-klein-base-9B", _KLEIN_9B, steps=50, guidance=4.0, word="base"),
-        Variant("FLUX.2-klein-4B", _KLEIN_4B, steps=4, guidance=1.0, word="distilled"),
-        Variant("FLUX.2-klein-base-4B", _KLEIN_4B, steps=50, guidance=4.0, word="base"),
+        Variant("FLUX.2-klein-9B", _KLEIN_9B, steps=4, guidance=1.0, word="distilled", distilled=True),
+        Variant("FLUX.2-klein-base-9B", _KLEIN_9B, steps=50, guidance=4.0, word="base", distilled=False),
+        Variant("FLUX.2-klein-4B", _KLEIN_4B, steps=4, guidance=1.0, word="distilled", distilled=True),
+        Variant("FLUX.2-klein-base-4B", _KLEIN_4B, steps=50, guidance=4.0, word="base", distilled=False),
     ),
     plain=("img_in.", "txt_in.", "time_in.", "guidance_in.", "final_layer."),
     original="bfl",

@@ -95,8 +95,8 @@ KREA2 = Architecture(
     # Files of Turbo and Raw have the same tensors. Source of the settings: diffusers' Krea2Pipeline, which calls them the distilled
     # and the base checkpoint; it guides from 0 upwards, where others do from 1.
     variants=(
-        Variant("Krea 2 Turbo", _SIZES, steps=8, guidance=0.0, word="turbo"),
-        Variant("Krea 2 Raw", _SIZES, steps=28, guidance=4.5, word="raw|base"),
+        Variant("Krea 2 Turbo", _SIZES, steps=8, guidance=0.0, word="turbo", distilled=True),
+        Variant("Krea 2 Raw", _SIZES, steps=28, guidance=4.5, word="raw|base", distilled=False),
     ),
     # ComfyUI-GGUF's tools know no Krea 2; these are what its fork that does (molbal/ComfyUI-GGUF) leaves alone.
     plain=("first.", "tmlp.", "tproj.", "txtmlp.", "txtfusion.projector.", "last."),

@@ -70,8 +70,15 @@ QWEN_IMAGE = Architecture(
     # Files of Qwen-Image, 2512, Edit and Edit-2509 have the same tensors. The scale is the pipelines' true_cfg_scale; steps,
     # scale and tokens are their defaults.
     variants=(
-        Variant("Qwen-Image-Layered", _SIZES | {"use_additional_t_cond": True}, steps=50, guidance=4.0, size=(640, 640)),
-        Variant("Qwen-Image-Edit-2511", _SIZES | {"zero_cond_t": True}, steps=50, guidance=4.0),
+        Variant(
+            "Qwen-Image-Layered",
+            _SIZES | {"use_additional_t_cond": True},
+            steps=50,
+            guidance=4.0,
+            size=(640, 640),
+            from_text=False,
+        ),
+        Variant("Qwen-Image-Edit-2511", _SIZES | {"zero_cond_t": True}, steps=50, guidance=4.0, from_text=False),
         Variant("Qwen-Image", _SIZES, steps=50, guidance=4.0),
     ),
     # ComfyUI-GGUF's tools do not know this model. Of these, stable-diffusion.cpp leaves img_in and txt_in alone.

@@ -135,4 +135,5 @@ SD3 = Architecture(
         "*.attn.to_add_out": "text",
         "*.ff_context.*": "text",
     },
+    side_tokens=lambda config: config["pos_embed_max_size"],
 )

@@ -103,4 +103,5 @@ Z_IMAGE = Architecture(
     # A norm that the makers' files hold and no forward uses.
     unused=r"norm_final\.weight",
     tokens={"*adaLN_modulation*": "batch", "noise_refiner.*": "image", "context_refiner.*": "text", "*": "both"},
+    side_tokens=lambda config: min(config["axes_lens"][1:]),
 )
