@@ -1,6 +1,6 @@
-"""Spare Triton's CPU interpreter work that it repeats at every operation: three fifths of our kernels' time there.
+"""Spare Triton's CPU interpreter work that it repeats at every operation.
 
-Nothing here changes a value. Each function does what it replaces does, from a table of what was asked before.
+It is three fifths of our kernels' time there. Nothing here changes a value. Each function does what it replaces does, from a table of what was asked before.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def _replace_functions_once(monkeypatch) -> None:
 
 
 def _look_up_numpy_types(monkeypatch) -> None:
-    """Keep numpy's type of each Triton type: the interpreter makes a table of all of them at every question."""
+    """Keep numpy's type of each Triton type.
+
+    The interpreter makes a table of all of them at every question.
+    """
     make, known = interpreter._get_np_dtype, {}
 
     def look_up(dtype) -> np.dtype:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..backends import check_names
 from ..errors import FormatError, GGUFError
 from ..gguf.conventions import file_title
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, Variant
 from ..models.architectures import ARCHITECTURES
 from ..t5.load import open_t5
 from .base_pipeline import base_sizes, check_base, check_classes, check_fit, says_distilled
@@ -113,8 +113,11 @@ def _title(facts: FileFacts) -> str:
 
 def _check_same_model(request: Request, facts: FileFacts, architecture: Architecture) -> None:
     """Raise GGUFError where a file's title and the folder name two models that share all tensors."""
-    named, distilled = architecture.published(facts.config, _title(facts)), says_distilled(request.base)
-    if len(named) == 1 and named[0].distilled not in (None, distilled):
+    named = architecture.published(facts.config, _title(facts))
+    if len(named) != 1 or named[0].distilled is None:
+        return
+    distilled = says_distilled(request.base)
+    if named[0].distilled != distilled:
         raise GGUFError(
             f"By its name {request.gguf} is {named[0].name}, and {request.base} says that its model is {'' if distilled else 'not '}"
             "distilled. Take the --base folder of the file's own model, or rename the file if its name misleads."
@@ -143,7 +146,7 @@ def _t5_width(path: Path | None) -> int | None:
 def call_settings(request: Request, job: Job) -> dict[str, Any]:
     """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
     architecture, asks = job.architecture, job.asks
-    usual = architecture.settings(job.facts.config, _title(job.facts), says_distilled(request.base))
+    usual = _usual(request, job)
     settings = dict(PIPELINE_KWARGS) if request.embedded else {**text_arguments(job.kind, usual), **job.task.defaults}
     if job.pictures:
         area = settings["width"] * settings["height"]
@@ -168,6 +171,17 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
             raise FormatError(f"--{side} is {settings[side]}; a picture has at least {patch} pixels a side.")
         settings[side] -= settings[side] % patch
     return _with_negative(request, asks, settings)
+
+
+def _usual(request: Request, job: Job) -> Variant:
+    """Return the settings of the file's model.
+
+    Its folder is asked only where that tells models apart.
+    """
+    usual = job.architecture.settings(job.facts.config, _title(job.facts))
+    if usual.distilled is None:
+        return usual
+    return job.architecture.settings(job.facts.config, _title(job.facts), says_distilled(request.base))
 
 
 def _with_negative(request: Request, asks: TextPipeline, settings: dict[str, Any]) -> dict[str, Any]:
