@@ -1,0 +1,16 @@
+"""What other programs ask of a file, as they were seen to ask it; docs/decisions/other-loaders.md says how they were run."""
+
+from __future__ import annotations
+
+import pytest
+
+from flux_kernels.models.architectures import ARCHITECTURES
+
+# Of IMG_ARCH_LIST in ComfyUI-GGUF's loader.py (commit 795e451), those that are transformers. It refuses any other word, whatever
+# the tensors are.
+TAKEN_BY_COMFYUI_GGUF = {"flux", "sd3", "aura", "hidream", "cosmos", "ltxv", "hyvid", "wan", "lumina2", "qwen_image"}
+
+
+@pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.name)
+def test_comfyui_gguf_takes_the_word_that_files_say(row):
+    assert row.gguf_name in TAKEN_BY_COMFYUI_GGUF
