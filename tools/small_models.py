@@ -1,4 +1,4 @@
-"""Small random models of every architecture, and inputs on which ComfyUI's class and diffusers' can be compared."""
+"""Small random models of every architecture, with inputs for ComfyUI's class and diffusers'."""
 
 from __future__ import annotations
 
