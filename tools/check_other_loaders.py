@@ -1,4 +1,4 @@
-"""Open files written here with ComfyUI-GGUF and stable-diffusion.cpp, and say what they made of them.
+"""Open files written here with ComfyUI-GGUF and stable-diffusion.cpp: say what each makes of them.
 
     python -m tools.check_other_loaders --comfyui CHECKOUT --comfyui-gguf CHECKOUT [--sd-cpp path/to/sd-cli]
 
