@@ -44,7 +44,8 @@ def save_gguf(model: nn.Module, path: str | os.PathLike, *, names: str | None = 
         path: the file to write; one that is there is replaced.
         names: the naming: the original's, called "bfl" for Flux and "original" for others (FLUX.1 has one tensor there for q,
             k, v and the single blocks' MLP input, so they must have one type), or "diffusers". None takes the original's,
-            which every reader knows, where the model's types allow it, else "diffusers".
+            which every reader knows, where the model's types allow it, else "diffusers", which ComfyUI-GGUF and
+            stable-diffusion.cpp do not open.
 
     Raises:
         TypeError: where `model` is no such transformer.

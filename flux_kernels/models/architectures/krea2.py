@@ -69,7 +69,8 @@ def _rope(config: dict[str, Any]) -> tuple[int, int, int]:
 KREA2 = Architecture(
     name="Krea 2",
     covers="Raw, Turbo",
-    gguf_name="krea2",
+    # ComfyUI-GGUF refuses "krea2", which only a fork of it writes; both take this word, and go by the tensors then.
+    gguf_name="flux",
     mark=r"(txtfusion|text_fusion)\.(projector|layerwise_blocks\.[0-9]{1,6}|refiner_blocks\.[0-9]{1,6})\..*",
     model_class="Krea2Transformer2DModel",
     pipelines=("Krea2Pipeline",),

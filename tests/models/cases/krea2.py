@@ -136,7 +136,7 @@ _FULL = (
 
 KREA2 = Case(
     name="Krea 2",
-    gguf_name="krea2",
+    gguf_name="flux",
     model_class="Krea2Transformer2DModel",
     shapes=_shapes(256, 64, 128, 512, 2, 256, 32, 512),
     config=_config(4, 2, 64, 512, 2, 256, 8, 512),
