@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from functools import cache
 from types import SimpleNamespace
 
 import diffusers
@@ -19,63 +18,24 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from flux_kernels import BackendUnavailable, FormatError, GGUFError
+from flux_kernels import FormatError, GGUFError
 from flux_kernels.cli import app
 from flux_kernels.generation import generate as work
-from flux_kernels.generation.base_pipeline import base_sizes, check_base, check_classes, check_fit, load_pipeline
+from flux_kernels.generation.base_pipeline import load_pipeline
 from flux_kernels.generation.generate import generate
 from flux_kernels.generation.inspect_file import FileFacts
 from flux_kernels.generation.job import Job, call_settings
 from flux_kernels.generation.placement import measured_parts
-from flux_kernels.generation.request import Lora, Request
+from flux_kernels.generation.request import Lora
 from flux_kernels.generation.text_pipelines import TEXT_PIPELINES, check_draws, drawing_classes
 from flux_kernels.models.architectures import ARCHITECTURES
 
 from ..models.cases import CASES
 from ..t5_files import decoded_twin, write_t5
-from .tiny_pipelines import TINY, WIDTH, write_base, write_packed
+from .tiny_drawing import CALLS, ROWS, STEPS, all_kinds, by_diffusers, drawn, request
+from .tiny_pipelines import TINY, WIDTH
 
-ROWS = {row.name: row for row in ARCHITECTURES}
-all_kinds = pytest.mark.parametrize("kind", TINY)
-STEPS = 2
-
-# What a user of diffusers writes, by hand: the model's own settings.
-CALLS = {
-    "Flux2Pipeline": {"guidance_scale": 4.0, "max_sequence_length": 512},
-    "Flux2KleinPipeline": {"guidance_scale": 1.0, "max_sequence_length": 512},
-    "ChromaPipeline": {"guidance_scale": 3.0, "max_sequence_length": 512},
-    "Krea2Pipeline": {"guidance_scale": 0.0, "max_sequence_length": 512},
-    "ZImagePipeline": {"guidance_scale": 0.0, "max_sequence_length": 512},
-    "QwenImagePipeline": {"true_cfg_scale": 4.0, "negative_prompt": " ", "max_sequence_length": 512},
-    "StableDiffusion3Pipeline": {"guidance_scale": 3.5, "max_sequence_length": 256},
-}
 STEPS_OF = dict(zip(CALLS, (50, 4, 40, 8, 8, 50, 28)))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Return a function that makes the files of a class once: base folder, GGUF file, twin of the file."""
-
-    @cache
-    def make(kind: str) -> SimpleNamespace:
-        folder = tmp_path_factory.mktemp(kind)
-        base = write_base(kind, folder / "base")
-        return SimpleNamespace(base=base, gguf=folder / "file.gguf", twin=write_packed(kind, folder / "file.gguf"))
-
-    return make
-
-
-def request(files, **more) -> Request:
-    given = {"width": 64, "height": 48, "steps": STEPS, "seed": 3, "backend": "torch", "dtype": torch.float32}
-    return Request(**{"gguf": files.gguf, "base": files.base, "prompt": "a fox", **given, **more})
-
-
-def by_diffusers(kind: str, files, **call) -> Image.Image:
-    pipeline = getattr(diffusers, kind).from_pretrained(files.base, transformer=files.twin, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    size = {"width": 64, "height": 48, "num_inference_steps": STEPS}
-    with torch.inference_mode():
-        return pipeline(prompt="a fox", generator=torch.Generator("cpu").manual_seed(3), **size, **call).images[0]
 
 
 @all_kinds
@@ -162,9 +122,7 @@ def test_the_title_decides_where_the_folder_says_nothing(made):
     assert (settings["num_inference_steps"], settings["guidance_scale"]) == (50, 5.0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "guidance"), [("QwenImagePipeline", None), ("ZImagePipeline", 2.0), ("StableDiffusion3Pipeline", None)]
-)
+@pytest.mark.parametrize(("kind", "guidance"), [("QwenImagePipeline", None), ("ZImagePipeline", 2.0)])
 def test_a_negative_prompt_reaches_the_pipeline(made, kind, guidance):
     files = made(kind)
     strength = {TEXT_PIPELINES[kind].guidance: guidance} if guidance else {}
@@ -206,8 +164,7 @@ def test_a_t5_file_replaces_the_encoder_of_its_part(made, tmp_path, kind):
     encoder = transformers.T5EncoderModel.from_pretrained(files.base / part, dtype=torch.float32)
     values = write_t5(encoder, tmp_path / "t5.gguf")
     pipeline = load_pipeline(files.base, files.twin, torch.float32, kind=kind, **{part: decoded_twin(encoder, values)})
-    size = {"width": 64, "height": 48, "num_inference_steps": STEPS}
-    expected = pipeline(prompt="a fox", generator=torch.Generator("cpu").manual_seed(3), **size, **CALLS[kind]).images[0]
+    expected = drawn(pipeline, **CALLS[kind])
     without = tmp_path / "base"
     shutil.copytree(files.base, without, ignore=shutil.ignore_patterns(part))
     with pytest.raises(FileNotFoundError, match=rf"lacks {part}\..* Or give the T5 encoder as a GGUF file with --t5\.$"):
@@ -227,8 +184,7 @@ def test_a_lora_changes_the_picture_of_another_model(made, tmp_path):
     pipeline = load_pipeline(files.base, copy.deepcopy(files.twin), torch.float32, kind=kind)
     pipeline.load_lora_weights(str(tmp_path), weight_name="l.safetensors", adapter_name="one")
     pipeline.set_adapters(["one"], [0.8])
-    size = {"width": 64, "height": 48, "num_inference_steps": STEPS}
-    expected = pipeline(prompt="a fox", generator=torch.Generator("cpu").manual_seed(3), **size, **CALLS[kind]).images[0]
+    expected = drawn(pipeline, **CALLS[kind])
     assert drawing.image.tobytes() == expected.tobytes() != by_diffusers(kind, files, **CALLS[kind]).tobytes()
 
 
@@ -239,12 +195,12 @@ def test_parts_of_other_models_are_measured(made):
     assert set(parts) == {"text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"}
     # Two pictures of 12 tokens, width 256.
     assert parts["transformer"].working == round(2 * (12 + 333) * 20 * 256 * 4 * 1.1)
-    for other, text in (("Flux2Pipeline", 32), ("Krea2Pipeline", 32)):
-        pipeline = load_pipeline(made(other).base, made(other).twin, torch.float32, kind=other)
-        found = {part.name: part.working for part in measured_parts(pipeline, 64, 48, 0, 512)}
-        assert found["text_encoder"] == round(512 * 20 * text * 4 * 1.1) + round(2 * 512**2 * 12 * 1.1)
-        # Its second finest channels, 8 and 2 x 8.
-        assert found["vae"] == round(64 * 48 * 4 * {"Flux2Pipeline": 8, "Krea2Pipeline": 16}[other] * 4 * 1.1)
+    kind = "QwenImagePipeline"
+    pipeline = load_pipeline(made(kind).base, made(kind).twin, torch.float32, kind=kind)
+    found = {part.name: part.working for part in measured_parts(pipeline, 64, 48, 0, 512)}
+    assert found["text_encoder"] == round(512 * 20 * WIDTH * 4 * 1.1) + round(2 * 512**2 * 12 * 1.1)
+    # Its second finest channels, 2 x 8.
+    assert found["vae"] == round(64 * 48 * 4 * 16 * 4 * 1.1)
 
 
 def command(files, *options):
@@ -308,99 +264,6 @@ def test_what_does_not_go_together_is_refused_before_loading(made, tmp_path, mon
     assert done.exit_code == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.output
     assert re.search(sentence, done.stderr), done.stderr
     assert not (tmp_path / "out.png").exists()
-
-
-@all_kinds
-def test_parts_of_another_width_are_named(made, kind):
-    files, row = made(kind), TEXT_PIPELINES[kind]
-    sizes = base_sizes(files.base, kind)
-    config = {**files.twin.config}
-    check_fit(sizes, config)
-    assert sizes.keys() == {fit.argument for fit in row.fits}
-    for fit in row.fits:
-        wanted, given = config[fit.argument], sizes[fit.argument][1]
-        with pytest.raises(
-            GGUFError, match=f"its {' and '.join(fit.parts)} gives {given}, the file's {fit.argument} is {wanted + 1}"
-        ):
-            check_fit(sizes, {**config, fit.argument: wanted + 1})
-
-
-def test_a_file_and_a_folder_of_different_sizes_are_refused(made, tmp_path):
-    """The text encoder of FLUX.2-dev beside a klein file, say."""
-    files = made("QwenImagePipeline")
-    base = tmp_path / "base"
-    shutil.copytree(files.base, base)
-    config = json.loads((base / "text_encoder" / "config.json").read_text())
-    config["text_config"]["hidden_size"] = 2 * WIDTH
-    (base / "text_encoder" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(GGUFError, match=f"its text_encoder gives {2 * WIDTH}, the file's joint_attention_dim is {WIDTH}"):
-        generate(request(files, base=base))
-
-
-def test_folders_are_whole_by_their_own_index(made, tmp_path):
-    files, row = made("StableDiffusion3Pipeline"), ROWS["Stable Diffusion 3"]
-    base = tmp_path / "base"
-    shutil.copytree(files.base, base, ignore=shutil.ignore_patterns("tokenizer_2", "text_encoder_3"))
-    with pytest.raises(FileNotFoundError, match=r"lacks text_encoder_3, tokenizer_2\. --base is a folder .* of a StableDiff"):
-        check_base(base, row)
-    index = json.loads((base / "model_index.json").read_text())
-    (base / "tokenizer_2").mkdir()
-    # As diffusers writes a pipeline without its T5 encoder.
-    without = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-    (base / "model_index.json").write_text(json.dumps({**index, **without}))
-    assert check_base(base, row) == "StableDiffusion3Pipeline"
-    assert base_sizes(base, "StableDiffusion3Pipeline").keys() == {"pooled_projection_dim", "in_channels"}
-    for kind in TEXT_PIPELINES["StableDiffusion3Pipeline"].twins:
-        (base / "model_index.json").write_text(json.dumps({**index, **without, "_class_name": kind}))
-        assert check_base(base, row) == "StableDiffusion3Pipeline"
-    # One that lists no VAE at all cannot decode.
-    (base / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline", **without}))
-    shutil.rmtree(base / "vae")
-    with pytest.raises(FileNotFoundError, match=r"lacks vae\."):
-        check_base(base, row)
-
-
-def test_a_folder_may_say_that_it_goes_without_t5(made, tmp_path):
-    kind, files = "StableDiffusion3Pipeline", made("StableDiffusion3Pipeline")
-    base = tmp_path / "base"
-    shutil.copytree(files.base, base, ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"))
-    index = json.loads((base / "model_index.json").read_text())
-    none = {"text_encoder_3": None, "tokenizer_3": None}
-    (base / "model_index.json").write_text(json.dumps({**index, **{name: [None, None] for name in none}}))
-    pipeline = getattr(diffusers, kind).from_pretrained(files.base, transformer=files.twin, dtype=torch.float32, **none)
-    size = {"width": 64, "height": 48, "num_inference_steps": STEPS}
-    expected = pipeline(prompt="a fox", generator=torch.Generator("cpu").manual_seed(3), **size, **CALLS[kind]).images[0]
-    assert generate(request(files, base=base)).image.tobytes() == expected.tobytes()
-    with pytest.raises(FileNotFoundError, match=r"lacks tokenizer_3\."):
-        generate(request(files, base=base, t5=files.gguf))
-
-
-def test_a_part_whose_class_cannot_be_used_here_is_named(made, tmp_path, monkeypatch):
-    """Published folders of FLUX.2-dev have a PixtralProcessor, which needs torchvision."""
-    base = tmp_path / "base"
-    shutil.copytree(made("Flux2Pipeline").base, base)
-    check_classes(base)
-    index = json.loads((base / "model_index.json").read_text())
-
-    class DummyObject(type):
-        pass
-
-    monkeypatch.setattr(transformers, "PixtralProcessor", DummyObject("PixtralProcessor", (), {"_backends": ["torchvision"]}))
-    for name, sentence in (
-        ("PixtralProcessor", "is a PixtralProcessor, which needs torchvision. Install it: pip install torchvision."),
-        ("NoSuchTokenizer", "is a NoSuchTokenizer, which the installed transformers does not have. Update transformers."),
-    ):
-        (base / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", name]}))
-        with pytest.raises(BackendUnavailable, match=re.escape(f"The tokenizer of {base} {sentence}")):
-            generate(request(made("Flux2Pipeline"), base=base))
-
-
-def test_pipelines_that_edit_do_not_stand_in(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "QwenImageEditPipeline"}))
-    with pytest.raises(
-        FileNotFoundError, match=r"is a QwenImageEditPipeline, which does not draw from text alone\. Give a QwenImageP"
-    ):
-        check_base(tmp_path, ROWS["Qwen-Image"])
 
 
 @pytest.mark.parametrize(
