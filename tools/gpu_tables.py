@@ -20,13 +20,24 @@ SIDES = {
     "diffusers": "diffusers' GGUF layers",
     "dequantize": "decode in torch, then multiply",
 }
+# What a user would otherwise take, each called as its makers say (docs/decisions/peers.md).
+PEERS = {
+    "torch": "torch, 16 bit",
+    "ours exact": "exact",
+    "diffusers": "diffusers' GGUF layers",
+    "vllm-gguf-plugin triton": "vllm-gguf-plugin, its Triton product",
+    "quanto int8": "quanto, int8 weights",
+    "bitsandbytes int8": "bitsandbytes int8, outliers apart",
+    "bitsandbytes int8 no outliers": "bitsandbytes int8",
+    "bitsandbytes nf4": "bitsandbytes NF4",
+}
 NONE, WRONG = "not measured", "wrong result"
 LEGEND = (
     "After a time stands the speed with unquantized torch as 1: more is faster. Linear calls: all of one step, every weight "
     "from memory. Whole step: these layers in a transformer of plain torch, random weights{graph}. Peak: GPU memory of that "
     "step; torch's is without the packed weights that its own were decoded from."
 )
-_FILES = ("linear", "step", "sweep", "int8")
+_FILES = ("linear", "step", "sweep", "int8", "linear_others", "peers")
 
 
 class Changed(NamedTuple):
@@ -40,7 +51,7 @@ class Changed(NamedTuple):
 
 
 # By commit of the rows; an entry serves until the card is measured again.
-CHANGED = {"e096d77": Changed("9.0", range(17, 513), "fused", "two_stage", "decode to memory, then cuBLAS, from 17 rows on")}
+CHANGED: dict[str, Changed] = {}
 
 
 def gpu_section(results: Path) -> str:
@@ -64,7 +75,7 @@ def _of_size(rows: Rows, size: str) -> Rows:
     return [row for row in rows if row.get("size", size) == size]
 
 
-def _part(size: str, linears: Rows, steps: Rows, sweep: Rows, int8: Rows) -> str:
+def _part(size: str, linears: Rows, steps: Rows, sweep: Rows, int8: Rows, others: Rows, peers: Rows) -> str:
     rows = linears + steps
     sides = [side for side in SIDES if side == "torch" or any(row["provider"] == side for row in rows)]
     lines = [f"| type | | {' | '.join(SIDES[side] for side in sides)} |", "|---" * (len(sides) + 2) + "|"]
@@ -74,11 +85,13 @@ def _part(size: str, linears: Rows, steps: Rows, sweep: Rows, int8: Rows) -> str
         lines += [f"| {name} | {kind} | {' | '.join(map(cell, sides))} |" for kind, cell in kinds.items()]
     marks = [f"{mark} {said}." for mark, said in MARKS.items() if any(f", {mark}" in line for line in lines)]
     legend = LEGEND.format(graph=", as a CUDA graph" if any(row["what"] == "graph" for row in steps) else "")
-    derived = filter(None, [decoding_line(steps), int8_line(int8), changed_line(linears, sweep, size)])
+    about_calls = [others_line(others, size), int8_line(int8), changed_line(linears, sweep, size)] if linears else []
+    derived = filter(None, [decoding_line(steps), *about_calls])
     origins = dict.fromkeys(origin_text(row) for row in [*rows, *sweep, *int8])
     below = [*derived, f"Measured on: {'; '.join(origins)}."]
     title = f"**{rows[0]['device']}, one step of FLUX.1-dev, {size}**"
-    return "\n".join([title, "", *lines, "", " ".join([legend, *marks]), "", *(f"- {line}" for line in below)])
+    table = [title, "", *lines, "", " ".join([legend, *marks]), "", *(f"- {line}" for line in below)]
+    return "\n".join([*table, *peers_table(peers, size)])
 
 
 def linear_cells(rows: Rows, size: str) -> Cell:
@@ -93,6 +106,47 @@ def _linear_totals(rows: Rows, size: str) -> dict[str, Total]:
     if not {call.where for call in step_calls(**STEPS[size])} <= {row["where"] for row in rows}:
         return {}
     return totals([row | {"p50_ms": "" if _is_wrong(row) else row["p50_ms"]} for row in rows])
+
+
+def others_line(rows: Rows, size: str) -> str:
+    """Give the speed of exact mode's linear calls in the types that the table leaves out."""
+    speeds = []
+    for name in dict.fromkeys(row["format"] for row in rows):
+        sums = _linear_totals([row for row in rows if row["format"] == name], size)
+        if {"torch", "ours exact"} <= sums.keys():
+            speeds.append(f"{name} {marked(sums['ours exact'], sums['torch'])}")
+    return f"Linear calls of the other types in exact mode, torch as 1: {', '.join(speeds)}." if speeds else ""
+
+
+def peers_table(rows: Rows, size: str) -> list[str]:
+    """Return a table of the linear calls of other libraries; [] without rows."""
+    names = list(dict.fromkeys(row["format"] for row in rows))
+    cells = {}
+    for name in names:
+        cells[name] = _peer_cells([row for row in rows if row["format"] == name], size)
+    sides = [side for side in PEERS if any(row["provider"] == side for row in rows)]
+    if not sides:
+        return []
+    lines = [f"| linear calls | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {PEERS[side]} | {' | '.join(cells[name](side) for name in names)} |" for side in sides]
+    return [
+        "",
+        *lines,
+        "",
+        "Other libraries on the same weights, in the same run. NF4 and int8 start from the decoded weights and add errors of their own.",
+    ]
+
+
+def _peer_cells(rows: Rows, size: str) -> Cell:
+    """As `linear_cells`, and how many calls were wrong."""
+    right = linear_cells(rows, size)
+
+    def cell(side: str) -> str:
+        ran = [row for row in rows if row["provider"] == side]
+        wrong = sum(map(_is_wrong, ran))
+        return f"wrong in {wrong} of {len(ran)} calls" if wrong else right(side)
+
+    return cell
 
 
 def step_cells(rows: Rows) -> Cell:
