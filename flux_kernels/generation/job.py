@@ -15,6 +15,7 @@ from ..models.architectures import ARCHITECTURES
 from ..t5.load import open_t5
 from .base_pipeline import base_sizes, check_base, check_classes, check_fit, says_distilled
 from .embedded import PIPELINE_KWARGS
+from .file_model import model_of
 from .inspect_file import TRANSFORMER, FileFacts, inspect_file
 from .placement import check_offload
 from .request import TRUE_CFG, Request
@@ -51,6 +52,10 @@ class Job:
         """What the pipeline asks for."""
         return TEXT_PIPELINES[self.kind]
 
+    def usual(self, base: Path) -> Variant:
+        """The settings of the file's model, whose pipeline's folder is `base`."""
+        return model_of(self.architecture, self.facts.config, _title(self.facts), base)
+
 
 def check_request(request: Request) -> Job:
     """Check what goes together before anything large is read; return what is to be done."""
@@ -67,7 +72,7 @@ def check_request(request: Request) -> Job:
     architecture = Job(facts).architecture
     _check_can_draw(request, facts, architecture)
     kind = check_base(request.base, architecture, given=_given(request, architecture))
-    _check_same_model(request, facts, architecture)
+    model_of(architecture, facts.config, _title(facts), request.base)
     task = task_of(architecture, kind, facts.config, request, _title(facts))
     if request.true_cfg is not None and TEXT_PIPELINES[kind].negative in (None, TEXT_PIPELINES[kind].guidance):
         raise FormatError(f"--true-cfg is not taken by a {kind}, whose guidance is what --guidance says. Leave it out.")
@@ -111,19 +116,6 @@ def _title(facts: FileFacts) -> str:
     return file_title(facts.path, facts.metadata)
 
 
-def _check_same_model(request: Request, facts: FileFacts, architecture: Architecture) -> None:
-    """Raise GGUFError where a file's title and the folder name two models that share all tensors."""
-    named = architecture.published(facts.config, _title(facts))
-    if len(named) != 1 or named[0].distilled is None:
-        return
-    distilled = says_distilled(request.base)
-    if named[0].distilled != distilled:
-        raise GGUFError(
-            f"By its name {request.gguf} is {named[0].name}, and {request.base} says that its model is {'' if distilled else 'not '}"
-            "distilled. Take the --base folder of the file's own model, or rename the file if its name misleads."
-        )
-
-
 def _given(request: Request, architecture: Architecture) -> tuple[str, ...]:
     """Name the parts that come as files of their own."""
     if request.t5 is None:
@@ -146,7 +138,7 @@ def _t5_width(path: Path | None) -> int | None:
 def call_settings(request: Request, job: Job) -> dict[str, Any]:
     """Return the pipeline's arguments: the model's defaults, and over them what the request says."""
     architecture, asks = job.architecture, job.asks
-    usual = _usual(request, job)
+    usual = job.usual(request.base)
     settings = dict(PIPELINE_KWARGS) if request.embedded else {**text_arguments(job.kind, usual), **job.task.defaults}
     if job.pictures:
         area = settings["width"] * settings["height"]
@@ -171,17 +163,6 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
             raise FormatError(f"--{side} is {settings[side]}; a picture has at least {patch} pixels a side.")
         settings[side] -= settings[side] % patch
     return _with_negative(request, asks, settings)
-
-
-def _usual(request: Request, job: Job) -> Variant:
-    """Return the settings of the file's model.
-
-    Its folder is asked only where that tells models apart.
-    """
-    usual = job.architecture.settings(job.facts.config, _title(job.facts))
-    if usual.distilled is None:
-        return usual
-    return job.architecture.settings(job.facts.config, _title(job.facts), says_distilled(request.base))
 
 
 def _with_negative(request: Request, asks: TextPipeline, settings: dict[str, Any]) -> dict[str, Any]:

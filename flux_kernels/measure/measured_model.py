@@ -15,12 +15,13 @@ from torch import nn
 from ..errors import FormatError, GGUFError
 from ..files import file_sha256
 from ..formats import PLAIN_TYPES
-from ..generation.base_pipeline import base_sizes, check_base, check_classes, check_fit, load_pipeline, says_distilled
+from ..generation.base_pipeline import base_sizes, check_base, check_classes, check_fit, load_pipeline
 from ..generation.embedded import PIPELINE_KWARGS, embedded_model_path
+from ..generation.file_model import model_of
 from ..generation.text_pipelines import check_draws, text_arguments
 from ..gguf.conventions import architecture_of, file_title
 from ..gguf.file import map_file
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, Variant
 from ..models.model_class import parameter_shapes, unfilled_model
 from ..models.names import sources
 from ..models.recognise import expect
@@ -76,6 +77,12 @@ class Source16:
     def config(self) -> dict[str, Any]:
         """Arguments of the model class; raises GGUFError as `model` does."""
         return self.model.config or {}
+
+    @property
+    def usual(self) -> Variant:
+        """The settings of the published model that it is; raises GGUFError where title and folder name two."""
+        title = file_title(str(self.files[0]), self.opened.metadata)
+        return model_of(self.architecture, self.config, title, self.base)
 
     @property
     def name(self) -> str:
@@ -157,6 +164,8 @@ def base_of(source: Source16) -> tuple[Path, str]:
         raise FormatError("States are captured by drawing: give the folder with text encoders and VAE as --base DIR.")
     check_draws(source.architecture, source.config)
     kind = check_base(source.base, source.architecture)
+    # Title and folder are of one model.
+    _ = source.usual
     check_classes(source.base)
     check_fit(base_sizes(source.base, kind), source.config)
     return source.base, kind
@@ -172,5 +181,4 @@ def open_pipeline(source: Source16, transformer: nn.Module) -> tuple[Any, dict[s
     pipeline = load_pipeline(base, transformer, parameter.dtype, kind=kind).to(parameter.device)
     if source.embedded:
         return pipeline, dict(PIPELINE_KWARGS)
-    title = file_title(str(source.files[0]), source.opened.metadata)
-    return pipeline, text_arguments(kind, source.architecture.settings(source.config, title, says_distilled(base)))
+    return pipeline, text_arguments(kind, source.usual)

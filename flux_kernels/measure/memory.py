@@ -83,7 +83,7 @@ def memory_needs(
         capturing: whether states are captured by drawing.
     """
     width = source.architecture.width(config)
-    usual = source.architecture.settings(config)
+    usual = source.usual
     at_a_time = usual_batch(source.architecture, usual)
     tokens = [at_a_time * (source.architecture.picture_tokens(usual, *size) + usual.text_tokens) for size in sizes]
     at_once = max(*tokens, min(sum(tokens), BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])))

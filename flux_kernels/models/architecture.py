@@ -204,17 +204,18 @@ class Architecture:
         """The most text tokens that its models take."""
         return max(variant.text_tokens for variant in self.variants)
 
-    def settings(self, config: Mapping[str, Any], title: str = "", distilled: bool | None = None) -> Variant:
+    def settings(self, config: Mapping[str, Any], title: str = "") -> Variant:
         """Return the variant whose settings a model takes: its own, or that which most of its values fit.
 
         Args:
             config: of the model.
             title: of its file, as `file_title` gives it.
-            distilled: what its pipeline's folder says; None where there is none.
         """
-        nearest = min(self.variants, key=lambda row: _misfits(row, config))
-        alike = self._of_one_config(nearest, title)
-        return next((row for row in alike if distilled is not None and row.distilled == distilled), alike[0])
+        return self.alike(config, title)[0]
+
+    def alike(self, config: Mapping[str, Any], title: str = "") -> list[Variant]:
+        """Return the variants that most values of a config fit: several where its file's title does not tell them apart."""
+        return self._of_one_config(min(self.variants, key=lambda row: _misfits(row, config)), title)
 
     def published(self, config: Mapping[str, Any], title: str = "") -> list[Variant]:
         """Return the published models that a file can be.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +11,7 @@ from safetensors.torch import save_file
 
 import flux_kernels as fk
 from flux_kernels.errors import FormatError, GGUFError
-from flux_kernels.measure import measured_model
 from flux_kernels.measure.measured_model import find_source, open_transformer
-from flux_kernels.models.architectures.z_image import Z_IMAGE
 
 
 def test_16_bit_files_of_every_kind_are_the_same_model(tmp_path):
@@ -61,26 +58,3 @@ def test_weights_in_the_dtype_of_their_file_stay_mapped():
     for name, parameter in model.named_parameters():
         is_mapped = any(first <= parameter.data_ptr() < last for first, last in ranges)
         assert is_mapped or name in moved, name
-
-
-@pytest.mark.parametrize(
-    ("name", "steps", "scale"),
-    [("z_image_turbo.safetensors", 8, 0.0), ("z-image-base.safetensors", 50, 5.0), ("model.safetensors", 8, 0.0)],
-)
-def test_states_are_drawn_with_the_settings_that_the_file_s_title_tells(monkeypatch, name, steps, scale):
-    class Pipeline:
-        def to(self, _device):
-            return self
-
-        def __call__(self, num_inference_steps=None, guidance_scale=None, height=None):
-            raise NotImplementedError
-
-    monkeypatch.setattr(measured_model, "pipeline_class", lambda *_: None)
-    monkeypatch.setattr(measured_model, "load_pipeline", lambda *_, **__: Pipeline())
-    config = next(row for row in Z_IMAGE.variants).config
-    opened = SimpleNamespace(metadata={})
-    source = SimpleNamespace(
-        base=Path("base"), architecture=Z_IMAGE, embedded=False, config=config, files=(Path(name),), opened=opened
-    )
-    _, settings = measured_model.open_pipeline(source, torch.nn.Linear(1, 1))
-    assert settings == {"num_inference_steps": steps, "guidance_scale": scale, "height": 1024}
