@@ -101,7 +101,7 @@ def _check_options(request: Request) -> None:
 def _check_can_draw(request: Request, facts: FileFacts, architecture: Architecture) -> None:
     """Raise GGUFError where nothing draws from text with a file, or its own parts are not named."""
     try:
-        check_draws(architecture, facts.config)
+        check_draws(architecture, facts.config, _title(facts))
     except GGUFError as error:
         raise GGUFError(f"{request.gguf}: {error}") from None
     kinds = drawing_classes(architecture)

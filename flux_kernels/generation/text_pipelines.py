@@ -149,21 +149,35 @@ TEXT_PIPELINES: Mapping[str, TextPipeline] = {
 """Class of diffusers -> what it asks for."""
 
 
-def check_draws(architecture: Architecture, config: Mapping[str, Any]) -> None:
-    """Raise GGUFError where no pipeline draws a picture from text with a model."""
-    usual = architecture.settings(config)
+def check_draws(architecture: Architecture, config: Mapping[str, Any], title: str = "") -> None:
+    """Raise GGUFError where no pipeline draws a picture from text with a model.
+
+    Args:
+        architecture: of the model.
+        config: of the model.
+        title: of its file, as `file_title` gives it.
+    """
+    usual = architecture.settings(config, title)
     if usual.latent_frames > 1:
         reason = "makes videos, and flux_kernels draws pictures"
     elif not usual.from_text:
-        reason = "does not draw from text alone, and flux_kernels draws so with this architecture"
+        reason = "does not draw from text alone, as `generate` does"
     elif not drawing_classes(architecture):
         reason = "has no pipeline here that draws from text"
     else:
         return
+    files = "it" if usual.transformers == 1 else "each of its files"
     raise GGUFError(
-        f"This is a {architecture.variant_name(config)}, which {reason}. Load each of its files in Python: "
-        f"flux_kernels.load_transformer(path), for diffusers' {architecture.pipelines[0]}."
+        f"This is a {_named(architecture, usual, config, title)}, which {reason}. Load {files} in Python: "
+        f"flux_kernels.load_transformer(path), for diffusers' {' or '.join(usual.pipelines or architecture.pipelines[:1])}."
     )
+
+
+def _named(architecture: Architecture, usual: Variant, config: Mapping[str, Any], title: str) -> str:
+    """Name a model, and where it is none of the published ones that of its kind."""
+    published = architecture.published(config, title)
+    name = architecture.variant_name(config, title)
+    return name if published else f"model of the kind of {usual.name} ({name})"
 
 
 def drawing_classes(architecture: Architecture) -> tuple[str, ...]:

@@ -79,10 +79,14 @@ class Source16:
         return self.model.config or {}
 
     @property
+    def title(self) -> str:
+        """What it calls itself."""
+        return file_title(str(self.files[0]), self.opened.metadata)
+
+    @property
     def usual(self) -> Variant:
         """The settings of the published model that it is; raises GGUFError where title and folder name two."""
-        title = file_title(str(self.files[0]), self.opened.metadata)
-        return model_of(self.architecture, self.config, title, self.base)
+        return model_of(self.architecture, self.config, self.title, self.base)
 
     @property
     def name(self) -> str:
@@ -162,7 +166,7 @@ def base_of(source: Source16) -> tuple[Path, str]:
     """
     if source.base is None:
         raise FormatError("States are captured by drawing: give the folder with text encoders and VAE as --base DIR.")
-    check_draws(source.architecture, source.config)
+    check_draws(source.architecture, source.config, source.title)
     kind = check_base(source.base, source.architecture)
     # Title and folder are of one model.
     _ = source.usual

@@ -81,6 +81,9 @@ class Variant:
         distilled: what `is_distilled` of its pipeline's folder tells it from variants of the same config by; None where its
             pipeline does not say.
         from_text: whether it draws from text alone.
+        pipelines: diffusers' classes for it, where the architecture's first does not run it; () where it does.
+        transformers: how many it has, each in a file of its own.
+        unsourced: regular expression of a word by which the titles of its files tell models whose own settings have no source.
     """
 
     name: str
@@ -94,10 +97,17 @@ class Variant:
     word: str = r"(?!)"
     distilled: bool | None = None
     from_text: bool = True
+    pipelines: tuple[str, ...] = ()
+    transformers: int = 1
+    unsourced: str = r"(?!)"
 
     def is_named(self, title: str) -> bool:
-        """Tell whether a file's title has the variant's word."""
-        return re.search(rf"(?<![a-z])({self.word})(?![a-z])", title.lower()) is not None
+        """Tell whether a file's title has the variant's word, which "de-turbo" does not have of Turbo."""
+        return _word_in(title, self.word) is not None and _word_in(title, rf"de[-_. ]?({self.word})") is None
+
+    def unsourced_word(self, title: str) -> str | None:
+        """Return the word of a file's title that tells a model whose own settings have no source."""
+        return _word_in(title, self.unsourced)
 
     @property
     def slug(self) -> str:
@@ -280,6 +290,11 @@ class Architecture:
     @cached_property
     def _original_blocks(self) -> tuple[str, ...]:
         return tuple(f"{ours}." for ours, theirs in self.blocks if ours != theirs)
+
+
+def _word_in(title: str, word: str) -> str | None:
+    found = re.search(rf"(?<![a-z])({word})(?![a-z])", title.lower())
+    return found and found[0]
 
 
 def _misfits(variant: Variant, config: Mapping[str, Any]) -> int:

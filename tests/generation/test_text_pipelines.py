@@ -27,7 +27,7 @@ from flux_kernels.generation.inspect_file import FileFacts
 from flux_kernels.generation.job import Job, call_settings
 from flux_kernels.generation.placement import measured_parts
 from flux_kernels.generation.request import Lora
-from flux_kernels.generation.text_pipelines import TEXT_PIPELINES, check_draws, drawing_classes
+from flux_kernels.generation.text_pipelines import TEXT_PIPELINES, drawing_classes
 from flux_kernels.models.architectures import ARCHITECTURES
 
 from ..models.cases import CASES
@@ -264,21 +264,3 @@ def test_what_does_not_go_together_is_refused_before_loading(made, tmp_path, mon
     assert done.exit_code == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.output
     assert re.search(sentence, done.stderr), done.stderr
     assert not (tmp_path / "out.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("architecture", "variant", "sentence"),
-    [
-        (
-            "Wan",
-            "Wan2.2-T2V-A14B",
-            r"makes videos.*each of its files in Python: flux_kernels\.load_transformer\(path\), for .* WanPipeline",
-        ),
-        ("Qwen-Image", "Qwen-Image-Layered", r"is a Qwen-Image-Layered, which does not draw from text alone"),
-        ("Qwen-Image", "Qwen-Image-Edit-2511", r"is a Qwen-Image-Edit-2511, which does not draw from text alone"),
-    ],
-)
-def test_what_draws_no_picture_from_text_is_named(architecture, variant, sentence):
-    row = ROWS[architecture]
-    with pytest.raises(GGUFError, match=sentence):
-        check_draws(row, next(known for known in row.variants if known.name == variant).config)

@@ -23,6 +23,10 @@ SETTINGS = {
     "Z-Image": (50, 5.0),
     "Krea 2 Turbo": (8, 0.0),
     "Krea 2 Raw": (28, 4.5),
+    "SD3.5-large": (28, 3.5),
+    "SD3.5-large-turbo": (4, 0.0),
+    "Qwen-Image": (50, 4.0),
+    "Qwen-Image-Edit": (50, 4.0),
 }
 
 
@@ -52,6 +56,29 @@ def test_a_word_is_a_word():
         assert [row.name for row in ROWS["Z-Image"].published(config, title)] == ["Z-Image-Turbo", "Z-Image"], title
     for title in ("Z-Image-BASE", "z_image_base.gguf", "x base"):
         assert [row.name for row in ROWS["Z-Image"].published(config, title)] == ["Z-Image"], title
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("Z-Image", "z-image-de-turbo-Q8_0"),
+        ("Z-Image", "Z_Image_De_Turbo"),
+        ("Z-Image", "z-image-turbo-deturbo"),
+        ("FLUX.2", "klein-dedistilled"),
+        ("FLUX.2", "de-distilled klein"),
+        ("Stable Diffusion 3", "sd3.5_large-de-turbo"),
+    ],
+)
+def test_a_word_that_is_taken_back_tells_nothing(name, title):
+    variant = next(row for row in ROWS[name].variants if row.word != "(?!)" and len(ROWS[name].published(row.config)) > 1)
+    assert len(ROWS[name].published(variant.config, title)) == 2
+
+
+def test_a_word_of_a_model_without_settings_is_found():
+    chroma = ROWS["Chroma"].variants[0]
+    assert chroma.unsourced_word("Chroma1-Flash-Q8_0.gguf") == "flash"
+    assert chroma.unsourced_word("chroma-flashy") is None
+    assert all(row.unsourced_word("model-Q8_0.gguf") is None for one in ROWS.values() for row in one.variants)
 
 
 def test_words_of_one_config_differ():

@@ -51,7 +51,13 @@ CHROMA = Architecture(
     # Files of Base, HD and Flash have the same tensors. The settings are those of diffusers' documentation, for HD; for
     # Flash, which is distilled, it gives none.
     variants=(
-        Variant("Chroma1", {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}, steps=40, guidance=3.0),
+        Variant(
+            "Chroma1",
+            {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24},
+            steps=40,
+            guidance=3.0,
+            unsourced="flash",
+        ),
     ),
     # Tools know no Chroma: they quantize it as FLUX.1, the approximator with it. Its first matrix has rows of 64, which K-quants
     # cannot hold, so that it stays plain in theirs too.

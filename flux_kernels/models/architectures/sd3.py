@@ -88,6 +88,8 @@ def _sizes(layers: int, heads: int, qk_norm: str | None, positions: int, dual: t
     return sizes | {"qk_norm": qk_norm, "pos_embed_max_size": positions, "dual_attention_layers": dual}
 
 
+_LARGE = _sizes(38, 38, "rms_norm", 192)
+
 SD3 = Architecture(
     name="Stable Diffusion 3",
     covers="3.5 large, large-turbo and medium; 3 medium",
@@ -122,7 +124,8 @@ SD3 = Architecture(
     # Files of large and large-turbo have the same tensors; turbo takes 4 steps and a guidance of 0. Steps and guidance were
     # not compared with the model cards; a prompt is 77 tokens of CLIP and 256 of T5.
     variants=(
-        Variant("SD3.5-large", _sizes(38, 38, "rms_norm", 192), steps=28, guidance=3.5, text_tokens=333),
+        Variant("SD3.5-large", _LARGE, steps=28, guidance=3.5, text_tokens=333, word=r"large(?!.*turbo)"),
+        Variant("SD3.5-large-turbo", _LARGE, steps=4, guidance=0.0, text_tokens=333, word="turbo"),
         Variant("SD3.5-medium", _sizes(24, 24, "rms_norm", 384, _DUAL), steps=40, guidance=4.5, text_tokens=333),
         Variant("SD3-medium", _sizes(24, 24, None, 192), steps=28, guidance=7.0, text_tokens=333),
     ),

@@ -70,6 +70,8 @@ def _sizes(
     }
 
 
+_FROM_PICTURE = ("WanImageToVideoPipeline",)
+
 WAN = Architecture(
     name="Wan",
     covers="2.2 T2V A14B, I2V A14B, TI2V 5B; 2.1 T2V 1.3B and 14B, I2V, FLF2V",
@@ -120,8 +122,25 @@ WAN = Architecture(
     # Files of 2.1 T2V 14B and of both experts of 2.2 T2V A14B (high and low noise) have the same tensors. Steps, guidance and
     # size were not compared with the model cards; those of the pipelines are 50, 5 and 832 x 480.
     variants=(
-        Variant("Wan2.2-T2V-A14B", _sizes(40, 40, 13824, 16), steps=40, guidance=4.0, size=(1280, 720), latent_frames=21),
-        Variant("Wan2.2-I2V-A14B", _sizes(40, 40, 13824, 36), steps=40, guidance=3.5, size=(1280, 720), latent_frames=21),
+        Variant(
+            "Wan2.2-T2V-A14B",
+            _sizes(40, 40, 13824, 16),
+            steps=40,
+            guidance=4.0,
+            size=(1280, 720),
+            latent_frames=21,
+            transformers=2,
+        ),
+        Variant(
+            "Wan2.2-I2V-A14B",
+            _sizes(40, 40, 13824, 36),
+            steps=40,
+            guidance=3.5,
+            size=(1280, 720),
+            latent_frames=21,
+            pipelines=_FROM_PICTURE,
+            transformers=2,
+        ),
         Variant(
             "Wan2.2-TI2V-5B",
             _sizes(30, 24, 14336, 48, out=48),
@@ -130,10 +149,17 @@ WAN = Architecture(
             size=(1280, 704),
             latent_frames=31,
             patch=32,
+            pipelines=("WanPipeline", *_FROM_PICTURE),
         ),
         Variant("Wan2.1-T2V-1.3B", _sizes(30, 12, 8960, 16), steps=50, guidance=5.0, size=(832, 480), latent_frames=21),
         Variant(
-            "Wan2.1-I2V-14B", _sizes(40, 40, 13824, 36, image=1280), steps=50, guidance=5.0, size=(832, 480), latent_frames=21
+            "Wan2.1-I2V-14B",
+            _sizes(40, 40, 13824, 36, image=1280),
+            steps=50,
+            guidance=5.0,
+            size=(832, 480),
+            latent_frames=21,
+            pipelines=_FROM_PICTURE,
         ),
         Variant(
             "Wan2.1-FLF2V-14B",
@@ -142,6 +168,7 @@ WAN = Architecture(
             guidance=5.5,
             size=(1280, 720),
             latent_frames=21,
+            pipelines=_FROM_PICTURE,
         ),
     ),
     plain=("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.", "img_emb.", "head."),

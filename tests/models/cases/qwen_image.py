@@ -75,7 +75,8 @@ QWEN_IMAGE = Case(
     inputs=_inputs,
     # Tensors of Edit-2511: a listing of unsloth's GGUF file. The other counts and the parameters are sums of the table.
     published={
-        "Qwen-Image": Published(*_FULL, 1933, 20_430_000_000),
+        "Qwen-Image": Published(*_FULL, 1933, 20_430_000_000, "qwen-image-2512-Q4_K"),
+        "Qwen-Image-Edit": Published(*_FULL, 1933, 20_430_000_000, "Qwen-Image-Edit-2509-Q4_K_M"),
         "Qwen-Image-Edit-2511": Published(
             _FULL[0] | {"__index_timestep_zero__": (0,)}, _FULL[1] | {"zero_cond_t": True}, 1934, 20_430_000_000
         ),

@@ -65,11 +65,14 @@ def _inputs(generator: torch.Generator) -> dict[str, Any]:
     }
 
 
-def _published(tensors: int, parameters: int, h: int, head: int, depth: int, dual: int, side: int) -> Published:
+def _published(
+    tensors: int, parameters: int, h: int, head: int, depth: int, dual: int, side: int, title: str = "true"
+) -> Published:
     sizes = (h, head, depth, dual, side, 4096, 2048)
-    return Published(_shapes(*sizes), _config(*sizes), tensors, parameters)
+    return Published(_shapes(*sizes), _config(*sizes), tensors, parameters, title)
 
 
+_LARGE = (38 * 24 - 6 + 17, 8_060_000_000 + 192**2 * 2432, 2432, 64, 38, 0, 192)
 _SMALL = (256, 64, 3, 2, 8, 512, 256)
 
 SD3 = Case(
@@ -83,7 +86,8 @@ SD3 = Case(
     # Tensors: 24 a block with norms, 20 without, 6 more with a second attention, 6 fewer in the last; 17 outside. Parameters:
     # those that are quoted of them (8.06, 2.24 and 2.03 billion), and the table of positions, which they do not count.
     published={
-        "SD3.5-large": _published(38 * 24 - 6 + 17, 8_060_000_000 + 192**2 * 2432, 2432, 64, 38, 0, 192),
+        "SD3.5-large": _published(*_LARGE, "sd3.5_large-Q4_0"),
+        "SD3.5-large-turbo": _published(*_LARGE, "sd3.5_large_turbo-Q4_0"),
         "SD3.5-medium": _published(24 * 24 + 13 * 6 - 6 + 17, 2_240_000_000 + 384**2 * 1536, 1536, 64, 24, 13, 384),
         "SD3-medium": _published(24 * 20 - 6 + 17, 2_030_000_000 + 192**2 * 1536, 1536, 0, 24, 0, 192),
     },
