@@ -205,8 +205,11 @@ def generate(
     work.save_png(drawing, out)
     if request.embedded and (note := words_note(prompt, negative or "")):
         console.print(f"[yellow]Note:[/] {escape(note)} --base names the folder of another model.", soft_wrap=True)
+    for line in drawing.notes:
+        console.print(f"[yellow]Note:[/] {escape(line)}", soft_wrap=True)
     if as_json:
         done = {
+            "notes": drawing.notes,
             "offload": drawing.plan.offload,
             "offload_reason": drawing.plan.sentence,
             "load_seconds": drawing.load_seconds,

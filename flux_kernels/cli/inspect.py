@@ -67,7 +67,7 @@ def _print(console: Console, facts: FileFacts, rows: list[dict]) -> None:
     else:
         layout = f"layout {facts.layout}, " if facts.layout else ""
         console.print(f"{facts.variant}; {layout}{facts.naming} names", highlight=False, soft_wrap=True)
-    for note in facts.notes:
+    for note in (*facts.notes, *([facts.settings] if facts.settings else [])):
         console.print(f"[yellow]Note:[/] {note}", highlight=False, soft_wrap=True)
     if facts.pipelines:
         console.print(f"For diffusers' {' and '.join(facts.pipelines)}", highlight=False, soft_wrap=True)

@@ -30,6 +30,43 @@ def model_of(architecture: Architecture, config: Mapping[str, Any], title: str, 
     return _candidates(architecture, config, title, folder)[0]
 
 
+def settings_note(architecture: Architecture, config: Mapping[str, Any], title: str, folder: Path | None) -> str | None:
+    """Say which settings a file takes where its title and folder leave that open; None where they do not.
+
+    Args:
+        architecture: as in `model_of`.
+        config: as in `model_of`.
+        title: as in `model_of`.
+        folder: as in `model_of`.
+
+    Raises as `model_of` does.
+    """
+    candidates = _candidates(architecture, config, title, folder)
+    usual, others = candidates[0], [row for row in candidates[1:] if _settings(row) != _settings(candidates[0])]
+    word = usual.unsourced_word(title)
+    if word is not None:
+        return (
+            f'{title} has the word "{word}" in its name. The settings of that model are not known here, and those of {usual.name} '
+            f"are taken: {_settings(usual)}. Give --steps and --guidance for its own."
+        )
+    if not others:
+        return None
+    kind = "is" if architecture.published(config, title) else "is of the kind of"
+    which = f"{title} {kind} {' or '.join(row.name for row in (usual, *others))}, which share all tensors"
+    if folder is None and usual.distilled is not None:
+        both = "; ".join(f"{_settings(row)} for {row.name}" for row in (usual, *others))
+        return f"{which}; the --base folder tells `generate` which: {both}."
+    values = ", ".join(f"{row.steps}, {row.guidance:g}" for row in others)
+    return (
+        f"{which}; taken for {usual.name}: {_settings(usual)}. Give --steps and --guidance for the other"
+        f"{'s' * (len(others) > 1)} ({values})."
+    )
+
+
+def _settings(usual: Variant) -> str:
+    return f"{usual.steps} steps, guidance {usual.guidance:g}"
+
+
 def _candidates(architecture: Architecture, config: Mapping[str, Any], title: str, folder: Path | None) -> list[Variant]:
     """Return the variants that a file can be, the one whose settings it takes first."""
     alike = architecture.alike(config, title)

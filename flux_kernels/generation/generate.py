@@ -21,7 +21,7 @@ from ..swap import swap_linear
 from ..swap.report import SwapReport
 from ..t5 import load_t5
 from .base_pipeline import load_pipeline, one_thread, tokenizer_of
-from .job import Job, call_settings, check_request
+from .job import Job, call_settings, check_request, notes_of
 from .memory_check import check_pipeline_memory
 from .memory_plan import MemoryPlan
 from .picture_size import check_memory, check_positions
@@ -45,6 +45,7 @@ class Drawing:
         task: its name.
         load_seconds: until the pipeline was ready.
         draw_seconds: from then on.
+        notes: sentences about settings that were taken without being sure of them.
     """
 
     image: Image
@@ -54,6 +55,7 @@ class Drawing:
     task: str
     load_seconds: float
     draw_seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def generate(
@@ -80,6 +82,9 @@ def generate(
     width, height = settings["width"], settings["height"]
     check_positions(width, height, request.dtype, job.architecture, job.facts.config, rounded=asks.rounded_positions)
     check_pipeline_memory(request.gguf, request.base, request.t5, request.dtype, request.pin, t5_part=asks.t5)
+    notes = notes_of(request, job)
+    for note in notes:
+        status(note)
     started = time.perf_counter()
     pipeline, report = _load(request, job, status)
     text_tokens = settings["max_sequence_length"] + asks.other_tokens
@@ -91,7 +96,7 @@ def generate(
     status(f"drawing, offload {plan.offload}")
     image = _draw(pipeline, request, {**settings, **job.pictures}, step)
     parameters = _parameters(request, settings, job)
-    return Drawing(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded)
+    return Drawing(image, parameters, report, plan, job.task.name, loaded - started, time.perf_counter() - loaded, notes)
 
 
 def _load(request: Request, job: Job, status: Callable[[str], None]) -> tuple[Any, SwapReport]:

@@ -21,6 +21,7 @@ from ..models.stored import understand
 from ..models.types import BLOCK, layout_of, tensor_kind
 from ..t5.load import understand_t5
 from ..t5.names import block_name as t5_block_name
+from .file_model import settings_note
 from .memory_plan import (
     CONTEXT_BYTES,
     GIB,
@@ -91,6 +92,7 @@ class FileFacts:
         architecture: name of the row it belongs to, such as "FLUX.2"; None where no row does.
         pipelines: diffusers' pipeline classes for it.
         notes: sentences about a file that loads and may still be wrong.
+        settings: a sentence about steps and guidance where the file's title does not tell its model; None where it does.
         variant: the published model, or the encoder's size; None where refused.
         layout: "legacy", "old", "new", "mixed" or "other"; None where refused, and for a T5 encoder.
         naming: "bfl" (of Flux), "original" or "diffusers", for a T5 encoder "llama.cpp" or "transformers"; None where refused.
@@ -113,6 +115,7 @@ class FileFacts:
     role: str = TRANSFORMER
     refused: str | None = None
     notes: tuple[str, ...] = ()
+    settings: str | None = None
     architecture: str | None = None
     pipelines: tuple[str, ...] = ()
     variant: str | None = None
@@ -150,14 +153,16 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
     except GGUFError as error:
         return FileFacts(**known, refused=str(error))
     architecture = stored.architecture
+    title = file_title(name, file.metadata)
     tensors = [file.tensors[name] for name in stored.names.values()]
     part = _part(tensors, architecture, stored.config)
     others = file.tensors.keys() - set(transformer_names(file.tensors))
     return FileFacts(
         **known,
         notes=(*note_left_out(others), *([stored.lacking] if stored.lacking else [])),
+        settings=settings_note(architecture, stored.config, title, None),
         pipelines=architecture.pipelines,
-        variant=architecture.variant_name(stored.config, file_title(name, file.metadata)),
+        variant=architecture.variant_name(stored.config, title),
         layout=layout_of(stored.types, stored.shapes, architecture),
         naming=stored.naming,
         config=stored.config,

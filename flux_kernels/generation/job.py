@@ -15,7 +15,7 @@ from ..models.architectures import ARCHITECTURES
 from ..t5.load import open_t5
 from .base_pipeline import base_sizes, check_base, check_classes, check_fit, says_distilled
 from .embedded import PIPELINE_KWARGS
-from .file_model import model_of
+from .file_model import model_of, settings_note
 from .inspect_file import TRANSFORMER, FileFacts, inspect_file
 from .placement import check_offload
 from .request import TRUE_CFG, Request
@@ -163,6 +163,14 @@ def call_settings(request: Request, job: Job) -> dict[str, Any]:
             raise FormatError(f"--{side} is {settings[side]}; a picture has at least {patch} pixels a side.")
         settings[side] -= settings[side] % patch
     return _with_negative(request, asks, settings)
+
+
+def notes_of(request: Request, job: Job) -> tuple[str, ...]:
+    """Return what the user shall know of the settings, which were not all given."""
+    if request.embedded or (request.steps is not None and request.guidance is not None):
+        return ()
+    note = settings_note(job.architecture, job.facts.config, _title(job.facts), request.base)
+    return () if note is None else (note,)
 
 
 def _with_negative(request: Request, asks: TextPipeline, settings: dict[str, Any]) -> dict[str, Any]:
