@@ -74,8 +74,7 @@ def check_request(request: Request) -> Job:
     kind = check_base(request.base, architecture, given=_given(request, architecture))
     model_of(architecture, facts.config, _title(facts), request.base)
     task = task_of(architecture, kind, facts.config, request, _title(facts))
-    if request.true_cfg is not None and TEXT_PIPELINES[kind].negative in (None, TEXT_PIPELINES[kind].guidance):
-        raise FormatError(f"--true-cfg is not taken by a {kind}, whose guidance is what --guidance says. Leave it out.")
+    _check_guidance(request, kind, facts)
     check_classes(request.base)
     check_fit(base_sizes(request.base, kind, _t5_width(request.t5)), facts.config)
     return Job(facts, task, read_pictures(task, request), kind)
@@ -109,6 +108,28 @@ def _check_can_draw(request: Request, facts: FileFacts, architecture: Architectu
         raise GGUFError(
             f"{request.gguf} is a {facts.variant}, and without --base the embedded model's text encoders and VAE are taken, which "
             f"do not fit it. Give --base, the folder of a {' or '.join(kinds)}."
+        )
+
+
+def _check_guidance(request: Request, kind: str, facts: FileFacts) -> None:
+    """Raise FormatError where --guidance, --negative or --true-cfg would be ignored."""
+    asks = TEXT_PIPELINES[kind]
+    if asks.told is not None and not facts.config[asks.told] and request.guidance:
+        raise FormatError(
+            f"--guidance {request.guidance:g} would be ignored: {facts.variant} is not told the guidance. Leave it out; --negative "
+            "with --true-cfg guides it."
+        )
+    if asks.negative in (None, asks.guidance):
+        if request.true_cfg is not None:
+            raise FormatError(f"--true-cfg is not taken by a {kind}, whose guidance is what --guidance says. Leave it out.")
+    elif request.true_cfg is not None and request.negative is None:
+        raise FormatError(
+            "--true-cfg is the strength of the negative prompt, and none is given. Give --negative too, or leave --true-cfg out."
+        )
+    elif request.true_cfg is not None and request.true_cfg <= asks.counts_above:
+        raise FormatError(
+            f"--negative counts with a --true-cfg above {asks.counts_above:g}, and it is {request.true_cfg:g}. Give a larger "
+            f"--true-cfg, such as {TRUE_CFG:g}, or leave --negative out."
         )
 
 

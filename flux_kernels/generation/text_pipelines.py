@@ -47,6 +47,8 @@ class TextPipeline:
         negative: argument that takes the strength of a negative prompt; None where the class takes no such prompt.
         counts_above: strength above which a negative prompt counts, and the transformer runs twice a step.
         deaf: whether it ignores guidance where it says that its model is distilled.
+        told: argument of the transformer's config that is True where the transformer is told the guidance, and nothing else takes
+            it; None where the class guides by itself.
         nothing: negative prompt to give where the user gives none; the class guides with one alone. None leaves it to the class.
         one_batch: whether prompt and negative prompt run in one batch.
         t5: part that is a T5 encoder.
@@ -61,6 +63,7 @@ class TextPipeline:
     negative: str | None = None
     counts_above: float = 1.0
     deaf: bool = False
+    told: str | None = None
     nothing: str | None = None
     one_batch: bool = False
     t5: str | None = None
@@ -94,6 +97,7 @@ TEXT_PIPELINES: Mapping[str, TextPipeline] = {
             _vae("out_channels", _PATCH),
         ),
         negative="true_cfg_scale",
+        told="guidance_embeds",
         t5="text_encoder_2",
         rounded_positions=True,
         twins=("FluxImg2ImgPipeline", "FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"),
