@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..report.amounts import counted
 from .stored_shapes import Shapes, StoredShapes
 
 DIFFUSERS = "diffusers"
@@ -244,7 +245,7 @@ class Architecture:
     def variant_name(self, config: Mapping[str, Any], title: str = "") -> str:
         """Name the model of a config; where neither it nor a file's title tells variants apart, all of them."""
         counts = (config.get(name) for name in ("num_layers", "n_layers"))
-        blocks = next((f" with {count} blocks" for count in counts if count is not None), "")
+        blocks = next((f" with {counted(count, 'block')}" for count in counts if count is not None), "")
         known = " or ".join(variant.name for variant in self.published(config, title))
         return self.describe(config) or known or f"{self.name} architecture{blocks}"
 

@@ -20,6 +20,7 @@ from ..gguf.conventions import ORIGINAL_SHAPE_KEY, architecture_of
 from ..gguf.file import GGUFFile, GGUFTensor, read_gguf
 from ..gguf.spec import MAX_WRITTEN_DIMS
 from ..gguf.split import hint_of_part
+from ..report.amounts import counted
 from ..torch_backend.reference import dequantize
 from .architecture import Architecture
 from .architectures import ARCHITECTURES
@@ -265,5 +266,7 @@ def _counted_blocks(architecture: Architecture, expected: Shapes) -> str:
     """Say how many blocks of each list a model has, "19 double and 38 single blocks"."""
     held = {block for block in map(block_of, expected) if block}
     counts = {pair[0].removesuffix("blocks").rstrip("_"): sum(kind in pair for kind, _ in held) for pair in architecture.blocks}
-    listed = " and ".join(f"{count} {name}".rstrip() for name, count in counts.items())
-    return listed if listed.endswith("layers") else f"{listed} blocks"
+    words = [counted(count, "layer") if name == "layers" else f"{count} {name}".rstrip() for name, count in counts.items()]
+    *others, last = words
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return listed if "layers" in counts else f"{listed} block{'s' * (sum(counts.values()) != 1)}"

@@ -216,7 +216,7 @@ def test_the_command_draws_with_another_model(made, tmp_path):
     image = Image.open(tmp_path / "out.png")
     assert image.tobytes() == by_diffusers("ZImagePipeline", files, **CALLS["ZImagePipeline"]).tobytes()
     stored = json.loads(image.text["flux_kernels"])
-    assert stored["model"] == json.loads(done.stdout)["model"] == "Z-Image architecture with 1 blocks, width 384"
+    assert stored["model"] == json.loads(done.stdout)["model"] == "Z-Image architecture with 1 block, width 384"
 
 
 # Class of the file, options, the sentence; @KIND is the base folder of a class.

@@ -74,6 +74,22 @@ def test_flux1_and_its_pruned_relatives(tmp_path, double, single, says, in_chann
     assert [note.partition(" of FLUX.1-dev ")[0] for note in facts.notes] == ([f"It has {says}"] if says else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("Z-Image", r"1 noise_refiner, 1 context_refiner and 1 layer"),
+        ("FLUX.2", r"[0-9] double and [0-9] single blocks"),
+        ("Wan", r"([2-9] blocks|1 block)"),
+    ],
+)
+def test_a_file_that_lacks_a_tensor_counts_its_blocks(tmp_path, name, counts):
+    case = CASES[name]
+    missing = next(tensor for tensor in reversed(case.shapes) if re.search(r"\.0\.", tensor))
+    shapes = {tensor: shape for tensor, shape in case.shapes.items() if tensor != missing}
+    facts = inspect_file(write_true_size(case, shapes, tmp_path / "short.gguf"))
+    assert re.search(rf"A {re.escape(name)} file with {counts} holds exactly", facts.refused), facts.refused
+
+
 def test_more_blocks_and_other_widths_are_no_files_that_were_cut_short():
     dev = next(variant.config for variant in ROWS["FLUX.2"].variants if variant.name == "FLUX.2-dev")
     assert lacking_blocks(ROWS["FLUX.2"], dev) is None

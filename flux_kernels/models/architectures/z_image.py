@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...report.amounts import counted
 from ..architecture import Architecture, Link, Variant
 from ..stored_shapes import StoredShapes
 
@@ -58,7 +59,7 @@ def _axes(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _describe(config: Mapping[str, Any]) -> str | None:
     if not Z_IMAGE.published(config):
-        return f"Z-Image architecture with {config['n_layers']} blocks, width {config['dim']}"
+        return f"Z-Image architecture with {counted(config['n_layers'], 'block')}, width {config['dim']}"
     return None if config["siglip_feat_dim"] is None else "Z-Image-Omni"
 
 
