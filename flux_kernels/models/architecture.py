@@ -225,7 +225,7 @@ class Architecture:
         return self.alike(config, title)[0]
 
     def alike(self, config: Mapping[str, Any], title: str = "") -> list[Variant]:
-        """Return the variants that most values of a config fit: several where its file's title does not tell them apart."""
+        """Return the variants that most values of a config fit, one where a file's title tells it."""
         return self._of_one_config(min(self.variants, key=lambda row: _misfits(row, config)), title)
 
     def published(self, config: Mapping[str, Any], title: str = "") -> list[Variant]:

@@ -1,4 +1,4 @@
-"""Models that draw no picture from text are refused by the name of the model, with the class that runs it."""
+"""Models that draw no picture from text are refused by name, with the class that runs them."""
 
 from __future__ import annotations
 

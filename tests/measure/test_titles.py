@@ -1,4 +1,4 @@
-"""A file's title and its pipeline's folder choose the settings of captured states, and what is counted of memory."""
+"""Title and folder of a file choose how its states are drawn, and what is counted of memory."""
 
 from __future__ import annotations
 
