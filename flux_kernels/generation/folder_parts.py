@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def missing_files(base: Path, parts: Iterable[str]) -> list[str]:
-    """Say in words which files the folders of parts lack: "the vocabulary of tokenizer (tokenizer.json)" and so on."""
+    """Say in words which files the folders of parts lack."""
     return [text for part in parts for text in _missing(base / part)]
 
 
@@ -72,7 +72,7 @@ def _missing_weights(folder: Path) -> list[str]:
 
 
 def needed_parts(kind: str) -> list[str]:
-    """List the parts that a pipeline class of diffusers cannot be made without, its transformer left out."""
+    """List the parts that a class of diffusers cannot be made without, but for the transformer."""
     return [name for name, argument in _arguments(kind).items() if argument.default is argument.empty and name != "transformer"]
 
 
@@ -87,7 +87,7 @@ def _class(library: str, name: str) -> Any:
 
 
 def check_index(base: Path, index: Mapping[str, Any], kind: str) -> None:
-    """Raise GGUFError where an index is damaged: an entry is no part, or a setting of another type than the class takes.
+    """Raise GGUFError where an entry of an index is no such part, or a setting of another type.
 
     Args:
         base: the folder.

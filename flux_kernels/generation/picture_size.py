@@ -65,7 +65,9 @@ def check_memory(parts: Iterable[Part], width: int, height: int) -> None:
 
 
 def check_gpu_memory(parts: Iterable[Part], card: int, width: int, height: int) -> None:
-    """Raise FormatError where the activations of one model are more than a GPU holds; no offload helps then.
+    """Raise FormatError where the activations of one model are more than a GPU holds.
+
+    No offload helps then.
 
     Args:
         parts: the models of the pipeline, measured for the picture; the VAE decodes in tiles where nothing fits otherwise.
