@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+
+from flux_kernels.generation.embedded import embedded_model_path
 
 from .flux_files import Architecture
 
@@ -34,10 +37,11 @@ def sparse_base(folder: Path, dtype: str = "BF16") -> Path:
     """
     (folder / "model_index.json").parent.mkdir(parents=True)
     plain, models = ("scheduler", "tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2", "transformer", "vae")
-    parts = {part: ["library", "Class"] for part in (*plain, *models)}
+    index = json.loads((embedded_model_path() / "model_index.json").read_text())
+    parts = {part: index[part] for part in (*plain, *models)}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
     for part in plain:
-        (folder / part).mkdir()
+        shutil.copytree(embedded_model_path() / part, folder / part)
     for part, sizes in {
         "text_encoder": {"hidden_size": 768},
         "text_encoder_2": {"d_model": 4096},

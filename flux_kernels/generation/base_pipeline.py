@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,8 @@ from torch import nn
 from ..errors import BackendUnavailable, GGUFError
 from ..integrations.on_import import after_import
 from ..models.architecture import Architecture
+from .folder_parts import INDEX, LIBRARIES, check_index, missing_files, needed_parts, read_json
 from .text_pipelines import TEXT_PIPELINES, drawing_classes
-
-_INDEX = "model_index.json"
-_LIBRARIES = ("diffusers", "transformers")
 
 
 def go_offline_quietly() -> None:
@@ -51,6 +48,7 @@ def check_base(base: Path, architecture: Architecture, given: Sequence[str] = ()
 
     Raises:
         FileNotFoundError: where it is none. The sentence says what is missing and how to get it.
+        GGUFError: where its index is damaged.
     """
     kinds = drawing_classes(architecture)
     how = _how(kinds[0])
@@ -61,15 +59,18 @@ def check_base(base: Path, architecture: Architecture, given: Sequence[str] = ()
         made = made_for or "pipeline without a name"
         if made_for in architecture.pipelines:
             raise FileNotFoundError(
-                f"{base} is a {made}, which does not draw from text alone. Give a {' or '.join(kinds)}. {how}"
+                f"{base} is a {made}, which generate does not draw with. Give a {' or '.join(kinds)}. {how}"
             )
         raise FileNotFoundError(f"{base} is a {made}, not a {architecture.name} pipeline. {how}")
     row = TEXT_PIPELINES[kind]
-    # What encodes text and what decodes the picture must be listed; null stands for a part that is left out on purpose.
-    listed = [*_listed(index), *(part for fit in row.fits for part in fit.parts if part not in index)]
-    tokenizers = {tokenizer_of(part) for part in given}
-    missing = [part for part in sorted({*listed} - {*given}) if not (base / part).is_dir()]
-    missing += sorted(tokenizers - {*listed})
+    check_index(base, index, kind)
+    # Of those that the class needs, null stands for a part that is left out on purpose.
+    left_out = {*_left_out(index)} & {*row.optional}
+    listed = {*_listed(index)}
+    needed = {*needed_parts(kind)} - left_out - {*given} | {tokenizer_of(part) for part in given}
+    folders = listed - {*given}
+    missing = sorted(needed - listed | {part for part in folders if not (base / part).is_dir()})
+    missing += missing_files(base, sorted(folders - {*missing}))
     if missing:
         instead = " Or give the T5 encoder as a GGUF file with --t5." if missing == [row.t5] else ""
         raise FileNotFoundError(f"{base} lacks {', '.join(missing)}. {how}{instead}")
@@ -91,7 +92,7 @@ def tokenizer_of(part: str) -> str:
 
 def listed_parts(base: Path) -> list[str]:
     """List the parts that a pipeline folder's index names, its transformer left out; [] without an index."""
-    return _listed(_read_json(base / _INDEX)) if (base / _INDEX).is_file() else []
+    return _listed(read_json(base / INDEX)) if (base / INDEX).is_file() else []
 
 
 def _listed(index: Mapping[str, Any]) -> list[str]:
@@ -110,10 +111,10 @@ def check_classes(base: Path) -> None:
     Args:
         base: folder that passes `check_base`.
     """
-    index = _read_json(base / _INDEX)
+    index = read_json(base / INDEX)
     for part in listed_parts(base):
         library, name = index[part]
-        if library not in _LIBRARIES:
+        if library not in LIBRARIES:
             continue
         known = getattr(import_module(library), name, None)
         needs = f"The {part} of {base} is a {name}"
@@ -128,59 +129,56 @@ def check_classes(base: Path) -> None:
 
 def says_distilled(base: Path) -> bool:
     """Tell whether a folder's pipeline says that its model is distilled; what says nothing is not."""
-    return bool(_read_json(base / _INDEX).get("is_distilled"))
+    return bool(read_json(base / INDEX).get("is_distilled"))
 
 
 def _index_of(base: Path, how: str) -> dict[str, Any]:
     """Return what a folder says of its pipeline."""
     if not base.is_dir():
         raise FileNotFoundError(f"{base} is not a folder. {how}")
-    index = base / _INDEX
+    index = base / INDEX
     if not index.is_file():
-        raise FileNotFoundError(f"{base} holds no {_INDEX}. {how}")
-    return _read_json(index)
+        raise FileNotFoundError(f"{base} holds no {INDEX}. {how}")
+    return read_json(index)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{path} is missing or no JSON ({error}). Get the --base folder again.") from error
-    return content if isinstance(content, dict) else {}
-
-
-def base_sizes(base: Path, kind: str, t5_width: int | None = None) -> dict[str, tuple[str, int | None]]:
+def base_sizes(base: Path, kind: str, t5_width: int | None = None) -> dict[str, tuple[str, int]]:
     """Read what the parts of a base folder give the transformer: argument of its config -> (parts, size).
 
     Args:
         base: folder that passes `check_base`.
         kind: the class that it returned.
         t5_width: of a T5 encoder that replaces the folder's.
+
+    Raises:
+        FileNotFoundError: where a config.json is missing or no JSON object.
+        GGUFError: where one does not say a size.
     """
     row, listed = TEXT_PIPELINES[kind], listed_parts(base)
     sizes = {}
     for fit in row.fits:
         if t5_width is not None and row.t5 in fit.parts:
-            found: list[int | None] = [t5_width]
+            found = [t5_width]
         elif listed and not set(fit.parts) <= {*listed}:
             # Left out on purpose: the pipeline does without.
             continue
         else:
-            found = [_size(_read_json(base / part / "config.json"), key) for part, key in fit.sizes]
-        numbers = [size for size in found if size is not None]
-        whole = fit.times * sum(numbers) if len(numbers) == len(found) else None
-        sizes[fit.argument] = (" and ".join(fit.parts), whole)
+            found = [_size(base / part / "config.json", key) for part, key in fit.sizes]
+        sizes[fit.argument] = (" and ".join(fit.parts), fit.times * sum(found))
     return sizes
 
 
-def _size(config: Mapping[str, Any], key: str) -> int | None:
+def _size(path: Path, key: str) -> int:
     """Return a size of a part; models of text and pictures keep those of text by themselves."""
+    config = read_json(path)
     text = config.get("text_config")
     value = {**config, **(text if isinstance(text, dict) else {})}.get(key)
-    return value if isinstance(value, int) else None
+    if type(value) is not int:
+        raise GGUFError(f"{path} is damaged: it gives no number as {key}. Get the --base folder again.")
+    return value
 
 
-def check_fit(sizes: Mapping[str, tuple[str, int | None]], config: Mapping[str, Any]) -> None:
+def check_fit(sizes: Mapping[str, tuple[str, int]], config: Mapping[str, Any]) -> None:
     """Raise GGUFError where text encoders or VAE do not fit the transformer's config, naming both sizes.
 
     Args:
@@ -215,15 +213,25 @@ def load_pipeline(
         dtype: of the text encoders and the VAE.
         kind: class name in diffusers, such as "FluxFillPipeline".
         parts: models instead of the folder's, which are then not read, such as text_encoder_2=T5EncoderModel; None for none.
+
+    Raises:
+        GGUFError: where the folder's files are damaged or do not go together.
     """
     import diffusers
 
     replaced = {name: part for name, part in parts.items() if part is not None}
     # diffusers wants to be told what its own index says.
-    without = {name: None for name in _left_out(_read_json(base / _INDEX)) if name not in replaced}
-    pipeline = getattr(diffusers, kind).from_pretrained(
-        base, transformer=transformer, dtype=dtype, local_files_only=True, **replaced, **without
-    )
+    without = {name: None for name in _left_out(read_json(base / INDEX)) if name not in replaced}
+    try:
+        pipeline = getattr(diffusers, kind).from_pretrained(
+            base, transformer=transformer, dtype=dtype, local_files_only=True, **replaced, **without
+        )
+    # These say by themselves what to do.
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # Each library has its own for files that are damaged or do not go together.
+    except Exception as error:
+        raise GGUFError(f"{base} does not load as a {kind}: {error} Get the --base folder again.") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

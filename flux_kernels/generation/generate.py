@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from .base_pipeline import load_pipeline, one_thread, tokenizer_of
 from .job import Job, call_settings, check_request, notes_of
 from .memory_check import check_pipeline_memory
 from .memory_plan import MemoryPlan
-from .picture_size import check_memory, check_positions
+from .picture_size import check_gpu_memory, check_memory, check_positions
 from .placement import measured_parts, place
 from .request import Lora, Request
 from .tasks import IMAGE_OPTIONS
@@ -89,7 +90,9 @@ def generate(
     pipeline, report = _load(request, job, status)
     text_tokens = settings["max_sequence_length"] + asks.other_tokens
     parts = measured_parts(pipeline, width, height, job.task.reference_tokens, text_tokens, asks.batch(settings))
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        check_gpu_memory(parts, torch.cuda.mem_get_info()[1], width, height)
+    else:
         check_memory(parts, width, height)
     plan = place(pipeline, request.offload, parts, width, height, pin=request.pin)
     loaded = time.perf_counter()
@@ -138,13 +141,33 @@ def _load_lora(pipeline: Any, lora: Lora, name: str, model: str) -> None:
         raise FormatError(f"{lora.file} is a GGUF file; diffusers reads LoRAs from safetensors. A whole model goes to --gguf.")
     where = {"weight_name": lora.file.name, "adapter_name": name, "local_files_only": True}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_repeats():
             # Several LoRAs at once are meant.
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             pipeline.load_lora_weights(str(lora.file.parent), **where)
     # What diffusers, peft and safetensors raise on wrong files.
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise FormatError(f"{lora.file} does not load as a LoRA of this {model} model: {error}") from error
+    # Where no name in the file is one of the model's, diffusers says so in its log at most.
+    if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
+        raise FormatError(
+            f"{lora.file} is no LoRA of this {model} model: nothing in it fits. Give a LoRA that was made for {model}."
+        )
+
+
+@contextmanager
+def _without_repeats() -> Iterator[None]:
+    """Keep out of the log what is raised as well."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR and not record.getMessage().startswith("No LoRA keys")
+
+    logger = logging.getLogger("diffusers.loaders.peft")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def _draw(pipeline: Any, request: Request, arguments: dict[str, Any], step: Callable[[int, int], None]) -> Image:

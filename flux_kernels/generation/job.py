@@ -18,7 +18,7 @@ from .embedded import PIPELINE_KWARGS
 from .file_model import model_of, settings_note
 from .inspect_file import TRANSFORMER, FileFacts, inspect_file
 from .placement import check_offload
-from .request import TRUE_CFG, Request
+from .request import LEAST_SIDE, MOST_SEED, TRUE_CFG, Request
 from .tasks import KONTEXT, TEXT, Task, fitted_size, read_pictures, task_of
 from .text_pipelines import TEXT_PIPELINES, TextPipeline, check_draws, drawing_classes, text_arguments
 
@@ -81,12 +81,18 @@ def check_request(request: Request) -> Job:
 
 
 def _check_options(request: Request) -> None:
-    """Raise where a number is none, and where a LoRA is not there."""
+    """Raise where a value is of another type or out of range, and where a LoRA is not there."""
+    for option, text in {"--prompt": request.prompt, "--negative": request.negative}.items():
+        if not isinstance(text, str) and (option == "--prompt" or text is not None):
+            raise FormatError(f"{option} is {text!r}; give a text.")
+    _check_whole_numbers(request)
     numbers = {"--guidance": request.guidance, "--true-cfg": request.true_cfg}
     numbers |= {f"--lora {lora.file.name}": lora.scale for lora in request.loras}
     for option, number in numbers.items():
-        if number is not None and not math.isfinite(number):
-            raise FormatError(f"{option} is {number}; give a finite number.")
+        if number is not None and not (isinstance(number, (int, float)) and math.isfinite(number)):
+            raise FormatError(f"{option} is {number!r}; give a finite number.")
+        if number is not None and number < 0 and not option.startswith("--lora"):
+            raise FormatError(f"{option} is {number:g}; give 0 or more.")
     for lora in request.loras:
         if not lora.file.is_file():
             name, _, scale = str(lora.file).rpartition(":")
@@ -95,6 +101,18 @@ def _check_options(request: Request) -> None:
                     f"--lora {lora.file}: {scale!r} is no scale. Write FILE:SCALE with a number, such as {name}:0.8."
                 )
             raise FileNotFoundError(f"{lora.file} is no file. --lora is a .safetensors file, or FILE:SCALE.")
+
+
+def _check_whole_numbers(request: Request) -> None:
+    sides = {"--width": request.width, "--height": request.height}
+    least = {"--seed": (request.seed, 0), "--steps": (request.steps, 1), **{side: (sides[side], LEAST_SIDE) for side in sides}}
+    for option, (number, lowest) in least.items():
+        if number is None and option != "--seed":
+            continue
+        if type(number) is not int or number < lowest:
+            raise FormatError(f"{option} is {number!r}; give a whole number of at least {lowest}.")
+    if request.seed > MOST_SEED:
+        raise FormatError(f"--seed is {request.seed}; give a whole number of at most {MOST_SEED}.")
 
 
 def _check_can_draw(request: Request, facts: FileFacts, architecture: Architecture) -> None:

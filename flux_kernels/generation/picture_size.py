@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..compute import dtype_name
 from ..errors import FormatError
 from ..machine.free_memory import free_bytes
 from ..models.architecture import Architecture
-from .memory_plan import GIB, Part
+from .memory_plan import GIB, Part, tiled
 
 
 def longest_side(dtype: torch.dtype, pixels_a_token: int) -> int:
@@ -60,10 +61,28 @@ def check_memory(parts: Iterable[Part], width: int, height: int) -> None:
         width: of the picture, in pixels.
         height: of the picture, in pixels.
     """
+    _check_largest(parts, free_bytes(torch.device("cpu")), "of memory are free", width, height)
+
+
+def check_gpu_memory(parts: Iterable[Part], card: int, width: int, height: int) -> None:
+    """Raise FormatError where the activations of one model are more than a GPU holds.
+
+    No offload helps then.
+
+    Args:
+        parts: the models of the pipeline, measured for the picture; the VAE decodes in tiles where nothing fits otherwise.
+        card: bytes of the GPU's memory, free or not.
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+    """
+    small = [replace(part, working=tiled(part.working, width, height)) if part.name == "vae" else part for part in parts]
+    _check_largest(small, card, "is what the GPU has", width, height)
+
+
+def _check_largest(parts: Iterable[Part], memory: int | None, which: str, width: int, height: int) -> None:
     largest = max(parts, key=lambda part: part.working)
-    memory = free_bytes(torch.device("cpu"))
     if memory is not None and largest.working > memory:
         raise FormatError(
             f"A picture of {width} x {height} is too large: the {largest.name} would need about {largest.working / GIB:.1f} "
-            f"GiB for its activations, {memory / GIB:.1f} GiB of memory are free. Take a smaller --width and --height."
+            f"GiB for its activations, {memory / GIB:.1f} GiB {which}. Take a smaller --width and --height."
         )

@@ -11,6 +11,10 @@ import torch
 from .embedded import embedded_model_path
 
 TRUE_CFG = 4.0
+LEAST_SIDE = 16
+"""Pixels of a picture's side, at least, whatever the model."""
+MOST_SEED = 2**64 - 1
+"""What torch's generators take at most."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,13 @@ class Request:
     backend: str = "auto"
     compute: str = "exact"
     dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        """Take names of files as text too."""
+        for name in ("gguf", "base", "t5", "image", "mask", "control_image"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                object.__setattr__(self, name, Path(given))
 
     @property
     def embedded(self) -> bool:

@@ -52,6 +52,7 @@ class TextPipeline:
         nothing: negative prompt to give where the user gives none; the class guides with one alone. None leaves it to the class.
         one_batch: whether prompt and negative prompt run in one batch.
         t5: part that is a T5 encoder.
+        optional: parts that a folder may leave out.
         other_tokens: text tokens that the transformer gets besides the `max_sequence_length` ones.
         rounded_positions: whether it counts positions in the dtype of the text encoders.
         twins: classes with the same parts; their folders do as well.
@@ -67,6 +68,7 @@ class TextPipeline:
     nothing: str | None = None
     one_batch: bool = False
     t5: str | None = None
+    optional: tuple[str, ...] = ()
     other_tokens: int = 0
     rounded_positions: bool = False
     twins: tuple[str, ...] = ()
@@ -145,6 +147,7 @@ TEXT_PIPELINES: Mapping[str, TextPipeline] = {
         negative="guidance_scale",
         one_batch=True,
         t5="text_encoder_3",
+        optional=("text_encoder_3", "tokenizer_3"),
         # CLIP's.
         other_tokens=77,
         twins=("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),

@@ -86,7 +86,7 @@ def test_what_is_asked_for_wins():
 @pytest.fixture
 def base(tmp_path):
     copy = tmp_path / "base"
-    shutil.copytree(embedded_model_path(), copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(embedded_model_path(), copy, ignore=shutil.ignore_patterns("reader.safetensors"))
     return copy
 
 
