@@ -1,4 +1,4 @@
-"""Check what a pipeline folder says of its parts, and that their files are there, before anything is read."""
+"""Check what a pipeline folder says of its parts, and that their files are there."""
 
 from __future__ import annotations
 

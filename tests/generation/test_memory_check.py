@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from flux_kernels.errors import FormatError
 from flux_kernels.generation import memory_check
+from flux_kernels.generation.inspect_file import FileFacts
 from flux_kernels.generation.memory_check import Weights, check_pipeline_memory, companion_files, loaded_weights, require_memory
 
 from ..sparse_files import FLUX_DEV, sparse_base, sparse_safetensors
@@ -127,7 +127,8 @@ def test_generate_checks_before_it_loads(tmp_path, monkeypatch):
         raise Loaded
 
     request = module.Request(tmp_path / "demo.gguf", embedded_model_path(), "a red seven", dtype=torch.float32)
-    monkeypatch.setattr(module, "check_request", lambda request: module.Job(SimpleNamespace(architecture="FLUX.1", config={})))
+    facts = FileFacts("demo.gguf", 0, architecture="FLUX.1", config={})
+    monkeypatch.setattr(module, "check_request", lambda request: module.Job(facts))
     monkeypatch.setattr(module, "_load", load)
     with pytest.raises(Loaded):
         module.generate(request)

@@ -1,4 +1,4 @@
-"""Requests that cannot be drawn, made in Python: LoRAs of other models, values out of range, absurd sizes."""
+"""Requests that cannot be drawn: LoRAs of other models, values out of range, absurd sizes."""
 
 from __future__ import annotations
 
