@@ -146,5 +146,5 @@ SECTIONS = (
     Section("other_linears", 100, other_linears, "the other types' rows", 46),
     Section("racecheck", 45, racecheck, "races that no result shows", 13),
     Section("step_q6_k", 60, lambda session: step.run(session, ("Q6_K",)), "the type of most quality files", 44),
-    Section("step_512", 45, lambda session: step.run(session, ("Q4_K",), "512x512"), "where the host's time shows", 40),
+    Section("step_512", 60, lambda session: step.run(session, ("Q4_K",), "512x512"), "where the host's time shows", 40),
 )

@@ -302,8 +302,8 @@ def test_nine_minutes_reach_everything():
     seconds = 20.0 + sum(section.took or section.seconds for section in SECTIONS[: NAMES.index("racecheck") + 1])
     assert seconds <= 9 * 60
     assert all(section.seconds >= 1.35 * section.took for section in SECTIONS if section.took)
-    # Though each hung.
-    assert sum(section.seconds for section in SECTIONS if section.took) <= 8 * 60
+    # Though each of those that decide most hung.
+    assert sum(section.seconds for section in SECTIONS[: NAMES.index("peers")]) <= 8 * 60
 
 
 def test_the_archive_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
