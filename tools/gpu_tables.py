@@ -22,9 +22,7 @@ SIDES = {
 }
 # What a user would otherwise take, each called as its makers say (docs/decisions/peers.md).
 PEERS = {
-    "torch": "torch, 16 bit",
-    "ours exact": "exact",
-    "diffusers": "diffusers' GGUF layers",
+    **{side: SIDES[side] for side in ("torch", "ours exact", "diffusers")},
     "vllm-gguf-plugin triton": "vllm-gguf-plugin, its Triton product",
     "quanto int8": "quanto, int8 weights",
     "bitsandbytes int8": "bitsandbytes int8, outliers apart",
@@ -120,15 +118,13 @@ def others_line(rows: Rows, size: str) -> str:
 
 def peers_table(rows: Rows, size: str) -> list[str]:
     """Return a table of the linear calls of other libraries; [] without rows."""
-    names = list(dict.fromkeys(row["format"] for row in rows))
-    cells = {}
-    for name in names:
-        cells[name] = _peer_cells([row for row in rows if row["format"] == name], size)
     sides = [side for side in PEERS if any(row["provider"] == side for row in rows)]
     if not sides:
         return []
+    names = dict.fromkeys(row["format"] for row in rows)
+    cells = [_peer_cells([row for row in rows if row["format"] == name], size) for name in names]
     lines = [f"| linear calls | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {PEERS[side]} | {' | '.join(cells[name](side) for name in names)} |" for side in sides]
+    lines += [f"| {PEERS[side]} | {' | '.join(cell(side) for cell in cells)} |" for side in sides]
     return [
         "",
         *lines,

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from ..errors import BackendUnavailable, GGUFError
 from ..integrations.on_import import after_import
 from ..models.architecture import Architecture
-from .folder_parts import INDEX, LIBRARIES, check_index, missing_files, needed_parts, read_json
+from .folder_parts import INDEX, LIBRARIES, check_index, class_of, missing_files, needed_parts, read_json
 from .text_pipelines import TEXT_PIPELINES, drawing_classes
 
 
@@ -116,7 +115,7 @@ def check_classes(base: Path) -> None:
         library, name = index[part]
         if library not in LIBRARIES:
             continue
-        known = getattr(import_module(library), name, None)
+        known = class_of(library, name)
         needs = f"The {part} of {base} is a {name}"
         if known is None:
             raise BackendUnavailable(f"{needs}, which the installed {library} does not have. Update {library}.")

@@ -77,12 +77,13 @@ def needed_parts(kind: str) -> list[str]:
 
 
 def _arguments(kind: str) -> dict[str, inspect.Parameter]:
-    arguments = dict(inspect.signature(_class("diffusers", kind).__init__).parameters)
+    arguments = dict(inspect.signature(class_of("diffusers", kind).__init__).parameters)
     del arguments["self"]
     return arguments
 
 
-def _class(library: str, name: str) -> Any:
+def class_of(library: str, name: str) -> Any:
+    """Return a class of an installed library, None where it has none of that name."""
     return getattr(import_module(library), name, None)
 
 
@@ -108,7 +109,7 @@ def check_index(base: Path, index: Mapping[str, Any], kind: str) -> None:
 
 
 def _is_setting(kind: str, argument: inspect.Parameter) -> bool:
-    optional = _class("diffusers", kind)._optional_components
+    optional = class_of("diffusers", kind)._optional_components
     return argument.default is not argument.empty and argument.name not in optional
 
 
@@ -132,7 +133,7 @@ def _wrong_part(part: str, said: Any) -> str:
     library, name = said
     if library not in LIBRARIES:
         return f"not a class of {' or '.join(LIBRARIES)}"
-    made = _class(library, name)
+    made = class_of(library, name)
     # Classes that are missing here have sentences of their own; those that choose a class are left to diffusers.
     if made is None or type(made).__name__ == "DummyObject" or name.startswith("Auto") and library == "transformers":
         return ""

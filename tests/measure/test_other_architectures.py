@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import diffusers
 import pytest
 import torch
 
@@ -21,18 +20,6 @@ from ..models.cases import CASES, Case
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def small_model(case: Case):
-    torch.manual_seed(0)
-    model = getattr(diffusers, case.model_class)(**case.config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Some classes begin with zeros, which would hide every error.
-            parameter.copy_(torch.randn_like(parameter) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1))
-            if parameter.dim() == 1:
-                parameter.add_(1)
-    return model
-
-
 @torch.no_grad()
 def states_of(case: Case, model, count: int = 2) -> list[State]:
     items = []
@@ -48,7 +35,7 @@ def states_of(case: Case, model, count: int = 2) -> list[State]:
 @all_cases
 @torch.no_grad()
 def test_stages_are_the_forward_pass(case):
-    model = small_model(case)
+    model = case.random_model()
     stages = Stages(model)
     for state in states_of(case, model):
         hidden = stages.embed(as_arguments(state.inputs, state.others))
@@ -61,7 +48,7 @@ def test_stages_are_the_forward_pass(case):
 
 @all_cases
 def test_states_come_back_from_their_file(tmp_path, case):
-    model = small_model(case)
+    model = case.random_model()
     States(states_of(case, model), "m", "s").save(tmp_path / "states.safetensors")
     for got, put in zip(States.load(tmp_path / "states.safetensors").items, states_of(case, model), strict=True):
         assert got.facts() == put.facts() and got.inputs.keys() == put.inputs.keys()
@@ -71,14 +58,14 @@ def test_states_come_back_from_their_file(tmp_path, case):
 @all_cases
 def test_a_cost_is_that_of_a_plain_run(case):
     """The first, a middle and the last matrix of the file, each against a run of the whole model."""
-    model = small_model(case)
+    model = case.random_model()
     items = states_of(case, model)
     measurer = Measurer(model, items)
     assert set(measurer.importance) == set(file_tensors(model))
     names, costs = list(file_tensors(model)), []
     for name in (names[0], names[len(names) // 2], names[-1]):
         row = measurer.measure_one(name, Option("Q4_0"))
-        other = small_model(case)
+        other = case.random_model()
         with torch.no_grad():
             for parameter in file_tensors(model)[name].parts:
                 weight, fmt = other.get_parameter(parameter), get_format("Q4_0")

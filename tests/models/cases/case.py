@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -57,6 +58,18 @@ class Case:
     published: Mapping[str, Published]
     plain: frozenset[str]
     extra: Shapes = field(default_factory=dict)
+
+    def random_model(self, **config: Any) -> nn.Module:
+        """Build the small model with random weights, in float32; `config` goes before the case's own."""
+        torch.manual_seed(0)
+        model = getattr(diffusers, self.model_class)(**{**self.config, **config}).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Some classes begin with zeros, which would hide every error.
+                parameter.copy_(torch.randn_like(parameter) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1))
+                if parameter.dim() == 1:
+                    parameter.add_(1)
+        return model
 
     @property
     def quantized(self) -> list[str]:
