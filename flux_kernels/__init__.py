@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .integrations.public_config import FluxKernelsConfig
     from .machine.warmup import warmup
     from .models import load_flux, load_transformer, save_gguf
-    from .t5 import load_t5, save_t5
+    from .text_encoders import load_t5, load_text_encoder, save_t5, save_text_encoder
 
 after_import("diffusers.quantizers.auto", lambda: importlib.import_module(f"{__name__}.integrations.registration").register())
 after_import("peft.tuners.lora.model", lambda: importlib.import_module(f"{__name__}.integrations.lora_merge").install())
@@ -44,8 +44,10 @@ _LAZY = {
     "read_gguf": "gguf.file",
     "load_flux": "models",
     "load_transformer": "models",
-    "load_t5": "t5",
-    "save_t5": "t5",
+    "load_t5": "text_encoders",
+    "load_text_encoder": "text_encoders",
+    "save_t5": "text_encoders",
+    "save_text_encoder": "text_encoders",
     "save_gguf": "models",
     "warmup": "machine.warmup",
 }
@@ -71,6 +73,7 @@ __all__ = [
     "linear",
     "load_flux",
     "load_t5",
+    "load_text_encoder",
     "load_transformer",
     "memory_footprint",
     "pin_memory",
@@ -78,6 +81,7 @@ __all__ = [
     "read_gguf",
     "save_gguf",
     "save_t5",
+    "save_text_encoder",
     "swap_linear",
     "unfuse_lora",
     "unfuse_projections",

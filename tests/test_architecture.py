@@ -22,7 +22,7 @@ MODULES = {
 # From the bottom up; a module imports from its own folder and from those before it.
 LAYERS = (
     *("errors", "version", "_triton", "files", "report", "formats", "gguf", "compute", "kernels", "torch_backend", "backends"),
-    *("ops", "packing", "layers", "swap", "calibration", "models", "t5", "install_hints", "machine", "source"),
+    *("ops", "packing", "layers", "swap", "calibration", "models", "text_encoders", "install_hints", "machine", "source"),
 )
 # What users meet: any of them may import any of LAYERS, and these from those before them.
 USES = ("integrations", "generation", "mixed", "convert", "plan", "measure", "benchmark", "cli", "__main__")
@@ -107,7 +107,7 @@ ANY_DIGIT = re.compile(r"\\d|\.is(decimal|digit|numeric)\(")
 
 def test_digits_in_names_are_ascii():
     """Names in files come from strangers, and `\\d` matches the digits of every script, which int() reads."""
-    folders = ("gguf", "models", "t5", "source", "mixed", "convert", "plan", "swap", "integrations")
+    folders = ("gguf", "models", "text_encoders", "source", "mixed", "convert", "plan", "swap", "integrations")
     lines = {
         f"{path}: {line.strip()}"
         for folder in folders

@@ -20,7 +20,7 @@ from ..files import check_writable, written_whole
 from ..models import load_transformer
 from ..swap import swap_linear
 from ..swap.report import SwapReport
-from ..t5 import load_t5
+from ..text_encoders import load_t5
 from .base_pipeline import load_pipeline, one_thread, tokenizer_of
 from .job import Job, call_settings, check_request, notes_of
 from .memory_check import check_pipeline_memory

@@ -19,8 +19,8 @@ from ..models.names import strip_prefix, tensor_class
 from ..models.recognise import note_left_out, recognise, transformer_names
 from ..models.stored import understand
 from ..models.types import BLOCK, layout_of, tensor_kind
-from ..t5.load import understand_t5
-from ..t5.names import block_name as t5_block_name
+from ..text_encoders.encoders.t5 import T5
+from ..text_encoders.stored import understand as understand_encoder
 from .file_model import settings_note
 from .memory_plan import (
     CONTEXT_BYTES,
@@ -146,7 +146,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
         return FileFacts(name, nbytes, refused=str(error).removeprefix(f"{shown_path(name)}: "))
     architecture = recognise(list(map(strip_prefix, transformer_names(file.tensors))))
     known = _known_of_any(name, nbytes, file, architecture)
-    if architecture is None and any(map(t5_block_name, file.tensors)):
+    if architecture is None and any(map(T5.block_name, file.tensors)):
         return _t5_facts(known, file)
     try:
         stored = understand(file, config)
@@ -175,7 +175,7 @@ def inspect_file(path: str | os.PathLike, config: object | None = None) -> FileF
 
 def _t5_facts(known: dict[str, Any], file: GGUFFile) -> FileFacts:
     try:
-        config = understand_t5(file).config
+        config = understand_encoder(file, (T5,)).config
     except GGUFError as error:
         return FileFacts(**known, role=T5_ENCODER, refused=str(error))
     sizes, decoded = _sizes(file.tensors.values())
@@ -232,7 +232,7 @@ def _count_types(file: GGUFFile, architecture: Architecture | None) -> tuple[Typ
 
 
 def _kind_and_class(name: str, shape: tuple[int, ...], architecture: Architecture | None) -> tuple[str, str]:
-    t5 = t5_block_name(name)
+    t5 = T5.block_name(name)
     if t5 is not None and len(shape) > 1:
         return BLOCK, t5
     bare = strip_prefix(name)

@@ -12,7 +12,8 @@ from ..errors import FormatError, GGUFError
 from ..gguf.conventions import file_title
 from ..models.architecture import Architecture, Variant
 from ..models.architectures import ARCHITECTURES
-from ..t5.load import open_t5
+from ..text_encoders.encoders.t5 import T5
+from ..text_encoders.stored import open_stored
 from .base_pipeline import base_sizes, check_base, check_classes, check_fit, says_distilled
 from .embedded import PIPELINE_KWARGS
 from .file_model import model_of, settings_note
@@ -171,7 +172,7 @@ def _t5_width(path: Path | None) -> int | None:
         return None
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file. --t5 is a T5 encoder in a GGUF file.")
-    return open_t5(path).config["d_model"]
+    return open_stored(path, (T5,)).config["d_model"]
 
 
 def call_settings(request: Request, job: Job) -> dict[str, Any]:

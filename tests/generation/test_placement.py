@@ -18,7 +18,7 @@ from flux_kernels.generation.placement import apply_offload, check_offload, meas
 from flux_kernels.generation.tasks import KONTEXT
 from flux_kernels.models import load_flux
 from flux_kernels.models.calls import image_tokens
-from flux_kernels.t5 import load_t5
+from flux_kernels.text_encoders import load_t5
 
 from ..task_files import write_embedded_t5
 

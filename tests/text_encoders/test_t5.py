@@ -15,7 +15,7 @@ from torch import nn
 import flux_kernels as fk
 from flux_kernels import GGUFEmbedding, GGUFError, GGUFLinear, load_t5
 from flux_kernels.generation.memory_plan import companions
-from flux_kernels.t5.names import written_name
+from flux_kernels.text_encoders.encoders.t5 import T5
 
 from ..conftest import random_packed
 from ..flux_files import write_hole
@@ -295,9 +295,9 @@ def test_a_second_name_of_the_table_is_no_second_table(tmp_path):
 def test_names_go_both_ways():
     for gated in (True, False):
         for name, _ in tiny_t5(gated).named_parameters():
-            assert written_name(name) == llama_name(name)
+            assert T5.written_name(name) == llama_name(name)
     with pytest.raises(GGUFError, match="no parameter of a T5 encoder"):
-        written_name("decoder.block.0.layer.0.SelfAttention.q.weight")
+        T5.written_name("decoder.block.0.layer.0.SelfAttention.q.weight")
 
 
 def test_tying_weights_again_changes_nothing(tmp_path):
