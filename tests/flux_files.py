@@ -107,13 +107,20 @@ class FluxFile:
 
 
 def write_hole(
-    path: Path, architecture: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], number: int | None = None
+    path: Path,
+    architecture: str,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    number: int | None = None,
+    keys: Mapping[str, int | float] | None = None,
 ) -> Path:
     """Write the header of a file with gguf-py and leave the data a hole.
 
-    `tensors`: name -> (ggml type name, torch shape); `number`: the file type's, with the key-values of published files.
+    `tensors`: name -> (ggml type name, torch shape); `number`: the file type's, with the key-values of published files; `keys`: more
+    key-values.
     """
     writer = gguf.GGUFWriter(None, architecture)
+    for key, value in (keys or {}).items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
     if number is not None:
         writer.add_quantization_version(2)
         writer.add_file_type(number)

@@ -94,8 +94,8 @@ class EncoderFacts:
         value = self.key_value(key)
         if value is None:
             raise GGUFError(
-                f"The file lacks the key '{self.gguf_names[0]}.{key}', which no tensor shows and llama.cpp's converter writes. "
-                "Convert the model again."
+                f"The file lacks the key '{self.gguf_names[0]}.{key}', which no tensor shows; its architecture key says "
+                f"{self.metadata.get('general.architecture')!r}. It is another model, or not made by llama.cpp's converter."
             )
         if not isinstance(value, int | float) or isinstance(value, bool) or not low < value <= high:
             raise GGUFError(f"The key-value {key!r} is {shown(str(value))}; legal is {legal}. The file is damaged.")

@@ -39,6 +39,7 @@ def _stay_tied(*args: Any, **kwargs: Any) -> None:
 
 def _built(encoder: TextEncoder, config: Mapping[str, Any]) -> Any:
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         known = getattr(transformers, encoder.model_class)
@@ -47,4 +48,10 @@ def _built(encoder: TextEncoder, config: Mapping[str, Any]) -> Any:
             f"This is a {encoder.name}, for which transformers {transformers.__version__} has no {encoder.model_class}. "
             "Update transformers."
         ) from None
-    return known(known.config_class(**config))
+    try:
+        return known(known.config_class(**config))
+    except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise GGUFError(
+            f"{encoder.model_class} cannot be built with the file's config: {reason}. The file is damaged, or another model."
+        ) from error

@@ -95,13 +95,13 @@ def _save(
         raise TypeError(f"{caller} takes {legal}, got {type(model).__name__}.")
     if format is not None:
         quantizer(get_format(format))
-    tensors = []
+    tensors, config = [], model.config.to_dict()
     for parameter, layer in _parameters(model, encoder):
         kind = _stored_type(encoder, parameter, layer, format)
         shape = tuple(_value(parameter, layer).shape)
         if kind in FORMATS:
             get_format(kind).row_bytes(shape[-1], parameter)
-        heads = encoder.permuted_heads(parameter, vars(model.config))
+        heads = encoder.permuted_heads(parameter, config)
         tensors.append((encoder.written_name(parameter), kind, shape, partial(_data, parameter, layer, kind, heads)))
     write_gguf(path, tensors, _metadata(encoder, model.config), progress=progress)
 
@@ -119,7 +119,7 @@ def _parameters(model: Any, encoder: TextEncoder) -> Iterator[tuple[str, Any]]:
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     for part in encoder.parts:
         for name, module in getattr(model, part).named_modules(prefix=part):
-            for kind in encoder.kinds:
+            for kind in ("weight", "bias"):
                 parameter = f"{name}.{kind}"
                 held = module is not tied and parameter not in encoder.twins and isinstance(getattr(module, kind, None), Tensor)
                 if held:
