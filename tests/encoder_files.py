@@ -1,6 +1,6 @@
-"""Files of llama.cpp-named text encoders for tests, written with gguf-py: its table of names, its types, its key-values.
+"""Files of llama.cpp-named text encoders for tests, written with gguf-py.
 
-Nothing is taken from flux_kernels.
+Names are those of its table. Nothing is taken from flux_kernels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def tiny_qwen3(tied: bool = True, **changes) -> Qwen3ForCausalLM:
 
 
 def with_random_vectors(model_class: Any, config: Any) -> Any:
-    """Build a random model; what transformers starts as ones or zeros is random too, so that a missing one is seen."""
+    """Build a random model.
+
+    What transformers starts as ones or zeros is random too, so that a missing one is seen.
+    """
     torch.manual_seed(0)
     model = model_class(config).eval()
     with torch.no_grad():

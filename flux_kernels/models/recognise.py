@@ -27,6 +27,7 @@ _BESIDE_PREFIX = ("text_model.", "clip_l.", "clip_g.", "t5xxl.", "te.", "te1.", 
 
 
 _TEXT_ENCODER = "It belongs to the pipeline's text encoder, not its transformer."
+_ITS_LOADER = "flux_kernels.load_text_encoder(path) loads it, or says which text encoders it loads."
 _T5 = "Load it with flux_kernels.load_t5(path), or give it to `flux-kernels generate` as --t5."
 LORA = Mark(
     "a LoRA",
@@ -55,7 +56,7 @@ OTHER_TRANSFORMERS: tuple[Mark, ...] = (
 OTHER_PARTS: tuple[Mark, ...] = (
     Mark("a T5 encoder", r"(enc\.blk\.[0-9]+\..*|encoder\.block\.[0-9]+\.layer\.[0-9]+\..*)", _T5),
     Mark("a CLIP model", r"(text_model\..*|v\.blk\.[0-9]+\..*|vision_model\..*)", _TEXT_ENCODER),
-    Mark("a language model", r"(blk\.[0-9]+\..*|token_embd\.weight|model\.layers\.[0-9]+\..*)", _TEXT_ENCODER),
+    Mark("a language model", r"(blk\.[0-9]+\..*|token_embd\.weight|model\.layers\.[0-9]+\..*)", f"{_TEXT_ENCODER} {_ITS_LOADER}"),
     Mark("a VAE", r"(decoder|encoder|first_stage_model)\..*", "It belongs to the pipeline's vae, not its transformer."),
 )
 

@@ -1,4 +1,4 @@
-"""Text encoders from GGUF files: a table of encoders as data, and what loops over it: names, config, load and save."""
+"""Text encoders from GGUF files: a table of them as data, and what loops over it to load and save."""
 
 from __future__ import annotations
 

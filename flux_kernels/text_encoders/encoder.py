@@ -161,12 +161,12 @@ class TextEncoder:
         return re.fullmatch(self.exact, parameter) is not None
 
     def permuted_heads(self, parameter: str, config: Mapping[str, Any]) -> int | None:
-        """Return how many heads' rows of a parameter llama.cpp's converter interleaves; None where it leaves them."""
+        """Return of how many heads llama.cpp's converter interleaves the rows; None where it leaves them."""
         counted_by = self.permuted.get(self._module_of(parameter)[1] or "")
         return None if counted_by is None else config[counted_by]
 
     def _module_of(self, parameter: str) -> tuple[str, str | None, str]:
-        """Return (block's index, llama.cpp's module inside it, kind) of a parameter; None for a module that has no name."""
+        """Return (block's index, llama.cpp's module inside it or None, kind) of a parameter."""
         match = self._in_block_of_transformers.fullmatch(parameter)
         return (match[1], self._llama_modules.get(match[2]), match[3]) if match else ("", None, "")
 

@@ -1,4 +1,7 @@
-"""What a file says of a text encoder before any weight is read: shapes and key-values, each checked when it is asked for."""
+"""What a file says of a text encoder before any weight is read: shapes and key-values.
+
+Each is checked when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class EncoderFacts:
         return rows // width
 
     def block_count(self) -> int:
-        """Return the number of blocks; raise GGUFError where one between others is missing, or they are too many."""
+        """Return the number of blocks; raise GGUFError where one is missing, or they are too many."""
         matches = (re.match(rf"{re.escape(self.blocks)}\.([0-9]{{1,6}})\.", name) for name in self.shapes)
         indices = {int(match[1]) for match in matches if match}
         if len(indices) > _MAX_BLOCKS:

@@ -75,7 +75,7 @@ def load_t5(
     backend: str = "auto",
     compute: str = "exact",
 ) -> T5EncoderModel:
-    """Load a T5 encoder from a GGUF file, for FluxPipeline's `text_encoder_2`, as `load_text_encoder` does.
+    """Load a T5 encoder from a GGUF file, for FluxPipeline's `text_encoder_2`.
 
     Takes llama.cpp's names (`enc.blk.0.attn_q.weight`) and transformers' own (`encoder.block.0.layer.0...`), with or without
     gate, with the decoder of a whole T5 left out. Quantized matrices become GGUFLinear and the token table GGUFEmbedding

@@ -1,4 +1,4 @@
-"""Qwen3 by load_text_encoder: transformers' hidden states on the decoded weights, bit for bit; names are gguf-py's."""
+"""Qwen3 by load_text_encoder: transformers' hidden states on the decoded weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -124,10 +124,10 @@ def test_plain_types_load_too(tmp_path, kind, tied):
 
 
 def test_transformers_own_reader_agrees(tmp_path):
-    """It decodes every tensor and takes every head's width for 128."""
+    """It decodes every tensor, takes a head's width for 128, and needs a vocab_size or tokens."""
     from transformers import Qwen3ForCausalLM
 
-    path, expected = written(tmp_path, tiny_qwen3(head_dim=128))
+    path, expected = written(tmp_path, tiny_qwen3(head_dim=128), keys={"qwen3.vocab_size": TINY["vocab_size"]})
     theirs = Qwen3ForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).eval()
     assert theirs.config.rope_parameters["rope_theta"] == THETA
     assert same(theirs, expected) and same(load_text_encoder(path, dtype=torch.float32), expected)

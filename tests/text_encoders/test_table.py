@@ -1,4 +1,4 @@
-"""The table of text encoders: how a file's row is found, and that a new row is all that a new encoder needs."""
+"""The table of text encoders: how a file's row is found; a new encoder is a new row."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ PERMUTED = {"q_proj.weight": 4, "k_proj.weight": 2}
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", MADE_UP)
 def test_a_new_encoder_is_one_row(tmp_path, monkeypatch, name, tied):
-    """Hidden states of transformers' class on the decoded weights, bit for bit, and the file's own bytes when it is saved."""
+    """Hidden states as transformers' class has them, bit for bit, and the same bytes when saved."""
     row, path = MADE_UP[name], tmp_path / "new.gguf"
     for module in (load, save):
         monkeypatch.setattr(module, "TEXT_ENCODERS", (*TEXT_ENCODERS, *MADE_UP.values()))

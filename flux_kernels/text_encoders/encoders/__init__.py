@@ -1,4 +1,7 @@
-"""The text encoders that are loaded, as data: one file each. A new one is a file here and an entry in the tuple."""
+"""The text encoders that are loaded, as data: one file each.
+
+A new one is a file here and an entry in the tuple.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,10 @@ _FIRST = "encoder.block.0."
 
 
 def _read_config(facts: EncoderFacts) -> dict[str, Any]:
-    """Return the arguments of transformers' T5Config; its key-values are asked only for what no tensor says."""
+    """Return the arguments of transformers' T5Config.
+
+    Key-values are asked only for what no tensor says.
+    """
     vocab, d_model = facts.matrix("shared.weight")
     buckets, heads = facts.matrix(f"{_FIRST}{_ATTENTION}.relative_attention_bias.weight")
     inner, _ = facts.matrix(f"{_FIRST}{_ATTENTION}.q.weight")
