@@ -56,7 +56,9 @@ OTHER_TRANSFORMERS: tuple[Mark, ...] = (
 OTHER_PARTS: tuple[Mark, ...] = (
     Mark("a T5 encoder", r"(enc\.blk\.[0-9]+\..*|encoder\.block\.[0-9]+\.layer\.[0-9]+\..*)", _T5),
     Mark("a CLIP model", r"(text_model\..*|v\.blk\.[0-9]+\..*|vision_model\..*)", _TEXT_ENCODER),
-    Mark("a language model", r"(blk\.[0-9]+\..*|token_embd\.weight|model\.layers\.[0-9]+\..*)", f"{_TEXT_ENCODER} {_ITS_LOADER}"),
+    Mark(
+        "a language model", r"(blk\.[0-9]+\..*|token_embd\.weight|model\.layers\.[0-9]+\..*)", f"{_TEXT_ENCODER} {_ITS_LOADER}"
+    ),
     Mark("a VAE", r"(decoder|encoder|first_stage_model)\..*", "It belongs to the pipeline's vae, not its transformer."),
 )
 

@@ -67,6 +67,12 @@ def test_load_text_encoder_loads_a_t5_as_load_t5_does(tmp_path):
     assert all(torch.equal(value, theirs.pop(name)) for name, value in one.named_parameters()) and not theirs
 
 
+def test_save_text_encoder_writes_a_t5_as_save_t5_does(tmp_path):
+    for name, write in {"one": fk.save_t5, "other": fk.save_text_encoder}.items():
+        write(tiny_t5(), tmp_path / name, format="Q4_K")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
 def test_what_is_no_known_encoder_is_told_what_is_known_and_what_was_seen(tmp_path, tiny_gguf):
     known = r".*flux_kernels loads the T5 encoders.*; Qwen3 models"
     with pytest.raises(
