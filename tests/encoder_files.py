@@ -5,7 +5,7 @@ Names are those of its table. Nothing is taken from flux_kernels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,29 @@ def write_encoder(
         if value is not None:
             add = {float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_uint32)
             add(key, value)
-    names, decoded = names or llama_names(model, arch), {}
+    names = names or llama_names(model, arch)
+    return write_tensors(writer, model, names.__getitem__, types, extra, leave_out, permuted or {})
+
+
+def write_tensors(
+    writer: gguf.GGUFWriter,
+    model: nn.Module,
+    name: Callable[[str], str],
+    types: Callable[[str, tuple[int, ...]], str],
+    extra,
+    leave_out,
+    permuted: Mapping[str, int],
+) -> dict[str, torch.Tensor]:
+    """Write a model's tensors and close the file; arguments and result as `write_encoder`."""
+    decoded = {}
     for parameter, value in model.named_parameters():
         if parameter in leave_out:
             continue
         number = gguf.GGMLQuantizationType[types(parameter, tuple(value.shape))]
-        heads = next((heads for end, heads in (permuted or {}).items() if parameter.endswith(end)), None)
+        heads = next((heads for end, heads in permuted.items() if parameter.endswith(end)), None)
         packed = gguf.quantize(value.detach().numpy(), number)
         written = packed if heads is None else permute(packed, heads)
-        writer.add_tensor(names[parameter], written, raw_dtype=number)
+        writer.add_tensor(name(parameter), written, raw_dtype=number)
         decoded[parameter] = torch.from_numpy(gguf.dequantize(packed, number))
     for given, value in extra:
         writer.add_tensor(given, np.asarray(value, dtype=np.float32))

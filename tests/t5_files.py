@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from transformers import T5Config, T5EncoderModel
+
+from .encoder_files import write_tensors
 
 TINY = {"vocab_size": 300, "d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 4}
 # transformers' module inside a block -> llama.cpp's, from gguf-py's tensor_mapping.py
@@ -61,22 +62,7 @@ def write_t5(model: T5EncoderModel, path: Path, *, name=llama_name, types=type_o
     writer = gguf.GGUFWriter(path, "t5encoder")
     if keys:
         _write_keys(writer, model.config)
-    decoded = {}
-    for parameter, value in model.named_parameters():
-        if parameter in leave_out:
-            continue
-        kind = types(parameter, tuple(value.shape))
-        number = gguf.GGMLQuantizationType[kind]
-        packed = gguf.quantize(value.detach().numpy(), number)
-        writer.add_tensor(name(parameter), packed, raw_dtype=number)
-        decoded[parameter] = torch.from_numpy(gguf.dequantize(packed, number))
-    for given, value in extra:
-        writer.add_tensor(given, np.asarray(value, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return decoded
+    return write_tensors(writer, model, name, types, extra, leave_out, {})
 
 
 def _write_keys(writer: gguf.GGUFWriter, config: T5Config) -> None:
